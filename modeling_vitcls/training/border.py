@@ -49,7 +49,7 @@ def measure_border(heads: Iterable[FrozenHead], grid_size: tuple[int, int]) -> d
                 features[layer, kind] if read == "mean" else 0 * features[layer, read]
                 for layer, read in head.probe.candidate_.tokens
             ]
-            scores = np.concatenate(inputs, axis=1) @ head.probe.weight_.T
+            scores = np.concatenate(inputs, axis=1) @ head.probe.heads_[0][0].T
             leads.append((signs * scores).sum(axis=0))  # [K]
         for index, (whole, *rings) in zip(head.probe.classes_, np.transpose(leads), strict=True):
             if whole > 0:

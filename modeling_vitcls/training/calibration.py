@@ -14,9 +14,8 @@ from torch import nn
 
 from ..inference.confidence import fit_temperature
 from ..inference.evaluator import Evaluator, Predictions
-from ..inference.linear_probe import LinearProbe
+from ..inference.linear_probe import LinearProbe, describe_inference
 from ..inference.metrics import compute_calibration_error
-from .distillation_head import choose_inference, describe_inference
 from .distributed_state import reshard
 
 
@@ -70,11 +69,11 @@ def choose_heads(
         return predictions, None
     names = ("cls", "distillation", "mean")
     losses = {name: predictions.metrics[f"{name}_loss"] for name in names}
-    inference = choose_inference(losses)
+    inference = min(losses, key=lambda name: losses[name])
     if inference != config.distillation_inference:
         config.distillation_inference = inference
         predictions = selection.predict(model)
-    return predictions, describe_inference(inference, losses, f"of the {images} images")
+    return predictions, describe_inference(losses, f"of the {images} images")
 
 
 def calibrate(

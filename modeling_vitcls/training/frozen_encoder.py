@@ -31,7 +31,12 @@ from ..inference.frozen_features import (
     Features,
     FrozenPass,
 )
-from ..inference.linear_probe import NUM_LAST_LAYERS, Candidate, LinearProbe
+from ..inference.linear_probe import (
+    NUM_LAST_LAYERS,
+    Candidate,
+    LinearProbe,
+    describe_inference,
+)
 from ..inference.near_copies import (
     NUM_MIRRORED,
     KnownScenes,
@@ -44,7 +49,6 @@ from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .border import describe_border, measure_border
-from .distillation_head import describe_inference
 from .heads import FrozenHead, Heads, describe_choice
 
 
@@ -167,7 +171,7 @@ class FrozenEncoder:
         # Photos of one scene in several folds would measure how well the scene is recognized.
         chosen, scenes = keep_together(features.take(first), limit, self.label_space)
         # On one process for all: rounding on another CPU could turn a close choice.
-        heads = run_on_main(lambda: self.fit_heads(chosen).fit_second(chosen))
+        heads = run_on_main(lambda: self.fit_heads(chosen))
         # These images are kept out of the choice, whose time grows with their number, but not of
         # the fit.
         features = chosen.join(replace(features.take(rest), num_unreadable=0))
@@ -384,10 +388,8 @@ def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
     records = record.get("tasks", {"": record})
     chosen = join_texts({task: describe_choice(each) for task, each in records.items()})
     heads = None
-    if "distillation_inference" in record:
-        heads = describe_inference(
-            record["distillation_inference"], record["distillation_losses"], "out of fold"
-        )
+    if losses := record.get("distillation_losses"):
+        heads = describe_inference(losses, "out of fold")
     return {
         "resize": describe_geometry(record),
         "copies": describe_scenes(record["near_copies"]),

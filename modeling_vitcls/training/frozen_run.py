@@ -115,7 +115,7 @@ def measure_head(model: Any, head: FrozenHead) -> MeasuredHead:
     if head.held_out is not None:
         predictions = head.predict_held_out(model)
         return MeasuredHead(head, measure_errors(calibration, predictions), predictions)
-    if head.estimate is None:
+    if head.probe.estimate_ is None:
         return MeasuredHead(head, calibration, None)
     # The out-of-fold probabilities contain the temperature already, so there is no error before it.
     return MeasuredHead(head, calibration, head.predict_out_of_fold())

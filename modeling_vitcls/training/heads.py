@@ -3,7 +3,7 @@
     features, labels -> Heads.fit: choice, by cross-validation -> refit: all images -> freeze: FrozenHead of each task
 
 The choice is made in inference/linear_probe.py. Each of several tasks has a classifier of its own, of
-the same features. A model with distillation tokens has a second one (distillation_head.py).
+the same features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,6 @@ from ..data.labels import LabelSpace, PerTask
 from ..inference.class_statistics import Token, expand_rows
 from ..inference.evaluator import Predictions, build_predictions, round_floats
 from ..inference.frozen_features import Features
-from ..inference.intervals import Estimate
 from ..inference.linear_probe import (
     MIN_DISTANCE_IMAGES,
     Candidate,
@@ -32,7 +31,6 @@ from ..inference.linear_probe import (
 )
 from ..inference.per_image import find_nearest_images
 from ..inference.stated_result import format_percent
-from .distillation_head import DistillationHead, split_kinds
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,10 @@ class Heads:
     Attributes:
         label_space: the labels of the tasks.
         probes: the classifier of each task; without tasks, the only key is "".
-        second: the distillation head, if there are features of distillation tokens.
     """
 
     label_space: LabelSpace
     probes: dict[str, LinearProbe]
-    second: DistillationHead | None = None
 
     @classmethod
     def fit(cls, label_space: LabelSpace, features: Features, probe: LinearProbe) -> "Heads":
@@ -56,28 +52,14 @@ class Heads:
         # The matrices are small: with more threads, the fits take more time in total.
         with threadpool_limits(limits=1):
             for task, own in split_tasks(features, label_space).items():
-                tokens, _ = split_kinds(own.get_tokens())
-                probes[task] = clone(probe).fit(tokens, own.labels, own.groups)
+                probes[task] = clone(probe).fit(own.get_tokens(), own.labels, own.groups)
         return cls(label_space, probes)
-
-    def fit_second(self, features: Features) -> "Heads":
-        """Fit the distillation head, if the features contain its tokens."""
-        _, tokens = split_kinds(features.get_tokens())
-        if not tokens:
-            return self
-        with threadpool_limits(limits=1):
-            second = DistillationHead.fit(tokens, self.probes[""], features.labels, features.groups)
-        return replace(self, second=second)
 
     def refit(self, features: Features) -> "Heads":
         """Fit what was chosen to all images, also to those that took no part in the choice."""
-        second = self.second
         for task, own in split_tasks(features, self.label_space).items():
-            tokens, second_tokens = split_kinds(own.get_tokens())
-            self.probes[task].refit(tokens, own.labels)
-            if second is not None:
-                second = second.refit(second_tokens, own.labels)
-        return replace(self, second=second)
+            self.probes[task].refit(own.get_tokens(), own.labels)
+        return self
 
     @property
     def read(self) -> Candidate:
@@ -102,7 +84,6 @@ class Heads:
                 labels=self.label_space.tasks[task],
                 features=own,
                 held_out=left_out if left_out is not None and len(left_out.labels) else None,
-                second=self.second,
             )
         return frozen
 
@@ -118,11 +99,7 @@ class Heads:
                 "pooling": self.read.pooling,
                 "tasks": records,
             }
-        record = records[""]
-        if self.second is not None:
-            record["distillation_inference"] = self.second.inference
-            record["distillation_losses"] = round_floats(self.second.losses)
-        return record
+        return records[""]
 
 
 def split_tasks(features: Features, label_space: LabelSpace) -> dict[str, Features]:
@@ -147,7 +124,6 @@ class FrozenHead:
         labels: of the task.
         features: of the training images, the images of the choice first.
         held_out: of the held-out images, if there are any.
-        second: the distillation head, if the model has one.
     """
 
     task: str
@@ -156,28 +132,22 @@ class FrozenHead:
     labels: LabelSpace
     features: Features
     held_out: Features | None
-    second: DistillationHead | None
-
-    @property
-    def estimate(self) -> Estimate | None:
-        """The cross-validated accuracy of the logits that the model returns; None without folds."""
-        return self.probe.estimate_ if self.second is None else self.second.estimate
 
     def predict_out_of_fold(self) -> Predictions:
         """Predict the training images with classifiers that were not fitted to them.
 
         The accuracy is corrected for the choice among the candidates.
         """
-        assert self.estimate is not None, "there are folds"
-        own = self.probe.out_of_fold_ if self.second is None else self.second.out_of_fold
+        probe = self.probe
+        assert probe.estimate_ is not None, "there are folds"
         num_labels = len(self.labels.names)
-        probabilities = expand_rows(own.T, self.probe.classes_, num_labels).T  # [N, L]
+        probabilities = expand_rows(probe.out_of_fold_.T, probe.classes_, num_labels).T  # [N, L]
         known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
         features = self.features.take(known)
         # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
-        logits = self.probe.target_.to_logits(probabilities[known]).astype(np.float32)
+        logits = probe.target_.to_logits(probabilities[known]).astype(np.float32)
         predictions = build_predictions(self.labels, replace(features, logits=logits))
-        predictions.metrics.update(round_floats(self.estimate.to_metrics()))
+        predictions.metrics.update(round_floats(probe.estimate_.to_metrics()))
         return predictions
 
     @torch.no_grad()
@@ -186,8 +156,7 @@ class FrozenHead:
         features = self.held_out
         assert features is not None, "there are held-out images"
         logits = apply_head(self.get_layer(model), features, self.tokens)
-        if self.second is not None:
-            tokens = self.second.probe.candidate_.tokens
+        for tokens in self.probe.candidate_.heads[1:]:
             second_logits = apply_head(model.distillation_classifier, features, tokens)
             logits = model.combine_heads(logits, second_logits)
         return build_predictions(self.labels, replace(features, logits=logits.cpu().numpy()))
@@ -203,11 +172,20 @@ class FrozenHead:
 
     def copy_to(self, model: Any) -> None:
         """Set the weights of the heads, and which of them the model returns."""
-        copy_weights(self.probe, self.get_layer(model), self.tokens)
-        if self.second is not None:
-            second = self.second.probe
-            copy_weights(second, model.distillation_classifier, second.candidate_.tokens)
-            model.config.distillation_inference = self.second.inference
+        layer = self.get_layer(model)
+        weight, bias = self.probe.build_linear(layer.out_features)
+        first, *second = self.probe.candidate_.heads
+        if first != self.tokens:
+            blocks = dict(zip(first, np.split(weight, len(first), axis=1), strict=True))
+            assert blocks.keys() <= set(self.tokens), "the head reads every token of the classifier"
+            zeros = np.zeros_like(blocks[first[0]])
+            weight = np.concatenate([blocks.get(token, zeros) for token in self.tokens], axis=1)
+        set_weights(layer, weight, bias)
+        if second:
+            set_weights(
+                model.distillation_classifier, *self.probe.build_linear(layer.out_features, head=1)
+            )
+            model.config.distillation_inference = self.probe.candidate_.inference
 
     def get_layer(self, model: Any) -> nn.Linear:
         """Get the classifier of the task in a model."""
@@ -223,17 +201,10 @@ def apply_head(head: nn.Module, features: Features, tokens: Sequence[Token]) -> 
 
 
 @torch.no_grad()
-def copy_weights(probe: LinearProbe, head: nn.Linear, tokens: Sequence[Token]) -> None:
-    """Copy the calibrated weights of a probe into a head of the model that reads some tokens."""
-    weight, bias = probe.build_linear(head.out_features)
-    read = probe.candidate_.tokens
-    if read != tokens:
-        blocks = dict(zip(read, np.split(weight, len(read), axis=1), strict=True))
-        assert blocks.keys() <= set(tokens), "the head reads every token of the classifier"
-        zeros = np.zeros_like(blocks[read[0]])
-        weight = np.concatenate([blocks.get(token, zeros) for token in tokens], axis=1)
-    head.weight.copy_(torch.from_numpy(weight))
-    head.bias.copy_(torch.from_numpy(bias))
+def set_weights(layer: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
+    """Set the weight [L, F] and the bias [L] of a head."""
+    layer.weight.copy_(torch.from_numpy(weight))
+    layer.bias.copy_(torch.from_numpy(bias))
 
 
 # Record -------------------------------------------------------------------------------------------
@@ -262,11 +233,10 @@ def describe_class_weights(frozen: FrozenHead) -> str | None:
         return None
     # The images of the choice are the first ones.
     images = frozen.features.take(np.arange(len(probe.losses_)))
-    tokens, _ = split_kinds(images.get_tokens())
     candidate = probe.candidate_
     weighted = LinearProbe(candidate.layers, candidate.pooling, "balanced")
     with threadpool_limits(limits=1):
-        weighted.fit(tokens, images.labels, images.groups)
+        weighted.fit(images.get_tokens(), images.labels, images.groups)
 
     known = np.isfinite(probe.losses_) & np.isfinite(weighted.losses_)
     labels = images.labels[known]

@@ -8,11 +8,10 @@ import pytest
 import torch
 from helpers.tiny_models import randomize, save_both
 from helpers.tiny_options import build_tiny_options, prepare_setup, run_to_folder, run_training
-from scipy.special import log_softmax
+from scipy.special import softmax
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.inference.linear_probe import LinearProbe
-from modeling_vitcls.training.distillation_head import DistillationHead
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")
@@ -127,13 +126,13 @@ def test_both_heads_of_a_frozen_run_are_shrinkage_lda(encoder: Path, tmp_path: P
     states = model.vitcls(pixel_values, output_hidden_states=True).hidden_states
     index = model.config.token_layout.distillation.start
     tokens = {
-        (layer, "distillation"): model.vitcls.normalize(states[layer])[:, index].numpy()
+        (layer, "cls"): model.vitcls.normalize(states[layer])[:, index].numpy()
         for layer in frozen["layers"]
     }
-    probe = LinearProbe(frozen["layers"]).fit(tokens, np.array(data.labels))
-    expected = np.log(probe.predict_proba(tokens))
-    found = log_softmax(outputs.distillation_logits.numpy(), axis=1)
-    np.testing.assert_allclose(np.exp(found), np.exp(expected), atol=5e-3)
+    expected = LinearProbe(frozen["layers"]).fit(tokens, np.array(data.labels))
+    expected.temperature_ = results["calibration"]["temperature"]  # of the returned logits
+    found = softmax(outputs.distillation_logits.numpy(), axis=1)
+    np.testing.assert_allclose(found, expected.predict_proba(tokens), atol=5e-3)
 
 
 def test_the_choice_between_heads_is_that_of_the_log_loss_out_of_fold() -> None:
@@ -142,13 +141,13 @@ def test_the_choice_between_heads_is_that_of_the_log_loss_out_of_fold() -> None:
     signal = np.eye(3)[labels] * 3
     noisy, clear = (signal + scale * generator.normal(size=(120, 3)) for scale in (6, 1.5))
     for cls_features, own, best in ((noisy, clear, "distillation"), (clear, noisy, "cls")):
-        first = LinearProbe().fit({(-1, "cls"): cls_features}, labels)
-        head = DistillationHead.fit({(-1, "distillation"): own}, first, labels, np.arange(120))
-        assert head.inference in (best, "mean")
-        assert head.losses[head.inference] == min(head.losses.values())
-        assert np.nanmean(-np.log(head.out_of_fold[np.arange(120), labels])) == pytest.approx(
-            head.losses[head.inference]
-        )
+        tokens = {(-1, "cls"): cls_features, (-1, "distillation"): own}
+        probe = LinearProbe().fit(tokens, labels)
+        losses = probe.build_record(120)["distillation_losses"]
+        inference = probe.candidate_.inference
+        assert inference in (best, "mean")
+        assert losses[inference] == min(losses.values())
+        assert np.nanmean(probe.losses_) == pytest.approx(losses[inference], abs=1e-6)
 
 
 def test_images_that_trained_a_kept_classifier_measure_nothing(
