@@ -107,7 +107,6 @@ def run_training(options: Any) -> dict[str, Any]:
     from ..hub.model_folder import ModelFolder
     from ..publishing.after_run import finish_run
     from ..publishing.push import prepare_repository
-    from ..training.finetune import FineTuning
     from ..training.run import train
 
     repo_id = None
@@ -116,7 +115,7 @@ def run_training(options: Any) -> dict[str, Any]:
     # others.
     if options.push_to_hub and os.environ.get("RANK", "0") == "0":
         repo_id = prepare_repository(options.hub_model_id, options.output_dir.resolve().name)
-    path = train(options, FineTuning())
+    path = train(options)
     folder = ModelFolder(path)
     if PartialState().is_main_process:
         finish_run(folder, options.report, repo_id)

@@ -10,9 +10,7 @@
     whole_scenes.py     the frozen encoder of both, and photos of one scene on one side
     outcome.py          what a run of either kind has made and measured
     run_results.py      results.json, and the last lines of a run
-    training_setup.py   what a run trains: the interface between run.py and the next two files
-    options.py          flags of the commands that train
-    finetune.py         recipe of fine-tuning: data, model, loss and evaluator
+    options.py          flags of the command
     frozen_encoder.py   features of the frozen encoder; heads.py fits classifiers to them: a whole run, or its start
     learning_curve.py   would more photos help?
     teacher.py          classifier whose predictions train a distillation token

@@ -11,48 +11,46 @@ from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
 from ..inference.linear_probe import MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
 from ..inference.near_copies import KnownScenes
 from ..model.modeling_vitcls import count_output_tokens
-from .frozen_encoder import FrozenEncoder, ignore_message
-from .training_setup import TrainingSetup
+from .frozen_encoder import ignore_message
+from .run_inputs import RunInputs
 
 
 MAX_STATISTICS_IMAGES = 5000  # Maximum number of images for the statistics of a trained model
 
 
-def store_statistics(
-    setup: TrainingSetup, encoder: FrozenEncoder | None, data: TrainingData
-) -> KnownScenes | None:
+def store_statistics(inputs: RunInputs, data: TrainingData) -> KnownScenes | None:
     """Store class statistics in a trained model, from one pass over some of its training images.
 
     An image is unknown if it is farther away than most images that the model was not trained on.
 
     Returns:
-        What recognizes these training images, if the frozen `encoder` of the run measures how near they are.
+        What recognizes these training images, if the frozen encoder of the run measures how near they are.
     """
-    model = setup.model.eval()
+    model = inputs.model.eval()
     images = data.train.draw(MAX_STATISTICS_IMAGES)
-    features = compute_labeled_features(setup, images)
+    features = compute_labeled_features(inputs, images)
     tokens = select_tokens(model, features)
     statistics = ClassStatistics.fit(tokens, features.labels, model.config.num_labels)
     other_images = data.held_out if data.selection is None else data.selection
     # The threshold comes from images that the model was not trained on: training images lie closer
     # to the means of their classes than any new image does.
     if len(other_images) >= MIN_DISTANCE_IMAGES:
-        others = compute_labeled_features(setup, other_images.draw(MAX_STATISTICS_IMAGES))
+        others = compute_labeled_features(inputs, other_images.draw(MAX_STATISTICS_IMAGES))
         distances = statistics.compute_distances(select_tokens(model, others))
         threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
         model.config.distance_threshold = threshold
     statistics.set_in_model(model)
-    if encoder is None:
+    if inputs.frozen_encoder is None:
         return None
-    return KnownScenes.of(features, encoder.measure_limit(images, features))
+    return KnownScenes.of(features, inputs.frozen_encoder.measure_limit(images, features))
 
 
-def compute_labeled_features(setup: TrainingSetup, images: LabeledImages) -> Features:
+def compute_labeled_features(inputs: RunInputs, images: LabeledImages) -> Features:
     """Compute the features of the images that have a label: others (-100) belong to no mean."""
-    layout = FeatureLayout.for_extra_heads(setup.model.config, NUM_LAST_LAYERS)
+    layout = FeatureLayout.for_extra_heads(inputs.model.config, NUM_LAST_LAYERS)
     # The steps and evaluations have named the unreadable images
-    arguments = setup.pass_arguments | {"warn": ignore_message}
-    features = FrozenPass(images, layout, **arguments)(setup.model)
+    arguments = inputs.pass_arguments | {"warn": ignore_message}
+    features = FrozenPass(images, layout, **arguments)(inputs.model)
     return features.take(features.labels >= 0)
 
 

@@ -19,7 +19,6 @@ from .whole_scenes import fit_frozen
 
 def run_frozen(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter) -> Outcome:
     """Fit the classifier of each task to every label that is not held out, and measure it."""
-    setup = inputs.setup
     encoder = inputs.frozen_encoder
     assert encoder is not None, "only a run with a frozen encoder can be frozen"
     data, frozen, record, known_scenes = fit_frozen(inputs, plan, data, reporter)
@@ -32,7 +31,7 @@ def run_frozen(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: R
     for task, each in tasks.items():
         measured += list_measurements(
             {task: each.metrics},
-            setup.selection_metric,
+            inputs.selection_metric,
             seen_by_encoder=data.count_seen(inputs.encoder_rows),
             num_folds=each.head.probe.num_folds_ if each.head.held_out is None else 0,
         )

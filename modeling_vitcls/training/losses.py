@@ -17,13 +17,20 @@ teacher.py implements the teachers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from ..data.augmentation import build_mixer
 from ..data.batches import Batch, Normalizer
+from ..data.sampling import compute_class_weights
+from ..data.splits import TrainingData
 from ..model.heads_vitcls import IGNORED_LABEL
+from .options import FinetuneOptions
+from .teacher import Teacher
 
 
 Losses = dict[str, torch.Tensor]
@@ -157,3 +164,41 @@ def compute_distillation_loss(
     return TAU**2 * nn.functional.kl_div(
         student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True
     )
+
+
+def build_objective(
+    options: FinetuneOptions,
+    data: TrainingData,
+    teacher: Teacher | None,
+    normalize: Normalizer,
+    accelerator: Accelerator,
+) -> LabelObjective:
+    """Build the label loss, combined with the distillation loss if a teacher is set."""
+    labels = data.label_space
+    mixer = None
+    cutmix = float((options.augment or {}).get("cutmix", 0))
+    if options.mixup or cutmix:
+        mixer = build_mixer(options.mixup, cutmix, len(labels.names))
+    class_weights = None
+    if options.class_balance == "weights":
+        class_weights = compute_class_weights(data.train.labels, len(labels.names))
+        class_weights = class_weights.to(accelerator.device)
+    functions: dict[str, Callable[..., torch.Tensor]] = {
+        "single_label_classification": partial(
+            compute_single_label_loss, class_weights=class_weights
+        ),
+        "multi_label_classification": compute_multi_label_loss,
+        "multi_task": compute_multi_task_loss,
+    }
+    label_loss = partial(functions[labels.kind], label_smoothing=options.label_smoothing)
+    if teacher is None:
+        return LabelObjective(normalize, label_loss, mixer)
+
+    def compute_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        # Accelerate runs only the prepared model under autocast by itself, and the teacher is not
+        # one.
+        with accelerator.autocast():
+            teacher_logits = teacher(batch["pixels"])
+        return compute_distillation_loss(options.distillation, logits, teacher_logits)
+
+    return LabelObjective(normalize, label_loss, mixer, compute_loss)

@@ -3,7 +3,7 @@
     frozen    no steps: the classifier is fitted to the features of the encoder, and every label trains
     steps     some images are held out, and what is saved is measured on them
 
-a classifier cannot be fitted to frozen features      steps   (finetune.py)
+a classifier cannot be fitted to frozen features      steps   (run_inputs.py)
 a flag about steps is set, or a checkpoint continues  steps
 `trainable='head'`                                    frozen
 fewer than 2,000 images, or 50 of a class             frozen  a fifth of the labels costs more than steps gain
@@ -68,7 +68,6 @@ class RunPlan:
 def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:
     """Decide what a run is. If nothing else decides on a CPU, the speed of the model is measured."""
     options = inputs.options
-    setup = inputs.setup
     num_images = len(inputs.images.train)
     num_labels = max(map(len, inputs.images.label_space.columns.values()), default=1)
     min_images = max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels)
@@ -90,7 +89,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     if applying:
         kind, reason = applying[0]
     else:
-        kind, reason = choose_by_duration(setup.model, accelerator, num_images)
+        kind, reason = choose_by_duration(inputs.model, accelerator, num_images)
 
     fraction = options.held_out_fraction
     if fraction is None:
@@ -105,7 +104,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     new_tokens: dict[str, list[bool]] = {}
     # After the kind is known: the rate and the number of epochs depend on where the steps start.
     if kind == "steps":
-        new_tokens = find_new_tokens(inputs.initial, setup.model)
+        new_tokens = find_new_tokens(inputs.initial, inputs.model)
         options, lines = resolve_schedule(
             options,
             inputs.initial,
@@ -116,7 +115,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         )
 
     # The mean with random weights would only dilute what the steps have learned.
-    has_heads = inputs.frozen_encoder is not None or setup.has_trained_heads
+    has_heads = inputs.frozen_encoder is not None or inputs.has_trained_heads
     has_start = has_heads and not inputs.initial.has_random_weights
     averages = kind == "steps" and has_start and options.select == "last"
     return RunPlan(

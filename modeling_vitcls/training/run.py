@@ -32,13 +32,12 @@ from .run_results import build_results, print_result
 from .save import save_output
 from .steps_run import run_steps
 from .summary import print_summary
-from .training_setup import Recipe
 
 
 NUM_KEPT_DURING_RUN = 2  # Checkpoints, besides the best one; none is kept after the run
 
 
-def train(asked: FinetuneOptions, recipe: Recipe) -> Path:
+def train(asked: FinetuneOptions) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results.
 
     Raises:
@@ -77,7 +76,7 @@ def train(asked: FinetuneOptions, recipe: Recipe) -> Path:
         earlier = run_on_main(open_folder)
 
         # What the run is. The division of the images depends on it, so it comes first.
-        inputs = load(recipe, asked, earlier, reporter)
+        inputs = load(asked, earlier, reporter)
         plan = plan_run(inputs, accelerator, is_resumed=earlier is not None)
         options = plan.options
         data = plan.divide(inputs.images)

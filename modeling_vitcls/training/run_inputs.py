@@ -1,40 +1,54 @@
-"""What a run reads: labels and keys of all images, and the model with its initial weights."""
+"""What a run reads: labels and keys of all images, and the models with their initial weights."""
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from accelerate import PartialState
 
 from ..conversion.open_model import is_preset
 from ..data.sources import Splits, load_on_main
+from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, list_encoder_rows
 from ..hub.loading import pin_revision
 from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
+from ..inference.frozen_features import FrozenPass, has_searchable_pooling
+from ..inference.metrics import SELECTION_METRICS
 from ..inference.speed import count_flops
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.system import describe_device
 from .defaults import resolve_defaults
 from .frozen_encoder import FrozenEncoder
-from .model import InitialModel, has_labels, resolve_initial_model
+from .model import (
+    InitialModel,
+    build_model,
+    has_labels,
+    resolve_initial_model,
+    set_trainable_parameters,
+)
 from .options import FinetuneOptions
 from .reporter import Reporter
 from .resume import convert_sources, take_derived_values
 from .run_folder import SOURCE_FLAGS, EarlierRun
-from .training_setup import Recipe, TrainingSetup
+from .teacher import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
 class RunInputs:
     """What a run reads before plan.py decides what it does."""
 
-    recipe: Recipe
     options: FinetuneOptions  # With the defaults that do not depend on the kind of run
     initial: InitialModel
     images: Splits
-    setup: TrainingSetup
+    model: Any  # ViTCLS model without wrappers; parameters that do not train are frozen
+    processor: ViTCLSImageProcessor
+    teacher: Teacher | None
+    pass_arguments: dict[str, Any]  # Arguments of each `ImagePass` of this run, without the images
+    has_trained_heads: bool  # Whether the checkpoint contains every head
     frozen_encoder: FrozenEncoder | None
     missing_start_reason: str  # Why there is no frozen encoder, so the run has steps
     # Rows of splits.parquet: images that trained the encoder, or the teacher, before this run
@@ -45,19 +59,21 @@ class RunInputs:
     lines: dict[str, str | None]  # About the defaults and the device
 
     @property
+    def selection_metric(self) -> str:
+        """The metric that selects the best checkpoint, and is printed. Higher values are better."""
+        return SELECTION_METRICS[self.images.label_space.kind]
+
+    @property
     def num_fitted(self) -> int:
         """The number of training images to which the initial classifier was fitted."""
         rows = self.fitted_rows
         return 0 if rows is None else int(find_trained_images(self.images.train, rows).sum())
 
 
-def load(
-    recipe: Recipe, options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporter
-) -> RunInputs:
+def load(options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporter) -> RunInputs:
     """Read the labels of the images, and load the models. No image is decoded.
 
     Args:
-        recipe: what is trained.
         options: as the person set them.
         earlier: run that is resumed.
         reporter: output of the run, with its accelerator.
@@ -71,50 +87,126 @@ def load(
         # Derived values come from the record: this machine might derive others.
         options = take_derived_values(options, earlier)
         recorded_precision = earlier.metadata["mixed_precision"]
+    accelerator = reporter.accelerator
     state = PartialState()
-    with (
-        state.main_process_first()
-    ):  # The main process downloads files, and the others find them in the cache
+    # The main process downloads files, and the others find them in the cache.
+    with state.main_process_first():
         # The commit is fixed before the first file is read. Otherwise, a push to the Hub in the
         # meantime could combine the configuration of one version with the weights of another.
         options = convert_sources(
             options, lambda name: name if is_preset(name) else pin_revision(name), SOURCE_FLAGS
         )
         initial = resolve_initial_model(options.model)
-    load_images = partial(recipe.load_images, options, initial)
     # Before the model is built, which needs to know the labels.
-    images = load_on_main(options.dataset, load_images)
+    images = load_on_main(options.dataset, partial(load_images, options, initial))
+    labels = images.label_space
 
     with state.main_process_first():
         # Some defaults depend on the number of images and on the image size, hence after both.
         options, lines = resolve_defaults(options, initial, len(images.train))
-        setup = recipe.build_setup(options, initial, images, reporter)
-        frozen_encoder, reason = recipe.build_frozen_encoder(options, initial, images, setup)
-        encoder_rows = [
-            # Without a fitted start, the classifier stays the checkpoint's.
-            list_encoder_rows(initial.folder, frozen_encoder is None and setup.has_trained_heads),
-            list_teacher_rows(options.teacher),
-        ]
-        forward_flops = count_flops(setup.model)
+        model, processor, new_parameter_names = build_model(
+            initial, labels, options.get_config_values(), options.resize, options.bit_depth
+        )
+        teacher = None
+        if options.teacher is not None:
+            teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
+            lines["teacher"] = teacher.description
+        set_trainable_parameters(model, options.trainable, new_parameter_names)
+        forward_flops = count_flops(model)
+
+    pass_arguments = {
+        "processor": processor,
+        "label_space": labels,
+        "batch_size": options.batch_size,
+        "accelerator": accelerator,
+        "num_workers": options.num_workers,
+        "num_channels": model.config.num_channels,
+        "warn": reporter.warn,
+    }
+    frozen_encoder = None
+    missing_start_reason = explain_missing_start(options, initial, model, new_parameter_names)
+    if not missing_start_reason:
+        frozen_encoder = FrozenEncoder(
+            model=model,
+            processor=processor,
+            label_space=labels,
+            build_pass=partial(FrozenPass, **pass_arguments),
+            resize=options.resize,
+            pooling=options.pooling,
+            pooled_layers=options.pooled_layers,
+            class_weight="balanced" if options.class_balance == "weights" else None,
+        )
+    has_trained_heads = all(name.startswith("vitcls.") for name in new_parameter_names)
+    encoder_rows = [
+        # Without a fitted start, the classifier stays the checkpoint's.
+        list_encoder_rows(initial.folder, frozen_encoder is None and has_trained_heads),
+        list_teacher_rows(options.teacher),
+    ]
     # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(
-        reporter.accelerator, options.mixed_precision, setup.model.config, recorded_precision
+        accelerator, options.mixed_precision, model.config, recorded_precision
     )
-    lines |= setup.summary_lines
     lines["device"] = f"{describe_device()}, mixed precision: {precision_text}"
     return RunInputs(
-        recipe=recipe,
         options=options,
         initial=initial,
         images=images,
-        setup=setup,
+        model=model,
+        processor=processor,
+        teacher=teacher,
+        pass_arguments=pass_arguments,
+        has_trained_heads=has_trained_heads,
         frozen_encoder=frozen_encoder,
-        missing_start_reason=reason,
+        missing_start_reason=missing_start_reason,
         encoder_rows=pd.concat(encoder_rows),
         fitted_rows=list_fitted_rows(initial, images),
         forward_flops=forward_flops,
         lines=lines,
     )
+
+
+def load_images(options: FinetuneOptions, initial: InitialModel) -> Splits:
+    """Read the labels and keys of the images. Steps that select read validation and test.
+
+    Raises:
+        ValueError: as `load_undivided_images` does, and for a flag that requires one label per image
+            if the images have others.
+    """
+    # A frozen run is fitted to the validation labels and measured on the test split. Whether the run
+    # is frozen is decided later, so both splits are read if it may be.
+    can_be_frozen = not initial.has_random_weights
+    images = load_undivided_images(options, options.select == "best" or can_be_frozen)
+    kind = images.label_space.kind
+    flags = {
+        "mixup": options.mixup,
+        "class_balance": options.class_balance != "none",
+        "teacher": options.teacher,
+        "augment cutmix": (options.augment or {}).get("cutmix"),
+    }
+    for flag, value in flags.items():
+        if value and kind != "single_label_classification":
+            raise ValueError(
+                f"`{flag}` requires one label per image, but the labels are {kind}. Remove `{flag}`"
+            )
+    return images
+
+
+def explain_missing_start(
+    options: FinetuneOptions, initial: InitialModel, model: Any, new_parameter_names: set[str]
+) -> str:
+    """Say why no classifier can be fitted to the features of the frozen encoder; "" if one can."""
+    has_distillation_head = getattr(model, "distillation_classifier", None) is not None
+    reasons = {
+        "the initial weights are random": initial.has_random_weights,
+        "`probe=False` is set": not options.probe,
+        "the distillation head has no features": has_distillation_head
+        and not has_searchable_pooling(model.config),
+        "the head is an MLP": model.config.head_type != "linear",
+        "the pooler has random weights": any(
+            name.startswith("vitcls.pooler.") for name in new_parameter_names
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 def list_fitted_rows(initial: InitialModel, images: Splits) -> pd.DataFrame | None:

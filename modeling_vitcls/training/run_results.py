@@ -21,7 +21,7 @@ def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -
 
     `record` is from `build_run_record`.
     """
-    setup = inputs.setup
+    model = inputs.model
     data = outcome.data
     num_seen = data.count_seen(inputs.encoder_rows, "steps" not in outcome.results)
     asked_flags = {name: record["flags"][name] for name in record["chosen_flags"]}
@@ -33,16 +33,17 @@ def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -
         # Compared when the run is resumed. The other flags are in config.resolved.yaml.
         **{name: record[name] for name in record if name != "flags"},
         "asked_flags": asked_flags,
-        **setup.results,
+        "label_column": list(inputs.options.label_column or data.label_space.columns),
+        "label_separator": data.label_space.separator,
         "calibration": outcome.calibration,
-        "selection_metric": setup.selection_metric,
+        "selection_metric": inputs.selection_metric,
         "forward_flops_per_image": inputs.forward_flops,
         # These are the values of a frozen run; a run with steps replaces them.
         "steps": 0,
         "epochs": 0.0,
         "seconds": round(outcome.seconds, 2),
-        "num_parameters": setup.model.num_parameters(),
-        "token_layout": count_tokens(setup.model.config),
+        "num_parameters": model.num_parameters(),
+        "token_layout": count_tokens(model.config),
         "device": describe_device(),
         "num_processes": AcceleratorState().num_processes,
         "versions": get_versions(),
@@ -50,8 +51,6 @@ def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -
         "num_unreadable_training_images": outcome.num_unreadable,
         **outcome.results,
     }
-    if not results["steps"]:
-        results.pop("steps_train_encoder", None)
     if num_seen and outcome.measured:
         # The error is larger than any interval says.
         for metrics in (results, *get_task_metrics(results).values()):

@@ -32,7 +32,6 @@ from .distributed_state import gather_weights
 from .model import merge_lora
 from .outcome import Outcome
 from .run_inputs import RunInputs
-from .training_setup import TrainingSetup
 
 
 def save_output(
@@ -52,9 +51,8 @@ def save_output(
     Raises:
         RunStopped: on all processes, if the folder cannot be written.
     """
-    setup = inputs.setup
     # Outside of `write`, because all processes take part in gathering.
-    weights = gather_weights(setup.model)
+    weights = gather_weights(inputs.model)
 
     def write() -> None:
         try:
@@ -64,7 +62,7 @@ def save_output(
                 stage_files(output_dir, CONFIG_FILE, RESULTS_FILE) as folder,
                 silence_transformers(),
             ):
-                model_class = write_model(setup, folder, weights)
+                model_class = write_model(inputs, folder, weights)
                 # The hashes tie the results to these weights and settings: nothing publishes them
                 # with others.
                 weights_hash = hash_weights(folder)
@@ -72,7 +70,7 @@ def save_output(
                 record |= write_provenance(inputs, folder)
                 # Read back from disk: the trained model may be sharded or have LoRA layers, and
                 # this is what others will load.
-                device = setup.model.device
+                device = inputs.model.device
                 saved_model = use_fast_modules(model_class.from_pretrained(folder)).to(device)
                 record["inference"] = measure_inference_speed(saved_model, device)
                 write_json(folder / RESULTS_FILE, results | record)
@@ -100,12 +98,12 @@ def save_output(
         ) from error
 
 
-def write_model(setup: TrainingSetup, folder: Path, weights: Tensors) -> Any:
+def write_model(inputs: RunInputs, folder: Path, weights: Tensors) -> Any:
     """Write weights, configuration, code and image processor, and return the class of the model.
 
     LoRA weights are merged. `weights` are full tensors, because the model may be sharded.
     """
-    model = setup.model
+    model = inputs.model
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save
     # PyTorch's source files as the model's code.
     model_class: Any = next(
@@ -113,7 +111,7 @@ def write_model(setup: TrainingSetup, folder: Path, weights: Tensors) -> Any:
     )
     model.__class__ = model_class
     model.save_pretrained(folder, state_dict=merge_lora(weights))
-    setup.processor.save_pretrained(folder)
+    inputs.processor.save_pretrained(folder)
     return model_class
 
 

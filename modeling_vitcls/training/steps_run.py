@@ -10,13 +10,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.augmentation import build_augmentation
-from ..data.batches import Batch, TrainingImages, iterate_training_batches
+from ..data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images, get_keys
 from ..data.workers import explain_worker_errors
+from ..inference.evaluator import Evaluator
 from ..inference.linear_probe import ABSENT_CLASS_MARGIN
-from ..inference.metrics import SELECTION_METRICS, compute_mean, get_task_metrics
+from ..inference.metrics import compute_mean, get_task_metrics
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
 from .calibration import calibrate
@@ -25,6 +26,7 @@ from .class_statistics_of_runs import store_statistics
 from .distributed_state import distribute_like, reshard, scatter_model
 from .frozen_encoder import describe_frozen, warn_about_unreadable_classes
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, read_gates
+from .losses import build_objective
 from .optimizer import average_with_start, build_parameter_groups
 from .outcome import Outcome, list_measurements
 from .plan import RunPlan
@@ -32,7 +34,7 @@ from .reporter import Reporter
 from .resume import format_flag_value
 from .run_inputs import RunInputs
 from .signals import SignalHandler
-from .training_setup import TrainingSetup
+from .teacher import measure
 from .whole_scenes import fit_frozen
 
 
@@ -56,19 +58,18 @@ def run_steps(
         reporter: output of the run.
     """
     options = plan.options
-    setup = inputs.setup
     # The frozen encoder gets a new pooler and new heads, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
     data, start = start_from_frozen(inputs, plan, data, checkpoint, reporter)
-    held_out = setup.build_evaluator(data, data.held_out)
-    if len(data.held_out) and checkpoint is None:
-        start |= inputs.recipe.measure_start(setup, held_out)
-        reporter.print_lines({"teacher": describe_teacher(start, len(data.held_out))})
+    held_out = Evaluator(data.held_out, **inputs.pass_arguments)
+    if inputs.teacher is not None and len(data.held_out) and checkpoint is None:
+        start["teacher_accuracy"] = measure(inputs.teacher, inputs.model, held_out)["accuracy"]
+        reporter.print_line("teacher", describe_teacher(start, len(data.held_out)))
     # If no checkpoint is selected, looking at the held-out images during training is harmless.
     selection = held_out
     if data.selection is not None:
-        selection = setup.build_evaluator(data, data.selection)
+        selection = Evaluator(data.selection, **inputs.pass_arguments)
 
     # Signals are caught from here on, not earlier: before the first step, there is nothing that a
     # checkpoint could save, and Ctrl-C may end the program at once.
@@ -79,7 +80,7 @@ def run_steps(
         explain_worker_errors(options.num_workers),
     ):
         loop, batches = build_loop(
-            setup,
+            inputs,
             plan,
             data,
             reporter,
@@ -96,12 +97,12 @@ def run_steps(
         # step.
         step = set_saved_weights(loop, plan)
     model = loop.state.model.eval()
-    has_excluded = exclude_unreadable_classes(setup, data, loop.unreadable_images, reporter)
+    has_excluded = exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
     predictions = calibration = nearest_images = heads_text = known_scenes = None
-    has_one_label = inputs.recipe.has_one_label(data.label_space)
+    has_one_label = data.label_space.kind == "single_label_classification"
     if has_one_label and len(data.held_out):
-        calibration, predictions, heads_text = calibrate(setup.model, model, held_out, selection)
+        calibration, predictions, heads_text = calibrate(inputs.model, model, held_out, selection)
         metrics = predictions.metrics
     # The last evaluation of the loop was of other weights, or of the images that select.
     elif step != loop.state.step or plan.averaging or data.selection is not None or has_excluded:
@@ -109,7 +110,7 @@ def run_steps(
     reshard(model)
     # After the measurement, which a distance to the classes would only slow down.
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
-        known_scenes = store_statistics(setup, inputs.frozen_encoder, data)
+        known_scenes = store_statistics(inputs, data)
     if "nearest_images" in start and predictions is not None:
         nearest = dict(start["nearest_images"])
         nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
@@ -119,7 +120,7 @@ def run_steps(
         data=data,
         measured=list_measurements(
             get_task_metrics(metrics),
-            setup.selection_metric,
+            inputs.selection_metric,
             seen_by_encoder=data.count_seen(inputs.encoder_rows, is_frozen=False),
         ),
         metrics=metrics,
@@ -154,6 +155,8 @@ def build_step_results(
         "steps": step,
         "epochs": round(loop.plan.count_epochs(step), 4),
         "images_per_second": round(step * loop.plan.images_per_step / seconds, 1),
+        # New tokens are trained although `trainable` is "head"
+        "steps_train_encoder": any(each.requires_grad for each in loop.model.vitcls.parameters()),
         "token_movement": loop.measure_token_movement(),
     }
     for name in ("frozen", "before_steps", "teacher_accuracy", "initial_classifier"):
@@ -175,7 +178,7 @@ def build_step_results(
 
 @torch.no_grad()
 def exclude_unreadable_classes(
-    setup: TrainingSetup, data: TrainingData, unreadable: UnreadableImageCounter, reporter: Reporter
+    model: Any, data: TrainingData, unreadable: UnreadableImageCounter, reporter: Reporter
 ) -> bool:
     """Keep the model from predicting classes that no image has trained; return if there are any."""
     if not data.train.is_stratified or not unreadable.indices:
@@ -186,7 +189,7 @@ def exclude_unreadable_classes(
         labels.tolist(), readable, data.label_space, reporter.warn
     )
     for name in ("classifier", "distillation_classifier"):
-        head = getattr(setup.model, name, None)
+        head = getattr(model, name, None)
         if head is not None:
             # The last layer, because a head may be an MLP
             *_, linear = (each for each in head.modules() if isinstance(each, nn.Linear))
@@ -207,9 +210,8 @@ def measure_initial_classifier(inputs: RunInputs, data: TrainingData) -> dict[st
         return {}
     if find_trained_images(data.held_out, inputs.fitted_rows).any():
         return {"initial_classifier": None}
-    setup = inputs.setup
-    metrics = get_task_metrics(setup.build_evaluator(data, data.held_out)(setup.model))
-    name = SELECTION_METRICS[data.label_space.kind]
+    metrics = get_task_metrics(Evaluator(data.held_out, **inputs.pass_arguments)(inputs.model))
+    name = inputs.selection_metric
     value = compute_mean([each[name] for each in metrics.values()])
     return {"initial_classifier": {name: value}}
 
@@ -245,7 +247,7 @@ def start_from_frozen(
     encoder.set_heads(frozen)
     reporter.print_lines(describe_frozen(record))
     start |= {"frozen": record, "held_out": get_keys(data.held_out).tolist()}
-    metric = SELECTION_METRICS[data.label_space.kind]
+    metric = inputs.selection_metric
     measured = {task: head for task, head in frozen.items() if head.held_out is not None}
     if measured:
         values = [
@@ -259,10 +261,8 @@ def start_from_frozen(
     return data, start
 
 
-def describe_teacher(start: dict[str, Any], num_images: int) -> str | None:
-    """Compare a teacher with the frozen model, as far as there are both, on the held-out images."""
-    if "teacher_accuracy" not in start:
-        return None
+def describe_teacher(start: dict[str, Any], num_images: int) -> str:
+    """Say what a teacher reaches on the held-out images, compared with the frozen model, if any."""
     text = (
         f"right on {round(num_images * start['teacher_accuracy'])} of {num_images} held-out images"
     )
@@ -274,7 +274,7 @@ def describe_teacher(start: dict[str, Any], num_images: int) -> str | None:
 
 
 def build_loop(
-    setup: TrainingSetup,
+    inputs: RunInputs,
     plan: RunPlan,
     data: TrainingData,
     reporter: Reporter,
@@ -291,17 +291,18 @@ def build_loop(
     """
     options = plan.options
     accelerator = reporter.accelerator
+    model, processor = inputs.model, inputs.processor
     if options.compile:
         # Compiled in place. The wrapper that `torch.compile(model)` returns would put `_orig_mod.`
         # before the name of every weight.
-        setup.model.compile()
+        model.compile()
     # Accelerate reads in `prepare` which layers to shard.
-    configure_layer_sharding(setup.model)
+    configure_layer_sharding(model)
     rates = options.learning_rate
     assert rates and options.layer_decay, "the plan sets them"
     rate, new_token_rate = rates if isinstance(rates, tuple) else (rates, rates)
     groups = build_parameter_groups(
-        setup.model,
+        model,
         options.weight_decay,
         options.layer_decay,
         plan.new_tokens,
@@ -310,7 +311,7 @@ def build_loop(
     optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     # Model and optimizer are prepared in one call: FSDP2 replaces the parameters, and only this
     # call puts the new ones into the optimizer.
-    state = TrainingState(*accelerator.prepare(setup.model, optimizer))
+    state = TrainingState(*accelerator.prepare(model, optimizer))
     if plan.averaging:
         # Copied after `prepare`, so each process keeps the start of its own shard on its own
         # device.
@@ -319,14 +320,20 @@ def build_loop(
 
     loop = TrainingLoop(
         state=state,
-        objective=setup.build_objective(data),
+        objective=build_objective(
+            options,
+            data,
+            teacher=inputs.teacher,
+            normalize=Normalizer(processor, accelerator.device),
+            accelerator=accelerator,
+        ),
         evaluate_model=evaluate_model,
         plan=build_batch_plan(len(data.train), options, accelerator.num_processes),
         options=options,
         accelerator=accelerator,
         reporter=reporter,
         store=store,
-        selection_metric=setup.selection_metric,
+        selection_metric=inputs.selection_metric,
         unreadable_images=UnreadableImageCounter(reporter.warn),
         save_every=options.save_every,
         evaluated_images="held_out" if data.selection is None else "selection",
@@ -346,12 +353,13 @@ def build_loop(
         loop.restore(checkpoint)
         reporter.print_line("resumed", f"after step {state.step:,} of {num_steps:,}")
     # A checkpoint saved before the evaluation of its step has a record that was never logged.
-    reporter.start_after(state.step - bool(state.pending_record), num_steps, setup.selection_metric)
+    reporter.start_after(
+        state.step - bool(state.pending_record), num_steps, inputs.selection_metric
+    )
     used_flags = run_metadata["flags"] | run_metadata["chosen_flags"]
     # Flags are formatted as text, because TensorBoard does not accept lists.
     reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
 
-    processor = setup.processor
     images = TrainingImages(
         data.train,
         build_augmentation(options, processor),
@@ -359,7 +367,7 @@ def build_loop(
         bool(processor.do_convert_rgb),
         seed=options.seed,
         bit_depth=processor.bit_depth,
-        num_channels=setup.model.config.num_channels,
+        num_channels=model.config.num_channels,
     )
     return loop, iterate_training_batches(
         images, loop.plan, accelerator.process_index, options.num_workers, state.step

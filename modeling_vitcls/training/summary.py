@@ -5,7 +5,12 @@ from itertools import chain
 from typing import Any
 
 from ..data.aspect_ratio import get_resize
-from ..data.splits import HELD_OUT_SPLITS, TrainingData
+from ..data.splits import (
+    HELD_OUT_SPLITS,
+    TrainingData,
+    describe_leaks,
+    describe_missing_classes,
+)
 from ..hub.local_paths import make_relative
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.files import replace_control_characters
@@ -19,19 +24,18 @@ MAX_NAMED_CLASSES = 12  # Maximum number of classes that the summary names
 
 def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter) -> None:
     """Print what the run does, before it starts."""
-    setup = inputs.setup
     encoder = inputs.frozen_encoder  # Chooses geometry and pooling itself, later
     reporter.print_lines(
         {
             **describe_splits(data),
             "start": describe_fitted_images(inputs, plan, data),
-            "resize": get_resize(setup.processor) if encoder is None else None,
+            "resize": get_resize(inputs.processor) if encoder is None else None,
             **inputs.images.facts,
             **describe_model(
                 inputs.initial.name,
-                setup.model,
+                inputs.model,
                 is_pooling_known=encoder is None,
-                is_partly_frozen=getattr(plan.options, "trainable", "full") != "full",
+                is_partly_frozen=plan.options.trainable != "full",
             ),
             **inputs.lines,
             **plan.lines,
@@ -45,7 +49,8 @@ def warn_about_images(
     inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter
 ) -> None:
     """Warn about classes that lack images, and about images that cannot measure the run."""
-    for warning in inputs.recipe.list_warnings(data, plan.options.group_column):
+    leaks = describe_leaks(data, plan.options.group_column)
+    for warning in [*describe_missing_classes(data), *leaks]:
         reporter.warn(warning)
     # They trained its encoder, or a classifier that it keeps.
     num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,6 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.splits import divide_images
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training.finetune import FineTuning
 from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.model import build_model, resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions, ModelOptions
@@ -41,9 +39,7 @@ PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, augment={"shift": 0.0})
 SPEEDS = ("images_per_second", "seconds", "inference", "versions")
 
 
-def build_tiny_options(
-    output_dir: Path, dataset: object, kind: type = FinetuneOptions, **flags: Any
-) -> Any:
+def build_tiny_options(output_dir: Path, dataset: object, **flags: Any) -> FinetuneOptions:
     """Return options of a training run of a tiny model, or of `model`, in this process.
 
     `flags` sets further flags.
@@ -57,7 +53,7 @@ def build_tiny_options(
         "probe": False,
         "select": "last",
     } | flags
-    return build_options(kind, output_dir=output_dir, dataset=str(dataset), **settings)
+    return build_options(FinetuneOptions, output_dir=output_dir, dataset=str(dataset), **settings)
 
 
 def run_training(options: Any) -> dict[str, Any]:
@@ -68,7 +64,7 @@ def run_training(options: Any) -> dict[str, Any]:
 def run_to_folder(options: Any) -> Path:
     """Train in this process, and return the output folder."""
     reset_accelerate()
-    return train(options, FineTuning())
+    return train(options)
 
 
 def forget_end(folder: Path, last_step: int) -> None:
@@ -79,12 +75,11 @@ def forget_end(folder: Path, last_step: int) -> None:
 
 
 def prepare_setup(options: Any) -> SimpleNamespace:
-    """Return what a run prepares: setup, resolved options, data, plan, reporter and warnings."""
+    """Return what a run prepares: inputs, resolved options, data, plan and reporter."""
     reset_accelerate()
-    recipe = FineTuning()
     accelerator = Accelerator(cpu=True)
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
-    inputs = load(recipe, options, None, reporter)
+    inputs = load(options, None, reporter)
     plan = plan_run(inputs, accelerator, is_resumed=False)
     data = divide_images(
         inputs.images, plan.options.held_out_fraction, plan.options.select == "best"
@@ -94,13 +89,11 @@ def prepare_setup(options: Any) -> SimpleNamespace:
         batches = build_batch_plan(len(data.train), plan.options, accelerator.num_processes)
     return SimpleNamespace(
         inputs=inputs,
-        setup=inputs.setup,
         options=plan.options,
         data=data,
         kind=plan.kind,
         plan=batches,
         reporter=reporter,
-        warnings=partial(recipe.list_warnings, data, plan.options.group_column),
     )
 
 

@@ -26,7 +26,7 @@ from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 PRELOADED = (
-    "modeling_vitcls.training.finetune datasets peft psutil pytest timm "
+    "modeling_vitcls.training.run datasets peft psutil pytest timm "
     "sklearn.datasets sklearn.model_selection tyro"
 ).split()
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"

@@ -16,17 +16,17 @@ from modeling_vitcls.training.defaults import (
     resolve_schedule,
 )
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
-from modeling_vitcls.training.options import (
-    FinetuneOptions,
-)
+from modeling_vitcls.training.options import FinetuneOptions
 
 
 PRETRAINED = {"folder": "checkpoint"}
 
 
-def build_options(kind: Any = FinetuneOptions, **flags: Any) -> Any:
+def build_options(**flags: Any) -> FinetuneOptions:
     """Return the options of a run."""
-    return kind(**{"output_dir": Path("out"), "dataset": "digits", "model": "vitcls-tiny"} | flags)
+    return FinetuneOptions(
+        **{"output_dir": Path("out"), "dataset": "digits", "model": "vitcls-tiny"} | flags
+    )
 
 
 def build_initial(

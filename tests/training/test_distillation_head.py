@@ -181,5 +181,5 @@ def test_a_run_that_ends_below_its_start_says_so(
 def test_a_random_head_is_not_averaged_with_its_start(frozen: Path, tmp_path: Path) -> None:
     flags = {"probe": False, "num_distillation_tokens": 1, "max_steps": 1}
     options = build_options(tmp_path / "run", frozen, **flags)
-    assert not prepare_setup(options).setup.has_trained_heads
+    assert not prepare_setup(options).inputs.has_trained_heads
     assert run_training(options).get("average_with_start") is None

@@ -39,11 +39,13 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     verify_unchanged,
 )
+from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.checkpoints import CheckpointStore
+from modeling_vitcls.training.losses import build_objective
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.run_inputs import list_teacher_rows
 
@@ -288,9 +290,14 @@ def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_p
     labels = torch.tensor([0, 1, 1, 0, 1, 1])
     plain = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
     weighted = (plain * (counts.sum() / (2 * counts))[labels]).mean()
-    torch.testing.assert_close(
-        run.setup.build_objective(run.data).label_loss(logits, labels), weighted
+    objective = build_objective(
+        run.options,
+        run.data,
+        teacher=None,
+        normalize=Normalizer(run.inputs.processor, torch.device("cpu")),
+        accelerator=run.reporter.accelerator,
     )
+    torch.testing.assert_close(objective.label_loss(logits, labels), weighted)
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from modeling_vitcls import (
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.training.defaults import choose_image_size
-from modeling_vitcls.training.finetune import check_label_kind
 from modeling_vitcls.training.model import (
     InitialModel,
     check_model_flags,
@@ -231,19 +230,6 @@ def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str,
             **{"output_dir": "out", "dataset": "digits", "model": "some/checkpoint"} | flags,
         )
         check_model_flags(options.model, (), options.trainable, options.gate_new_tokens)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [("mixup", 0.1), ("cutmix", 0.1), ("class_balance", "weights"), ("teacher", "t")],
-)
-def test_mixing_balancing_and_labeled_teachers_require_one_label_per_image(
-    flag: str, value: Any
-) -> None:
-    check_label_kind("single_label_classification", **{flag: value})
-    for kind in ("multi_label_classification", "multi_task"):
-        with raises_one_line(f"`{flag}`", kind):
-            check_label_kind(kind, **{flag: value})
 
 
 LAYOUT: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 2}

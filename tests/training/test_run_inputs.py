@@ -21,9 +21,12 @@ from safetensors.torch import load_file
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.splits import describe_missing_classes
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training.checkpoints import CheckpointStore
+from modeling_vitcls.training.model import resolve_initial_model
+from modeling_vitcls.training.run_inputs import load_images
 
 
 DIGITS = DataOptions(dataset="digits", num_workers=0)
@@ -148,7 +151,7 @@ def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     write_photos(tmp_path / "data/val", range(1, 3), "dusk", "noon", "night")
     options = build_options(tmp_path / "run", tmp_path / "data", model=model, select=None)
     run = prepare_setup(options)
-    (warning,) = run.warnings()
+    (warning,) = describe_missing_classes(run.data)
     assert "1 of the 3 classes have no training images: night" in warning
     assert run.options.select == "last"
     assert run.data.label_space.names == ["dusk", "night", "noon"]
@@ -158,4 +161,34 @@ def test_a_class_with_one_image_is_a_warning_if_nothing_is_held_out(tmp_path: Pa
     data = write_photos(tmp_path / "data", range(2), "dusk")
     write_photos(data, range(1), "night")
     run = prepare_setup(build_options(tmp_path / "run", data, held_out_fraction=0.0))
-    assert "no result measures classes with one image: night. Add images" in run.warnings()
+    (warning,) = describe_missing_classes(run.data)
+    assert warning == "no result measures classes with one image: night. Add images"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("mixup", 0.1),
+        ("augment", {"cutmix": 0.1}),
+        ("class_balance", "weights"),
+        ("teacher", "timm:resnet18"),
+    ],
+)
+def test_mixing_balancing_and_teachers_require_one_label_per_image(
+    flag: str, value: Any, tmp_path: Path
+) -> None:
+    write_photos(tmp_path, range(2))
+    table = tmp_path / "table.csv"
+    table.write_text("image,kind,tags\ncat/0.png,cat,wet\ncat/1.png,cat,wet|old\ndog/0.png,dog,old")
+    initial = resolve_initial_model("vitcls-tiny")
+
+    def load(**labels: Any) -> Any:
+        return load_images(
+            build_options(tmp_path / "run", table, **{flag: value}, **labels), initial
+        )
+
+    assert load(label_column=("kind",)).label_space.kind == "single_label_classification"
+    with raises_one_line(f"`{flag}", "multi_label_classification"):
+        load(label_column=("tags",), label_separator="|")
+    with raises_one_line(f"`{flag}", "multi_task"):
+        load(label_column=("kind", "tags"))
