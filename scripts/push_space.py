@@ -25,7 +25,7 @@ from modeling_vitcls.runtime.flags import Options
 
 
 if TYPE_CHECKING:
-    from modeling_vitcls.hub.loading import HubCommit
+    from huggingface_hub import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ def run(options: SpaceOptions) -> None:
     from modeling_vitcls.runtime.staging import check_output_is_empty
 
     model = find_published_model(options.model)
-    if options.static and model.needs_token and not options.private and options.output is None:
+    needs_token = model.private or model.gated
+    if options.static and needs_token and not options.private and options.output is None:
         raise ValueError(
-            f"a public static Space would publish the weights of {model.repo_id}, which is private "
+            f"a public static Space would publish the weights of {model.id}, which is private "
             "or gated. Set --private"
         )
     if options.output is not None:
@@ -80,21 +81,21 @@ def run(options: SpaceOptions) -> None:
         )
         print(f"wrote {options.output}: to serve the page, run python {arguments}")
         return
-    default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
+    default_name = f"{model.id.rpartition('/')[2]}-demo"
     sdk = "static" if options.static else "gradio"
     with tempfile.TemporaryDirectory() as folder:
         write_files(options, model, Path(folder))
         space_id = prepare_repository(options.space_id, default_name, options.private, sdk)
         pushed_space = push_space(Path(folder), model, space_id)
-    print(f"pushed a Space for {model.repo_id} at {model.sha}: {pushed_space.url}")
-    if model.needs_token and not options.static:
+    print(f"pushed a Space for {model.id} at {model.sha}: {pushed_space.url}")
+    if needs_token and not options.static:
         print(
-            f"{model.repo_id} is private or gated: at {pushed_space.url}/settings, add a token "
+            f"{model.id} is private or gated: at {pushed_space.url}/settings, add a token "
             "with read access to the model as the secret HF_TOKEN"
         )
 
 
-def write_files(options: SpaceOptions, model: "HubCommit", folder: Path) -> None:
+def write_files(options: SpaceOptions, model: "ModelInfo", folder: Path) -> None:
     """Write the files of the Space to a folder."""
     if not options.static:
         from space.space import write_space
@@ -105,7 +106,7 @@ def write_files(options: SpaceOptions, model: "HubCommit", folder: Path) -> None
     from space.transformers_js import export_for_transformers_js
 
     silence_exporters()
-    export_for_transformers_js(f"{model.repo_id}@{model.sha}", folder / MODEL_FOLDER)
+    export_for_transformers_js(f"{model.id}@{model.sha}", folder / MODEL_FOLDER)
     write_static_space(folder, model)
 
 

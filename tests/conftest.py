@@ -134,7 +134,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         # a client with the former address
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
-        monkeypatch.setattr("modeling_vitcls.hub.loading.RETRY_WAIT", 0.01)
         yield running
 
 

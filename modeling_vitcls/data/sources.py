@@ -25,13 +25,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from accelerate import PartialState
-from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..hub.connection import name_cache
 from ..hub.loading import (
-    describe_incomplete_cache,
+    describe_hub_error,
     describe_missing_repo,
-    fall_back_to_cache,
     is_hub_id,
 )
 from ..hub.local_paths import BUILT_IN_DATASET, is_local, resolve_name
@@ -262,8 +261,7 @@ def open_dataset(
 
     import datasets
 
-    # Without the fallback, `datasets` retries for almost a minute
-    with fall_back_to_cache(dataset, "dataset"), explain_reading_errors(dataset):
+    with explain_reading_errors(dataset):
         return dataset, path, datasets.load_dataset(dataset)
 
 
@@ -439,8 +437,10 @@ def explain_reading_errors(name: str) -> Iterator[None]:
             cause = cause.__cause__
         if str(cause).startswith("BatchSize must be greater than 0"):  # An empty Parquet file
             raise ValueError(f"{name} is empty. Add rows with images") from error
-        if isinstance(cause, ConnectionError) and is_offline_mode():
-            raise OSError(describe_incomplete_cache(name, None, "dataset")) from error
+        if isinstance(cause, datasets.exceptions.DatasetNotFoundError):
+            raise OSError(describe_missing_repo(name, "dataset")) from error
+        if isinstance(cause, ConnectionError | HfHubHTTPError):
+            raise OSError(describe_hub_error(cause, name, repo_type="dataset")) from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
             "Check the path or the name on the Hub, and the file format: CSV, JSON Lines or Parquet, "

@@ -1,57 +1,39 @@
-"""Find the files of a model locally or download them with short timeouts, and return their folder.
+"""Find the files of a model locally or download them, and return their folder.
 
     folder = get_model_folder("runs/mine")              # a folder is returned unchanged
     folder = get_model_folder("someone/their-model")    # downloaded; from the cache if the Hub does not respond
     folder = get_model_folder("someone/their-model@v1")
-    with fall_back_to_cache("someone/their-data", "dataset"):
-        ...                                             # the same rule for downloads by other libraries
     model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
     model, commit = load_timm_model("vit_small_patch16_224@weights.pth")
     model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
     folder = download_files("someone/their-model", "v1", ["config.json"])
 
-    online          the newest commit; files that are not in the cache are downloaded
-    no response     the cached files, with a warning; an error if no files are cached
-    offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an error if no files are cached
-
-Loading from the returned folder sends no requests. Without this module, transformers would retry
-for a minute if connections were refused, and for many minutes if the Hub did not respond.
+huggingface_hub decides what is downloaded, retried and taken from the cache, and its environment
+variables apply, such as HF_HUB_OFFLINE. An error that a person can mend is one line with the
+remedy. Loading from the returned folder sends no requests.
 """
 
 import difflib
-import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
+from typing import Literal
 
 from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import (
-    build_hf_headers,
-    hf_raise_for_status,
-    http_backoff,
-    validate_repo_id,
-)
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.errors import format_name_list
-from .connection import (
-    HUB_ERRORS,
-    describe_no_response,
-    format_hub_error,
-    name_cache,
-    set_hub_timeout,
-)
+from .connection import HUB_ERRORS, describe_no_response, format_hub_error, name_cache
 from .model_files import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -67,28 +49,8 @@ MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, ADAPTER_FILE)
 
 # The address of a page or of a repository
 HUB_PAGE = re.compile(r"(?:https?://[^/]+|hf:/)/(?:datasets/)?([\w.-]+/[\w.-]+)")
-TIMEOUT = 6.0  # Maximum time without a response, in seconds
-COMMIT_TIMEOUT = 60.0  # Maximum time without a response for the files of a commit, in seconds
-RETRY_WAIT = 1.0  # Wait before the only retry, after an error of the server, in seconds
-
 RepoType = Literal["model", "dataset"]
 PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class HubCommit:
-    """A commit on the Hub."""
-
-    repo_id: str  # `namespace/name`
-    sha: str  # Commit hash, 40 hexadecimal digits
-    # Whether a download requires a token, because the repository is private or gated
-    needs_token: bool
-
-
-class HubUnreachableError(OSError):
-    """Raised if the Hub does not respond. The message is a single line and names the remedy."""
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -123,14 +85,13 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS)
     # For a mistyped path, the Hub's client would explain the syntax of repository ids.
     if not is_hub_id(name):
         raise OSError(describe_missing_repo(name))
-    with fall_back_to_cache(name, revision=revision):
-        folder = download_files(name, revision, patterns, TIMEOUT)
-        if not (folder / CONFIG_FILE).is_file():
-            if is_offline_mode():  # The cache has only other files
-                raise OSError(describe_incomplete_cache(name, revision))
-            raise OSError(
-                f"{name} does not contain a model, because {CONFIG_FILE} is missing. Check the name"
-            )
+    folder = download_files(name, revision, patterns)
+    if not (folder / CONFIG_FILE).is_file():
+        if is_offline_mode():  # The cache has only other files
+            raise OSError(describe_incomplete_cache(name, revision))
+        raise OSError(
+            f"{name} does not contain a model, because {CONFIG_FILE} is missing. Check the name"
+        )
     return str(folder)
 
 
@@ -147,99 +108,6 @@ def get_external_model_folder(source: str) -> str:
         if file.suffix in (".safetensors", ".bin"):
             open_regular_file(file).close()  # transformers' errors about files say less
     return folder
-
-
-def fetch_repo_info(
-    repo_id: str, repo_type: RepoType = "model", revision: str | None = None
-) -> dict[str, Any]:
-    """Fetch the Hub's information about a repository, using at most two requests.
-
-    Raise HubUnreachableError if the Hub does not respond, and OSError if there is no such
-    repository or revision.
-    """
-    suffix = f"/revision/{quote(revision, safe='')}" if revision else ""
-    try:
-        response = http_backoff(
-            "GET",
-            f"{constants.ENDPOINT}/api/{repo_type}s/{repo_id}{suffix}",
-            max_retries=1,
-            base_wait_time=RETRY_WAIT,
-            # A Hub that does not respond now will not respond a second later, either.
-            retry_on_exceptions=(),
-            headers=build_hf_headers(),
-            timeout=TIMEOUT,
-        )
-        hf_raise_for_status(response)
-        return response.json()
-    # These two are HTTP errors as well, so they come before HUB_ERRORS: here, the Hub has answered.
-    except RepositoryNotFoundError as error:
-        raise OSError(
-            f"{describe_missing_repo(repo_id, repo_type)} ({format_hub_error(error)})"
-        ) from None
-    except RevisionNotFoundError as error:
-        raise OSError(
-            f"{repo_id} has no revision {revision} ({format_hub_error(error)}). Set an existing "
-            "commit hash, branch or tag"
-        ) from None
-    except HUB_ERRORS as error:
-        # The Hub refuses an invalid token for public repositories, too.
-        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-            raise OSError(
-                f"the Hub refuses the token: {format_hub_error(error)}. Log in with `hf auth login`, or "
-                "unset HF_TOKEN; a public model or dataset needs no token (`hf auth logout`)"
-            ) from None
-        raise HubUnreachableError(describe_no_response(error)) from error
-
-
-@contextmanager
-def fall_back_to_cache(
-    repo_id: str, repo_type: RepoType = "model", revision: str | None = None
-) -> Iterator[str | None]:
-    """If the Hub does not respond, run the block offline, so that libraries use the cache.
-
-    Yield the hash of the commit on the Hub, or None if the Hub was not reached. Raise OSError if
-    there is no such repository or revision, or if the Hub does not respond and the block fails.
-    """
-    if is_offline_mode():
-        yield None
-        return
-
-    try:
-        commit = fetch_repo_info(repo_id, repo_type, revision)["sha"]
-    except HubUnreachableError as error:
-        # Python deletes `error` at the end of this block, but the message below needs it.
-        hub_error = error
-    else:
-        yield commit
-        return
-
-    # Offline mode comes last, because it also hides that a repository was deleted or made private.
-    try:
-        with force_offline():
-            yield None
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # A library's error about files that are not in the cache
-        name = repo_id if revision is None else f"{repo_id}@{revision}"
-        raise OSError(
-            f"{name} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, "
-            f"and {hub_error}"
-        ) from error
-    logger.warning("%s. Loading %s from the cache, which may be outdated", hub_error, repo_id)
-
-
-@contextmanager
-def force_offline() -> Iterator[None]:
-    """Run the block as if HF_HUB_OFFLINE were set."""
-    # The variable is read once, when huggingface_hub is imported, so setting it now would have no
-    # effect.
-    previous_value = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = previous_value
 
 
 def get_cached_commit(folder: str) -> str | None:
@@ -278,19 +146,13 @@ def is_hub_id(source: str) -> bool:
     return True
 
 
-@name_cache()
-def download_files(
-    repo_id: str,
-    revision: str | None,
-    patterns: Sequence[str],
-    timeout: float = COMMIT_TIMEOUT,
-) -> Path:
+def download_files(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Download the matching files of a commit to the cache, and return their folder.
 
-    huggingface_hub retries each request.
+    Raise OSError if they can be neither downloaded nor found in the cache.
     """
     try:
-        with set_hub_timeout(timeout):
+        with name_cache():
             # Without `local_files_only`, huggingface_hub looks for a commit's files on the Hub even
             # in offline mode.
             folder = snapshot_download(
@@ -300,10 +162,42 @@ def download_files(
                 local_files_only=is_offline_mode(),
             )
     except HUB_ERRORS as error:
-        if not is_offline_mode():
-            raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
-        raise OSError(describe_incomplete_cache(repo_id, revision)) from error
+        raise OSError(describe_hub_error(error, repo_id, revision)) from error
     return Path(folder)
+
+
+def describe_hub_error(
+    error: BaseException, repo_id: str, revision: str | None = None, repo_type: RepoType = "model"
+) -> str:
+    """Say in one line why a download failed, and what a person can do."""
+    # The order matters: GatedRepoError is a RepositoryNotFoundError, and both are HTTP errors.
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{format_hub_error(error)}. Accept its conditions at {constants.ENDPOINT}/{repo_id}, "
+            "and log in with `hf auth login`, or set HF_TOKEN"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return describe_missing_repo(repo_id, repo_type)
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"{repo_id} has no revision {revision} ({format_hub_error(error)}). Set an existing "
+            "commit hash, branch or tag"
+        )
+    # The Hub refuses an invalid token for public repositories, too.
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return (
+            f"the Hub refuses the token: {format_hub_error(error)}. Log in with `hf auth login`, or "
+            "unset HF_TOKEN; a public model or dataset needs no token (`hf auth logout`)"
+        )
+    # `datasets` raises ConnectionError for the same reason.
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        if is_offline_mode():
+            return describe_incomplete_cache(repo_id, revision, repo_type)
+        return (
+            f"{describe_absence(repo_id, repo_type)} and is missing or incomplete in the cache, and "
+            f"{describe_no_response(error.__cause__ or error)}"
+        )
+    return f"cannot download {repo_id}: {format_hub_error(error)}"
 
 
 def describe_incomplete_cache(
@@ -319,17 +213,6 @@ def describe_incomplete_cache(
         f"`{command}` on a machine with network access, copy that machine's cache to this machine, and "
         "set HF_HUB_CACHE to the copy"
     )
-
-
-def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
-    """Look up the commit of a branch or tag.
-
-    Raise OSError if the repository or the revision does not exist, or if the Hub does not respond.
-    """
-    if not is_hub_id(repo_id):
-        raise OSError(describe_missing_repo(repo_id))
-    info = fetch_repo_info(repo_id, revision=revision)
-    return HubCommit(repo_id, info["sha"], bool(info.get("private") or info.get("gated")))
 
 
 def describe_absence(name: str, repo_type: RepoType) -> str:
@@ -353,8 +236,8 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     if not is_hub_id(name):
         return f"{absence} and not a valid id of a {repo_type} on the Hub. Check the path"
     return (
-        f"{absence}, and the Hub has no such {repo_type} (or the {repo_type} is private and the token "
-        "cannot read it). Check the name, log in with `hf auth login`, or set HF_TOKEN"
+        f"{absence}, and the Hub has no such {repo_type} (or the {repo_type} is private or gated and the "
+        "token cannot read it). Check the name, log in with `hf auth login`, or set HF_TOKEN"
     )
 
 
@@ -380,13 +263,7 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay), None
     if kind == "hf-hub":
         repo_id, _, revision = location.partition("@")
-        with fall_back_to_cache(repo_id, revision=revision or None) as commit:
-            # Without the hash, a push in the meantime would make the recorded commit wrong.
-            pinned_name = f"{kind}:{repo_id}@{commit}" if commit else name
-            return timm.create_model(pinned_name, pretrained=True), commit
-    # The name does not say in which repository the weights are, and the request that decides about
-    # the cache needs its id.
-    config = timm.get_pretrained_cfg(name)
-    hub_id = None if config is None else config.hf_hub_id
-    with fall_back_to_cache(hub_id) if hub_id else nullcontext():
-        return timm.create_model(name, pretrained=True), None
+        # Without the hash, a push in the meantime would make the recorded commit wrong.
+        commit = download_files(repo_id, revision or None, CONFIG_FILES).name
+        return timm.create_model(f"{kind}:{repo_id}@{commit}", pretrained=True), commit
+    return timm.create_model(name, pretrained=True), None

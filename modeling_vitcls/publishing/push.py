@@ -36,7 +36,6 @@ from ..hub.connection import (
     hide_hub_progress_bars,
     set_hub_timeout,
 )
-from ..hub.loading import HubCommit
 from ..hub.model_files import CARD_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.flags import to_arguments
@@ -59,9 +58,13 @@ class PushError(OSError):
 
 
 @dataclass(frozen=True)
-class PushedCommit(HubCommit):
+class PushedCommit:
     """The commit of a push, or the newest one of the branch if nothing has changed."""
 
+    repo_id: str  # `namespace/name`
+    sha: str  # Commit hash, 40 hexadecimal digits
+    # Whether a download requires a token, because the repository is private or gated
+    needs_token: bool
     url: str  # URL of the commit
     is_private: bool
     files: Mapping[str, Path | bytes]  # Name in the repository -> path or content

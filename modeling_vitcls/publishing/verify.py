@@ -40,7 +40,6 @@ from ..hub.connection import (
     set_hub_timeout,
     silence_transformers,
 )
-from ..hub.loading import HubCommit
 from ..hub.model_files import CODE_PATTERN
 from ..hub.model_folder import ModelFolder
 from ..model.modeling_vitcls import ViTCLSBackbone
@@ -196,7 +195,7 @@ def compare_code(files: Mapping[str, Path | bytes]) -> str:
 
 
 def run_verification_script(
-    commit: HubCommit, auto_class: str, trust_remote_code: bool
+    commit: PushedCommit, auto_class: str, trust_remote_code: bool
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 

@@ -19,17 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import SpaceCard, SpaceCardData, constants
+from huggingface_hub import HfApi, ModelInfo, SpaceCard, SpaceCardData, constants
 from packaging.requirements import Requirement
 
 from modeling_vitcls.hub.connection import check_is_online
-from modeling_vitcls.hub.loading import (
-    HubCommit,
-    download_files,
-    resolve_commit,
-    split_revision,
-)
-from modeling_vitcls.hub.model_files import CONFIG_FILES
+from modeling_vitcls.hub.loading import get_model_folder, split_revision
+from modeling_vitcls.hub.model_files import CONFIG_FILE, CONFIG_FILES, PROCESSOR_FILE
 from modeling_vitcls.hub.model_folder import list_code_references
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.publishing.push import PushedCommit, build_push_command, upload_files
@@ -84,7 +79,7 @@ To run this page on your own machine: `pip install gradio=={gradio} -r requireme
 """
 
 
-def find_published_model(source: str) -> HubCommit:
+def find_published_model(source: str) -> ModelInfo:
     """Look up a model on the Hub by its id, with an optional `@REVISION`.
 
     A revision is a commit hash, a branch or a tag.
@@ -92,7 +87,7 @@ def find_published_model(source: str) -> HubCommit:
     Raise ValueError if `source` is a local folder, if the model is not on the Hub, or if it is not
     a vitcls model with code and an image processor, and OSError if the Hub does not respond.
     """
-    repo_id, revision = split_revision(source)
+    repo_id, _ = split_revision(source)
     if Path(repo_id).is_dir():
         command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
         raise ValueError(
@@ -100,10 +95,9 @@ def find_published_model(source: str) -> HubCommit:
             f"first: {command}"
         )
     check_is_online()
-    model = resolve_commit(repo_id, revision or "main")
-    folder = download_files(repo_id, model.sha, CONFIG_FILES)
-    config_file, processor_config_file = (folder / name for name in CONFIG_FILES)
-    config_dict = read_json(config_file) if config_file.is_file() else {}
+    folder = Path(get_model_folder(source, CONFIG_FILES))
+    model = HfApi().model_info(repo_id, revision=folder.name)
+    config_dict = read_json(folder / CONFIG_FILE)
     code_references = list_code_references(config_dict.get("auto_map"))
     if config_dict.get("model_type") != ViTCLSConfig.model_type or not code_references:
         raise ValueError(
@@ -112,14 +106,14 @@ def find_published_model(source: str) -> HubCommit:
         )
     if not any("Classification" in name for name in config_dict.get("architectures") or ()):
         raise ValueError(f"a Space requires a classifier, but {repo_id} is an encoder")
-    if not processor_config_file.is_file():
+    if not (folder / PROCESSOR_FILE).is_file():
         raise ValueError(
             f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model"
         )
     return model
 
 
-def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -> None:
+def write_space(folder: Path, model: ModelInfo, examples: Sequence[Path] = ()) -> None:
     """Write the files of the Space to a folder. Raise ValueError if gradio is not installed."""
     try:
         gradio_version = importlib.metadata.version("gradio")
@@ -148,7 +142,7 @@ def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -
     for index, file in enumerate(examples):
         (folder / EXAMPLES_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(file, folder / EXAMPLES_FOLDER / f"{index}_{file.name}")
-    app_code = APP_TEMPLATE.format(model=model.repo_id, commit=model.sha, examples=EXAMPLES_FOLDER)
+    app_code = APP_TEMPLATE.format(model=model.id, commit=model.sha, examples=EXAMPLES_FOLDER)
     (folder / "app.py").write_text(app_code, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     requirements_text = "".join(
@@ -158,31 +152,31 @@ def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -
 
 
 def build_space_card(
-    model: HubCommit, description: str, settings: dict[str, Any], **fields: str
+    model: ModelInfo, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
     """Return the text of README.md, whose header configures the Space.
 
     `description` is a template with the placeholders `model`, `commit`, `url` and the names in
     `fields`.
     """
-    title = f"{model.repo_id.partition('/')[2]}: labels of a photo"
+    title = f"{model.id.partition('/')[2]}: labels of a photo"
     header = SpaceCardData(
         title=title,
         emoji="🔎",
         colorFrom="indigo",
         colorTo="gray",
-        models=[model.repo_id],
+        models=[model.id],
         tags=["vision", "vit", "vitcls"],
         short_description="Labels that a Vision Transformer predicts",
         license="apache-2.0",  # of the page
         **settings,
     )
-    url = f"{constants.ENDPOINT}/{model.repo_id}"
-    text = description.format(model=model.repo_id, commit=model.sha, url=url, **fields)
+    url = f"{constants.ENDPOINT}/{model.id}"
+    text = description.format(model=model.id, commit=model.sha, url=url, **fields)
     return str(SpaceCard(f"---\n{header.to_yaml()}\n---\n# {title}\n{text}"))
 
 
-def push_space(folder: Path, model: HubCommit, space_id: str) -> PushedCommit:
+def push_space(folder: Path, model: ModelInfo, space_id: str) -> PushedCommit:
     """Push the files of a Space.
 
     Outdated files in the same folders are removed, and all other files are kept.
@@ -192,7 +186,7 @@ def push_space(folder: Path, model: HubCommit, space_id: str) -> PushedCommit:
     the remedy.
     """
     subfolders = {EXAMPLES_FOLDER, *(file.name for file in folder.iterdir() if file.is_dir())}
-    message = f"Show {model.repo_id} at {model.sha[:7]}"
+    message = f"Show {model.id} at {str(model.sha)[:7]}"
     delete_patterns = [f"{name}/*" for name in subfolders]
     files = {
         file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()

@@ -15,7 +15,7 @@ import json
 import shutil
 from pathlib import Path
 
-from modeling_vitcls.hub.loading import HubCommit
+from huggingface_hub import ModelInfo
 
 from .space import build_space_card
 
@@ -35,14 +35,14 @@ The model runs in the browser, with transformers.js. Images are not uploaded. Th
 """
 
 
-def write_static_space(folder: Path, model: HubCommit) -> None:
+def write_static_space(folder: Path, model: ModelInfo) -> None:
     """Write the files of a static Space to the folder with the exported model in `MODEL_FOLDER`.
 
     The page loads transformers.js from a CDN.
     """
     page_html = Path(__file__).with_name("static.html").read_text(encoding="utf-8")
     page_html = page_html.replace('"LIBRARY"', json.dumps(TRANSFORMERS_JS_URL)).replace(
-        "TITLE", html.escape(model.repo_id)
+        "TITLE", html.escape(model.id)
     )
     (folder / "index.html").write_text(page_html, encoding="utf-8")
     shutil.copyfile(Path(__file__).with_name("static.js"), folder / "app.js")

@@ -1,42 +1,43 @@
-"""Loading models from the Hub: converted from other projects, pinned, and offline.
+"""Loading models and datasets from the Hub: newest, pinned, from the cache, and one line if they cannot be.
 
-Processes without the package, which take time to start, use a local Hub.
+The Hub is a local one. huggingface_hub waits between its retries, here without waiting.
 """
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import timm
 import torch
 import transformers
-from helpers.command_in_process import run_here
 from helpers.local_hub import LocalHub, Token
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_both, save_classifier
-from huggingface_hub import HfApi
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_both
+from huggingface_hub import constants
 from huggingface_hub.utils import _http as hub_http
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.hub import loading
-from modeling_vitcls.hub.loading import (
-    get_cached_commit,
-    get_model_folder,
-)
+from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from scripts.tools.random_weights import randomize_weights
 
 
+DEAD = "http://127.0.0.1:9"  # A closed port
 NAMES = {index: str(index) for index in range(10)}
 CARD = """---
 license: other
@@ -48,13 +49,52 @@ license_link: LICENSE.md
 
 
 @pytest.fixture
-def hub(hub: LocalHub) -> LocalHub:
-    """Start a Hub with one model, as ann."""
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
+    """Start a Hub with a private model and a data set, as ann, for all libraries."""
+    monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
+    for library in (constants, datasets.config):
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", False)
     hub.tokens |= {"hf_bob": Token("bob")}
     hub.create(
         "ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"}
     )
+    hub.create("ann/notes", private=False, files={"x.txt": b"x"})
     return hub
+
+
+def save_photos(hub: LocalHub, folder: Path) -> None:
+    """Create the data set ann/photos with eight photos."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    photos = [Image.new("L", (4, 4), 9 * index) for index in range(8)]
+    rows = {"image": photos, "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    content = (folder / "train.parquet").read_bytes()
+    hub.create("datasets/ann/photos", private=False, files={"train.parquet": content})
+
+
+def stop_hub(hub: LocalHub, patch: pytest.MonkeyPatch) -> None:
+    """Point all libraries in this process to a closed port."""
+    address = f"{DEAD}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    patch.setattr(constants, "ENDPOINT", DEAD)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    patch.setattr(datasets.config, "HF_ENDPOINT", DEAD)
+
+
+def go_offline(hub: LocalHub, patch: pytest.MonkeyPatch) -> None:
+    for library in (constants, datasets.config):
+        patch.setattr(library, "HF_HUB_OFFLINE", True)
+
+
+def use_token(token: str) -> Callable[[LocalHub, pytest.MonkeyPatch], None]:
+    return lambda hub, patch: patch.setenv("HF_TOKEN", token)
+
+
+def fail(method: str) -> Callable[[LocalHub, pytest.MonkeyPatch], None]:
+    return lambda hub, patch: hub.fail(method, "/resolve/", 500, times=99)
 
 
 def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: Path) -> None:
@@ -90,53 +130,147 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     assert report["source_revision"] == commit
 
 
-def test_folders_are_local_and_impossible_ids_are_not_resolved(
-    hub: LocalHub, tmp_path: Path
+# One line for what a person can mend: model, what happens before, words of the line.
+ERRORS: list[tuple[str, Callable[[LocalHub, pytest.MonkeyPatch], Any] | None, list[str]]] = [
+    ("/not/there", None, ["/not/there is not a folder", "not a valid id of a model"]),
+    ("a/b/c", None, ["a/b/c is not a folder", "Check the path"]),
+    ("https://huggingface.co/ann/open/tree/main", None, ["`model='ann/open'`"]),
+    ("ann/typo", None, ["ann/typo is not a folder", "the Hub has no such model", "hf auth login"]),
+    ("ann/model", use_token("hf_bob"), ["ann/model", "the token cannot read it"]),
+    ("ann/model", use_token("hf_old"), ["the Hub refuses the token", "HF_TOKEN"]),
+    ("ann/model", lambda hub, patch: hub.gated.add("ann/model"), ["restricted", "Accept its"]),
+    ("ann/model@gone", None, ["ann/model has no revision gone"]),
+    ("ann/notes", None, ["ann/notes does not contain a model", "config.json is missing"]),
+    ("ann/model", fail("HEAD"), ["does not respond: HTTP 500"]),
+    ("ann/model", fail("GET"), ["cannot download ann/model: ", "HTTP 500"]),
+    ("ann/model", stop_hub, ["missing or incomplete", DEAD, "refused", "Check the network"]),
+    ("ann/model", go_offline, ["HF_HUB_OFFLINE", "`hf download ann/model --revision main`"]),
+    ("ann/model@v1", go_offline, ["ann/model@v1", "`hf download ann/model --revision v1`"]),
+    (
+        "ann/model",
+        lambda hub, patch: patch.setattr(constants, "HF_HUB_CACHE", "/sys/kernel/hub"),
+        ["Set HF_HOME to a folder that can be written to"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "prepare", "words"), ERRORS)
+def test_a_model_that_cannot_be_loaded_is_one_line_with_a_remedy(
+    hub: LocalHub,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    prepare: Callable[[LocalHub, pytest.MonkeyPatch], Any] | None,
+    words: list[str],
 ) -> None:
-    assert get_model_folder(str(tmp_path)) == str(tmp_path)
-    for source in ("/not/there", "./not-there", "a/b/c"):
-        with raises_one_line(
-            f"{source} is not a folder", "and not a valid id of a model", error=OSError
-        ):
-            get_model_folder(source)
-    with raises_one_line("requires a model on the Hub", str(tmp_path)):
-        get_model_folder(f"{tmp_path}@main")
+    if prepare is not None:
+        prepare(hub, monkeypatch)
+    with raises_one_line(*words, error=OSError):
+        get_model_folder(model)
+
+
+def test_datasets_come_from_the_hub_or_the_cache_or_are_one_line_with_a_remedy(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(name: str) -> int:
+        return len(load_splits(DataOptions(dataset=name)).images_by_split["train"])
+
+    def check_error(name: str, *words: str) -> None:
+        with raises_one_line(*words, error=OSError):
+            read(name)
+
+    save_photos(hub, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_old")
+        check_error("ann/photos", "the Hub refuses the token", "HF_TOKEN")
+    assert read("ann/photos") == 8
+    check_error("ann/none", "ann/none is not a file or folder", "the Hub has no such dataset")
+    check_error("a/b/c", "a/b/c is not a file or folder", "not a valid id of a dataset")
+
+    stop_hub(hub, monkeypatch)
+    assert read("ann/photos") == 8
+    check_error("ann/none", "ann/none is not a file or folder", f"{DEAD} does not respond")
+    go_offline(hub, monkeypatch)
+    assert read("ann/photos") == 8
+    check_error("ann/none", "HF_HUB_OFFLINE", "hf download ann/none --repo-type dataset")
+
+
+@pytest.mark.parametrize("lose_hub", [stop_hub, go_offline])
+def test_a_pinned_model_of_timm_loads_from_the_cache(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose_hub: Callable[..., None]
+) -> None:
+    model = randomize_weights(timm.create_model("test_vit", num_classes=3))
+    save_for_hf(model, tmp_path / "theirs", safe_serialization=True)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
+    repository = hub.create("ann/vit", private=False, files=files)
+    commit = repository.branches["main"]
+    report = convert_checkpoint("timm:hf-hub:ann/vit", tmp_path / "mine")
+    assert report["source_revision"] == commit
+
+    repository.commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
+    lose_hub(hub, monkeypatch)
+    convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
+    for source in ("timm:hf-hub:ann/none", "timm:vit_tiny_patch16_224"):
+        with raises_one_line(f"timm cannot load {source[5:]}", "access to the Hub", error=OSError):
+            convert_checkpoint(source, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("evaluate.py", "--model {} --dataset digits"),
+        ("finetune.py", "--model {} --dataset digits --output-dir out"),
+        ("finetune.py", "--model vitcls-tiny --dataset {} --output-dir out"),
+        ("finetune.py", "--model vitcls-tiny --dataset digits --teacher {} --output-dir out"),
+        ("convert.py", "--model transformers:{} --output out"),
+        ("export.py", "--model {} --output out.onnx"),
+    ],
+)
+def test_a_mistyped_folder_is_named_in_one_line(
+    hub: LocalHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    flags: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, words in {
+        "lab/none": "the Hub has no such",
+        "my/runs/none": "Check the path",
+    }.items():
+        assert run_in_process(script, *flags.format(name).split()) == 1
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        last = errors.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert name in last
+        assert words in last
+
+
+def test_a_folder_wins_over_a_model_of_the_same_name(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ann/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert get_model_folder("ann/model") == "ann/model"
+    with raises_one_line("requires a model on the Hub", "ann/model"):
+        get_model_folder("ann/model@main")
     assert not hub.requests
 
 
-def test_given_revisions_are_used(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_given_revisions_are_used_and_found_in_the_cache(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = hub.repositories["ann/model"]
     old = repository.branches["main"]
-    repository.commit(
-        "main",
-        "newer",
-        repository.commits[old].files | {"config.json": hub.store("config.json", b"1")},
-    )
+    files = repository.commits[old].files | {"config.json": hub.store("config.json", b"1")}
+    newest = repository.commit("main", "newer", files)
 
-    newest = get_cached_commit(get_model_folder("ann/model"))
-    assert old != newest == repository.branches["main"]
-    assert get_cached_commit(get_model_folder(f"ann/model@{old}")) == old
-    with raises_one_line("ann/model has no revision gone", error=OSError):
-        get_model_folder("ann/model@gone")
-
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert get_cached_commit(get_model_folder(f"ann/model@{old}")) == old
-    assert "127.0.0.1:9 does not respond" in caplog.text
-    assert ". Loading ann/model from the cache" in caplog.text
-    with raises_one_line(
-        "127.0.0.1:9 does not respond", "refused", "Check the network", error=OSError
-    ):
-        get_model_folder("ann/model@gone")
-    assert get_cached_commit(get_model_folder("ann/model")) == newest
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert get_cached_commit(get_model_folder(f"ann/model@{old}")) == old
-    with raises_one_line(
-        "ann/model@gone is", "hf download ann/model --revision gone", error=OSError
-    ):
-        get_model_folder("ann/model@gone")
+    for lose_hub in (None, stop_hub, go_offline):
+        if lose_hub is not None:
+            lose_hub(hub, monkeypatch)
+        assert get_cached_commit(get_model_folder(f"ann/model@{old}")) == old
+        assert get_cached_commit(get_model_folder("ann/model")) == newest
 
 
 def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None:
@@ -158,84 +292,6 @@ def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None
         "main", "more", repository.commits[repository.branches["main"]].files
     )
     assert get_cached_commit(get_model_folder("ann/model")) == newest
-
-
-def test_temporary_failures_are_retried(hub: LocalHub) -> None:
-    hub.fail("GET", "/api/models/ann/model", 503)
-    hub.fail("GET", "/objects/", "cut")
-    assert Path(get_model_folder("ann/model"), "model.safetensors").read_bytes() == b"weights"
-
-
-@pytest.mark.parametrize(
-    ("status", "is_temporary"), [(429, True), (500, True), (503, True), (401, False), (404, False)]
-)
-def test_only_errors_that_may_pass_are_retried(
-    hub: LocalHub, tmp_path: Path, status: int, is_temporary: bool
-) -> None:
-    """Each error occurs once: the second request would succeed."""
-    files = save_classifier(tmp_path / "model").iterdir()
-    hub.create("ann/vit", private=False, files={file.name: file.read_bytes() for file in files})
-    hub.fail("GET", "/api/models/ann/vit", status)
-    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
-    exit_status = run_here("predict", "--model", "ann/vit", tmp_path / "photo.png")
-    assert exit_status == (0 if is_temporary else 1)
-
-
-def test_a_silent_hub_times_out(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "TIMEOUT", 0.5)
-    hub.fail("GET", "", "hang", times=99)
-    started = time.monotonic()
-    with raises_one_line(f"{hub.url} does not respond", "timed out", error=OSError):
-        get_model_folder("ann/model")
-    assert 0.5 <= time.monotonic() - started < 10
-
-
-def test_forbidden_files_are_not_read_from_the_cache(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with raises_one_line("the Hub has no such model", "hf auth login", error=OSError):
-        get_model_folder("ann/typo")
-    monkeypatch.setenv("HF_TOKEN", "hf_bob")
-    with raises_one_line("ann/model is not a folder", "the token cannot read it", error=OSError):
-        get_model_folder("ann/model")
-    assert not hub.count_requests("GET", "/resolve/")
-    hub.create("ann/empty", private=False)
-    with raises_one_line(
-        "ann/empty does not contain a model", "config.json is missing", error=OSError
-    ):
-        get_model_folder("ann/empty")
-
-
-def test_an_invalid_token_is_named_also_for_a_public_model(hub: LocalHub) -> None:
-    hub.create("ann/open", private=False)
-    hub.fail("GET", "/api/models/ann/open", 401)
-    with raises_one_line("the Hub refuses the token", "HF_TOKEN", error=OSError):
-        get_model_folder("ann/open")
-
-
-def test_the_address_of_a_page_has_the_id_as_remedy() -> None:
-    with raises_one_line("`model='ann/open'`", error=OSError):
-        get_model_folder("https://huggingface.co/ann/open/tree/main")
-
-
-def test_gated_files_are_an_error(hub: LocalHub) -> None:
-    """The Hub returns information about a gated repository, but not its files."""
-    hub.gated.add("ann/model")
-    with raises_one_line("Access to model ann/model is restricted", error=OSError):
-        get_model_folder("ann/model")
-
-
-@pytest.mark.parametrize(
-    ("method", "words"), [("HEAD", "cannot find the requested files"), ("GET", "")]
-)
-def test_failed_downloads_are_named(
-    hub: LocalHub, method: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """huggingface_hub retries each request, here without waiting."""
-    monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda seconds: None))
-    hub.fail(method, "/resolve/", 500, times=99)
-    with raises_one_line("cannot download ann/model: ", words, "HTTP 500", error=OSError):
-        get_model_folder("ann/model")
 
 
 def test_pickled_weights_are_downloaded_only_if_there_are_no_others(
@@ -288,22 +344,16 @@ def test_a_file_replaces_the_weights_of_timm(tmp_path: Path) -> None:
         assert torch.equal(values, weights[parameter])
 
 
-def test_incomplete_cached_models_are_not_used(
+def test_a_model_of_which_the_cache_has_a_part_is_not_used_offline(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     get_model_folder("ann/model", CONFIG_FILES)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loading.download_files("ann/notes", None, ["x.txt"])
+    go_offline(hub, monkeypatch)
     assert get_cached_commit(get_model_folder("ann/model", CONFIG_FILES)) is not None
-    hub.create("ann/notes", private=False, files={"x.txt": b"x"})
-    with monkeypatch.context() as online:
-        online.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        HfApi().snapshot_download("ann/notes")
-    with raises_one_line("complete in the cache", "HF_HUB_OFFLINE", error=OSError):
-        get_model_folder("ann/notes", CONFIG_FILES)
-    with raises_one_line(
-        "HF_HUB_OFFLINE", "`hf download ann/model --revision main`", error=OSError
-    ):
-        get_model_folder("ann/model")
+    for name in ("ann/model", "ann/notes"):
+        with raises_one_line("incomplete in the cache", f"hf download {name}", error=OSError):
+            get_model_folder(name)
 
 
 # Checkpoints that cannot be loaded ----------------------------------------------------------------
