@@ -10,7 +10,6 @@ from helpers.tiny_models import build_tiny_config, randomize
 from huggingface_hub import constants
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.hub.provenance import Provenance, find_provenance
 from modeling_vitcls.publishing.published_files import list_published_files
@@ -136,18 +135,15 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
     files = {"README.md": f"---\n{DINOV3}---\n".encode(), "config.json": b"{}"}
     hub.create("ann/dinov3", private=False, files=files | {"LICENSE.md": b"the text"})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(loading, "TIMEOUT", 0.5)
     return hub
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        *(
-            "ann/dinov3",
-            "transformers:ann/dinov3@main",
-            "timm:hf-hub:ann/dinov3",
-        ),
+        "ann/dinov3",
+        "transformers:ann/dinov3@main",
+        "timm:hf-hub:ann/dinov3",
         "timm:hf-hub:ann/dinov3@main",
     ],
 )
