@@ -32,11 +32,7 @@ from ..runtime.flags import spell_flags
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator, describe_repeats
 from .load_model import load_for_inference
-from .metric_tables import (
-    build_class_tables,
-    build_metric_rows,
-    describe_confusions,
-)
+from .metric_tables import build_class_tables, build_metric_rows, format_name
 from .near_copies import KnownScenes
 from .options import EvaluateOptions
 from .per_image import write_predictions
@@ -188,12 +184,12 @@ def get_training_columns(
 
 
 def print_results(results: dict[str, Any], part_text: str, console: Console) -> None:
-    """Print the metrics and, if there are few classes, a row per class and the confusions."""
+    """Print the metrics, and a row per class."""
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
     speed_text = f"{results['images_per_second']:,} images/s"
     console.print(f"{images_text} ({part_text}), {speed_text}", markup=False)
     tables = {"": [["Metric", "Value (95% interval)"], *build_metric_rows(results)]}
-    for title, rows in build_class_tables(results).items():
+    for title, rows in build_class_tables(results, format_name).items():
         tables[title] = [list(rows[0]), *(list(row.values()) for row in rows)]
     for title, (header, *cells) in tables.items():
         table = Table(title=title or None, title_justify="left")
@@ -203,7 +199,5 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
         for row in cells:
             table.add_row(*map(escape, row))
         console.print(table)
-    for line in describe_confusions(results):
-        console.print(line, markup=False)
     if text := describe_repeats(results.get("repeats", {})):
         console.print(text, style="bold yellow", markup=False)

@@ -6,6 +6,7 @@ The pass over the images is in image_pass.py, the metrics are in metrics.py, and
 evaluates a saved model and writes the results.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -192,9 +193,9 @@ class Evaluator(ImagePass):
 
 
 def round_floats(value: Any) -> Any:
-    """Round all floats to six decimals, also in nested lists and dicts."""
+    """Round all floats to six decimals, also in nested lists and dicts; NaN is not a result: None."""
     if isinstance(value, float):
-        return round(value, 6)
+        return round(value, 6) if math.isfinite(value) else None
     if isinstance(value, list):
         return [round_floats(item) for item in value]
     if isinstance(value, dict):

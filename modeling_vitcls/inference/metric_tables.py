@@ -1,33 +1,17 @@
-"""Measured metrics as tables: names, rows with confidence intervals, and a table of classes."""
+"""Measured metrics as tables: a row of each metric with its interval, and a row of each class."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ..runtime.files import replace_control_characters
-from .metrics import MetricValues, get_task_metrics
-from .stated_result import format_percent, state_result
+from .metrics import METRICS, MetricValues, get_task_metrics
+from .stated_result import format_value, state_result
 
 
-METRIC_NAMES = {
-    "accuracy": "Accuracy",
-    "top_5_accuracy": "Top-5 accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "cls_accuracy": "Accuracy, CLS head",
-    "distillation_accuracy": "Accuracy, distillation head",
-    "mean_average_precision": "Mean average precision",
-    "micro_f1": "F1, micro average",
-    "macro_f1": "F1, macro average",
-    "exact_match": "Exact match (all classes of an image are correct)",
-    "calibration_error": "Calibration error",
-}
-CLASS_COLUMNS = {
-    "recall": "Recall",
-    "precision": "Precision",
-    "f1": "F1",
-    "average_precision": "Average precision",
-}
-MAX_CLASSES_IN_TABLE = 20
-NUM_CONFUSIONS = 3
+MAX_CLASSES = 30  # In a table
 MAX_NAME_LENGTH = 100  # Maximum length of a name in a card, in characters
+
+Tables = dict[str, list[dict[str, Any]]]  # Title -> rows, whose keys are the header
 
 
 def list_metrics(results: MetricValues) -> Iterator[tuple[MetricValues, str, str]]:
@@ -36,9 +20,9 @@ def list_metrics(results: MetricValues) -> Iterator[tuple[MetricValues, str, str
     The metrics of all tasks together come first, then each task's metrics, with its name.
     """
     for title, metrics in {"": results, **list_titles(results)}.items():
-        for key, name in METRIC_NAMES.items():
+        for key, metric in METRICS.items():
             if metrics.get(key) is not None:
-                yield metrics, key, f"{title}{name}"
+                yield metrics, key, f"{title}{metric.title}"
 
 
 def list_titles(results: MetricValues) -> dict[str, MetricValues]:
@@ -56,46 +40,60 @@ def build_metric_rows(results: MetricValues) -> list[list[str]]:
     ]
 
 
-def build_class_tables(results: MetricValues) -> dict[str, list[dict[str, str]]]:
-    """Build the rows of each table of classes, by title.
+def build_class_tables(
+    results: MetricValues, format_label: Callable[[str], str] = replace_control_characters
+) -> Tables:
+    """Build a table of the classes that have images, for each task.
 
-    Tasks with more than `MAX_CLASSES_IN_TABLE` classes have no table.
+    Of many classes, it lists those with most wrong predictions. `format_label` formats their names.
     """
     tables = {}
     for title, metrics in list_titles(results).items():
-        rows = metrics.get("per_class", [])
-        if 0 < len(rows) <= MAX_CLASSES_IN_TABLE:
-            tables[f"{title}Per class"] = [
-                {
-                    "Class": format_name(row["name"]),
-                    "Images": f"{row['images']:,}",
-                    **{
-                        column: format_percent(row[key], metrics["num_images"])
-                        for key, column in CLASS_COLUMNS.items()
-                        if key in row
-                    },
-                }
-                for row in rows
+        classes = [row for row in metrics.get("per_class", []) if row["images"]]
+        name = "Each class"
+        if len(classes) > MAX_CLASSES:
+            name = f"The {MAX_CLASSES} classes with most wrong predictions"
+            classes.sort(key=lambda row: row["images"] * (row["recall"] - 1))
+        if classes:
+            tables[title + name] = [
+                build_class_row(metrics, row, format_label) for row in classes[:MAX_CLASSES]
             ]
     return tables
 
 
-def describe_confusions(results: MetricValues) -> list[str]:
-    """Name the most frequent confusions of each task in a line, if there are any."""
-    lines = []
+def build_class_row(
+    metrics: MetricValues, row: dict[str, Any], format_label: Callable[[str], str]
+) -> dict[str, str]:
+    """Build the row of a class, one of `per_class` of the metrics, in a table."""
+    num_images = row["images"]
+    cells = {
+        "Class": format_label(row["name"]),
+        "Right": f"{round(row['recall'] * num_images):,} of {num_images:,}",
+    }
+    for key in ("precision", "f1", "average_precision"):
+        if key in row:
+            cells[METRICS[key].title] = format_value(key, row[key], num_images)
+    if "confusion_matrix" in metrics:
+        index = metrics["per_class"].index(row)
+        mistakes = [*metrics["confusion_matrix"][index]]
+        mistakes[index] = 0
+        most = max(mistakes)
+        other = metrics["per_class"][mistakes.index(most)]["name"]
+        cells["Most often taken for"] = f"{format_label(other)} ({most:,})" if most else "–"
+    return cells
+
+
+def build_confusion_tables(results: MetricValues) -> Tables:
+    """Build the confusion matrix of each task as a table, unless there are many classes."""
+    tables = {}
     for title, metrics in list_titles(results).items():
-        names = [format_name(row["name"]) for row in metrics.get("per_class", [])]
-        pairs = [
-            (count, f"{names[label]} as {names[prediction]} ({count:,})")
-            for label, counts in enumerate(metrics.get("confusion_matrix", []))
-            for prediction, count in enumerate(counts)
-            if count and label != prediction
-        ]
-        pairs.sort(key=lambda pair: -pair[0])
-        if pairs:
-            texts = ", ".join(text for _, text in pairs[:NUM_CONFUSIONS])
-            lines.append(f"{title}Confusions, most frequent: {texts}")
-    return lines
+        names = [row["name"] for row in metrics.get("per_class", [])]
+        if "confusion_matrix" in metrics and len(names) <= MAX_CLASSES:
+            tables[f"{title}Predictions of each class"] = [
+                {"class ↓ prediction →": name, **dict(zip(names, counts, strict=True))}
+                for name, counts in zip(names, metrics["confusion_matrix"], strict=True)
+            ]
+    return tables
 
 
 def format_small_percent(value: float) -> str:

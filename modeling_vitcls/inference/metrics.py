@@ -1,12 +1,14 @@
 """Metrics of logits on labeled images, for each kind of labels.
 
     measure(label_space, logits, labels)    a dict with numbers first, then lists
+    METRICS                                 how each is named, formatted and compared
 
 The labels are in the format of data/labels.py. Undefined values (0 / 0) are None. Evaluator
 (evaluator.py) and frozen runs compute the logits.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,41 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 }
 
 MetricValues = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is named, formatted and compared."""
+
+    title: str  # In tables, cards and reports
+    is_percentage: bool = True  # Otherwise, it is a number, which may be negative
+    higher_is_better: bool = True
+    count_text: str = ""  # Words after the count of a metric that counts images
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Compare two values of the metric."""
+        return value > other if self.higher_is_better else value < other
+
+
+METRICS = {
+    "accuracy": Metric("Accuracy", count_text="right"),
+    "top_5_accuracy": Metric("Top-5 accuracy"),
+    "balanced_accuracy": Metric("Balanced accuracy"),
+    "cls_accuracy": Metric("Accuracy, CLS head"),
+    "distillation_accuracy": Metric("Accuracy, distillation head"),
+    "mean_average_precision": Metric("Mean average precision"),
+    "micro_f1": Metric("F1, micro average"),
+    "macro_f1": Metric("F1, macro average"),
+    "exact_match": Metric(
+        "Exact match (all classes of an image are correct)", count_text="right with all labels"
+    ),
+    "calibration_error": Metric("Calibration error", higher_is_better=False),
+    # Of each class
+    "recall": Metric("Recall", count_text="recognized"),
+    "precision": Metric("Precision"),
+    "f1": Metric("F1"),
+    "average_precision": Metric("Average precision"),
+}
 
 # The result of an evaluator without images
 NOTHING_MEASURED: MetricValues = {"num_images": 0, "num_unreadable_images": 0}
@@ -84,11 +121,8 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
     predictions = logits.argmax(axis=1)
     is_right = predictions == labels
     num_right = int(is_right.sum())
-    counts = [
-        np.bincount(each, minlength=num_classes).tolist()
-        for each in (labels[is_right], predictions, labels)
-    ]
-    per_class = compute_class_metrics(names, counts)
+    counts = count_predictions(names, labels, predictions)
+    per_class = counts["per_class"]
 
     values: MetricValues = {
         "accuracy": float(is_right.mean()),
@@ -114,8 +148,20 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
         "num_images": num_images,
         "num_right": num_right,
         "accuracy_interval": compute_proportion_interval(num_right, num_images),
-        "per_class": per_class,
     }
+    return values | counts
+
+
+def count_predictions(
+    names: Sequence[str], labels: np.ndarray, predictions: np.ndarray
+) -> MetricValues:
+    """Count the predicted classes [N] of images: `per_class` and `confusion_matrix`, as above."""
+    num_classes = len(names)
+    counts = [
+        np.bincount(each, minlength=num_classes).tolist()
+        for each in (labels[labels == predictions], predictions, labels)
+    ]
+    values: MetricValues = {"per_class": compute_class_metrics(names, counts)}
     if num_classes <= MAX_MATRIX_CLASSES:
         pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
         values["confusion_matrix"] = pairs.reshape(num_classes, num_classes).tolist()

@@ -15,15 +15,9 @@ from operator import itemgetter
 from ..data.splits import MAX_CLASS_RATIO
 from ..runtime.files import replace_control_characters
 from .intervals import MIN_CORRECTED_IMAGES
-from .metrics import MetricValues
+from .metrics import METRICS, MetricValues
 
 
-# Metrics that count images, and the words after the count
-COUNTED = {
-    "accuracy": "right",
-    "exact_match": "right with all labels",
-    "recall": "recognized",
-}
 MIN_DECIMAL_IMAGES = 1_000
 FEW_PHOTOS = 10  # A class with fewer is hardly learned or measured
 MIN_GUESS_GAIN = 0.05  # Share of the largest class above equal shares, from which it is stated
@@ -87,17 +81,17 @@ def state_result(
         format_label: formats the name of a class.
     """
     value, num_images = metrics[name], metrics["num_images"]
-    text = format_percent(value, num_images)
+    text = format_value(name, value, num_images)
     bounds = None
     if interval := metrics.get(f"{name}_interval"):
-        low, high = (format_percent(each, num_images).removesuffix("%") for each in interval)
+        low, high = (format_value(name, each, num_images).removesuffix("%") for each in interval)
         bounds = f"{low} to {high}"
     if not counts_images(metrics, name):
         return text if bounds is None else f"{text} ({bounds})"
 
     # The value may be corrected, or the mean of groups
     num_right = metrics.get("num_right", round(value * num_images))
-    count = f"{num_right:,} of {num_images:,} {COUNTED[name]}"
+    count = f"{num_right:,} of {num_images:,} {METRICS[name].count_text}"
     if num_images < MIN_CORRECTED_IMAGES:
         text = count if bounds is None else f"{count} (95%: {bounds}%)"
     elif bounds is None:
@@ -123,7 +117,14 @@ def compare_with_guess(metrics: MetricValues, format_label: Callable[[str], str]
 
 def counts_images(metrics: MetricValues, name: str) -> bool:
     """Check whether a metric is a part of the images. A mean over tasks is none."""
-    return name in COUNTED and not metrics.get("tasks")
+    return bool(METRICS[name].count_text) and not metrics.get("tasks")
+
+
+def format_value(name: str, value: float | None, num_images: int) -> str:
+    """Format a metric of images as a percentage, or as the number that it is; None is a dash."""
+    if value is None or METRICS[name].is_percentage:
+        return format_percent(value, num_images)
+    return f"{value:.2f}"
 
 
 def format_percent(value: float | None, num_images: int) -> str:

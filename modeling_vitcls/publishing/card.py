@@ -26,10 +26,8 @@ from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
 from ..inference.linear_probe import describe_candidate
 from ..inference.metric_tables import (
-    METRIC_NAMES,
     build_class_tables,
     build_metric_rows,
-    describe_confusions,
     format_name,
     format_small_percent,
     list_metrics,
@@ -142,8 +140,7 @@ def render_card(
     variables |= {
         "card_data": ModelCardData(**build_metadata(folder, name, license_source)).to_yaml(),
         "metrics": build_metric_rows(folder.results),
-        "class_tables": build_class_tables(folder.results),
-        "confusions": describe_confusions(folder.results),
+        "class_tables": build_class_tables(folder.results, format_name),
     }
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
     return f"{text}{SIGNATURE.format(compute_signature(text))}\n"
@@ -276,4 +273,3 @@ TEMPLATES.filters |= {
     "state": state_result,
     "addition_result": format_result,
 }
-TEMPLATES.globals["metric_names"] = METRIC_NAMES

@@ -18,12 +18,12 @@ from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
 from ..hub.model_folder import ModelFolder
+from ..inference.metrics import MetricValues, count_predictions
 from ..inference.stated_result import Measurement, describe_classes
 from ..training.border import describe_border
 
 
 MAX_WRONG_IMAGES = 12
-MAX_CLASSES = 30  # In the tables
 THUMBNAIL_SIDE = 240  # Longer side of a wrong image, in pixels
 NEAREST_SIDE = 120  # Longer side of a nearest training image
 
@@ -90,31 +90,13 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
     }
 
 
-def count_confusions(rows: Any) -> dict[str, list[dict[str, Any]]]:
-    """Count the predictions of each class, as tables of the page: rows by title."""
+def measure_rows(rows: Any) -> MetricValues:
+    """Count the predictions of each class, as an evaluation does."""
     names = sorted({*rows["label"], *rows["prediction"]})
-    matrix = pd.crosstab(rows["label"], rows["prediction"]).reindex(columns=names, fill_value=0)
-    classes = []
-    for name, counts in matrix.iterrows():
-        mistakes = counts.drop(name)
-        taken_for = "–"
-        if mistakes.any():
-            taken_for = f"{mistakes.idxmax()} ({mistakes.max()})"
-        classes.append(
-            {
-                "class": name,
-                "photos": counts.sum(),
-                "right": counts[name],
-                "most often taken for": taken_for,
-            }
-        )
-    if len(names) > MAX_CLASSES:
-        classes.sort(key=lambda row: row["right"] - row["photos"])
-        return {f"The {MAX_CLASSES} classes with most wrong predictions": classes[:MAX_CLASSES]}
-    rows_of_matrix = [
-        {"class ↓ prediction →": name, **counts} for name, counts in matrix.to_dict("index").items()
-    ]
-    return {"Each class": classes, "Predictions of each class": rows_of_matrix}
+    labels, predictions = (
+        pd.Categorical(rows[column], names).codes.astype(int) for column in ("label", "prediction")
+    )
+    return count_predictions(names, labels, predictions)
 
 
 def draw_wrong_photos(

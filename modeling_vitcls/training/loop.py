@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..data.batches import Batch
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
-from ..inference.metrics import MetricValues, select_scalars
+from ..inference.metrics import METRICS, MetricValues, select_scalars
 from ..model.attention_masks_vitcls import list_gated_tokens
 from ..model.blocks_vitcls import ViTCLSEmbeddings
 from ..runtime.distributed import run_on_main
@@ -285,7 +285,10 @@ class TrainingLoop:
         score = metrics.get(self.selection_metric)
 
         best_score = state.best_score
-        self.is_best = score is not None and (best_score is None or score > best_score)
+        metric = METRICS[self.selection_metric]
+        self.is_best = score is not None and (
+            best_score is None or metric.is_better(score, best_score)
+        )
         if self.is_best:
             state.best_score = score
 

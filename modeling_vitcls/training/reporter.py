@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..inference.metrics import select_scalars
-from ..inference.stated_result import format_percent
+from ..inference.stated_result import format_value
 from ..runtime.files import write_atomically
 from ..runtime.flags import spell_flags
 from ..runtime.progress import LINE_SECONDS
@@ -128,7 +128,8 @@ class Reporter:
         name = self.printed_metric
         score_text = ""
         if f"{split}_{name}" in record:
-            value = format_percent(record[f"{split}_{name}"], record.get(f"{split}_num_images", 0))
+            num_images = record.get(f"{split}_num_images", 0)
+            value = format_value(name, record[f"{split}_{name}"], num_images)
             score_text = f"{split}: {name} {value}".replace("_", " ")
 
         self.progress.update(self.progress_task, description=text)

@@ -5,7 +5,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from ..inference.evaluator import count_repeats, describe_repeats
-from ..inference.metrics import get_task_metrics
+from ..inference.metrics import METRICS, get_task_metrics
 from ..inference.stated_result import Measurement, describe_classes
 from ..runtime.system import describe_device, get_versions
 from .defaults import FINE_TUNING_EPOCHS
@@ -165,7 +165,8 @@ def compare_start(outcome: Outcome, start: dict[str, float]) -> tuple[str, bool]
     metric, value = next(iter(start.items()))
     metrics = outcome.metrics
     before = {metric: value, "num_images": metrics["num_images"], "tasks": metrics.get("tasks")}
-    return Measurement("", metric, before).statement, value > metrics[metric]
+    is_better = METRICS[metric].is_better(value, metrics[metric])
+    return Measurement("", metric, before).statement, is_better
 
 
 def describe_gates(gates: dict[str, float] | None) -> str | None:

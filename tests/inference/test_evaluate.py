@@ -92,7 +92,7 @@ def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_fol
 def test_only_the_main_process_prints(two_process_folder: Path) -> None:
     printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
     assert re.findall(r"'(\d+)\.png'", printed) == [*map(str, UNREADABLE)] * 2  # two evaluators
-    assert printed.count("Confusions, most frequent: ") == 1
+    assert printed.count("Each class") == 1
     results = read_json(two_process_folder / "new" / "digits.json")
     assert f"{results['num_right']} of {results['num_images']:,} right" in printed
 

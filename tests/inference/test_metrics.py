@@ -15,8 +15,10 @@ from torch import nn
 from torchmetrics.functional.classification import multilabel_average_precision
 
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
-from modeling_vitcls.inference.metric_tables import METRIC_NAMES
+from modeling_vitcls.inference.evaluator import build_predictions
+from modeling_vitcls.inference.image_pass import ImageOutputs
 from modeling_vitcls.inference.metrics import (
+    METRICS,
     measure,
     measure_one_label,
     select_scalars,
@@ -184,8 +186,20 @@ def test_a_single_class_is_measured() -> None:
     assert values["confusion_matrix"] == [[2]]
 
 
-def test_every_metric_has_a_name_in_the_tables() -> None:
-    """Without one, it would be in results.json, but in no table, card or report."""
+def test_a_metric_that_is_not_a_number_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kappa of a single class: NaN is no JSON, and would be printed as nan%."""
+    monkeypatch.setattr(
+        "modeling_vitcls.inference.metrics.compute_calibration_error", lambda *_: float("nan")
+    )
+    rows = np.arange(3)
+    outputs = ImageOutputs(labels=0 * rows, indices=rows, names=rows, groups=rows, logits=np.eye(3))
+    metrics = build_predictions(OneLabel({"label": ["a", "b", "c"]}), outputs).metrics
+    assert metrics["calibration_error"] is None
+    assert metrics["accuracy"] == close(1 / 3)
+
+
+def test_every_metric_is_described() -> None:
+    """Without a row of `METRICS`, it would be in results.json, but in no table, card or report."""
     generator = np.random.default_rng(0)
     names = list("abcdefg")
     logits = generator.normal(size=(60, 3 * len(names)))  # of a model with two heads
@@ -194,5 +208,6 @@ def test_every_metric_has_a_name_in_the_tables() -> None:
     measured |= measure(
         SeveralLabels({"label": names}), logits[:, :7], generator.integers(2, size=(60, 7))
     )
-    fractions = {name for name in select_scalars(measured) if not name.endswith("loss")}
-    assert fractions - {"num_images", "num_right"} == METRIC_NAMES.keys()
+    names_of_metrics = select_scalars(measured).keys() | measured["per_class"][0].keys()
+    described = {name for name in names_of_metrics if not name.endswith("loss")}
+    assert described - {"num_images", "num_right", "images", "name"} == METRICS.keys()

@@ -15,12 +15,13 @@ from sklearn.metrics import confusion_matrix
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.inference.metric_tables import build_class_tables, build_confusion_tables
 from modeling_vitcls.inference.per_image import read_predictions
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (
-    count_confusions,
     draw_wrong_photos,
     find_photos,
+    measure_rows,
     summarize_predictions,
 )
 
@@ -184,9 +185,9 @@ def test_the_page_says_what_to_check_and_how_each_class_did(page: Page) -> None:
     assert set(alternatives) == {"pants and trousers, predicted as skirt", "x, predicted as skirt"}
     rows = page.locator("table").first.locator("tbody tr").all_inner_texts()
     assert [row.split("\t") for row in rows] == [
-        ["pants and trousers", "8", "4", "skirt (4)"],
-        ["skirt", "8", "8", "–"],
-        ["x", "8", "4", "skirt (4)"],
+        ["pants and trousers", "4 of 8", "100%", "67%", "skirt (4)"],
+        ["skirt", "8 of 8", "50%", "67%", "–"],
+        ["x", "4 of 8", "100%", "67%", "skirt (4)"],
     ]
 
 
@@ -218,7 +219,7 @@ def test_the_model_that_knows_a_photo_does_not_explain_a_mistake_about_it(page: 
 
 def test_the_table_of_predictions_is_the_confusion_matrix(folder: Path) -> None:
     rows = read_predictions(ModelFolder(folder))
-    *_, table = count_confusions(rows).values()
+    (table,) = build_confusion_tables(measure_rows(rows)).values()
     counts = [[row[name] for name in NAMES] for row in table]
     assert counts == confusion_matrix(rows["label"], rows["prediction"], labels=NAMES).tolist()
 
@@ -226,8 +227,9 @@ def test_the_table_of_predictions_is_the_confusion_matrix(folder: Path) -> None:
 def test_of_200_classes_those_with_most_wrong_predictions_are_listed() -> None:
     names = [f"class {index:03}" for index in range(200)]
     rows = pd.DataFrame({"label": names * 2, "prediction": names + names[:150] + names[:50]})
-    (table,) = count_confusions(rows).values()
-    assert len(table) == 30
-    assert {row["class"] for row in table} <= set(names[150:])
-    assert {(row["photos"], row["right"]) for row in table} == {(2, 1)}
-    assert table[0]["most often taken for"] == "class 000 (1)"
+    metrics = measure_rows(rows)
+    assert build_confusion_tables(metrics) == {}
+    (table,) = build_class_tables(metrics).values()
+    assert [row["Class"] for row in table] == names[150:180]
+    assert {row["Right"] for row in table} == {"1 of 2"}
+    assert table[0]["Most often taken for"] == "class 000 (1)"
