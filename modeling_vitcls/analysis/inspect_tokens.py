@@ -1,13 +1,12 @@
 """Inspect a saved model on images, write the report, and print its table: `vitcls inspect`.
 
-PATHS       files and folders; if a folder has the name of a class, its images have this label
+PATHS       photographs: files and folders, without labels
 --dataset   a dataset, loaded as in `vitcls evaluate`
 """
 
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -15,15 +14,14 @@ from rich.table import Table
 
 from ..conversion.open_model import open_model
 from ..data.aspect_ratio import get_output_size
-from ..data.cells import normalize_name
-from ..data.evaluation_data import EvaluationData, load_evaluation_data
+from ..data.evaluation_data import EvaluationData
 from ..data.images import DatasetImages, LabeledImages
-from ..data.label_matching import translate_labels
-from ..data.labels import UNLABELED, LabelSpace, OneLabel, get_label_space
+from ..data.labels import UNLABELED, LabelSpace, get_label_space
 from ..data.options import DataOptions
-from ..data.splits_table import EMPTY_TABLE, read_splits, select_task
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
+from ..hub.model_folder import ModelFolder
+from ..inference.evaluate import load_data
 from ..inference.inputs import list_records
 from ..inference.load_model import choose_batch_size, load_model
 from ..runtime.distributed import choose_precision
@@ -58,7 +56,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
         MAX_BATCH_SIZE,
     )
     label_space = get_label_space(model.config) if find_token_use(model).has_head else UNLABELED
-    data = open_images(options, label_space, select_task(read_splits(folder), None))
+    data = open_images(options, label_space, folder)
     options.output.parent.mkdir(
         parents=True, exist_ok=True
     )  # An error comes before the measurements
@@ -108,19 +106,21 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 
 
 def open_images(
-    options: InspectOptions, label_space: LabelSpace, splits: pd.DataFrame = EMPTY_TABLE
+    options: InspectOptions, label_space: LabelSpace, folder: ModelFolder
 ) -> EvaluationData:
-    """Open the images of `paths` or `dataset`, with the label indices of a classifier.
+    """Open the photographs of `paths`, or the images of `dataset` as `vitcls evaluate` does.
 
-    `label_space` belongs to the classifier, or is UNLABELED. `splits` are the rows of
-    splits.parquet about the model.
+    `label_space` belongs to the classifier, or is UNLABELED. Photographs have no labels.
 
     Raises:
         ValueError: if there are no images, the dataset cannot be read, or its labels do not match
             the model.
     """
     if options.dataset is None:
-        return open_paths(options.paths, label_space)
+        files = [record.content for record in list_records(options.paths)]
+        photographs = LabeledImages(DatasetImages.from_list(files), [None] * len(files))
+        description = ", ".join(Path(path).resolve().name for path in options.paths)
+        return EvaluationData(UNLABELED, photographs, "", 0, description)
 
     data_options = DataOptions(
         dataset=options.dataset,
@@ -128,27 +128,6 @@ def open_images(
         label_column=options.label_column,
         label_separator=options.label_separator,
     )
-    use_labels = label_space != UNLABELED
-    data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)
-    images = data.images
-    if use_labels:
-        images = translate_labels(images, data.label_space, label_space)
+    data = load_data(data_options, label_space, folder, options.split)
     description = f"{Path(options.dataset).resolve().name}, {data.description}"
-    return data._replace(images=images, label_space=label_space, description=description)
-
-
-def open_paths(paths: tuple[str, ...], label_space: LabelSpace) -> EvaluationData:
-    """Open image files and folders.
-
-    The class of each image is the name of its folder; without a class of this name, it has no
-    label. There are no labels if images do not have exactly one class.
-    """
-    files = [str(record.content) for record in list_records(paths)]
-    if not isinstance(label_space, OneLabel):
-        label_space = UNLABELED
-    class_names = label_space.names if label_space.columns else []
-    indices = {normalize_name(name): index for index, name in enumerate(class_names)}
-    labels = [indices.get(normalize_name(Path(file).resolve().parent.name)) for file in files]
-    images = LabeledImages(DatasetImages.from_list(files), labels)
-    description = ", ".join(Path(path).resolve().name for path in paths)
-    return EvaluationData(label_space, images, "", 0, description)
+    return data._replace(description=description)

@@ -13,8 +13,8 @@ from ..runtime.flags import Options, check_minimum, check_value
 class InspectOptions(ImageOptions):
     """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
 
-    The images are selected by PATHS or --dataset. Subfolder names in PATHS are used as labels if
-    the model has classes with these names.
+    The images are photographs (PATHS), or those of --dataset, whose labels say which predictions are
+    wrong.
     """
 
     model: str

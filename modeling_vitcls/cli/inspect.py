@@ -1,7 +1,7 @@
 """`vitcls inspect`: show what the special tokens of a model do, in a report and a summary.
 
     vitcls inspect --model runs/mine photo.jpg path/to/folder --output report.html
-    vitcls inspect --model runs/digits --dataset digits --json report.json
+    vitcls inspect --model runs/mine --dataset path/to/classes --output report.html
 
 The inspection is implemented in modeling_vitcls/analysis/inspect_tokens.py.
 """

@@ -17,10 +17,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversion.open_model import open_model
-from ..data.evaluation_data import load_evaluation_data
+from ..data.evaluation_data import EvaluationData, load_evaluation_data
 from ..data.in_memory import get_title
 from ..data.label_matching import translate_labels
-from ..data.labels import LabelSpace, check_is_classifier, check_threshold, get_label_space
+from ..data.labels import (
+    UNLABELED,
+    LabelSpace,
+    check_is_classifier,
+    check_threshold,
+    get_label_space,
+)
+from ..data.options import DataOptions
 from ..data.sources import load_on_main
 from ..data.splits_table import read_splits, select_task
 from ..hub.model_files import ADDITIONS_KEY
@@ -78,9 +85,11 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
         )
 
-    data = load_data(options, label_space, folder)
+    data = load_data(
+        options, label_space, folder, options.split, options.task, options.max_images
+    )
     evaluator = Evaluator(
-        translate_labels(data.images, data.label_space, label_space),
+        data.images,
         processor=processor,
         label_space=label_space,
         batch_size=batch_size,
@@ -144,22 +153,38 @@ def set_up_evaluation(
     return accelerator, console, warn
 
 
-def load_data(options: EvaluateOptions, label_space: LabelSpace, folder: ModelFolder) -> Any:
-    """Load the images to evaluate, and their labels, without the images that trained the model."""
+def load_data(
+    options: DataOptions,
+    label_space: LabelSpace,
+    folder: ModelFolder,
+    split: str | None,
+    task: str | None = None,
+    max_images: int | None = None,
+) -> EvaluationData:
+    """Load the images to evaluate, without those that trained the model, with label indices of it.
+
+    With the label space UNLABELED, every label is missing.
+    """
+    use_labels = label_space != UNLABELED
     trained = {}
-    if options.label_column is None and options.label_separator is None:
+    if use_labels and options.label_column is None and options.label_separator is None:
         # A table may have several columns that look like labels. The model's record names the right
         # one.
-        trained = get_training_columns(label_space, folder, options.task)
+        trained = get_training_columns(label_space, folder, task)
     load = partial(
         load_evaluation_data,
         options,
-        options.split,
-        select_task(read_splits(folder), options.task),
-        max_images=options.max_images,
+        split,
+        select_task(read_splits(folder), task),
+        use_labels=use_labels,
+        max_images=max_images,
         trained=trained,
     )
-    return load_on_main(options.dataset, load)
+    data = load_on_main(options.dataset, load)
+    if not use_labels:
+        return data
+    images = translate_labels(data.images, data.label_space, label_space)
+    return data._replace(images=images, label_space=label_space)
 
 
 def get_training_columns(
