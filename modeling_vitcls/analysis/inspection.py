@@ -21,6 +21,7 @@ from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, LabelSpace
 from ..inference.image_pass import ImageBatch, prepare_batches, read_pixels
 from ..inference.targets import Target
+from ..inference.token_names import read_gates
 from ..model.heads_vitcls import IGNORED_LABEL
 from .ablation import (
     Ablations,
@@ -149,7 +150,7 @@ def inspect_images(
         num_images=len(indices),
         ablations=ablations,
         faults=describe_faults(use, states.by_layer, token_movement or {}),
-        gates=read_gates(model, use.names),
+        gates=read_gates(model.base_model),
         outlier_share=torch.cat(outliers).float().mean().item(),
         outlier_layer=use.num_layers[-1],
         error_messages=error_messages,
@@ -173,15 +174,6 @@ def inspect_images(
         for image, texts in watch(shown, "drawing photos")
     ]
     return inspection, photos
-
-
-def read_gates(model: Any, names: Sequence[str]) -> dict[str, float]:
-    """Read the gates of a model, by the names of its tokens; empty without gates."""
-    gates = getattr(model.base_model, "gates", None)
-    if gates is None:
-        return {}
-    values = gates.get_gate_values().tolist()
-    return {names[index]: value for index, value in zip(gates.token_indices, values, strict=True)}
 
 
 def read_batches(

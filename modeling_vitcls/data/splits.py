@@ -188,11 +188,6 @@ def load_undivided_images(
     return replace(loaded, images_by_split=merged)
 
 
-def load_training_data(options: DataOptions) -> TrainingData:
-    """Load and divide the images as a run with steps does, for programs of scripts/."""
-    return divide_images(load_undivided_images(options), options.held_out_part)
-
-
 def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
     """Read the images and labels of a finished run again, and divide them as the run did.
 
@@ -241,9 +236,13 @@ def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Join two groupings [N], numbered from 0: images that share a group in either are together."""
     num_first = int(first.max(initial=-1)) + 1
     num_groups = num_first + int(second.max(initial=-1)) + 1
-    pairs = (first, second + num_first)
-    graph = coo_array((np.ones(len(first), bool), pairs), shape=(num_groups, num_groups))
-    return connected_components(graph, directed=False)[1][first]  # type: ignore[no-any-return]
+    return connect(np.stack([first, second + num_first], axis=1), num_groups)[first]
+
+
+def connect(pairs: np.ndarray, number: int) -> np.ndarray:
+    """Number the groups [number] of items, of which pairs [P, 2] are together."""
+    graph = coo_array((np.ones(len(pairs), bool), pairs.T), shape=(number, number))
+    return connected_components(graph, directed=False)[1]  # type: ignore[no-any-return]
 
 
 def merge_rows(images: LabeledImages, dataset: str) -> LabeledImages:

@@ -85,9 +85,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
         )
 
-    data = load_data(
-        options, label_space, folder, options.split, options.task, options.max_images
-    )
+    data = load_data(options, label_space, folder, options.split, options.task, options.max_images)
     evaluator = Evaluator(
         data.images,
         processor=processor,

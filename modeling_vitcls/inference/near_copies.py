@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
 from ..data.labels import LabelSpace
-from ..data.splits import join_groups
+from ..data.splits import connect, join_groups
 from ..hub.model_files import SCENES_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import explain_damage, format_name_list
@@ -72,7 +70,7 @@ def measure_limit(features: Features, own: Features, mirrored: Features) -> floa
     cosines = (describe_photos(own) * describe_photos(mirrored)).sum(axis=1)
     limit = MIRROR_PART * float(1 - np.median(cosines))
     pairs, _ = find_pairs(features, limit)
-    scenes = number_scenes(pairs, len(features.names))
+    scenes = connect(pairs, len(features.names))
     return limit if are_distinct(features, scenes, limit) else 0.0
 
 
@@ -131,7 +129,7 @@ def keep_together(
     """
     pairs, distances = find_pairs(features, max_distance)
     num_photos = len(features.names)
-    scenes = number_scenes(pairs, num_photos)
+    scenes = connect(pairs, num_photos)
     labels = features.labels if features.labels.ndim == 1 else np.zeros(num_photos, int)
     sizes = np.bincount(scenes)[scenes]
     class_sizes = np.bincount(labels)[labels]
@@ -223,12 +221,6 @@ def encode_photos(features: Features) -> np.ndarray:
     directions = np.random.RandomState(0).normal(size=(vectors.shape[1], NUM_PROJECTIONS))
     codes = (CODE_SCALE * vectors @ directions).clip(-127, 127)
     return codes.astype(np.int8)  # type: ignore[no-any-return]
-
-
-def number_scenes(pairs: np.ndarray, num_photos: int) -> np.ndarray:
-    """Number the scenes [N] of photos: each pair is in one."""
-    graph = coo_array((np.ones(len(pairs), bool), pairs.T), shape=(num_photos, num_photos))
-    return connected_components(graph, directed=False)[1]  # type: ignore[no-any-return]
 
 
 def describe_scenes(record: Mapping[str, Any]) -> str | None:

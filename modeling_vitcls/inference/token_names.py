@@ -1,6 +1,8 @@
-"""Names of the special tokens in tables, reports and figures."""
+"""Names of the special tokens in tables, reports and figures, and their gates by name."""
 
 from typing import Any
+
+from torch.distributed.tensor import DTensor
 
 from ..model.token_layout_vitcls import TOKEN_KINDS
 
@@ -38,3 +40,17 @@ def get_token_names_by_group(config: Any) -> dict[str, list[str]]:
             rows, columns, row, column = scope
             names["cls"][index] += f" (cell {row + 1}, {column + 1} of {rows} x {columns})"
     return names
+
+
+def read_gates(encoder: Any) -> dict[str, float]:
+    """Read the gates of an encoder by the name of the token: 0 hides it, 1 makes it ordinary."""
+    if getattr(encoder, "gates", None) is None:
+        return {}
+    values = encoder.gates.get_gate_values().detach()
+    if isinstance(values, DTensor):
+        values = values.full_tensor()  # All processes call this
+    names = get_token_names(encoder.config)
+    indices = encoder.gates.token_indices
+    return {
+        names[index]: round(value, 4) for index, value in zip(indices, values.tolist(), strict=True)
+    }

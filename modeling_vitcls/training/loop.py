@@ -27,7 +27,6 @@ from ..data.batches import Batch
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import METRICS, MetricValues, select_scalars
-from ..model.attention_masks_vitcls import list_gated_tokens
 from ..model.blocks_vitcls import ViTCLSEmbeddings
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
@@ -420,15 +419,6 @@ def copy_special_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
         tokens = tensor.float().cpu().squeeze(0).clone()  # [n, D]
         copies |= {f"{group}[{index}]": token for index, token in enumerate(tokens)}
     return copies
-
-
-def read_gates(encoder: Any) -> dict[str, float]:
-    """Read the gates of an encoder by token (`registers[0]`): 0 hides it, 1 makes it ordinary."""
-    values = encoder.gates.get_gate_values().detach()
-    if isinstance(values, DTensor):
-        values = values.full_tensor()  # All processes call this
-    names = [f"{group}[{index}]" for group, index in list_gated_tokens(encoder.config)]
-    return {name: round(value, 4) for name, value in zip(names, values.tolist(), strict=True)}
 
 
 def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: int) -> BatchPlan:

@@ -18,6 +18,7 @@ from ..data.workers import explain_worker_errors
 from ..inference.evaluator import Evaluator
 from ..inference.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics
+from ..inference.token_names import read_gates
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
 from .calibration import calibrate
@@ -25,7 +26,7 @@ from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import distribute_like, reshard, scatter_model
 from .frozen_encoder import describe_frozen, warn_about_unreadable_classes
-from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, read_gates
+from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .losses import build_objective
 from .optimizer import average_with_start, build_parameter_groups
 from .outcome import Outcome, list_measurements

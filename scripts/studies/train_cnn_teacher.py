@@ -20,7 +20,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits import divide_images, load_undivided_images
 
 
 BATCH_SIZE = 64
@@ -52,7 +52,8 @@ def train_cnn_teacher(
         label_names: Label names in the order of the logits. Default: the order in the dataset.
     """
     torch.manual_seed(seed)
-    data = load_training_data(DataOptions(dataset=dataset, num_workers=0))
+    images = load_undivided_images(DataOptions(dataset=dataset, num_workers=0))
+    data = divide_images(images, held_out_fraction=0.2)
     dataset_label_names = data.label_space.names
     label_order = label_names or tuple(dataset_label_names)
     config = ResNetConfig(

@@ -36,7 +36,7 @@ from transformers import (
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits import divide_images, load_undivided_images
 
 
 BATCH_SIZE = 64
@@ -74,7 +74,8 @@ def train_dual_encoder(
         seed: Seed of the initial weights, the sampling of images and the flips.
     """
     torch.manual_seed(seed)
-    data = load_training_data(DataOptions(dataset=dataset, num_workers=0))
+    images = load_undivided_images(DataOptions(dataset=dataset, num_workers=0))
+    data = divide_images(images, held_out_fraction=0.2)
     class_names = data.label_space.names
     tokenizer = build_tokenizer(class_names)
     image_processor = ViTCLSImageProcessor(size={"height": image_size, "width": image_size})

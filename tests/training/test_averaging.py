@@ -111,7 +111,7 @@ def test_the_default_rate_opens_the_gates_of_prompts(
     gates = (50 * load_encoder_weights(folder)["gates.gates"].abs()).clamp(max=1)
     assert gates.max() > 0.1
     found = read_json(folder / "results.json")["gates"]
-    assert list(found) == [f"registers[{index}]" for index in range(8)]
+    assert list(found) == [f"register {number}" for number in range(1, 9)]
     torch.testing.assert_close(torch.tensor([*found.values()]), gates, atol=1e-4, rtol=0)
 
     printed = capsys.readouterr().out
