@@ -9,6 +9,7 @@
 
     python scripts/benchmark.py --model runs/mine
     python scripts/benchmark.py --work inference step --backends torch compiled --markdown speed.md
+    OMP_NUM_THREADS=1 python scripts/benchmark.py --host-time --work inference step
 
     torch        PyTorch with the CPU kernels of this package        fp32, bf16
     compiled     torch.compile                                       fp32, bf16
@@ -20,6 +21,9 @@ In each round, all rows are measured one after the other, and every other round 
 order. A ratio is the median of the ratios in each round, because the load of the machine affects
 all rows of a round. A row whose outputs differ from those of the model by more than `LIMITS` is an
 error: speed is compared only if the results agree.
+
+A GPU computes a small model faster than Python starts its kernels. `--host-time` measures this time,
+which does not depend on the device, with a model that computes almost nothing.
 """
 
 import copy
@@ -36,9 +40,11 @@ from typing import Any, Literal
 import torch
 from tools.random_weights import randomize_weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer, timer
 from transformers import PreTrainedModel
 
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, use_fast_modules
 from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
@@ -53,12 +59,8 @@ from modeling_vitcls.export.onnx_file import OnnxGraph
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.hub.local_paths import strip_folders
 from modeling_vitcls.inference.cuda_graphs import GraphedFunction
-from modeling_vitcls.inference.speed import count_flops
-from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.runtime.flags import Options, check_minimum, check_value
 from modeling_vitcls.runtime.system import get_processor_name, get_versions
-from modeling_vitcls.speed.cpu_kernels import EMULATED_DTYPES
-from modeling_vitcls.speed.lean_layers import use_fast_modules
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,6 +81,20 @@ LIMITS = {"fp32": 1e-4, "bf16": 0.08}
 SECONDS_PER_MEASUREMENT = 0.5
 NUM_CHECKED_IMAGES = 2
 GRAPH = ", CUDA graph"  # how the rows of `--cuda-graphs` are named
+HOST_TIME_SETTINGS: dict[str, Any] = {
+    "model": "12 layers of 48 channels and 4 patches",
+    "backends": ("torch",),
+    "precisions": ("fp32",),
+    "batch_sizes": (2,),
+}
+HOST_TIME_CONFIG = ViTCLSConfig(
+    hidden_size=48,
+    num_hidden_layers=12,
+    num_attention_heads=3,
+    intermediate_size=192,
+    image_size=8,
+    patch_size=4,
+)
 
 Function = Callable[[], object]
 
@@ -107,6 +123,9 @@ class BenchmarkOptions(Options):
     """Device. Exported files are measured on the CPU only."""
     cuda_graphs: bool = False
     """Also measure PyTorch and the other packages with a CUDA graph of a forward pass."""
+    host_time: bool = False
+    """Measure the time that Python and the dispatcher of PyTorch take, and count the kernels. The
+    model, the backend, the precision and the batch size are fixed."""
     markdown: Path | None = None
     """Markdown file for the table. The table is also printed."""
 
@@ -123,7 +142,6 @@ class Row:
     engine: str
     precision: str
     batch_size: int
-    flops_per_image: int
     # from the float32 output of the model, relative to its largest absolute value
     difference: float
     throughputs: list[float] = field(default_factory=list)  # images per second
@@ -152,7 +170,7 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
         )
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = load_model(settings.model, Path(folder, "model"))
+        model = load_model(settings, Path(folder, "model"))
         for work in settings.work:
             build_engines = {"inference": build_inference_engines, "step": build_step_engines}[work]
             for batch_size in settings.batch_sizes:
@@ -171,17 +189,14 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
                             "compared only if the outputs agree"
                         )
                     functions.append(function)
-                    is_peer = name.removesuffix(GRAPH) in (settings.peers or ())
-                    num_flops = count_flops_of_peer(model, is_peer)
-                    if work == "step":
-                        num_flops *= 3  # backward: twice the FLOPs of forward
-                    new_rows.append(Row(work, name, precision, batch_size, num_flops, difference))
+                    new_rows.append(Row(work, name, precision, batch_size, difference))
                 measure_rows(new_rows, functions, settings.rounds)
-                for row in new_rows:
+                for row, function in zip(new_rows, functions, strict=True):
                     speed = statistics.median(row.throughputs)
+                    kernels = f", {count_kernels(function)} kernels" if settings.host_time else ""
                     print(
                         f"{work}, batch {batch_size}: {row.engine} {row.precision}: {speed:.1f} "
-                        "images/s"
+                        f"images/s{kernels}"
                     )
                 rows += new_rows
     return rows
@@ -189,6 +204,8 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
 
 def set_default_engines(settings: BenchmarkOptions) -> BenchmarkOptions:
     """Replace None by all backends and peers that are installed and that run on the device."""
+    if settings.host_time:
+        settings = replace(settings, **HOST_TIME_SETTINGS)
     is_cpu = settings.device == "cpu"
     exported = [
         name for name, packages in PACKAGES.items() if is_cpu and all(map(find_spec, packages))
@@ -203,26 +220,17 @@ def set_default_engines(settings: BenchmarkOptions) -> BenchmarkOptions:
     )
 
 
-def load_model(source: str, folder: Path) -> Any:
+def load_model(settings: BenchmarkOptions, folder: Path) -> Any:
     """Load a model in float32, and save it to `folder`, from which it is exported.
 
     A preset gets random weights.
     """
-    loaded, _, source_folder = load_exportable_model(source)
+    if settings.host_time:
+        return use_fast_modules(randomize_weights(ViTCLSForImageClassification(HOST_TIME_CONFIG)))
+    loaded, _, source_folder = load_exportable_model(settings.model)
     model: Any = randomize_weights(loaded) if source_folder is None else loaded
     model.save_pretrained(folder)
     return use_fast_modules(model)
-
-
-def count_flops_of_peer(model: Any, is_peer: bool) -> int:
-    """Return the FLOPs of a forward pass for one image.
-
-    Unlike our classifiers, peers compute all tokens.
-    """
-    counted = copy.copy(model)
-    counted.config = copy.deepcopy(model.config)
-    counted.config.compute_all_tokens |= is_peer
-    return count_flops(counted)
 
 
 def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:
@@ -240,6 +248,8 @@ def build_inference_engines(
     model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path
 ) -> Engines:
     """Yield, for each engine, a function that computes the outputs for images [B, C, H, W]."""
+    # in inference mode, operators reach the counter of kernels before they are split into kernels
+    without_gradients = torch.no_grad if settings.host_time else torch.inference_mode
     for name, precision in list_engines(settings):
         ours, engine = build_engine(name, precision, model, settings.device, folder)
         batch = images if name in PACKAGES else images.to(DTYPES[precision])
@@ -247,7 +257,7 @@ def build_inference_engines(
             difference = compare_outputs(
                 engine(batch[:NUM_CHECKED_IMAGES]), ours(images[:NUM_CHECKED_IMAGES].cpu())
             )
-        yield name, precision, torch.inference_mode()(partial(engine, batch)), difference
+        yield name, precision, without_gradients()(partial(engine, batch)), difference
         if settings.cuda_graphs and name not in (*PACKAGES, "compiled"):
             graphed = GraphedFunction(engine, batch.device)
             function = torch.inference_mode()(partial(graphed, batch))
@@ -429,26 +439,29 @@ def uses_cpu_time() -> bool:
     return torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
 
 
-@torch.no_grad()
-def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
-    """Return the highest throughput of large matrix products in FLOP/s.
+class KernelCounter(TorchDispatchMode):
+    """Count the operators that compute something: views and allocations start no kernel."""
 
-    On the CPU, oneDNN's packed matrices are also measured, because PyTorch's default may be half as
-    fast. If the CPU has no instructions for the dtype, float32 is measured instead, because its
-    products are faster.
-    """
-    size = 1024 if device == "cpu" else 8192
-    if device == "cpu" and dtype in EMULATED_DTYPES:
-        dtype = torch.float32
-    x, weight = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    matrices = [(x, weight)]
-    if device == "cpu" and torch.backends.mkldnn.is_available():
-        matrices.append((x.to_mkldnn(), weight.to_mkldnn()))
-    return (
-        2
-        * size**3
-        * max(measure_calls_per_second(partial(nn.functional.linear, *pair)) for pair in matrices)
-    )
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        returned = operator._schema.returns
+        is_view = any(each.alias_info and not each.alias_info.is_write for each in returned)
+        is_allocation = operator._schema.name.startswith(("aten::empty", "aten::new_empty"))
+        name = operator._schema.name
+        self.count += not (is_view or is_allocation or name == "aten::_unsafe_view")
+        return operator(*args, **(kwargs or {}))
+
+
+def count_kernels(function: Function) -> int:
+    """Count the kernels that a call starts."""
+    with KernelCounter() as counter:
+        function()
+    return counter.count
 
 
 # Report -------------------------------------------------------------------------------------------
@@ -457,14 +470,9 @@ def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
 def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
     """Return a Markdown table of the rows, and a caption with the machine and the versions."""
     settings = set_default_engines(settings)
-    peaks = {
-        precision: measure_matrix_product(settings.device, DTYPES[precision])
-        for precision in sorted({row.precision for row in rows} & DTYPES.keys())
-    }
     lines = [
-        "| work | engine | images/s | x torch fp32 | x peers, same precision | of best matrix "
-        "product |",
-        "|---|---|---|---|---|---|",
+        "| work | engine | images/s | x torch fp32 | x peers, same precision |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         group = [
@@ -487,12 +495,8 @@ def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
             ""
             if row in peers
             else ", ".join(f"{other.engine} {format_ratio(row, other)}" for other in peers),
-            f"{speed * row.flops_per_image / peaks[row.precision]:.0%}"
-            if row.precision in peaks
-            else "",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    peak_texts = [f"{peak / 1e9:,.0f} GFLOP/s in {precision}" for precision, peak in peaks.items()]
     libraries = (
         "timm",
         *(package for name in settings.backends or () for package in PACKAGES.get(name, ())[2:]),
@@ -502,8 +506,8 @@ def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
     machine = torch.cuda.get_device_name() if settings.device == "cuda" else get_processor_name()
     caption = (
         f"{strip_folders(settings.model)}: images per {second}, medians of {settings.rounds} "
-        f"rounds, with quartiles. {machine}, {torch.get_num_threads()} thread(s); best matrix "
-        f"product {', '.join(peak_texts)}; {versions}; {time.strftime('%Y-%m-%d')}."
+        f"rounds, with quartiles. {machine}, {torch.get_num_threads()} thread(s); {versions}; "
+        f"{time.strftime('%Y-%m-%d')}."
     )
     return "\n".join([*lines, "", caption, ""])
 

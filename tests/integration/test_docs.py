@@ -70,7 +70,6 @@ PROGRAMS = (
     "scripts/benchmark.py",
     "scripts/studies/compare_features.py",
     "scripts/studies/compare_tools.py",
-    "scripts/host_time.py",
     "scripts/push_space.py",
     "scripts/space/transformers_js.py",
     "scripts/study.py",

@@ -6,7 +6,6 @@ from helpers.scripts_in_process import run_in_process
 
 WRONG_FLAGS = [
     ("benchmark.py", "--rounds 0", "--rounds", 2),
-    ("host_time.py", "--rounds 0", "--rounds", 2),
     ("study.py", "--config scripts/studies/digits.yaml --output-dir out --jobs 0", "--jobs", 2),
     ("study.py", "--config digts.yaml --output-dir out", "digts.yaml", 1),
     ("push_space.py", "--model m --output o --private", "--private", 2),

@@ -14,8 +14,7 @@ from torch import nn
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.speed import lean_layers
 from modeling_vitcls.speed.lean_layers import is_usual_layer, use_fast_modules
-from scripts.benchmark import build_timm_vit
-from scripts.host_time import count_kernels
+from scripts.benchmark import build_timm_vit, count_kernels
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
