@@ -110,7 +110,7 @@ docs: setup
 	$(RUN) -m pytest tests/integration/test_docs.py
 
 gpu: setup
-	$(RUN) scripts/gpu.py
+	$(RUN) scripts/tools/gpu.py
 
 setup: $(VENV)/installed
 

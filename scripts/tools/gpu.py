@@ -2,16 +2,16 @@
 
 The parts measure the speed, train with sharded weights, and run the core tests.
 
-    python scripts/gpu.py                        all parts, under 25 minutes (`make gpu`)
-    python scripts/gpu.py --parts step fsdp2     some parts
-    python scripts/gpu.py --dry-run              all parts on the CPU, with a tiny model; nothing is written
+    python scripts/tools/gpu.py                        all parts, under 25 minutes (`make gpu`)
+    python scripts/tools/gpu.py --parts step fsdp2     some parts
+    python scripts/tools/gpu.py --dry-run              all parts on the CPU, with a tiny model; nothing is written
 
 The file is written after each part. If a part fails, the file contains the error, the other parts
 are still run, and the exit status is 1. Without a CUDA device, the script prints a message and
 exits with status 0.
 
 `make gpu` installs packages first. On a machine without internet access, run the script with a
-Python that has the packages, from the root of the repository: PYTHONPATH=. python3 scripts/gpu.py
+Python that has the packages, from the root of the repository: PYTHONPATH=. python3 scripts/tools/gpu.py
 """
 
 import argparse
@@ -24,15 +24,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark import BenchmarkOptions, format_markdown, run_benchmarks
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.runtime.files import read_json
 
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
-ACCELERATE_SETTINGS = REPOSITORY / "scripts" / "accelerate"
 TESTS = [*"-q tests/model -n 4 --dist loadfile -m".split(), "not slow"]
 FSDP2_TIMEOUT = 300  # seconds
 
@@ -79,26 +76,26 @@ def main() -> None:
     raise SystemExit(int(has_failed))
 
 
+def run(*command: object, timeout: float | None = None, **environment: str) -> None:
+    """Run a program in Python, from the root of the repository."""
+    subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        timeout=timeout,
+        check=True,
+    )
+
+
 def measure(work: str, is_dry_run: bool) -> str:
     """Return the table of `scripts/benchmark.py` with a ViT-S/16, or a tiny model on the CPU."""
-    if not is_dry_run:
-        settings = BenchmarkOptions(
-            work=(work,), backends=("torch", "compiled"), batch_sizes=(1, 64), device="cuda"
-        )
-        return format_markdown(run_benchmarks(settings), settings)
+    flags = "--device cuda --backends torch compiled --batch-sizes 1 64"
+    if is_dry_run:
+        flags = "--host-time --rounds 1"
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-        }
-        config = ViTCLSConfig(**sizes, image_size=32, patch_size=8, num_labels=5)
-        ViTCLSForImageClassification(config).save_pretrained(folder)
-        settings = BenchmarkOptions(
-            folder, (work,), backends=("torch",), batch_sizes=(2,), rounds=1
-        )
-        return format_markdown(run_benchmarks(settings), settings)
+        page = Path(folder, "speed.md")
+        run("scripts/benchmark.py", "--work", work, "--markdown", page, *flags.split())
+        return page.read_text(encoding="utf-8")
 
 
 def train_sharded(is_dry_run: bool) -> str:
@@ -110,15 +107,12 @@ def train_sharded(is_dry_run: bool) -> str:
         ("fsdp2_cpu.yaml", 2) if is_dry_run else ("fsdp2.yaml", torch.cuda.device_count())
     )
     with tempfile.TemporaryDirectory() as folder:
-        launch = (
-            f"-m accelerate.commands.launch --config_file {ACCELERATE_SETTINGS / settings_file}"
-        )
-        flags = (
-            f"finetune --config digits --max-steps 10 --no-report --overwrite --output-dir {folder}"
-        )
-        command = f"{launch} --num_processes {num_processes} -m modeling_vitcls.cli {flags}"
-        subprocess.run(
-            [sys.executable, *command.split()], cwd=REPOSITORY, check=True, timeout=FSDP2_TIMEOUT
+        launch = f"--config_file scripts/accelerate/{settings_file} --num_processes {num_processes}"
+        flags = "--config digits --max-steps 10 --no-report --overwrite --output-dir"
+        run(
+            *("-m", "accelerate.commands.launch", *launch.split()),
+            *("-m", "modeling_vitcls.cli", "finetune", *flags.split(), folder),
+            timeout=FSDP2_TIMEOUT,
         )
         results = read_json(Path(folder, "results.json"))
     return (
@@ -129,8 +123,7 @@ def train_sharded(is_dry_run: bool) -> str:
 
 def run_tests(is_dry_run: bool) -> str:
     """Run the core tests with one thread per process; with `is_dry_run`, only collect the tests."""
-    command = [sys.executable, "-m", "pytest", *TESTS, *(["--collect-only"] if is_dry_run else [])]
-    subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    run("-m", "pytest", *TESTS, *["--collect-only"] * is_dry_run, OMP_NUM_THREADS="1")
     return "passed: `pytest tests/model -m 'not slow'`"
 
 
