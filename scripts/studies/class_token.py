@@ -12,11 +12,12 @@ differences of mean and both from CLS.
 
 import warnings
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import tyro
-from photos import PhotoOptions, draw_photos
+from photos import PhotoOptions, draw_photos, write_page
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -27,7 +28,6 @@ from modeling_vitcls.inference.intervals import compute_bootstrap_interval
 
 KINDS = ("CLS", "mean", "both")
 STRENGTHS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # C, for standardized features
-BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -51,36 +51,19 @@ def main() -> None:
 
     train = [draw_photos(options.photos / "train", options.labels, seed) for seed in options.seeds]
     test = draw_photos(options.photos / "test", options.max_test, seed=0)
-    features = compute_features(
-        options, sorted({*test, *(file for draw in train for file in draw)})
-    )
-
+    features = compute_features(options, sorted({*test, *chain(*train)}))
     is_right = {
         (layer, kind): np.array([measure(features, layer, kind, draw, test) for draw in train])
         for layer in options.layers
         for kind in KINDS
     }
-    page = format_page(options, is_right)
-    (options.output / "README.md").write_text(page, encoding="utf-8")
-    print(page)
+    write_page(options.output, format_page(options, is_right))
 
 
 def compute_features(options: Options, files: list[Path]) -> dict[str, dict[Path, np.ndarray]]:
-    """Return the features of all photographs by name, such as "cls@12", computed once."""
+    """Return the features of all photographs by name, such as "cls@12"."""
     names = [f"{kind}@{layer}" for kind in ("cls", "mean") for layer in options.layers]
-    store = options.output / "features.npz"
-
-    if not store.exists():
-        embed = EmbedImages(options.encoder, features=names)
-        batches = [
-            embed({"path": [str(file) for file in files[start : start + BATCH_SIZE]]})
-            for start in range(0, len(files), BATCH_SIZE)
-        ]
-        np.savez(
-            store, **{name: np.concatenate([each[name] for each in batches]) for name in names}
-        )
-
-    values = np.load(store)
+    values = EmbedImages(options.encoder, names)({"path": list(map(str, files))})
     return {name: dict(zip(files, values[name], strict=True)) for name in names}
 
 

@@ -38,7 +38,6 @@ PACKAGES = {
     "transformers_trainer.py": ("transformers",),
     "timm_loop.py": ("timm",),
     "fastai_learner.py": ("fastai",),
-    "lightly_train_classifier.py": ("lightly-train",),
 }
 # Names of timm and DINOv2 for the weights of transformers.
 TIMM_NAMES = (

@@ -4,43 +4,44 @@ The results are in model_cards/studies/finetuning.md.
 
     python scripts/studies/finetuning.py --encoder ENCODER --photos PHOTOS --output runs/finetuning
 
-The arguments are those of first_answer.py. The encoder has learned positions. For each number
-of labels and each seed, `vitcls finetune` trains on all labels: frozen, and five epochs of the last
-four layers and of all layers. Each tuned model is also measured with two changes, and with both:
+The arguments are those of first_answer.py. For each number of labels and each seed, `vitcls
+finetune` trains on all labels: frozen, and five epochs of the last four layers and of all layers.
+Each tuned model is also measured with two changes, and with both:
 
     averaged  each weight is the mean of the start's and the tuned one (WiSE-FT, arXiv 2109.01903)
     refitted  the head is fitted again by `LinearProbe`, to the features of the tuned encoder
-
-Each result is appended to OUTPUT/rows.jsonl at once, so that an interrupted study continues.
 """
 
-import json
 import shutil
 import time
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from first_answer import BATCH_SIZE, Options, compute_metrics, run_command
-from photos import draw_photos, link_photos, list_photos
-from PIL import Image
+from first_answer import Options, compute_metrics, run_command
+from photos import (
+    add_row,
+    compute_features,
+    draw_photos,
+    has_row,
+    link_photos,
+    list_photos,
+    read_rows,
+    write_page,
+)
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.data.aspect_ratio import get_resize
 from modeling_vitcls.inference.class_statistics import TokenFeatures
-from modeling_vitcls.inference.frozen_features import FeatureLayout, pool_layers
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
-from modeling_vitcls.inference.linear_probe import NUM_LAST_LAYERS, LinearProbe, stack_tokens
+from modeling_vitcls.inference.linear_probe import LinearProbe, stack_tokens
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPOCHS = 5
 TRAINABLE = {"head": "frozen", "last-4": "last four layers", "full": "all layers"}
 RECIPE = ("trainable", "is_averaged", "is_refitted")
@@ -50,26 +51,20 @@ FLAGS = ("--held-out-fraction", 0, "--average-with-start", 0, "--no-report")
 
 def main() -> None:
     options = tyro.cli(Options)
-    options.output.mkdir(parents=True, exist_ok=True)
     for num_labels, seed in product(options.labels, options.seeds):
         for trainable in TRAINABLE:
-            run_recipe(options, num_labels, seed, trainable)
-    page = format_page(read_rows(options.output))
-    (options.output / "README.md").write_text(page, encoding="utf-8")
-    print(page)
+            for is_averaged in (False, True):
+                run_recipe(options, num_labels, seed, trainable, is_averaged)
+    write_page(options.output, format_page(read_rows(options.output)))
 
 
-def read_rows(output: Path) -> list[dict[str, Any]]:
-    file = output / "rows.jsonl"
-    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.exists() else []
-
-
-def run_recipe(options: Options, num_labels: int, seed: int, trainable: str) -> None:
-    """Train one model, measure it with and without the changes, and append the results."""
-    key = {"labels": num_labels, "seed": seed, "trainable": trainable}
-    done = [row for row in read_rows(options.output) if key.items() <= row.items()]
-    can_change = trainable != "head"
-    if len(done) == (4 if can_change else 1):
+def run_recipe(
+    options: Options, num_labels: int, seed: int, trainable: str, is_averaged: bool
+) -> None:
+    """Train one model, measure it with its own head and with a refitted one, and add the results."""
+    key = {"labels": num_labels, "seed": seed, "trainable": trainable, "is_averaged": is_averaged}
+    is_frozen = trainable == "head"
+    if has_row(options.output, key) or (is_frozen and is_averaged):
         return
 
     folder = options.output / f"{num_labels}-{seed}"
@@ -77,40 +72,27 @@ def run_recipe(options: Options, num_labels: int, seed: int, trainable: str) -> 
     test = list_photos(options.photos / "test")
     link_photos(train, folder / "photos")
     seconds = fine_tune(options, folder, trainable)
-    start = load_model(folder / "head")
-    tuned = load_model(folder / trainable)
+    model = average_weights(folder, trainable) if is_averaged else folder / trainable
+    features = compute_features(model, test)
     labels, targets = (
-        np.array([tuned.config.label2id[file.parent.name] for file in files])
+        np.unique([file.parent.name for file in files], return_inverse=True)[1]
         for files in (train, test)
     )
 
-    for is_averaged in (False, True) if can_change else (False,):
-        rows = [row for row in done if row["is_averaged"] == is_averaged]
-        if len(rows) == 2:
-            continue
-        model = average_weights(start, tuned) if is_averaged else tuned
-        features = compute_features(model, start, folder, test)
-        for is_refitted in (False, True) if can_change else (False,):
-            start_time = time.process_time()
-            if is_refitted:
-                probe = LinearProbe().fit(compute_features(model, start, folder, train), labels)
-                probabilities = probe.predict_proba(features)
-            else:
-                probabilities = apply_head(model, features)
-            row = key | {
-                "is_averaged": is_averaged,
-                "is_refitted": is_refitted,
-                "cpu_seconds": seconds,
-                "refit_seconds": time.process_time() - start_time,
-                **compute_metrics(probabilities, targets),
-                "is_right": (probabilities.argmax(axis=1) == targets).astype(int).tolist(),
-            }
-            with (options.output / "rows.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print({name: value for name, value in row.items() if name != "is_right"}, flush=True)
-
-
-# Models -------------------------------------------------------------------------------------------
+    probabilities = {False: apply_head(model, features)}
+    start_time = time.process_time()
+    if not is_frozen:
+        probe = LinearProbe().fit(compute_features(model, train), labels)
+        probabilities[True] = probe.predict_proba(features)
+    refit_seconds = time.process_time() - start_time
+    for is_refitted, values in probabilities.items():
+        row = key | {
+            "is_refitted": is_refitted,
+            "cpu_seconds": seconds + is_refitted * refit_seconds,
+            **compute_metrics(values, targets),
+            "is_right": (values.argmax(axis=1) == targets).astype(int).tolist(),
+        }
+        add_row(options.output, row)
 
 
 def fine_tune(options: Options, folder: Path, trainable: str) -> float:
@@ -133,87 +115,31 @@ def fine_tune(options: Options, folder: Path, trainable: str) -> float:
     return seconds
 
 
-def load_model(folder: Path) -> Any:
-    """Load a model in evaluation mode."""
-    model = ViTCLSForImageClassification.from_pretrained(folder, device_map=DEVICE)
-    model.eval().requires_grad_(False)
-    return model
-
-
-def average_weights(start: Any, tuned: Any) -> Any:
-    """Return a model whose weights are the means of those of two models."""
+def average_weights(folder: Path, trainable: str) -> Path:
+    """Write a model whose weights are the means of those of the start and the tuned model."""
+    start, tuned = (
+        ViTCLSForImageClassification.from_pretrained(folder / name) for name in ("head", trainable)
+    )
     weights = start.state_dict()
-    model = ViTCLSForImageClassification(tuned.config).to(DEVICE).eval().requires_grad_(False)
-    model.load_state_dict(
+    tuned.load_state_dict(
         {name: (value + weights[name]) / 2 for name, value in tuned.state_dict().items()}
     )
-    return model
+    output = folder / f"{trainable}-averaged"
+    tuned.save_pretrained(output)
+    AutoImageProcessor.from_pretrained(folder / trainable).save_pretrained(output)
+    return output
 
 
-def apply_head(model: Any, features: TokenFeatures) -> np.ndarray:
+@torch.no_grad()
+def apply_head(folder: Path, features: TokenFeatures) -> np.ndarray:
     """Return the probabilities [N, K] of the model's own classifier."""
+    model = ViTCLSForImageClassification.from_pretrained(folder)
     config = model.config
     kinds = ("cls", "mean") if config.pooling == "cls_mean" else (config.pooling,)
     layers = config.resolve_layers(config.pooled_layers or [config.num_hidden_layers])
     tokens = [(layer - config.num_hidden_layers - 1, kind) for layer in layers for kind in kinds]
-    values = torch.from_numpy(stack_tokens(features, tokens)).float().to(DEVICE)
-    return model.classifier(values).softmax(dim=1).double().cpu().numpy()
-
-
-# Features -----------------------------------------------------------------------------------------
-
-
-def compute_features(model: Any, start: Any, folder: Path, files: list[Path]) -> TokenFeatures:
-    """Return the features of the last four layers."""
-    if have_equal_first_layers(model, start):
-        states = compute_start_states(start, folder, files)
-    else:
-        states = compute_states(model, folder, files)
-
-    encoder = model.vitcls
-    layout = FeatureLayout.from_config(model.config, NUM_LAST_LAYERS)
-    parts = []
-    for batch in states.split(BATCH_SIZE):
-        layer_states = [batch]
-        for layer in encoder.layers[-NUM_LAST_LAYERS:]:
-            layer_states.append(layer(layer_states[-1], None, None))
-        outputs = SimpleNamespace(hidden_states=layer_states)
-        parts.append(pool_layers(encoder, outputs, layout))
-    return layout.split(torch.cat(parts).cpu().numpy())
-
-
-def have_equal_first_layers(model: Any, start: Any) -> bool:
-    """Return whether the layers before the last four have the weights of the start."""
-    layers = [each.vitcls.layers[0].state_dict() for each in (model, start)]
-    return all(torch.equal(value, layers[1][name]) for name, value in layers[0].items())
-
-
-# (resizing of the image processor, photographs) -> tokens of the start, which is the same for all draws
-START_STATES: dict[tuple[str, tuple[Path, ...]], torch.Tensor] = {}
-
-
-def compute_start_states(start: Any, folder: Path, files: list[Path]) -> torch.Tensor:
-    """Return the tokens of the start before the last four layers, computed once."""
-    key = (get_resize(AutoImageProcessor.from_pretrained(folder / "head")), tuple(files))
-    if key not in START_STATES:
-        START_STATES[key] = compute_states(start, folder, files)
-    return START_STATES[key]
-
-
-def compute_states(model: Any, folder: Path, files: list[Path]) -> torch.Tensor:
-    """Return the tokens [N, T, D] before the last four layers."""
-    processor = AutoImageProcessor.from_pretrained(folder / "head")
-    encoder = model.vitcls
-    parts = []
-    for start in range(0, len(files), BATCH_SIZE):
-        batch = [Image.open(file).convert("RGB") for file in files[start : start + BATCH_SIZE]]
-        pixel_values = processor(batch, return_tensors="pt")["pixel_values"].to(DEVICE)
-        grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
-        states = encoder.embeddings(pixel_values, grid_size)
-        for layer in encoder.layers[:-NUM_LAST_LAYERS]:
-            states = layer(states, None, None)
-        parts.append(states)
-    return torch.cat(parts)
+    values = torch.from_numpy(stack_tokens(features, tokens)).float()
+    return model.classifier(values).softmax(dim=1).double().numpy()
 
 
 # Page ---------------------------------------------------------------------------------------------
@@ -265,11 +191,10 @@ def format_row(
             ", ".join(f"{each.mean():+.1f}" for each in values),
             f"{np.mean(values):+.1f} ({low:+.1f} to {high:+.1f})",
         ]
-    seconds = fmean(run["cpu_seconds"] + run["refit_seconds"] for run in runs)
     cells += [
         f"{fmean(run['log_loss'] for run in runs):.2f}",
         f"{100 * fmean(run['calibration_error'] for run in runs):.1f}",
-        f"{seconds:.0f}",
+        f"{fmean(run['cpu_seconds'] for run in runs):.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 

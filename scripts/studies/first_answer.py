@@ -12,7 +12,7 @@ For each number of labels and each seed, the same training photographs go throug
 
 The run's own estimate of its accuracy is compared with the accuracy on the test photographs. The
 features of scikit-learn's side are computed once; its CPU time is that of the images that a run
-needs. An interrupted study continues: finished runs are read from OUTPUT.
+needs.
 """
 
 import resource
@@ -21,6 +21,8 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,14 +30,23 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from photos import PhotoOptions, draw_photos, link_photos, list_photos
+from photos import (
+    PhotoOptions,
+    add_row,
+    draw_photos,
+    has_row,
+    link_photos,
+    list_photos,
+    read_rows,
+    write_page,
+)
 from PIL import Image
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 from transformers import AutoImageProcessor, AutoModel
 
-from modeling_vitcls.runtime.files import read_json, write_json
+from modeling_vitcls.runtime.files import read_json
 
 
 BATCH_SIZE = 8
@@ -55,38 +66,15 @@ class Options(PhotoOptions):
     """Side of the images in pixels. Default: 224, that of the checkpoint's image processor."""
 
 
-@dataclass(frozen=True)
-class Features:
-    """CLS tokens of the peer, with the CPU seconds per photograph."""
-
-    values: dict[Path, np.ndarray]
-    seconds_per_image: float
-
-
 def main() -> None:
     options = tyro.cli(Options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / "runs.json"
-    rows: list[dict[str, Any]] = read_json(file)["rows"] if file.exists() else []
-    features: Features | None = None
-
-    for num_labels in options.labels:
-        for seed in options.seeds:
-            if any((row["labels"], row["seed"]) == (num_labels, seed) for row in rows):
-                continue
-            if features is None:
-                features = compute_features(options)
+    for num_labels, seed in product(options.labels, options.seeds):
+        key = {"labels": num_labels, "seed": seed}
+        if not has_row(options.output, key):
             chosen = draw_photos(options.photos / "train", num_labels, seed)
-            row = {
-                "labels": num_labels,
-                "seed": seed,
-                "ours": run_ours(options, chosen, f"{num_labels}-{seed}"),
-                "peer": run_peer(options, chosen, features),
-            }
-            rows.append(row)
-            write_json(file, {"rows": rows})
-            print(rows[-1], flush=True)
-    (options.output / "README.md").write_text(format_page(rows), encoding="utf-8")
+            ours = run_ours(options, chosen, f"{num_labels}-{seed}")
+            add_row(options.output, key | {"ours": ours, "peer": run_peer(options, chosen)})
+    write_page(options.output, format_page(read_rows(options.output)))
 
 
 # Ours ---------------------------------------------------------------------------------------------
@@ -131,9 +119,13 @@ def run_command(*arguments: object) -> float:
 # --------------------------------------------------------------------------------------------------
 
 
+@cache
 @torch.no_grad()
-def compute_features(options: Options) -> Features:
-    """Return the CLS tokens of all photographs, with the checkpoint's own image processor."""
+def compute_cls_tokens(options: Options) -> tuple[dict[Path, np.ndarray], float]:
+    """Return the CLS tokens of all photographs, and the CPU seconds for each photograph.
+
+    The image processor is the checkpoint's own.
+    """
     model = AutoModel.from_pretrained(options.encoder).eval()
     processor = AutoImageProcessor.from_pretrained(options.encoder)
     if options.image_size is not None:
@@ -147,17 +139,18 @@ def compute_features(options: Options) -> Features:
         images = processor([Image.open(file).convert("RGB") for file in batch], return_tensors="pt")
         tokens = model(**images).last_hidden_state[:, 0].numpy()
         values |= dict(zip(batch, tokens, strict=True))
-    return Features(values, (time.process_time() - start_time) / len(files))
+    return values, (time.process_time() - start_time) / len(files)
 
 
-def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[str, float]:
+def run_peer(options: Options, chosen: list[Path]) -> dict[str, float]:
     """Fit scikit-learn's regression to the chosen photographs, and measure it."""
+    tokens, seconds_per_image = compute_cls_tokens(options)
     test = list_photos(options.photos / "test")
     labels, test_labels = (
         np.array([file.parent.name for file in files]) for files in (chosen, test)
     )
     train_features, test_features = (
-        np.stack([features.values[file] for file in files]) for files in (chosen, test)
+        np.stack([tokens[file] for file in files]) for files in (chosen, test)
     )
 
     start_time = time.process_time()
@@ -168,7 +161,7 @@ def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[s
 
     targets = np.searchsorted(classifier.classes_, test_labels)
     metrics = compute_metrics(probabilities, targets)
-    seconds += features.seconds_per_image * (len(chosen) + len(test))
+    seconds += seconds_per_image * (len(chosen) + len(test))
     return metrics | {"cpu_seconds": seconds}
 
 

@@ -8,72 +8,74 @@ For each seed, `finetune` trains on the same photographs: frozen, and five epoch
 `RECIPES`, with all labels; each token has a control, the same run without it, and the table
 contains the gates at the end. The teacher is a frozen model of other photographs of the same classes.
 Each model is measured on all test photographs, and compared with the frozen one of the same seed.
-Each result is appended to OUTPUT/rows.jsonl at once, so that an interrupted study continues.
 """
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import tyro
-from photos import PhotoOptions, draw_photos, link_photos, list_photos
+from photos import (
+    PhotoOptions,
+    add_row,
+    draw_photos,
+    has_row,
+    link_photos,
+    list_photos,
+    read_rows,
+    write_page,
+)
 from scipy import stats
 
-from modeling_vitcls import ViTCLSForImageClassification, evaluate, finetune
+from modeling_vitcls import evaluate, finetune
 
 
 EPOCHS = 5
 SLOW_GATES = (3e-5, 1e-3)  # The second rate is that of gates and new tokens: 0.01 by default
 MIN_GATE = 0.1  # Below it, a row says nothing about its token
-# Name -> flags of `finetune`. Each token has a control: the same run without it.
+# Name -> flags of `finetune`, five epochs if they set none. Each token has a control: the same run without it.
 RECIPES: dict[str, dict[str, Any]] = {
-    "frozen": {"trainable": "head"},
-    "classifier alone": {"trainable": "head", "epochs": EPOCHS},
-    "all layers": {"epochs": EPOCHS},
-    "LoRA": {"trainable": "lora", "epochs": EPOCHS},
-    "4 registers, gated, all layers": {"num_register_tokens": 4, "epochs": EPOCHS},
+    "frozen": {"trainable": "head", "epochs": None},
+    "classifier alone": {"trainable": "head"},
+    "all layers": {},
+    "LoRA": {"trainable": "lora"},
+    "4 registers, gated, all layers": {"num_register_tokens": 4},
     "4 registers, gates at 1e-3, all layers": {
         "num_register_tokens": 4,
         "learning_rate": SLOW_GATES,
-        "epochs": EPOCHS,
     },
     "4 registers, open, all layers": {
         "num_register_tokens": 4,
         "gate_new_tokens": False,
-        "epochs": EPOCHS,
     },
     "8 prompts, gated, nothing else": {
         "num_register_tokens": 8,
         "trainable": "tokens",
-        "epochs": EPOCHS,
     },
     "8 prompts, gates at 1e-3, nothing else": {
         "num_register_tokens": 8,
         "trainable": "tokens",
         "learning_rate": SLOW_GATES,
-        "epochs": EPOCHS,
     },
     "8 prompts, open, nothing else": {
         "num_register_tokens": 8,
         "trainable": "tokens",
         "gate_new_tokens": False,
-        "epochs": EPOCHS,
     },
     "CLS for each quarter, all layers": {
         "cls_scopes": ("image", "2x2"),
         "model_config": {"cls_pooling": "concat"},
-        "epochs": EPOCHS,
     },
-    "teacher on CLS, no token, all layers": {"teacher": True, "epochs": EPOCHS},
+    "teacher on CLS, no token, all layers": {"teacher": True},
     "distillation token, same teacher, all layers": {
         "teacher": True,
         "num_distillation_tokens": 1,
         "distillation": "soft",
-        "epochs": EPOCHS,
     },
 }
 
@@ -94,25 +96,14 @@ class Options(PhotoOptions):
 
 def main() -> None:
     options = tyro.cli(Options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for name in options.recipes:
+    for seed, name in product(options.seeds, options.recipes):
+        if not has_row(options.output, {"seed": seed, "name": name}):
             run_recipe(options, seed, name, RECIPES[name])
-    page = format_page(read_rows(options.output))
-    (options.output / "README.md").write_text(page, encoding="utf-8")
-    print(page)
-
-
-def read_rows(output: Path) -> list[dict[str, Any]]:
-    file = output / "rows.jsonl"
-    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.exists() else []
+    write_page(options.output, format_page(read_rows(options.output)))
 
 
 def run_recipe(options: Options, seed: int, name: str, flags: dict[str, Any]) -> None:
-    """Train and measure one model, unless that has been done."""
-    key = {"seed": seed, "name": name}
-    if any(key.items() <= row.items() for row in read_rows(options.output)):
-        return
+    """Train and measure one model."""
     folder = options.output / str(seed)
     train = draw_photos(options.photos / "train", options.num_labels, seed)
     link_photos(train, folder / "train")
@@ -121,15 +112,13 @@ def run_recipe(options: Options, seed: int, name: str, flags: dict[str, Any]) ->
         flags = flags | {"teacher": str(fit_teacher(options, seed, set(train)))}
 
     start = time.process_time()
-    fit(options, folder / "train", folder / "model", **flags)
+    trained = fit(options, folder / "train", folder / "model", **{"epochs": EPOCHS} | flags)
     seconds = time.process_time() - start
     results = evaluate(folder / "model", options.output / "test", num_workers=0)
     names = ("accuracy", "loss", "calibration_error", "cls_accuracy", "distillation_accuracy")
-    row = key | {"cpu_seconds": seconds} | {each: results.get(each) for each in names}
-    row["gates"] = read_gates(folder / "model")
-    with (options.output / "rows.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(row, flush=True)
+    row = {"seed": seed, "name": name, "cpu_seconds": seconds}
+    row |= {each: results.get(each) for each in names}
+    add_row(options.output, row | {"gates": list(trained.get("gates", {}).values())})
 
 
 def fit_teacher(options: Options, seed: int, students: set[Path]) -> Path:
@@ -149,18 +138,11 @@ def fit_teacher(options: Options, seed: int, students: set[Path]) -> Path:
     return folder / "teacher"
 
 
-def read_gates(folder: Path) -> list[float] | None:
-    """Read what part of an ordinary token's attention each gated token has, from 0 to 1."""
-    model = ViTCLSForImageClassification.from_pretrained(folder)
-    gates = model.vitcls.gates
-    return None if gates is None else gates.get_gate_values().tolist()
-
-
-def fit(options: Options, photos: Path, output: Path, **flags: Any) -> None:
-    """Train on all photographs, without a report."""
+def fit(options: Options, photos: Path, output: Path, **flags: Any) -> dict[str, Any]:
+    """Train on all photographs, without a report, and return the results of the run."""
     shutil.rmtree(output, ignore_errors=True)
     settings = {"image_size": options.image_size, "held_out_fraction": 0.0, "report": False}
-    finetune(str(options.encoder), str(photos), output, **settings | flags)
+    return finetune(str(options.encoder), str(photos), output, **settings | flags)
 
 
 def format_page(rows: list[dict[str, Any]]) -> str:
@@ -171,7 +153,7 @@ def format_page(rows: list[dict[str, Any]]) -> str:
         "|---|---:|---|---|---|---:|---|---:|",
     ]
     for name in RECIPES:
-        own = [row for row in rows if row["name"] == name]
+        own = sorted((row for row in rows if row["name"] == name), key=itemgetter("seed"))
         if not own:
             continue
         over_frozen = compare(rows, own, "frozen")
@@ -200,7 +182,7 @@ def compare(rows: list[dict[str, Any]], own: list[dict[str, Any]], name: str) ->
 
 def format_gates(rows: list[dict[str, Any]]) -> str:
     """Format the range of the gates; a token below 0.1 was hardly in the network."""
-    gates = [gate for row in rows for gate in row["gates"] or []]
+    gates = [gate for row in rows for gate in row["gates"]]
     if not gates:
         return "open" if "open" in rows[0]["name"] else ""
     note = ": not tested" if fmean(gates) < MIN_GATE else ""

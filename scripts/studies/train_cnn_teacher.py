@@ -35,7 +35,6 @@ def train_cnn_teacher(
     epochs: int = 8,
     flip: bool = False,
     seed: int = 0,
-    label_names: tuple[str, ...] | None = None,
 ) -> float:
     """Train and save a ResNet with one basic block per stage.
 
@@ -49,20 +48,18 @@ def train_cnn_teacher(
         epochs: Number of passes over the training images.
         flip: Whether to flip images horizontally with a probability of 0.5.
         seed: Seed of the initial weights, the sampling of images and the augmentation.
-        label_names: Label names in the order of the logits. Default: the order in the dataset.
     """
     torch.manual_seed(seed)
     images = load_undivided_images(DataOptions(dataset=dataset, num_workers=0))
     data = divide_images(images, held_out_fraction=0.2)
-    dataset_label_names = data.label_space.names
-    label_order = label_names or tuple(dataset_label_names)
+    names = data.label_space.names
     config = ResNetConfig(
         embedding_size=16,
         hidden_sizes=list(hidden_sizes),
         depths=[1] * len(hidden_sizes),
         layer_type="basic",
-        id2label=dict(enumerate(label_order)),
-        label2id={name: index for index, name in enumerate(label_order)},
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
     )
     model = ResNetForImageClassification(config)
     size = {"height": image_size, "width": image_size}
@@ -70,10 +67,7 @@ def train_cnn_teacher(
 
     def prepare_split(split: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
         images = [split.images[index].convert("RGB") for index in range(len(split))]
-        labels = torch.tensor(
-            [label_order.index(dataset_label_names[label]) for label in split.labels]
-        )
-        return processor(images, return_tensors="pt")["pixel_values"], labels
+        return processor(images, return_tensors="pt")["pixel_values"], torch.tensor(split.labels)
 
     train_network(model, *prepare_split(data.train), epochs, flip)
     pixel_values, labels = prepare_split(data.held_out)
