@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
-from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
 from scripts.studies.train_cnn_teacher import train_cnn_teacher
-from scripts.studies.train_dual_encoder import train_dual_encoder
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -47,22 +45,3 @@ def test_a_cnn_trains_the_distillation_token(tmp_path: Path) -> None:
     assert results["accuracy"] >= 0.97
     assert min(results["cls_accuracy"], results["distillation_accuracy"]) >= 0.96
     assert results["token_movement"]["distillation[0]"] > 0
-
-
-def test_a_dual_encoder_classifies_digits_by_captions(tmp_path: Path) -> None:
-    assert train_dual_encoder("digits", tmp_path / "dual", patch_size=8, epochs=20) >= 0.9
-
-    model = VisionTextDualEncoderModel.from_pretrained(tmp_path / "dual")
-    assert type(model.vision_model).__name__ == "ViTCLSModel"
-
-    processor = VisionTextDualEncoderProcessor.from_pretrained(tmp_path / "dual")
-    tokens = processor(text=["a photo of the 3"])["input_ids"][0]
-
-    assert processor.tokenizer.convert_ids_to_tokens(tokens) == [
-        "[CLS]",
-        "a",
-        "photo",
-        "of",
-        "the",
-        "3",
-    ]

@@ -1,4 +1,4 @@
-"""Scripts that no other test runs."""
+"""All scripts: for those of studies and tools, no other test is needed."""
 
 import ast
 import importlib
