@@ -11,12 +11,7 @@ from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
-from modeling_vitcls.training.options import (
-    ModelOptions,
-    RunOptions,
-    TrainingOptions,
-    parse_cls_scopes,
-)
+from modeling_vitcls.training.options import FinetuneOptions, ModelOptions, parse_cls_scopes
 from scripts.benchmark import BenchmarkOptions
 from scripts.study import StudyOptions
 
@@ -25,7 +20,7 @@ from scripts.study import StudyOptions
 REQUIRED: dict[type, dict[str, Any]] = {
     DataOptions: {"dataset": "digits"},
     ModelOptions: {"model": "vitcls-tiny"},
-    RunOptions: {"output_dir": Path("o")},
+    FinetuneOptions: {"model": "m", "dataset": "digits", "output_dir": Path("o")},
     PushOptions: {"model": Path("m")},
     EvaluateOptions: {"model": "m", "dataset": "digits"},
     PredictOptions: {"model": "m", "paths": ("a.jpg",), "output": Path("out.json")},
@@ -48,18 +43,18 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (DataOptions, "num_workers", [0], [-1]),
     (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1]),
     (AugmentationOptions, "mixup", [0], [-0.1]),
-    (TrainingOptions, "epochs learning_rate", [0.1], [0]),
-    (TrainingOptions, "max_steps batch_size gradient_accumulation_steps", [1], [0]),
-    (TrainingOptions, "weight_decay seed", [0], [-1]),
-    (TrainingOptions, "warmup label_smoothing", [0, 0.9], [-0.1, 1]),
-    (TrainingOptions, "layer_decay", [None, 0.1, 1], [0, 1.1]),
+    (FinetuneOptions, "epochs learning_rate", [0.1], [0]),
+    (FinetuneOptions, "max_steps batch_size gradient_accumulation_steps", [1], [0]),
+    (FinetuneOptions, "weight_decay seed", [0], [-1]),
+    (FinetuneOptions, "warmup label_smoothing", [0, 0.9], [-0.1, 1]),
+    (FinetuneOptions, "layer_decay", [None, 0.1, 1], [0, 1.1]),
     (
-        TrainingOptions,
+        FinetuneOptions,
         "trainable",
         ["full", "head", "lora", "last-12"],
         ["none", "last", "last-0", "last-1x"],
     ),
-    (RunOptions, "save_every keep_checkpoints", [1], [0]),
+    (FinetuneOptions, "save_every keep_checkpoints", [1], [0]),
     (EvaluateOptions, "batch_size", [1], [0]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
     (PredictOptions, "batch_size top_k", [1], [0]),

@@ -150,22 +150,18 @@ def divide_images(
     )
 
 
-def load_undivided_images(
-    options: DataOptions, reads_all: bool = False, use_labels: bool = True
-) -> Splits:
+def load_undivided_images(options: DataOptions, reads_all: bool = False) -> Splits:
     """Read the labels and the keys of the images of a dataset, by split. No image is decoded.
 
     Args:
         reads_all: whether the test split, whose labels may be hidden, is read as well if there is
             a validation split.
-        use_labels: if False, every label is missing, and the label space has no columns.
 
     Raises:
-        ValueError: if the dataset has no images, no labels (unless `use_labels` is False) or only
-            one class.
+        ValueError: if the dataset has no images, no labels or only one class.
     """
     choose = partial(choose_training_splits, reads_all)
-    loaded = load_splits(options, use_labels, choose)
+    loaded = load_splits(options, select=choose)
     labels = loaded.label_space
     columns = {} if isinstance(labels, SeveralLabels) else labels.columns
     title = get_title(options.dataset)
@@ -206,7 +202,6 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
         options,
         # A test split that the run did not read may have come since.
         reads_all=results.get("held_out_split") == "test",
-        use_labels=bool(results.get("data", {}).get("classes", True)),
     )
     splits = select_task(read_splits(folder), None)
     held_out_keys = splits["key"][splits["split"] == "test"]

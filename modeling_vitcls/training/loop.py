@@ -35,7 +35,7 @@ from .distributed_state import gather_state, reshard, scatter_state
 from .losses import Losses, Objective
 from .model import keep_old_tokens, set_train_mode
 from .optimizer import get_learning_rate
-from .options import TrainingOptions
+from .options import FinetuneOptions
 from .reporter import Reporter
 from .signals import SignalHandler
 
@@ -78,7 +78,7 @@ class TrainingLoop:
     objective: Objective
     evaluate_model: Evaluate  # Evaluates the model from `Accelerator.prepare`
     plan: BatchPlan
-    options: TrainingOptions
+    warmup: float  # Part of the steps in which the learning rate increases
     accelerator: Accelerator
     reporter: Reporter
     store: CheckpointStore
@@ -182,11 +182,10 @@ class TrainingLoop:
         Return the record of the step.
         """
         state = self.state
-        options = self.options
         accelerator = self.accelerator
         # Computed from the step. A scheduler would be one more state to save and to restore.
         learning_rate = get_learning_rate(
-            state.step, self.plan.num_steps, state.optimizer.defaults["lr"], options.warmup
+            state.step, self.plan.num_steps, state.optimizer.defaults["lr"], self.warmup
         )
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
@@ -421,7 +420,7 @@ def copy_special_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
     return copies
 
 
-def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: int) -> BatchPlan:
+def build_batch_plan(num_images: int, options: FinetuneOptions, num_processes: int) -> BatchPlan:
     """Plan the batches of `max_steps` steps, or of `epochs` epochs rounded up to whole steps."""
     assert options.batch_size is not None, "the defaults set it"
     accumulation_steps = options.gradient_accumulation_steps

@@ -120,10 +120,12 @@ def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
     return scopes
 
 
+# The fields of the last base class come first.
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(Options):
-    """Training and evaluation."""
+class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
+    """Fine-tune a ViT on labeled images, evaluate it on held-out images, and save the results."""
 
+    # Training and evaluation
     epochs: float | None = None
     """Number of passes over the training images; setting it makes the run take training steps.
     Default: 30, or 5 for LoRA and for weights that start from the classifier of the frozen model.
@@ -181,37 +183,7 @@ class TrainingOptions(Options):
     on additional held-out training images. The reported metrics do not use these images. Default:
     last."""
 
-    def check(self) -> None:
-        super().check()
-        check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps")
-        check_minimum(self, 0, "weight_decay", "seed")
-        check_value(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
-        rates = (
-            self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
-        )
-        is_valid = all(rate is None or rate > 0 for rate in rates)
-        check_value(self, "learning_rate", is_valid, "above 0")
-        for name in ("warmup", "label_smoothing", "average_with_start"):
-            check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        check_value(
-            self,
-            "layer_decay",
-            self.layer_decay is None or 0 < self.layer_decay <= 1,
-            "above 0 and at most 1",
-        )
-
-        check_value(
-            self,
-            "trainable",
-            bool(re.fullmatch(r"full|head|lora|tokens|last-[1-9]\d*", self.trainable)),
-            "full, head, lora, tokens or last-N such as last-2",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(Options):
-    """Output, checkpoints, experiment trackers and the Hub."""
-
+    # Output, checkpoints, experiment trackers and the Hub
     output_dir: Path
     """Output folder. To continue an earlier run in this folder, set --resume. To replace the
     earlier run, set --overwrite."""
@@ -238,16 +210,7 @@ class RunOptions(Options):
     hub_model_id: str | None = None
     """Repository to push to. Default: a repository in your account, named after --output-dir."""
 
-    def check(self) -> None:
-        super().check()
-        check_minimum(self, 1, "save_every", "keep_checkpoints")
-
-
-# The fields of the last base class come first.
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOptions, ModelOptions):
-    """Fine-tune a ViT on labeled images, evaluate it on held-out images, and save the results."""
-
+    # Distillation
     teacher: str | None = None
     """Teacher, from whose predictions the model learns, as well as from the labels: a folder or Hub
     id of a transformers classifier (`ID@COMMIT` pins the model), or `timm:NAME`. One head learns
@@ -256,3 +219,30 @@ class FinetuneOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
     distillation: Literal["soft", "hard"] = "soft"
     """Target of the distillation: the class probabilities (soft) or the top-1 class (hard) of
     the teacher."""
+
+    def check(self) -> None:
+        super().check()
+        check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps")
+        check_minimum(self, 1, "save_every", "keep_checkpoints")
+        check_minimum(self, 0, "weight_decay", "seed")
+        check_value(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
+        rates = (
+            self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
+        )
+        is_valid = all(rate is None or rate > 0 for rate in rates)
+        check_value(self, "learning_rate", is_valid, "above 0")
+        for name in ("warmup", "label_smoothing", "average_with_start"):
+            check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        check_value(
+            self,
+            "layer_decay",
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            "above 0 and at most 1",
+        )
+
+        check_value(
+            self,
+            "trainable",
+            bool(re.fullmatch(r"full|head|lora|tokens|last-[1-9]\d*", self.trainable)),
+            "full, head, lora, tokens or last-N such as last-2",
+        )

@@ -330,7 +330,7 @@ def build_loop(
         ),
         evaluate_model=evaluate_model,
         plan=build_batch_plan(len(data.train), options, accelerator.num_processes),
-        options=options,
+        warmup=options.warmup,
         accelerator=accelerator,
         reporter=reporter,
         store=store,

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 from helpers.photo_folders import write_photos, write_two_colors
-from helpers.read_datasets import load_training_data, read_splits_of, read_training_data
+from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.images import UnreadableImage
 from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.sources import load_splits
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +177,11 @@ def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -
     for path in list_paths(color_images):
         (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
     for folder in (tmp_path, color_images):  # without and with sub-folders
-        data = load_training_data(DataOptions(dataset=str(folder)), use_labels=False)
-        assert len(data.train) + len(data.held_out) == 20
-        assert data.label_space.columns == {}
-        assert "stratified" not in data.held_out_name
-        assert {label for _, label in list_all(data)} == {None}
+        splits = load_splits(DataOptions(dataset=str(folder)), use_labels=False)
+        assert splits.label_space.columns == {}
+        assert splits.train.labels == [None] * 20
         assert (
-            len({np.asarray(image.convert("RGB")).tobytes() for image, _ in list_all(data)}) == 20
+            len({np.asarray(image.convert("RGB")).tobytes() for image in splits.train.images}) == 20
         )
 
     with pytest.raises(ValueError, match="contains images, but no class folders"):

@@ -27,15 +27,15 @@ from transformers.distributed import DistributedConfig
 sys.path.extend(map(str, Path(__file__).parents[1:3]))
 
 import modeling_vitcls as vitcls
+from helpers.batch_plans import build_plan
 from helpers.tiny_models import build_tiny_config
 from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.loop import TrainingLoop, TrainingState, build_batch_plan
+from modeling_vitcls.training.loop import TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import Objective
 from modeling_vitcls.training.optimizer import build_parameter_groups
-from modeling_vitcls.training.options import TrainingOptions
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.signals import SignalHandler
 
@@ -166,10 +166,9 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     """Build a training loop of four steps, which calls `objective(model, batch)`."""
     accelerator = Accelerator(cpu=True)
     model, _ = save_model("one CLS", folder)
-    options = TrainingOptions(max_steps=4, batch_size=2, learning_rate=0.1, layer_decay=1.0)
     optimizer = torch.optim.SGD(build_parameter_groups(model, weight_decay=0.0), lr=0.1)
     state = TrainingState(*accelerator.prepare(model, optimizer))
-    plan = build_batch_plan(8, options, NUM_PROCESSES)
+    plan = build_plan(8, NUM_PROCESSES, max_steps=4, batch_size=2)
     reporter = Reporter(folder / "metrics.jsonl", accelerator)
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
     unreadable_images = UnreadableImageCounter(print)
@@ -178,7 +177,7 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
         objective=objective,
         evaluate_model=dict,
         plan=plan,
-        options=options,
+        warmup=0.1,
         accelerator=accelerator,
         reporter=reporter,
         store=store,

@@ -7,11 +7,9 @@ from modeling_vitcls.data.sources import Splits, load_splits
 from modeling_vitcls.data.splits import TrainingData, divide_images, load_undivided_images
 
 
-def load_training_data(
-    options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
-) -> TrainingData:
+def load_training_data(options: DataOptions, use_selection_split: bool = False) -> TrainingData:
     """Read a dataset, and divide its images as a run with steps does."""
-    images = load_undivided_images(options, use_selection_split, use_labels)
+    images = load_undivided_images(options, use_selection_split)
     return divide_images(images, options.held_out_part, use_selection_split)
 
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from helpers.accelerate_state import reset_accelerate
+from helpers.batch_plans import build_plan
 from helpers.random_classifiers import build_random_model
 from helpers.read_datasets import load_training_data
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
@@ -39,7 +40,6 @@ from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.loop import (
     TrainingLoop,
     TrainingState,
-    build_batch_plan,
 )
 from modeling_vitcls.training.losses import (
     LabelObjective,
@@ -50,7 +50,6 @@ from modeling_vitcls.training.losses import (
 from modeling_vitcls.training.optimizer import (
     build_parameter_groups,
 )
-from modeling_vitcls.training.options import TrainingOptions
 from modeling_vitcls.training.signals import (
     LAUNCHER_ENVIRONMENT_VARIABLES,
     STOP_SIGNALS,
@@ -84,21 +83,18 @@ class RecordedLoop:
         optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer] = build_adamw,
         prepare: Callable[[ViTCLSForImageClassification], Any] = lambda model: None,
         save_every: int | None = None,
+        warmup: float = 0.1,
         **training: Any,
     ) -> None:
         reset_accelerate()
-        self.options = replace(
-            TrainingOptions(max_steps=4, batch_size=8, learning_rate=1e-3, layer_decay=1.0),
-            **training,
-        )
+        self.plan = build_plan(len(DIGITS.train), **{"max_steps": 4, "batch_size": 8} | training)
         self.accelerator = Accelerator(
-            cpu=True, gradient_accumulation_steps=self.options.gradient_accumulation_steps
+            cpu=True, gradient_accumulation_steps=self.plan.accumulation_steps
         )
         torch.manual_seed(0)
         self.model, processor, _ = build_initial_model(TINY, DIGITS.label_space)
         prepare(self.model)
         self.state = TrainingState(*self.accelerator.prepare(self.model, optimizer(self.model)))
-        self.plan = build_batch_plan(len(DIGITS.train), self.options, num_processes=1)
         self.normalise = Normalizer(processor, self.accelerator.device)
         self.reporter = Mock()
         self.saved: list[tuple[int, bool]] = []
@@ -117,7 +113,7 @@ class RecordedLoop:
             objective,
             lambda model: self.evaluate(),
             self.plan,
-            self.options,
+            warmup,
             self.accelerator,
             reporter=self.reporter,
             store=Mock(
