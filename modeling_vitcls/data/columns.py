@@ -8,6 +8,7 @@ patient    rows of one group are on one side of every split (--group-column)
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain, compress
 from pathlib import Path
@@ -381,19 +382,37 @@ def choose_groups(
 
     Without groups, the result is an empty dict and None.
     """
-    has_folders = FOLDER_COLUMN in next(iter(tables.values())).features and any(
-        any(read_column(table, FOLDER_COLUMN)) for table in tables.values()
-    )
-    if has_folders and column is None:
+    is_folder = FOLDER_COLUMN in next(iter(tables.values())).features
+    folders: set[str | None] = set()
+    if is_folder:
+        folders.update(*(read_column(table, FOLDER_COLUMN) for table in tables.values()))
+    named = list(filter(None, folders))
+    if named and column is None:
         groups, num_groups = read_groups(tables, dataset, FOLDER_COLUMN)
         return groups, (
             f"{num_groups:,}, one for each folder below a class: its images stay together. If they "
-            f"are no groups, set `group_column={NO_GROUPS!r}`"
+            f"are no groups, set `group_column={NO_GROUPS!r}`{describe_shared_names(named)}"
         )
-    if column is None or (has_folders and column == NO_GROUPS):
+    if column is None or (is_folder and column == NO_GROUPS):
         return {}, None
     groups, num_groups = read_groups(tables, dataset, column)
     return groups, f"column {column!r}: {num_groups:,} groups"
+
+
+def describe_shared_names(folders: Collection[str]) -> str:
+    """Say that most folders below a class have the name of one in another class; "" otherwise.
+
+    Numbered objects of several classes are different ones. `folders` are paths SPLIT/CLASS/FOLDER.
+    """
+    names = Counter(name for _, name in {tuple(folder.split("/")[1:]) for folder in folders})
+    shared = sorted(name for name in names if names[name] > 1 and not name.isdecimal())
+    if 2 * len(shared) <= len(names):
+        return ""
+    return (
+        f". Several classes have folders called {format_name_list(shared)}, which are different groups. "
+        "If each is one object, such as a patient, name it in a column of metadata.csv, and set "
+        "`group_column` to this column"
+    )
 
 
 def find_unused_groups(

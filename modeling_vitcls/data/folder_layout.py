@@ -73,17 +73,17 @@ def find_groups(places: Mapping[str, Place]) -> dict[str, str]:
         depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
         own = {image: each[depth] for image, each in by_image.items() if len(each) > depth}
         if len(set(own.values())) > 1:
-            groups |= {image: str((*names, folder)) for image, folder in own.items()}
+            groups |= {image: "/".join(map(str, (*names, folder))) for image, folder in own.items()}
     return groups
 
 
-def find_split_folders(root: Path, images: Sequence[str], use_labels: bool) -> dict[str, str]:
+def find_split_folders(root: Path, images: Sequence[str], has_classes: bool) -> dict[str, str]:
     """Find the split of each split folder, by its path; none if there is only the split "train".
 
     Args:
         root: the image folder.
         images: paths of the images in it.
-        use_labels: whether classes are used.
+        has_classes: whether folders that look like splits are an error, because they may be classes.
 
     Raises:
         ValueError: if it is ambiguous whether folders are splits or classes.
@@ -116,12 +116,12 @@ def find_split_folders(root: Path, images: Sequence[str], use_labels: bool) -> d
 
     # photos/cat/object1 and photos/dog/object1 are groups; photos/fold1/cat and photos/fold2/cat, splits
     counted = DATE if any(map(SPLIT_LIKE.search, nested)) else COUNTED
-    if use_labels and (classes := find_shared_folders(nested.values(), counted)):
+    if has_classes and (classes := find_shared_folders(nested.values(), counted)):
         raise ValueError(
             f"{root}: the folders {format_name_list(sorted(nested))} contain the same folders "
             f"({format_name_list(classes)}), so they look like splits. Rename them to train, "
-            "validation and test, each with the folders of the classes; if they are the classes, "
-            "move their images out of the inner folders"
+            "validation and test, each with the folders of the classes; if they are the classes, set "
+            "`group_column='none'`"
         )
     return {}
 

@@ -152,11 +152,11 @@ def make_printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
-def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
+def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = True) -> Any:
     """Read an image folder as a `datasets.DatasetDict`, and log which files are not used.
 
     The columns are `image` and, if labels are used, `label` and `FOLDER_COLUMN`. Without labels, images
-    at any depth are included.
+    at any depth are included. Without `has_groups`, the folders below a class mean nothing.
 
     Raise ValueError if labels are used but there are no class folders, if the split folders are
     ambiguous, or if a training run has written its files next to the images.
@@ -168,7 +168,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
             f"{folder.path} contains the files of a training run next to the images. Move the "
             "images, or the folders of the classes, to a folder of their own"
         )
-    split_folders = find_split_folders(folder.path, folder.images, use_labels)
+    split_folders = find_split_folders(folder.path, folder.images, use_labels and has_groups)
     places = {image: locate_image(image, split_folders) for image in folder.images}
 
     # Absolute: a run and its report may name one folder differently, and a message is logged once
@@ -189,6 +189,12 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
                 "a separate folder, or set `dataset` to a table of images and labels"
             )
         warn_about_skipped(where, unlabeled, "images outside of class folders")
+        if repeated := find_repeated_names(folder.images):
+            warn_on_first_process(
+                f"{where}: {len(repeated):,} images have the name of an image in a folder above: "
+                f"{format_name_list(repeated)}. Remove them if they are smaller copies, such as "
+                "thumbnails: a classifier recognizes a copy, so the result would be too good"
+            )
 
     # One list of classes for all splits: a split without images of a class must not shift the
     # others.
@@ -217,7 +223,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 def find_classes(root: Path, images: Sequence[str]) -> list[str]:
     """Find the class folders of some images; none if an image is in no class folder."""
-    split_folders = find_split_folders(root, images, use_labels=True)
+    split_folders = find_split_folders(root, images, has_classes=True)
     classes = {locate_image(image, split_folders).label or "" for image in images}
     return [] if "" in classes else sorted(classes)
 
@@ -236,6 +242,20 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
             f"`output_dir={str(output_dir)!r}` contains images of the dataset, which would then be "
             "skipped as figures of the run. Set `output_dir` to another folder"
         )
+
+
+def find_repeated_names(images: Sequence[str]) -> list[str]:
+    """Find the images that have the name of an image in a folder above, such as thumbnails."""
+    paths = set(images)
+    found = []
+    for image in images:
+        folder, _, name = image.rpartition("/")
+        while "/" in folder:
+            folder = folder.rpartition("/")[0]
+            if f"{folder}/{name}" in paths:
+                found.append(image)
+                break
+    return found
 
 
 # Skipped files ------------------------------------------------------------------------------------

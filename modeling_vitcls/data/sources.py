@@ -45,6 +45,7 @@ from ..runtime.errors import (
 from ..runtime.files import read_json
 from .cells import spell_label
 from .columns import (
+    NO_GROUPS,
     build_images,
     choose_groups,
     divide_by_column,
@@ -128,7 +129,9 @@ def load_splits(
         OSError: if the dataset cannot be found.
     """
     wanted = options.label_column or (trained or {}).get("label_column") or ()
-    name, folder, splits = open_dataset(options.dataset, use_labels, wanted)
+    name, folder, splits = open_dataset(
+        options.dataset, use_labels, wanted, options.group_column != NO_GROUPS
+    )
     # A run and its report may name a folder differently, and warnings are logged once
     dataset = resolve_name(get_title(options.dataset))
     if is_local(dataset):
@@ -225,11 +228,15 @@ def drop_unlabeled_images(
 
 
 def open_dataset(
-    dataset: str, use_labels: bool, label_columns: Collection[str] = ()
+    dataset: str,
+    use_labels: bool,
+    label_columns: Collection[str] = (),
+    has_groups: bool = True,
 ) -> tuple[str, Path, Any]:
     """Open a dataset.
 
-    `label_columns` are given by the user or a model; a table of them wins over class folders.
+    `label_columns` are given by the user or a model; a table of them wins over class folders. Without
+    `has_groups`, the folders below a class mean nothing.
 
     Returns:
         The name of the file or folder, or the id on the Hub; the folder to which image paths are
@@ -245,7 +252,7 @@ def open_dataset(
     if dataset.startswith(MEMORY_PREFIX):
         return get_title(dataset), Path.cwd(), get_dataset(dataset)
     if path.is_dir():
-        return path.resolve().name, path, read_folder(path, use_labels, label_columns)
+        return path.resolve().name, path, read_folder(path, use_labels, label_columns, has_groups)
     suffix = path.suffix.lower()
     if path.exists() and suffix not in READERS:
         raise ValueError(
@@ -291,13 +298,15 @@ def choose_split(
     raise ValueError(f"{dataset} has the splits {', '.join(names)}. Set `split` to one of them")
 
 
-def read_folder(path: Path, use_labels: bool, label_columns: Collection[str]) -> Any:
+def read_folder(
+    path: Path, use_labels: bool, label_columns: Collection[str], has_groups: bool
+) -> Any:
     """Read the splits of an image folder, a folder of `save_to_disk`, or a folder of tables."""
     import datasets
 
     folder = scan_folder(path)
     if folder.is_image_folder:
-        return read_image_folder(folder, use_labels)
+        return read_image_folder(folder, use_labels, has_groups)
     if any((path / file).is_file() for file in SAVED_FILES):
         # `datasets` cannot load a dataset without rows, which has no files
         for state in path.rglob(SAVED_FILES[1]):

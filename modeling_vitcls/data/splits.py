@@ -416,6 +416,11 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     counts = Counter(names[label] for label in labels)
     small = sorted(name for name, count in counts.items() if count < MIN_CLASS_SIZE)
     lines = []
+    if unused := [name for name in names if name not in counts]:
+        lines.append(
+            f"no image is of {format_name_list(unused)}, so the model will never predict these classes. "
+            "Add images, or declare only the classes that have some"
+        )
     if small and max(counts.values()) > MAX_CLASS_RATIO * MIN_CLASS_SIZE:
         lines.append(
             f"{len(small)} of the {len(counts)} classes have fewer than {MIN_CLASS_SIZE} images, so few of "

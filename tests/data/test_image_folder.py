@@ -9,7 +9,7 @@ import datasets
 import pandas
 import pytest
 from helpers.photo_folders import write_files, write_photos
-from helpers.read_datasets import read_training_data
+from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from huggingface_hub import constants
 from PIL import Image
@@ -229,6 +229,8 @@ def test_folders_of_the_same_classes_look_like_splits_and_are_an_error(
     ):
         read(tmp_path)
     assert len(read(tmp_path, use_labels=False)["train"][""]) == 2 * len(names) + 2
+    outer = {name.split("/")[0] for name in (*names, other)} - {"photo.png"}
+    assert read_splits_of(tmp_path, group_column="none").label_space.names == sorted(outer)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,9 @@ def test_the_images_of_a_folder_below_a_class_are_on_one_side(
     write_images(tmp_path, "b/all/alone.png")
     images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
     assert images.label_space.names == ["a", "b"]
-    assert images.facts["groups"].startswith("5, one for each folder below a class")
+    groups = images.facts["groups"]
+    assert groups.startswith("5, one for each folder below a class")
+    assert ("folders called object1, object2" in groups) is ("object1" in objects)
     data = divide_images(images, 0.4)
     train, held_out = (
         {Path(name).parent for name in part.images.get_names()}
@@ -299,6 +303,20 @@ def test_a_single_folder_below_a_class_is_no_group(tmp_path: Path) -> None:
     write_class(tmp_path, "dog/more", 2)
     images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
     assert "groups" not in images.facts
+
+
+def test_images_that_may_be_thumbnails_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of objects, whose photos may have the same names, none is one."""
+    write_class(tmp_path, "cat", 2)
+    write_class(tmp_path, "cat/thumbnails", 2)
+    write_class(tmp_path, "dog/left1", 2)
+    write_class(tmp_path, "dog/right1", 2)
+    read(tmp_path)
+    (line,) = caplog.messages
+    assert "2 images" in line
+    assert "cat/thumbnails/0.png, cat/thumbnails/1.png. Remove them" in line
 
 
 def test_folders_of_the_system_are_no_classes_and_are_named(

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from helpers.photo_folders import write_photos
-from helpers.read_datasets import load_training_data
+from helpers.read_datasets import load_training_data, read_training_data
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
 from PIL import Image
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
+from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
     choose_training_splits,
@@ -156,6 +158,17 @@ def test_classes_without_training_images_and_without_held_out_images_have_a_line
         "1 of the 3 classes have no training images: cow",
         "1 of the 3 classes have no held-out images: ant",
     ]
+
+
+def test_declared_classes_without_images_are_named(tmp_path: Path) -> None:
+    """As `filter` leaves them in a dataset."""
+    files = sorted(map(str, write_photos(tmp_path, range(3)).rglob("*.png")))
+    label = datasets.ClassLabel(names=["cat", "dog", "emu"])
+    features = datasets.Features(image=datasets.Image(), label=label)
+    rows = {"image": files, "label": [0, 0, 0, 1, 1, 1]}
+    name = add_dataset(datasets.Dataset.from_dict(rows, features))
+    (line,) = describe_missing_classes(read_training_data(name, held_out_fraction=0))
+    assert line.startswith("no image is of emu, so the model will never predict")
 
 
 def test_a_small_class_beside_large_ones_is_named_with_what_would_help(tmp_path: Path) -> None:
