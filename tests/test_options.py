@@ -39,6 +39,7 @@ def check(kind: Any, flags: dict[str, Any]) -> None:
 
 # Class, flags, accepted values, rejected values
 LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
+    (PushOptions, "license", [None, "apache-2.0"], ["Apache 2.0"]),
     (DataOptions, "held_out_fraction", [0.0, 0.99], [-0.1, 1.0]),
     (DataOptions, "num_workers", [0], [-1]),
     (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1]),

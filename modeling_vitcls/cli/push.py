@@ -6,10 +6,11 @@ A push requires a token: run `hf auth login`, or set HF_TOKEN. The push is imple
 modeling_vitcls/publishing/.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.flags import Options
+from ..runtime.flags import Options, check_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,11 @@ class PushOptions(Options):
     verify: bool = True
     """Load the model from the pushed commit in a new process, and compare its outputs with the
     outputs of --model."""
+
+    def check(self) -> None:
+        super().check()
+        is_identifier = self.license is None or re.fullmatch(r"[a-z0-9.-]+", self.license)
+        check_value(self, "license", bool(is_identifier), "an identifier, such as apache-2.0")
 
 
 OPTIONS_CLASS = PushOptions

@@ -8,7 +8,9 @@ Unknown values are None: a card never states a license that the authors did not 
 network connection, values that are not in the cache are unknown; no error is raised.
 """
 
+import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +23,7 @@ from .local_paths import split_prefix
 from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_FILES, list_license_files
 
 
+WEB_ADDRESS = re.compile(r"https?://[^\s()<>]+")  # The rest would end a link in Markdown
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a
 # name and a link.
 HUB_LICENSES = frozenset(
@@ -69,7 +72,11 @@ class Provenance:
         # folder, because license files are published.
         names = [name for name in values.get("license_files", ()) if name in LICENSE_FILES]
         files = (folder / name for name in names)
-        return cls(**values | {"license_files": tuple(file for file in files if file.is_file())})
+        cleaned = {
+            "license_link": check_link(values.get("license_link"), names),
+            "license_files": tuple(file for file in files if file.is_file()),
+        }
+        return cls(**values | cleaned)
 
     def copy_to(self, folder: Path) -> dict[str, Any]:
         """Copy the license text to the folder of a derived model, and build the record for it.
@@ -79,6 +86,12 @@ class Provenance:
         for file in self.license_files:
             shutil.copyfile(file, folder / file.name)
         return self.to_dict()
+
+
+def check_link(link: Any, license_files: Collection[str]) -> str | None:
+    """Return the link to a license if it is a web address, or one of the license files."""
+    is_link = isinstance(link, str) and (link in license_files or WEB_ADDRESS.fullmatch(link))
+    return link if is_link else None
 
 
 def find_provenance(source: str) -> Provenance:
@@ -120,11 +133,10 @@ def find_provenance(source: str) -> Provenance:
         return provenance
 
     license_files = tuple(folder / name for name in list_license_files(folder))
-    license_link = card_metadata.get("license_link")
-    if not license_link and license_id == "other" and license_files:
-        license_link = license_files[0].name
-    if license_link and "://" not in license_link and not (folder / license_link).is_file():
-        license_link = None
+    names = [file.name for file in license_files]
+    license_link = check_link(card_metadata.get("license_link"), names)
+    if not license_link and license_id == "other" and names:
+        license_link = names[0]
     return replace(
         provenance,
         license=license_id,

@@ -7,8 +7,9 @@
     conversion.md.j2    the output of `vitcls convert`, in both directions: parity_report.json
     model.md.j2         any other vitcls model, such as a merged adapter or a model saved by hand
 
-The templates, with all text, are in templates/. Sections without values are omitted. A card that
-was edited is never replaced: the last line of a generated card contains a digest of the card.
+The templates, with all text, are in templates/. Sections without values are omitted. Values of the
+files are escaped, because a folder may have been downloaded. A card that was edited is never replaced:
+the last line of a generated card contains a digest of the card.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
 from ..additions.extend import format_result
 from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
@@ -117,7 +119,7 @@ def render_card(
         "tasks": folder.config.task_labels() if folder.config is not None else {},
         "parity": folder.parity_report,
         "certificate": folder.certificate,
-        "added_classes": [format_name(label) for label in list_added_classes(folder)],
+        "added_classes": list_added_classes(folder),
         "additions": folder.additions,
         "exports": folder.exports,
         **{
@@ -138,7 +140,9 @@ def render_card(
     variables |= build_model_variables(folder)
     variables |= build_run_variables(folder) if is_run else {}
     variables |= {
-        "card_data": ModelCardData(**build_metadata(folder, name, license_source)).to_yaml(),
+        "card_data": Markup(
+            ModelCardData(**build_metadata(folder, name, license_source)).to_yaml()
+        ),
         "metrics": build_metric_rows(folder.results),
         "class_tables": build_class_tables(folder.results, format_name),
     }
@@ -235,7 +239,8 @@ def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
     length = config.token_layout.get_num_tokens(*config.grid_size)
     counts = {group: len(range(length)[tokens]) for group, tokens in config.token_layout.items()}
     groups = [f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count]
-    return variables | {"sequence_length": length, "layout": f"[ {' | '.join(groups)} ]"}
+    layout = Markup(f"[ {' | '.join(groups)} ]")
+    return variables | {"sequence_length": length, "layout": layout}
 
 
 def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
@@ -262,13 +267,25 @@ def list_added_classes(folder: ModelFolder) -> list[str]:
 # Templates ----------------------------------------------------------------------------------------
 
 
-TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")))
+def escape_text(value: Any) -> Any:
+    """Escape a text for Markdown, on one line. Text that is Markdown already is marked `safe`."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"([\\`*|\[\]<>])", r"\\\1", replace_control_characters(value))
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")), finalize=escape_text
+)
 TEMPLATES.filters |= {
-    "code": format_name,
+    "code": lambda name: Markup(format_name(name)),
+    "text": escape_text,
     "percent": format_percent,
     "number": "{:,}".format,
     "small_percent": format_small_percent,
-    "class_list": lambda names: format_name_list(list(map(format_name, names)), MAX_LISTED_CLASSES),
+    "class_list": lambda names: Markup(
+        format_name_list(list(map(format_name, names)), MAX_LISTED_CLASSES)
+    ),
     "candidate": describe_candidate,
     "state": state_result,
     "addition_result": format_result,

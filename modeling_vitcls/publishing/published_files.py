@@ -8,12 +8,14 @@ paths, and CODE_LICENSE the license of the code. There are no pickle files, no r
 weights, and no images of a dataset that may not be published.
 """
 
+import json
 from importlib.metadata import distribution
 from pathlib import Path
 
 from ..hub.model_files import (
     CARD_FILE,
     CERTIFICATE_FILE,
+    CONFIG_FILE,
     CONFIG_FILES,
     EXPORT_PATTERNS,
     INDEX_FILE,
@@ -26,6 +28,7 @@ from ..hub.model_files import (
     list_license_files,
 )
 from ..hub.model_folder import ModelFolder, dump_flags
+from ..runtime.files import read_json
 from .card import has_edited_card, render_card
 
 
@@ -70,6 +73,10 @@ def collect_files(
         files[CARD_FILE] = render_card(folder, repo_id, hidden_files, license_id).encode()
     if RECIPE_FILE in names:
         files[RECIPE_FILE] = dump_flags(folder.shareable_flags).encode()
+    config = read_json(folder.path / CONFIG_FILE)
+    # transformers 4 wrote from where the weights were loaded, such as a home folder
+    if config.pop("_name_or_path", None) is not None:
+        files[CONFIG_FILE] = f"{json.dumps(config, indent=2)}\n".encode()
     if any(name.endswith(".py") for name in names):
         files[CODE_LICENSE_FILE] = read_code_license().encode()
     return files

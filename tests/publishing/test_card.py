@@ -62,7 +62,8 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     card = load_card(write_run_folder(tmp_path / "mine", results), "ann/mine")
     text = card.text
     assert "# ann/mine\n" in text
-    assert 'model="ann/mine", revision="main"' in text
+    assert 'revision = "<commit hash>"\nclassify = pipeline(' in text
+    assert 'model="ann/mine", revision=revision, trust_remote_code=True' in text
     assert (
         "| Accuracy | 278 of 360 right; about 77% of new photos (73 to 81), no better than" in text
     )
@@ -82,6 +83,27 @@ def test_a_local_card_does_not_name_the_folder_of_the_photos(tmp_path: Path) -> 
     text = load_card(write_run_folder(tmp_path / "runs" / "photos")).text
     assert 'model="runs/photos"' in text
     assert str(tmp_path) not in text
+
+
+def test_values_of_a_folder_are_no_markdown(tmp_path: Path) -> None:
+    hostile = "x\n## Free\n![a](https://evil.example/a.png) <b>`code`</b> | \x1b[31mred"
+    results = {
+        "device": hostile,
+        "versions": {hostile: hostile},
+        "provenance": {
+            "name": "ann/base",
+            "license": "other",
+            "license_name": hostile,
+            "license_link": "javascript:alert(1)",
+        },
+    }
+    text = load_card(write_run_folder(tmp_path / "mine", results, {"model": "ann/base"})).text
+    parts = MarkdownIt("commonmark").enable("table").parse(text)
+    tokens = [child for part in parts for child in [part, *(part.children or [])]]
+    assert not {"html_inline", "image"} & {token.type for token in tokens}
+    assert "\n## Free" not in text
+    assert text.count("x ## Free") == 4
+    assert "javascript" not in text
 
 
 def test_the_card_names_all_code_files_to_read(tmp_path: Path) -> None:

@@ -119,6 +119,16 @@ def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Pat
     assert set(hub.files("ann/model")) == published
 
 
+def test_a_path_of_this_machine_in_the_configuration_is_not_pushed(
+    hub: LocalHub, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    path = str(folder.parent / "private")
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": path}))
+    assert run_push_command(folder) == 0
+    assert json.loads(hub.read("ann/model", "config.json")) == config
+
+
 @pytest.mark.parametrize("name", ["LICENSE", "images", "config.json"])
 def test_the_target_of_a_link_is_not_pushed(
     hub: LocalHub, folder: Path, name: str, capsys: pytest.CaptureFixture[str]
