@@ -75,15 +75,14 @@ def list_encoder_rows(folder: ModelFolder | None, keeps_classifier: bool = False
     """List the images that trained an encoder with their labels, in its run or an earlier one.
 
     The features depend on these labels, so any accuracy on these images is too high. A frozen run
-    trains no encoder, and pre-training reads no labels. With `keeps_classifier`, the images that
-    trained the classifier are listed, too.
+    trains no encoder. With `keeps_classifier`, the images that trained the classifier are listed, too.
     """
     if folder is None:
         return EMPTY_TABLE
     splits = select_task(read_splits(folder), None)
     results = folder.results
-    has_steps = results.get("steps") and results.get("label_column")
-    is_trained = keeps_classifier or (has_steps and results.get("steps_train_encoder", True))
+    has_trained = results.get("steps") and results.get("steps_train_encoder", True)
+    is_trained = keeps_classifier or has_trained
     is_seen = splits["split"] != "test" if is_trained else splits["split"] == "encoder"
     return splits[is_seen].assign(split="encoder")
 

@@ -34,7 +34,7 @@ from ..inference.metric_tables import (
     format_small_percent,
     list_metrics,
 )
-from ..inference.stated_result import format_percent, state_result
+from ..inference.stated_result import format_percent
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..model.token_layout_vitcls import TOKEN_KINDS
 from ..runtime.errors import format_name_list
@@ -287,6 +287,5 @@ TEMPLATES.filters |= {
         format_name_list(list(map(format_name, names)), MAX_LISTED_CLASSES)
     ),
     "candidate": describe_candidate,
-    "state": state_result,
     "addition_result": format_result,
 }

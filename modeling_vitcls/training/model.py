@@ -108,22 +108,13 @@ def build_model(
         processor = initial.folder.load_processor()
 
     use_fast_modules(model)
-    finish_loading(model.vitcls, processor, resize, bit_depth)
-    return model, processor, new_parameter_names
-
-
-def finish_loading(
-    encoder: ViTCLSModel,
-    processor: ViTCLSImageProcessor,
-    resize: str | None,
-    bit_depth: int | None,
-) -> None:
-    """Freeze what no run trains, and set how images become the input of the encoder."""
-    if encoder.embeddings.mask_token is not None:
+    mask_token = model.vitcls.embeddings.mask_token
+    if mask_token is not None:
         # No run uses it, and DDP requires gradients of all trainable parameters
-        encoder.embeddings.mask_token.requires_grad_(False)
-    set_resize(processor, resize or get_resize(processor), encoder.config.image_height_width)
+        mask_token.requires_grad_(False)
+    set_resize(processor, resize or get_resize(processor), model.config.image_height_width)
     processor.bit_depth = bit_depth or processor.bit_depth
+    return model, processor, new_parameter_names
 
 
 def load_with_label_space(

@@ -69,7 +69,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     """Decide what a run is. If nothing else decides on a CPU, the speed of the model is measured."""
     options = inputs.options
     num_images = len(inputs.images.train)
-    num_labels = max(map(len, inputs.images.label_space.columns.values()), default=1)
+    num_labels = max(map(len, inputs.images.label_space.columns.values()))
     min_images = max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels)
 
     wishes = [name for name in STEP_FLAGS if getattr(options, name) is not None]

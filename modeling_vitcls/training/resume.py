@@ -35,9 +35,7 @@ def convert_sources(
 ) -> FinetuneOptions:
     """Replace the dataset, the model and the teacher, as far as they are set and among `flags`."""
     values: dict[str, Any] = {
-        name: convert(value)
-        for name in flags
-        if (value := getattr(options, name, None)) is not None
+        name: convert(value) for name in flags if (value := getattr(options, name)) is not None
     }
     return replace(options, **values)
 

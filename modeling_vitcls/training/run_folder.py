@@ -84,7 +84,7 @@ def find_run(
     # Nothing is removed yet. `prepare_folder` removes the old files after the data and the model
     # were read without an error, so a typo costs no finished run.
     if options.overwrite:
-        sources = {flag: getattr(options, flag, None) for flag in SOURCE_FLAGS}
+        sources = {flag: getattr(options, flag) for flag in SOURCE_FLAGS}
         check_sources_not_removed(folder, sources)
     elif is_finished:
         raise ValueError(

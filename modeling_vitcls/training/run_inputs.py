@@ -123,8 +123,19 @@ def load(options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporte
         "num_channels": model.config.num_channels,
         "warn": reporter.warn,
     }
+    has_distillation_head = getattr(model, "distillation_classifier", None) is not None
+    reasons = {
+        "the initial weights are random": initial.has_random_weights,
+        "`probe=False` is set": not options.probe,
+        "the distillation head has no features": has_distillation_head
+        and not has_searchable_pooling(model.config),
+        "the head is an MLP": model.config.head_type != "linear",
+        "the pooler has random weights": any(
+            name.startswith("vitcls.pooler.") for name in new_parameter_names
+        ),
+    }
+    missing_start_reason = next((reason for reason, applies in reasons.items() if applies), "")
     frozen_encoder = None
-    missing_start_reason = explain_missing_start(options, initial, model, new_parameter_names)
     if not missing_start_reason:
         frozen_encoder = FrozenEncoder(
             model=model,
@@ -189,24 +200,6 @@ def load_images(options: FinetuneOptions, initial: InitialModel) -> Splits:
                 f"`{flag}` requires one label per image, but the labels are {kind}. Remove `{flag}`"
             )
     return images
-
-
-def explain_missing_start(
-    options: FinetuneOptions, initial: InitialModel, model: Any, new_parameter_names: set[str]
-) -> str:
-    """Say why no classifier can be fitted to the features of the frozen encoder; "" if one can."""
-    has_distillation_head = getattr(model, "distillation_classifier", None) is not None
-    reasons = {
-        "the initial weights are random": initial.has_random_weights,
-        "`probe=False` is set": not options.probe,
-        "the distillation head has no features": has_distillation_head
-        and not has_searchable_pooling(model.config),
-        "the head is an MLP": model.config.head_type != "linear",
-        "the pooler has random weights": any(
-            name.startswith("vitcls.pooler.") for name in new_parameter_names
-        ),
-    }
-    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 def list_fitted_rows(initial: InitialModel, images: Splits) -> pd.DataFrame | None:

@@ -103,10 +103,9 @@ def describe_splits(data: TrainingData) -> dict[str, str]:
 def describe_class_sizes(data: TrainingData) -> str:
     """Count the images of each class; if there are many classes, of the smallest and the largest one.
 
-    Images of a test split do not count.
-    The text is "" for images without labels, and for several tasks.
+    Images of a test split do not count. The text is "" for several tasks.
     """
-    if not data.label_space.columns or data.label_space.kind == "multi_task":
+    if data.label_space.kind == "multi_task":
         return ""
     has_lists = data.label_space.kind == "multi_label_classification"
     counts: Counter[int] = Counter()
