@@ -409,8 +409,8 @@ def describe_shared_names(folders: Collection[str]) -> str:
     if 2 * len(shared) <= len(names):
         return ""
     return (
-        f". Several classes have folders called {format_name_list(shared)}, which are different groups. "
-        "If each is one object, such as a patient, name it in a column of metadata.csv, and set "
+        f". Folders of the same name in several classes ({format_name_list(shared)}) are different "
+        "groups. If each is one object, such as a patient, name it in a column of metadata.csv, and set "
         "`group_column` to this column"
     )
 

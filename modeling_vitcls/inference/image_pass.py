@@ -67,7 +67,7 @@ class ImageOutputs:
     features: Any = None  # [N, all]
 
     @property
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Any]:
         """The arrays, whose rows are the images, by name."""
         return {name: each for name, each in vars(self).items() if isinstance(each, np.ndarray)}
 

@@ -310,7 +310,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
     study["stages"]["finetune"]["max_steps"] = 2
     study["seeds"] = [0, 1]
-    (folder / "scripts" / "studies").mkdir(parents=True)
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
     (folder / "scripts" / "studies" / "digits.yaml").write_text(
         yaml.safe_dump(study), encoding="utf-8"
     )
@@ -340,7 +340,6 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def run(prepared: Path, tmp_path: Path) -> Run:
     """Return a function that runs Python with flags, offline in a copy of the prepared folder."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     hub = {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
     def start(
