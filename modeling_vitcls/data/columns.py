@@ -400,17 +400,17 @@ def choose_groups(
 
 
 def describe_shared_names(folders: Collection[str]) -> str:
-    """Say that most folders below a class have the name of one in another class; "" otherwise.
+    """Say that most folders below a class have the name of one in another class or split; "" otherwise.
 
-    Numbered objects of several classes are different ones. `folders` are paths SPLIT/CLASS/FOLDER.
+    Names that are numbers alone say nothing. `folders` are paths SPLIT/CLASS/FOLDER.
     """
-    names = Counter(name for _, name in {tuple(folder.split("/")[1:]) for folder in folders})
+    names = Counter(folder.rpartition("/")[2] for folder in folders)
     shared = sorted(name for name in names if names[name] > 1 and not name.isdecimal())
     if 2 * len(shared) <= len(names):
         return ""
     return (
-        f". Folders of the same name in several classes ({format_name_list(shared)}) are different "
-        "groups. If each is one object, such as a patient, name it in a column of metadata.csv, and set "
+        f". Folders of the same name in several classes or splits ({format_name_list(shared)}) are "
+        "different groups. If each is one object, such as a patient, name it in a column of metadata.csv, and set "
         "`group_column` to this column"
     )
 

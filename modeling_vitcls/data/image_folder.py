@@ -245,14 +245,15 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
 
 
 def find_repeated_names(images: Sequence[str]) -> list[str]:
-    """Find the images that have the name of an image in a folder above, such as thumbnails."""
-    paths = set(images)
+    """Find images that have the name of another one in a folder above, whatever their formats."""
+    paths = {str(PurePosixPath(image).with_suffix("")) for image in images}
     found = []
     for image in images:
         folder, _, name = image.rpartition("/")
+        stem = PurePosixPath(name).stem
         while "/" in folder:
             folder = folder.rpartition("/")[0]
-            if f"{folder}/{name}" in paths:
+            if f"{folder}/{stem}" in paths:
                 found.append(image)
                 break
     return found

@@ -221,9 +221,6 @@ class ImagePass:
             channels are counted as unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable
             image.
-
-    Attributes:
-        num_unreadable: number of unreadable images in the last pass.
     """
 
     pass_name = "features"  # What a pass over the images does, for the progress
@@ -255,7 +252,6 @@ class ImagePass:
         prepare = partial(read_pixels, images.images, processor, num_channels)
         self.prepare_batches = partial(prepare_batches, prepare, indices, num_workers)
         self.cache: list[ImageBatch] | None = None
-        self.num_unreadable = 0
 
     def collect(
         self, model: nn.Module, compute: Compute, console: Console | None = None
@@ -304,9 +300,8 @@ class ImagePass:
         # Errors are raised after the last batch, by all processes together. A process that stopped
         # in the middle would leave the others waiting for its part of a sharded model.
         error_messages = dict(sorted(gather_object(list(error_messages.items()))))
-        self.num_unreadable = len(error_messages)
         self.unreadable_counter.add(error_messages)
-        if self.num_unreadable == len(self.images):
+        if len(error_messages) == len(self.images):
             first_error = next(iter(error_messages.values()), "no image")
             raise ValueError(
                 f"none of the {len(error_messages)} images can be read ({first_error}). Check the "
@@ -328,7 +323,7 @@ class ImagePass:
         rows = ImageOutputs(
             names=np.array(self.images.images.get_names(), str)[indices],
             groups=groups[indices],
-            num_unreadable=self.num_unreadable,
+            num_unreadable=len(error_messages),
             **arrays,
         )
         return rows.take(np.argsort(indices))

@@ -261,7 +261,7 @@ def test_the_images_of_a_folder_below_a_class_are_on_one_side(
     assert images.label_space.names == ["a", "b"]
     groups = images.facts["groups"]
     assert groups.startswith("5, one for each folder below a class")
-    assert ("in several classes (object1, object2)" in groups) is ("object1" in objects)
+    assert ("in several classes or splits (object1, object2)" in groups) is ("object1" in objects)
     data = divide_images(images, 0.4)
     train, held_out = (
         {Path(name).parent for name in part.images.get_names()}
