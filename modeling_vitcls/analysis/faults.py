@@ -1,6 +1,6 @@
 """Two faults of special tokens, and the share of patches with outlier norms.
 
-    describe_faults(use, states, movement)
+    list_faults(use, states, movement)
         find_identical_tokens(...)            tokens that do the work of another token
         find_unmoved_tokens(...)              tokens that training did not reach
     is_outlier(norms)                         patches that store something global (Darcet et al. 2023)
@@ -23,7 +23,7 @@ ROUNDING_ERROR = 1e-6  # The error of a state, as a fraction of its norm
 OUTLIER_RATIO = 3.0
 
 
-def describe_faults(
+def list_faults(
     use: TokenUse, states: Mapping[int, torch.Tensor], movement: Mapping[str, float]
 ) -> list[str]:
     """Write one sentence per identical token, and per token that training did not move.

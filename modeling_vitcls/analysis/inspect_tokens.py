@@ -28,7 +28,7 @@ from ..runtime.distributed import choose_precision
 from ..runtime.progress import track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
 from .options import InspectOptions
-from .report import format_effects, write_page
+from .report import list_effects, write_page
 from .token_use import find_token_use
 
 
@@ -90,7 +90,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print the table and the faults."""
-    rows = format_effects(inspection)
+    rows = list_effects(inspection)
     if not rows:
         console.print("The model has no special tokens.")
     else:

@@ -33,7 +33,7 @@ from .ablation import (
     measure_states,
     predict_labels,
 )
-from .faults import OUTLIER_RATIO, describe_faults, is_outlier
+from .faults import OUTLIER_RATIO, is_outlier, list_faults
 from .photo import measure_photo
 from .sheet import ShownPhoto
 from .token_use import TokenUse, find_token_use
@@ -149,7 +149,7 @@ def inspect_images(
         num_parameters=model.num_parameters(),
         num_images=len(indices),
         ablations=ablations,
-        faults=describe_faults(use, states.by_layer, token_movement or {}),
+        faults=list_faults(use, states.by_layer, token_movement or {}),
         gates=read_gates(model.base_model),
         outlier_share=torch.cat(outliers).float().mean().item(),
         outlier_layer=use.num_layers[-1],

@@ -84,7 +84,7 @@ def write_page(
         photos=[build_photo_row(photo) for photo in photos],
         predictions=predictions,
         class_tables=class_tables or {},
-        effects=format_effects(inspection),
+        effects=list_effects(inspection),
         num_large=NUM_LARGE_WRONG_IMAGES,
     )
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
     }
 
 
-def format_effects(inspection: Inspection) -> list[dict[str, str]]:
+def list_effects(inspection: Inspection) -> list[dict[str, str]]:
     """Format the table of effects, for the page and the terminal, with gates if the model has any."""
     rows = []
     for token, output, effect in inspection.effects:

@@ -25,7 +25,7 @@ from .compare import LIMITS, measure_differences, select_image_shapes
 from .exportable import NamedOutputsModel, load_exportable_model
 from .onnx_file import OnnxGraph, write_onnx
 from .options import ExportOptions
-from .report import PACKAGES, describe_file, describe_model
+from .report import PACKAGES, build_file_record, build_model_record
 from .tracing import GraphShape, select_graph_shape, trace_model
 
 
@@ -64,7 +64,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         stage_files(target.parent, last=report_name) as folder,
     ):
         file = folder / target.name
-        description = describe_model(exportable, list(expected[0]))
+        description = build_model_record(exportable, list(expected[0]))
         write_onnx(program, shape, list(expected[0]), file, description)
         graph = OnnxGraph(file)
         outputs = list(map(graph, batches))
@@ -73,7 +73,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
             "model": strip_folders(resolve_name(options.model)),
             "dtype": options.dtype,
             **description,
-            **describe_file(shape, file, graph, expected[0], comparisons),
+            **build_file_record(shape, file, graph, expected[0], comparisons),
         }
         if not options.output.suffix and not (options.output / CONFIG_FILE).exists():
             # What a program needs in addition to the graph, if the folder is not the model's

@@ -21,7 +21,7 @@ from .tracing import INPUT_NAME, GraphShape
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def describe_model(exportable: Exportable, names: list[str]) -> dict[str, Any]:
+def build_model_record(exportable: Exportable, names: list[str]) -> dict[str, Any]:
     """Describe a model for a program that has its graph alone: preprocessing, labels, threshold.
 
     `names` are the outputs of the graph.
@@ -32,14 +32,14 @@ def describe_model(exportable: Exportable, names: list[str]) -> dict[str, Any]:
         "model_class": type(model).__name__,
         "weights_sha256": {} if folder is None else folder.weights_sha256,
         "version": __version__,
-        "preprocessing": describe_preprocessing(processor),
+        "preprocessing": build_preprocessing_record(processor),
         "labels": get_label_names(model.config, names),
         "problem_type": model.config.problem_type,
         "distance_threshold": threshold,
     }
 
 
-def describe_file(
+def build_file_record(
     shape: GraphShape,
     file: Path,
     graph: OnnxGraph,
@@ -81,7 +81,7 @@ def describe_file(
     }
 
 
-def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
+def build_preprocessing_record(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
     """List what the image processor does to an image; None without a processor.
 
     Settings that are None are left out. Two steps have no setting: images are turned upright, and

@@ -190,7 +190,7 @@ def scatter_optimizer_state(
     )
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
-    def describe_state() -> dict[str, Any]:
+    def read_state() -> dict[str, Any]:
         # The result is sent to all processes. It contains only the dtypes of the moments, which are
         # large and have the same shapes as their parameters. Step counts, which are small, are sent
         # as tensors.
@@ -201,7 +201,7 @@ def scatter_optimizer_state(
         }
 
     state: dict[int, dict[str, Any]] = {}
-    for name, value in run_on_main(describe_state).items():
+    for name, value in run_on_main(read_state).items():
         key, parameter_name = name.split("/", 1)
         parameter = parameters[parameter_name]
         if isinstance(value, torch.dtype):
