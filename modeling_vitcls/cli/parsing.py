@@ -23,6 +23,7 @@ from typing import Annotated, Any, TypeVar, Union, get_origin
 import tyro
 
 from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
+from ..runtime.files import replace_control_characters
 from ..runtime.flags import (
     Options,
     expand_home,
@@ -313,7 +314,7 @@ def exit_on_error(options_class: type[Options], status: int = 1) -> Iterator[Non
 
     # Any other status means that a signal has ended the run, which is no error.
     if status in (1, 2):
-        message = f"error: {message}"
+        message = f"error: {replace_control_characters(message)}"
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(message, file=sys.stderr)

@@ -21,7 +21,7 @@ import pandas as pd
 from ..hub.model_files import RECIPE_FILE, SPLITS_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import explain_damage, warn_on_first_process
-from ..runtime.files import write_atomically
+from ..runtime.files import check_parquet_size, write_atomically
 from .images import LabeledImages
 
 
@@ -68,6 +68,7 @@ def read_splits(folder: ModelFolder) -> pd.DataFrame:
         return EMPTY_TABLE
     remedy = "Remove it to use the model without the list of its training images"
     with explain_damage(file, remedy):
+        check_parquet_size(file)
         return pd.read_parquet(file, columns=list(EMPTY_TABLE))
 
 

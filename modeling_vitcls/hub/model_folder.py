@@ -133,7 +133,11 @@ class ModelFolder:
     @cached_property
     def architecture(self) -> str:
         """The name of the model class."""
-        return (read_json(self.path / CONFIG_FILE).get("architectures") or ["ViTCLSModel"])[0]
+        if self.config is not None:
+            names = self.config.architectures
+        else:
+            names = self.read_saved(CONFIG_FILE).get("architectures")
+        return (names or ["ViTCLSModel"])[0]
 
     @property
     def auto_class(self) -> str:
@@ -164,7 +168,16 @@ class ModelFolder:
                 "processor, save it there: `processor.save_pretrained(FOLDER)`"
             )
             return processor
-        return ViTCLSImageProcessor.from_pretrained(self.path)
+        file = self.path / PROCESSOR_FILE
+        for name in read_json(file):
+            if callable(getattr(ViTCLSImageProcessor, name, None)):
+                raise ValueError(f"{file} sets {name}, which is no setting. Remove it")
+        try:
+            return ViTCLSImageProcessor.from_pretrained(self.path)
+        except (TypeError, AttributeError, LookupError) as error:  # A value of another type
+            raise ValueError(
+                f"cannot use {file}: {format_error(error)}. Copy the file of the model again"
+            ) from error
 
     def load(self, model_class: Any, **arguments: Any) -> Any:
         """Load the model in evaluation mode with fast modules; `arguments` are of `from_pretrained`.
@@ -228,8 +241,17 @@ class ModelFolder:
     def warn_about_edited_settings(self) -> None:
         """Log a line if settings of the model or the image processor changed after training."""
         trained_settings = self.results_of_any_weights.get("settings_sha256", {})
+        if not isinstance(trained_settings, dict):
+            raise ValueError(
+                f"`settings_sha256` in {self.path / RESULTS_FILE} must be an object. Remove the file "
+                "to use the model without its results"
+            )
         settings = hash_settings(self.path)
-        edited = [name for name, value in trained_settings.items() if settings.get(name) != value]
+        edited = [
+            name
+            for name in CONFIG_FILES
+            if name in trained_settings and trained_settings[name] != settings.get(name)
+        ]
         if edited:
             warn_on_first_process(
                 f"{' and '.join(edited)} of {self.source} changed after training, so the outputs "

@@ -18,6 +18,7 @@ from typing import Any, Self
 import yaml
 from huggingface_hub import metadata_load
 
+from ..runtime.errors import format_error
 from .loading import get_model_folder, is_hub_id, split_revision
 from .local_paths import split_prefix
 from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_FILES, list_license_files
@@ -67,16 +68,25 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], folder: Path) -> Self:
-        """Restore the provenance that `to_dict` stored in the results.json of a model folder."""
-        # The file may have been downloaded. A name such as ../id_rsa must not lead out of the
-        # folder, because license files are published.
-        names = [name for name in values.get("license_files", ()) if name in LICENSE_FILES]
-        files = (folder / name for name in names)
-        cleaned = {
-            "license_link": check_link(values.get("license_link"), names),
-            "license_files": tuple(file for file in files if file.is_file()),
-        }
-        return cls(**values | cleaned)
+        """Restore the provenance that `to_dict` stored in the results.json of a model folder.
+
+        Raise ValueError for a record with other fields.
+        """
+        try:
+            # The file may have been downloaded. A name such as ../id_rsa must not lead out of the
+            # folder, because license files are published.
+            names = [name for name in values.get("license_files", ()) if name in LICENSE_FILES]
+            files = (folder / name for name in names)
+            cleaned = {
+                "license_link": check_link(values.get("license_link"), names),
+                "license_files": tuple(file for file in files if file.is_file()),
+            }
+            return cls(**values | cleaned)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"cannot read the provenance in {folder}: {format_error(error)}. Remove it from "
+                "results.json and parity_report.json"
+            ) from error
 
     def copy_to(self, folder: Path) -> dict[str, Any]:
         """Copy the license text to the folder of a derived model, and build the record for it.

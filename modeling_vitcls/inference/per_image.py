@@ -29,7 +29,7 @@ from sklearn.neighbors import NearestNeighbors
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import warn_on_first_process
-from ..runtime.files import write_atomically
+from ..runtime.files import check_parquet_size, write_atomically
 from .class_statistics import Token
 from .evaluator import Predictions
 from .frozen_features import Features
@@ -132,6 +132,7 @@ def read_predictions(folder: ModelFolder) -> Any:
     if not folder.results or not file.is_file():
         return None
     try:
+        check_parquet_size(file)
         table = pq.read_table(file)
     except (OSError, ValueError):  # The errors of pyarrow are subclasses
         warn_on_first_process(

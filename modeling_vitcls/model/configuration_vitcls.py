@@ -127,21 +127,15 @@ TRANSFORMERS_KEYWORDS = {
     "num_labels",
     "output_attentions",
     "attn_implementation",
+    "_attn_implementation",
     "experts_implementation",
     "torch_dtype",
     "name_or_path",
     "auto_map",
     "model_type",
-    "task_specific_params",
     "quantization_config",
     "use_cache",
     "tie_word_embeddings",
-    "torchscript",
-    "pruned_heads",
-    "finetuning_task",
-    "tokenizer_class",
-    "prefix",
-    "use_return_dict",
     "out_features",
     "out_indices",
     "stage_names",
@@ -249,6 +243,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     }
 
     # Fields of transformers, whose types `strict` checks only if they stand in this file
+    architectures: list[str] | None = None
     id2label: dict[int, str] | dict[str, str] | None = None
     label2id: dict[str, int] | None = None
     problem_type: (
@@ -328,7 +323,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     hidden_size: int = width(default=768)
     """Width of the tokens: a multiple of `num_attention_heads`, unless `attention_head_size` is
     set."""
-    num_hidden_layers: int = between(1, 10_000)(default=12)
+    num_hidden_layers: int = between(1, 1_000)(default=12)
     """Number of layers."""
     num_attention_heads: int = width(default=12)
     """Number of attention heads per layer."""
@@ -525,25 +520,33 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         name = name.removeprefix("vitcls-")
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}. Choose one of {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**PRESETS[name] | overrides)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from a stored dict; overrides are applied before validation."""
-        field_names = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
+        known_names = cls._list_keywords()
+        field_names = known_names - TRANSFORMERS_KEYWORDS - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in field_names}
-        cls._check_keywords(kwargs)
+        # A misspelled field; transformers checks other keywords.
+        for name in sorted(kwargs.keys() - known_names - {"gate_new_tokens"}):
+            if hint := _format_suggestion(name, known_names, cutoff=0.8):
+                raise ValueError(f"Unknown field {name!r}{hint}")
         cls._check_attention(config_dict)
 
-        known_names = cls._list_keywords()
+        unknown_names = config_dict.keys() - known_names - {"custom_pipelines"}
+        if reserved_names := [name for name in unknown_names if hasattr(cls, name)]:
+            raise ValueError(
+                f"The stored configuration sets {reserved_names}, which the class defines. Remove "
+                "them from config.json."
+            )
         stored = {
             name: copy.deepcopy(value)
             for name, value in config_dict.items()
             if name in known_names or name.startswith("_")
         }
         # A person set them before saving, or another version, whose fields are off by default.
-        unknown_names = config_dict.keys() - stored.keys() - {"custom_pipelines"}
-        unknown_fields = {name: config_dict[name] for name in unknown_names}
+        unknown_fields = {name: config_dict[name] for name in unknown_names - stored.keys()}
         if any(unknown_fields.values()):
             logger.warning(
                 "The stored configuration has fields that this version does not use: "
@@ -551,7 +554,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             )
         cls._forget_what_changes(stored, overrides, kwargs.get("num_labels"))
         # The overrides are merged first: alone, the stored values may contradict them.
-        config_or_tuple = super().from_dict({**stored, **overrides}, **kwargs)
+        config_or_tuple = super().from_dict(stored | overrides, **kwargs)
 
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
         for name, value in unknown_fields.items():
@@ -559,22 +562,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         return config_or_tuple
 
     @classmethod
-    def _check_keywords(cls, kwargs: Mapping[str, Any]) -> None:
-        """Raise ValueError for a keyword that is almost a field; transformers checks the others."""
-        known_names = cls._list_keywords() | {"gate_new_tokens"}
-        for name in sorted(kwargs.keys() - known_names):
-            hint = _format_suggestion(name, known_names, cutoff=0.8)
-            if hint:
-                raise ValueError(f"Unknown field {name!r}{hint}")
-
-    @classmethod
     def _check_attention(cls, stored: Mapping[str, Any]) -> None:
         """Raise ValueError if a stored dict chooses an attention function that may be a download."""
-        for name in (
-            "attn_implementation",
-            "_attn_implementation",
-            "_attn_implementation_internal",
-        ):
+        for name in ("attn_implementation", "_attn_implementation"):
             if stored.get(name) not in (None, *STORED_ATTENTIONS):
                 raise ValueError(
                     f"The stored configuration has {name}={stored.get(name)!r}, but only "
@@ -594,7 +584,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         ]
         if "num_hidden_layers" in changes:
             stored |= dict.fromkeys(("out_features", "out_indices"))
-        if "id2label" in overrides or num_labels not in (None, len(stored.get("id2label") or {})):
+        # The number first: what is stored is checked with the other fields, and may be no dict.
+        has_other_count = num_labels is not None and num_labels != len(stored.get("id2label") or {})
+        if "id2label" in overrides or has_other_count:
             changes.insert(0, "id2label")
             stored |= dict.fromkeys(("id2label", "label2id"))
         if changes and stored.pop("class_statistics", None):

@@ -27,7 +27,7 @@ def bounded(is_valid: Callable[[Any], bool], requirement: str) -> Any:
 
     def check(value: Any) -> None:
         if value is not None and not is_valid(value):
-            raise ValueError(f"must be {requirement}, but it is {value}")
+            raise ValueError(f"must be {requirement}, but it is {value!r}")
 
     return as_validated_field(check)
 
@@ -80,8 +80,9 @@ def raise_one_line_errors(owner: str = "") -> Iterator[None]:
         yield
     except (StrictDataclassError, TypeError, ValueError) as error:
         is_check = isinstance(error, StrictDataclassClassValidationError)
-        message = str(error.__cause__ if is_check else error)
-        raise ValueError(owner + textwrap.shorten(message, 600, placeholder=" ...")) from None
+        message = textwrap.shorten(str(error.__cause__ if is_check else error), 600)
+        # A value in a file may hold codes that a terminal runs.
+        raise ValueError(owner + "".join(filter(str.isprintable, message))) from None
 
 
 def shorten_errors(strict_class: Any) -> Any:

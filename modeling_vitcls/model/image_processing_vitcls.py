@@ -91,6 +91,7 @@ REPORTED_BIT_DEPTHS: set[int] = set()  # Numbers of bits that a warning has name
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # Weights of red, green and blue (ITU-R BT.601)
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 DOWNLOAD_TIMEOUT = 60.0  # Seconds without a byte
+MAX_SIDE = 10_000  # Maximum height and width of a processed image, in pixels
 
 SOURCE_TYPES = (str, os.PathLike, bytes, bytearray)
 
@@ -213,15 +214,20 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         settings = super()._standardize_kwargs(**kwargs)
         resample = settings.get("resample")
         filters = ", ".join(f"{int(each)} ({each.name.lower()})" for each in RESAMPLING_FILTERS)
-        size, crop_size = (dict(settings.get(name) or {}) for name in ("size", "crop_size"))
+        size, crop_size, pad_size = (
+            dict(settings.get(name) or {}) for name in ("size", "crop_size", "pad_size")
+        )
         is_cropped = bool(settings.get("do_center_crop") and settings.get("do_resize"))
-        sides = [*size.values(), *crop_size.values()]
+        sides = [*size.values(), *crop_size.values(), *pad_size.values()]
         if settings.get("rescale_factor") == 0:
             raise ValueError("rescale_factor must not be 0")
         if np.any(np.equal(settings.get("image_std", 1), 0)):
             raise ValueError("image_std must not be 0")
-        if any(side is not None and side < 1 for side in sides):
-            raise ValueError(f"size {size} and crop_size {crop_size} must be 1 pixel or more")
+        if any(side is not None and not 1 <= side <= MAX_SIDE for side in sides):
+            raise ValueError(
+                f"size {size}, crop_size {crop_size} and pad_size {pad_size} must be from 1 to "
+                f"{MAX_SIDE:,} pixels"
+            )
         if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:
             raise ValueError(f"unknown resample {resample!r}: use one of {filters}")
         if is_cropped and is_larger(crop_size, size):

@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import Any
 
 
+MAX_ROWS = 100_000_000  # Maximum number of rows of a Parquet file in a model folder
+MAX_BYTES = 2**33  # Maximum size of its values, in bytes
 UNFINISHED_SUFFIX = ".unfinished"  # Suffix of a hidden file that is not complete
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Control characters, line separators, and what hides text or turns its direction. The joiners U+200C
+# and U+200D are parts of words and emoji.
+INVISIBLE_CHARACTER = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # First characters of formulas in spreadsheets
 
 
@@ -75,6 +82,21 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def check_parquet_size(file: Path) -> None:
+    """Raise ValueError if a Parquet file has more values than memory holds: megabytes may hold many."""
+    # Imported here: flags are parsed without it.
+    from pyarrow.parquet import ParquetFile
+
+    metadata = ParquetFile(file).metadata
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    num_bytes = sum(group.total_byte_size for group in groups)
+    if metadata.num_rows > MAX_ROWS or num_bytes > MAX_BYTES:
+        raise ValueError(
+            f"it has {metadata.num_rows:,} rows and {num_bytes:,} bytes, but at most {MAX_ROWS:,} "
+            f"rows and {MAX_BYTES:,} bytes are read"
+        )
+
+
 def replace_control_characters(text: str) -> str:
     """Replace line breaks and tabs with spaces, and other unprintable characters with U+FFFD."""
     text = re.sub(r"\s", " ", text)
@@ -84,11 +106,13 @@ def replace_control_characters(text: str) -> str:
 def escape_csv_cell(text: str) -> str:
     """Make a text safe for a CSV cell: one line, which spreadsheets do not run as a formula.
 
-    Control characters and line separators become escape sequences such as \\n. A single quote is
-    put before a text that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends
-    against CSV injection.
+    Control and invisible characters become escape sequences such as \\n. A single quote is put
+    before a text that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends against CSV
+    injection.
     """
-    escaped = CONTROL_CHARACTER.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    escaped = INVISIBLE_CHARACTER.sub(
+        lambda match: match[0].encode("unicode_escape").decode(), text
+    )
     return f"'{escaped}" if text.startswith(FORMULA_PREFIXES) else escaped
 
 

@@ -19,6 +19,8 @@ from helpers.photo_folders import write_photos
 from helpers.tiny_models import save_classifier
 from transformers import ViTConfig
 
+from modeling_vitcls.runtime import files
+
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -46,27 +48,66 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+CONFIG = "config.json"
+PROCESSOR = "preprocessor_config.json"
+
+
 @pytest.mark.parametrize(
-    ("values", "word"),
+    ("name", "values", "word"),
     [
-        ({"id2label": None}, "config.json"),
-        ({"image_size": 10**9}, "image_size"),
-        ({"dtype": "evil"}, "dtype"),
-        ({"num_hidden_layers": []}, "num_hidden_layers"),
+        (CONFIG, {"id2label": None}, "config.json"),
+        (CONFIG, {"id2label": True}, "id2label"),
+        (CONFIG, {"architectures": 5}, "architectures"),
+        (CONFIG, {"image_size": 10**9}, "image_size"),
+        (CONFIG, {"dtype": "evil"}, "dtype"),
+        (CONFIG, {"num_hidden_layers": []}, "num_hidden_layers"),
+        (CONFIG, {"num_hidden_layers": 10_000}, "num_hidden_layers"),
         # of another model
-        ({"id2label": dict(enumerate("abcde")), "label2id": None}, "classifier"),
+        (CONFIG, {"id2label": dict(enumerate("abcde")), "label2id": None}, "classifier"),
+        # names of the class, whose methods and properties they would replace
+        (CONFIG, {"validate": "x"}, "validate"),
+        (CONFIG, {"to_dict": None}, "to_dict"),
+        (CONFIG, {"token_layout": [1]}, "token_layout"),
+        (CONFIG, {"_skip_validation": True}, "_skip_validation"),
+        # a code that a terminal runs
+        (CONFIG, {"pooling": "\x1b[31mRED"}, "'pooling'"),
+        (CONFIG, {"hidden_act": "\x1b[31mRED"}, "'hidden_act'"),
+        (PROCESSOR, {"image_std": "x"}, "preprocessor_config.json"),
+        (PROCESSOR, {"crop_rounding": []}, "preprocessor_config.json"),
+        (PROCESSOR, {"preprocess": "x"}, "preprocess"),
+        (PROCESSOR, {"size": {"height": 200_000, "width": 200_000}}, "10,000 pixels"),
+        (PROCESSOR, {"size": {"shortest_edge": 10**6}}, "10,000 pixels"),
+        (PROCESSOR, {"do_pad": True, "pad_size": {"height": 10**6, "width": 9}}, "10,000 pixels"),
+        ("results.json", {"settings_sha256": 5}, "settings_sha256"),
     ],
 )
-def test_a_wrong_value_in_the_configuration_is_named(
+def test_a_wrong_value_in_a_file_of_the_model_is_named(
+    name: str,
     values: dict[str, Any],
     word: str,
     folder: Path,
     photos: Path,
     run_with_error: Callable[..., str],
 ) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-    assert word in run_with_error("predict", "--model", folder, photos)
+    file = folder / name
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(saved | values))
+    error = run_with_error("predict", "--model", folder, photos)
+    assert word in error
+    assert error.rstrip("\n").isprintable()
+
+
+def test_a_list_of_training_images_that_no_memory_holds_is_not_read(
+    folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, run_with_error: Callable[..., str]
+) -> None:
+    rows = {"key": [1, 2, 3], "split": ["train"] * 3, "task": [""] * 3}
+    pandas.DataFrame(rows).to_parquet(folder / "splits.parquet")
+    for name in ("MAX_ROWS", "MAX_BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(files, name, 2)
+            assert "splits.parquet: it has 3 rows" in run_with_error(
+                "predict", "--model", folder, photos
+            )
 
 
 @pytest.fixture

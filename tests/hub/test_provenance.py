@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.local_hub import LocalHub
 from helpers.model_folders import write_results
-from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
 from huggingface_hub import constants
 
 from modeling_vitcls import ViTCLSForImageClassification
@@ -92,6 +92,14 @@ def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
 )
 def test_missing_metadata_stays_unknown(tmp_path: Path, card: str) -> None:
     assert find_provenance(str(write_folder(tmp_path / "mine", card))) == Provenance("mine")
+
+
+@pytest.mark.parametrize("record", [5, {"name": "x", "evil": 1}, {"license_files": 5}])
+def test_a_record_with_other_fields_is_one_line(tmp_path: Path, record: object) -> None:
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
+    write_results(tmp_path, {"provenance": record})
+    with raises_one_line("cannot read the provenance", "results.json"):
+        ModelFolder(tmp_path).provenance  # noqa: B018
 
 
 def test_timm_weights_have_their_license() -> None:

@@ -26,7 +26,7 @@ FORMULA_PREFIXES = tuple("=+-@\t\r")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return photographs of classes, and of a file, whose names are harmful in a table."""
     folder = write_photos(tmp_path_factory.mktemp("photos"), range(8), *NAMES)
-    (folder / NAMES[0] / "0.png").rename(folder / NAMES[0] / "\x1b[31m.png")
+    (folder / NAMES[0] / "0.png").rename(folder / NAMES[0] / "\x1b[31m\u202e.png")
     return folder
 
 
@@ -37,13 +37,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_cells(file: Path) -> None:
-    """Check that no cell begins like a formula or contains a control character."""
+    """Check that no cell begins like a formula, or contains control or invisible characters."""
     with file.open(newline="", encoding="utf-8") as stream:
         cells = [cell for row in csv.reader(stream) for cell in row]
     assert not [cell for cell in cells if cell.startswith(FORMULA_PREFIXES)]
-    assert not [cell for cell in cells if any(ord(character) < 32 for character in cell)]
+    assert all(map(str.isprintable, cells))
     assert any("=1+1" in cell for cell in cells)
-    assert any("\\x1b[31m" in cell for cell in cells)
+    assert any("\\x1b[31m\\u202e" in cell for cell in cells)
 
 
 def test_predictions_contain_no_formulas(

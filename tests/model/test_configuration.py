@@ -115,7 +115,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
 # class variables, and fields of transformers
 UNDOCUMENTED = {"_skip_validation", "keys_to_ignore_at_inference"} | {
     "base_model_fsdp_plan",
-    *("id2label", "label2id", "problem_type"),
+    *("architectures", "id2label", "label2id", "problem_type"),
 }
 
 
