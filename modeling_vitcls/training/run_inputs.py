@@ -89,6 +89,7 @@ def load(options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporte
         recorded_precision = earlier.metadata["mixed_precision"]
     accelerator = reporter.accelerator
     state = PartialState()
+
     # The main process downloads files, and the others find them in the cache.
     with state.main_process_first():
         # The commit is fixed before the first file is read. Otherwise, a push to the Hub in the
@@ -123,6 +124,8 @@ def load(options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporte
         "num_channels": model.config.num_channels,
         "warn": reporter.warn,
     }
+
+    # What fits classifiers to frozen features, or the first reason why nothing can.
     has_distillation_head = getattr(model, "distillation_classifier", None) is not None
     reasons = {
         "the initial weights are random": initial.has_random_weights,
@@ -147,12 +150,15 @@ def load(options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporte
             pooled_layers=options.pooled_layers,
             class_weight="balanced" if options.class_balance == "weights" else None,
         )
+
+    # What trained the weights before this run.
     has_trained_heads = all(name.startswith("vitcls.") for name in new_parameter_names)
     encoder_rows = [
         # Without a fitted start, the classifier stays the checkpoint's.
         list_encoder_rows(initial.folder, frozen_encoder is None and has_trained_heads),
         list_teacher_rows(options.teacher),
     ]
+
     # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(
         accelerator, options.mixed_precision, model.config, recorded_precision
