@@ -61,11 +61,11 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
                 logits = stack_tokens(tokens, read)[test] @ weight.T + bias
                 row[test] = logits.argmax(axis=1) == labels[test]
                 sizes.append(len(part))
-    if not sizes:
-        return None
 
     gains = pd.DataFrame({"gain": is_right[-1] - is_right[1], "label": labels, "group": groups})
     by_group = gains.dropna().groupby(["label", "group"])["gain"].mean()
+    if len(by_group) < 2:  # The gain has no error, without which nothing is said
+        return None
     by_class = by_group.groupby("label").agg(["mean", "sem"])
     best = by_class["mean"].idxmax()
     is_clear = by_class["mean"][best] > MIN_STANDARD_ERRORS * by_class["sem"][best]
