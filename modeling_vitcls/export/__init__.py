@@ -5,8 +5,7 @@
     tracing.py            trace the model to a graph, with a dynamic image size if possible
     onnx_file.py          write the graph to a file, and run the file
     compare.py            compare the outputs of the file with the outputs of the model
-    report.py             describe the file
-    exporter.py           all of this, in order
+    exporter.py           all of this, in order, and the report of the file
 
 The files in this folder are not copied to the Hub. The extra `export` installs the required
 packages.
