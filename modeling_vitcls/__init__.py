@@ -15,7 +15,6 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .cli.api import (
-        Predictor,
         add_class,
         add_task,
         evaluate,
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from .conversion.from_timm import convert_from_timm
     from .conversion.from_transformers import convert_from_transformers
     from .conversion.to_transformers import convert_to_transformers
-    from .inference.embed_images import EmbedImages
     from .inference.linear_probe import LinearProbe
+    from .inference.predictor import Predictor
     from .model.configuration_vitcls import ViTCLSConfig
     from .model.image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
     from .model.modeling_vitcls import (
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from .speed.lean_layers import use_fast_modules
 
 __all__ = [
-    "EmbedImages",
     "LinearProbe",
     "Predictor",
     "TokenLayout",
@@ -78,7 +76,6 @@ __all__ = [
 IMPORT_STRUCTURE = {
     "cli.api": (
         *(
-            "Predictor",
             "add_class",
             "add_task",
             "evaluate",
@@ -93,8 +90,8 @@ IMPORT_STRUCTURE = {
     "conversion.from_timm": ("convert_from_timm",),
     "conversion.from_transformers": ("convert_from_transformers",),
     "conversion.to_transformers": ("convert_to_transformers",),
-    "inference.embed_images": ("EmbedImages",),
     "inference.linear_probe": ("LinearProbe",),
+    "inference.predictor": ("Predictor",),
     "model.image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),
     "model.modeling_vitcls": (
         "ViTCLSBackbone",
@@ -113,6 +110,7 @@ MODULE_BY_NAME = {name: module for module, names in IMPORT_STRUCTURE.items() for
 
 def __getattr__(name: str) -> Any:
     """Import the module of the public object `name` on first use, and return the object (PEP 562)."""
+    name = {"EmbedImages": "Predictor"}.get(name, name)  # Its name in programs written before
     if name not in MODULE_BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     public_object = getattr(importlib.import_module(f".{MODULE_BY_NAME[name]}", __name__), name)

@@ -17,9 +17,6 @@ explains it. Errors name these arguments. A dataset is a path, a Hub id, or data
 """
 
 import os
-import random
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,40 +24,11 @@ from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchanged
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
 from ..runtime.flags import Options, check_types
+from ..runtime.own_state import own_state
 from ..training.options import FinetuneOptions
 
 
 CommandOptions = TypeVar("CommandOptions", bound=Options)
-
-
-# What a function takes from its caller -----------------------------------------------------------
-
-
-@contextmanager
-def own_state() -> Iterator[None]:
-    """Compute with torch's defaults, then restore the caller's defaults and random state.
-
-    The defaults are the dtype, the device and the gradient mode of new tensors. The random state includes
-    torch, NumPy and Python. No context manager of accelerate or transformers does this.
-    """
-    import numpy as np
-    import torch
-
-    # A notebook continues after an error, so errors undo all of this as well.
-    with ExitStack() as stack:
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        # a device of its own makes new tensors slower, so it is set only to replace another
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        # Does not start CUDA in a process that does not use it
-        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        stack.enter_context(torch.random.fork_rng(gpus))
-        torch.set_default_dtype(torch.float32)
-        yield
 
 
 @own_state()
@@ -177,66 +145,22 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
         >>> (row,) = predict("runs/photos", ["photo.jpg"])
         >>> print(row["label"], row["probability"])
     """
-    from ..inference.inputs import list_sources, open_input
+    from ..inference.inputs import list_sources, open_input, wrap_images
+    from ..inference.predictor import build_predictor
 
     if hasattr(images, "columns") or hasattr(images, "column_names"):
         images, flags = None, {"dataset": images, **flags}
-    if images is None:
-        options = build_options(PredictOptions, model=model, **flags)
-        options.check_images()
-        records = open_input(options)
-        return list(load_predictor(options).iterate_rows(records))
-    # For an empty list, there are no rows. If no images are given at all, the options report it.
-    sources = list_sources(images)
-    return Predictor(model, **flags)(sources) if sources else []
-
-
-class Predictor:
-    """A loaded model to keep, for servers and other programs whose photos arrive one by one.
-
-    An object of this class costs as much as `predict` once, and a call then only its photos. Any
-    number of threads may call it.
-
-    Args:
-        model: as in `predict`.
-        flags: as in `predict`.
-
-    Raises:
-        TypeError, ValueError, OSError: as in `predict`.
-
-    Examples:
-        >>> from modeling_vitcls import Predictor
-        >>> predictor = Predictor("runs/photos", top_k=2)
-        >>> (row,) = predictor("photo.jpg")
-        >>> print(row["label"], row["probability"], row["error"])
-    """
-
-    @own_state()
-    def __init__(self, model: str | Path, **flags: Any) -> None:
-        if flags.get("dataset") is not None:
-            raise ValueError("Set either `images` or `dataset` to select the images.")
-        self.loaded = load_predictor(build_options(PredictOptions, model=model, **flags))
-
-    def __call__(self, images: Any) -> list[dict[str, Any]]:
-        """Predict images as `predict` does, with the same rows.
-
-        Args:
-            images: as in `predict`, but without datasets and tables.
-        """
-        from ..inference.inputs import list_sources
-        from ..inference.predict import wrap_images
-
-        return list(self.loaded.iterate_rows(wrap_images(list_sources(images))))
-
-
-def load_predictor(options: PredictOptions) -> Any:
-    """Load the model of the options, for `Predictor` and `predict`."""
-    from ..inference.predict import build_predictor
-    from ..runtime.distributed import build_accelerator
-
+    options = build_options(PredictOptions, model=model, **flags)
     if options.strict:
         raise ValueError("`strict` sets the exit status of the command. Read `error` of the rows")
-    return build_predictor(options, build_accelerator(mixed_precision=options.mixed_precision))
+    if images is None:
+        options.check_images()
+        records = open_input(options)
+    elif options.dataset is None:
+        records = wrap_images(list_sources(images))
+    else:
+        raise ValueError("Set either `images` or `dataset` to select the images.")
+    return list(build_predictor(options).iterate_rows(records)) if records else []
 
 
 @own_state()

@@ -8,6 +8,7 @@ photo  ->  for each task: the probabilities of the labels, or none of them  ->  
 
 import os
 import socket
+import warnings
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +28,10 @@ CSS = """
 #sheet * { justify-content: flex-start; }
 #sheet img { min-width: 900px; width: 100%; max-height: none; height: auto; }
 """
+# The limits of docs/serving.md
+MAX_FILE_SIZE = "20mb"
+MAX_PIXELS = 50_000_000
+CACHE_SECONDS = 3600  # Uploads are deleted after this time
 NUM_LABELS = 5  # Maximum number of labels with a probability
 MAX_NAMES = 12  # Maximum number of class names in the answer "none of these"
 NONE_OF_THESE = "none of these"  # Shown for a photo of none of the classes
@@ -61,7 +66,12 @@ def run(options: DemoOptions) -> None:
         raise ValueError(f"vitcls demo requires gradio. {describe_installation('demo')}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Read on import
     import gradio
+    from PIL import Image
 
+    # Pillow refuses twice as many pixels before it decodes them, also in an icon's PNG, and warns
+    # of fewer
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     page = build_page(options)
     try:
         # `quiet` hides gradio's line, and `prevent_thread_lock` returns, so we print the address.
@@ -79,6 +89,7 @@ def run(options: DemoOptions) -> None:
             ),
             css=CSS,
             footer_links=["gradio"],
+            max_file_size=MAX_FILE_SIZE,
         )
     except OSError as error:  # gradio's message does not mention --port
         raise OSError(
@@ -113,31 +124,29 @@ def build_page(options: DemoOptions) -> Any:
     from ..analysis.token_use import find_token_use
     from ..data.trained_images import is_trained_image
     from ..hub.local_paths import get_title
+    from ..inference.predictor import Predictor
     from ..model.image_processing_vitcls import read_image
-    from .api import Predictor
 
     title = get_title(options.model)
     predictor = Predictor(options.model, top_k=NUM_LABELS)
-    loaded = predictor.loaded
-    use = find_token_use(loaded.model)
+    columns: Any = predictor.columns
+    tasks = columns.tasks
+    use = find_token_use(predictor.model)
 
     def answer(file: str | None) -> list[Any]:
         if file is None:
             raise gradio.Error("select a photo", print_exception=False)
-        (row,) = predictor(file)
+        # Not the path, which errors would show: the name of a temporary copy on the server
+        photo = Path(file).read_bytes()
+        (row,) = predictor([photo])
         if row["error"]:
-            # The path is a temporary copy of the upload, which says nothing to the person who sees
-            # the error.
-            raise gradio.Error(row["error"].replace(file, "the file"), print_exception=False)
-        answers = [read_answer(row, columns) for columns in loaded.columns.tasks.values()]
-        photo = measure_photo(loaded.model, loaded.processor, read_image(file), use)
-        is_trained = is_trained_image(file, loaded.trained_keys)
-        return [*answers, draw_sheet(photo, is_trained=is_trained)]
+            raise gradio.Error(row["error"], print_exception=False)
+        answers = [read_answer(row, task) for task in tasks.values()]
+        measured = measure_photo(predictor.model, predictor.processor, read_image(photo), use)
+        is_trained = is_trained_image(photo, predictor.trained_keys)
+        return [*answers, draw_sheet(measured, is_trained=is_trained)]
 
-    answers = [
-        gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS)
-        for task in loaded.columns.tasks
-    ]
+    answers = [gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS) for task in tasks]
     # `gradio.Image` would refuse HEIC if the browser lacks the type, and decode the file itself, but
     # `vitcls predict` reads more formats and names what is wrong.
     photo_input = gradio.File(label="Photo", file_types=["image", *HEIC_ENDINGS], type="filepath")
@@ -156,6 +165,7 @@ def build_page(options: DemoOptions) -> Any:
         cache_examples=False,
         title=title,
         flagging_mode="never",
+        delete_cache=(CACHE_SECONDS, CACHE_SECONDS),
         api_name="predict",
     )
 

@@ -5,7 +5,8 @@
     tracing.py            trace the model to a graph, with a dynamic image size if possible
     onnx_file.py          write the graph to a file, and run the file
     compare.py            compare the outputs of the file with the outputs of the model
-    exporter.py           all of this, in order, and the report of the file
+    report.py             describe the file
+    exporter.py           all of this, in order
 
 The files in this folder are not copied to the Hub. The extra `export` installs the required
 packages.

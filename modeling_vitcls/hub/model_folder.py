@@ -206,6 +206,10 @@ class ModelFolder:
             # Without transformers' warnings about missing and unused weights
             with silence_transformers():
                 model, loading_info = model_class.from_pretrained(self.path, **arguments)
+            # Files that are mapped into memory and then overwritten change the outputs, and
+            # shortened ones end the process.
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()
         except SafetensorError as error:
             raise OSError(
                 f"cannot load the weights in {self.source}: {format_error(error)}. Copy the file again"

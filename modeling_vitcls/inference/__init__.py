@@ -14,7 +14,7 @@
     inputs.py           images for prediction, decoded in advance by threads
     prediction_rows.py  pixels -> rows of labels, probabilities or features
     outputs.py          rows -> table, CSV, JSON, Parquet; progress
-    embed_images.py     EmbedImages, for Ray, Spark and datasets.map
+    predictor.py        Predictor: a loaded model, for servers, Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`
     intervals.py        confidence intervals
     metric_tables.py    metrics as tables

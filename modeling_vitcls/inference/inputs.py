@@ -12,6 +12,7 @@ image_pass.py).
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,8 @@ class ImageRecord(NamedTuple):
     """One image of an input."""
 
     name: str
-    # Path, data URI, encoded bytes, or any other input of the image processor; None: no image
+    # Path, data URI, encoded bytes, or any other input of the image processor; None: no image; an
+    # error: a file object that cannot be read
     content: Any
 
 
@@ -129,7 +131,8 @@ def list_sources(images: Any) -> list[Any]:
 def read_file_object(image: Any) -> Any:
     """Read a file object, a memoryview or base64.
 
-    Other images are returned unchanged.
+    Other images are returned unchanged. For a file object that cannot be read, the error is
+    returned: it is the answer for this image alone (`prepare_image`).
     """
     if isinstance(image, memoryview):
         return bytes(image)
@@ -137,10 +140,34 @@ def read_file_object(image: Any) -> Any:
         return decode_base64(image) or image
     if not hasattr(image, "read"):
         return image
-    content = image.read()
+    try:
+        if iscoroutinefunction(image.read):  # An upload of FastAPI, which has a file
+            image = getattr(image, "file", image)
+        if hasattr(image, "seekable") and image.seekable():  # It may have been read before
+            image.seek(0)
+        content = image.read()
+    except Exception as error:  # A closed file, or a file of another library
+        return ValueError(f"cannot read the file object: {format_error(error)}")
     if not isinstance(content, bytes):
-        raise ValueError("a file object in `images` returns text. Open the file with mode 'rb'")
-    return content
+        kind = type(content).__name__
+        return ValueError(
+            f"the file object returns {kind}, not bytes. Open it with mode 'rb', or pass its bytes"
+        )
+    return content or ValueError("the file object is empty, or has been read before")
+
+
+def wrap_images(images: Sequence[Any]) -> list[ImageRecord]:
+    """Build an input of images from paths, folders and memory.
+
+    Images in memory are named by index.
+    """
+    records: list[ImageRecord] = []
+    for index, image in enumerate(images):
+        if isinstance(image, str | Path):
+            records += list_records([str(image)])
+        else:
+            records.append(build_record(index, image, Path()))
+    return records
 
 
 def get_source_name(source: str) -> str:
@@ -217,6 +244,8 @@ def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> 
     """
     if content is None:
         return f"row {index} has no image"
+    if isinstance(content, ValueError):
+        return str(content)
     try:
         if isinstance(content, str):
             check_is_no_address(content)

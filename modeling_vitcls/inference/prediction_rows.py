@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
@@ -224,6 +225,13 @@ class LabelColumns:
             values["unknown"] = [distance > threshold for distance in values[DISTANCE]]
         return build_rows({name: values[name] for name in self.columns})
 
+    def build_arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Build an array of each column. Without a prediction, it has None, or NaN for a number."""
+        return {
+            name: pa.array([row[name] for row in rows], kind).to_numpy(zero_copy_only=False)
+            for name, kind in self.columns.items()
+        }
+
 
 # Features -----------------------------------------------------------------------------------------
 
@@ -280,12 +288,13 @@ class FeatureColumns:
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str], dtype: str) -> None:
         self.encoder = model.base_model
+        self.names = names
         columns = ["features"] if len(names) == 1 else names
         self.features = {
             column: Feature.from_name(name, model.config)
             for column, name in zip(columns, names, strict=True)
         }
-        self.dtype = getattr(torch, dtype)
+        self.dtype = dtype
         arrow_type = pa.type_for_alias(dtype)
         self.columns = {}
         for name, feature in self.features.items():
@@ -301,7 +310,7 @@ class FeatureColumns:
             pixel_values, output_hidden_states=has_layers, num_output_tokens=num_tokens
         )
         return {
-            name: feature.select(self.encoder, outputs).to(self.dtype)
+            name: feature.select(self.encoder, outputs).to(getattr(torch, self.dtype))
             for name, feature in self.features.items()
         }
 
@@ -326,6 +335,22 @@ class FeatureColumns:
             array = output.cpu().numpy()
             values[name] = list(array) if array.ndim == 2 else [list(tokens) for tokens in array]
         return build_rows(values)
+
+    def build_arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Stack the features of rows by name: [B, D], or [B, n, D] if there are n > 1 tokens.
+
+        Those of a row with an error are NaN.
+        """
+        config: Any = self.encoder.config
+        width = config.hidden_size
+        arrays: dict[str, np.ndarray] = {}
+        for name, (column, feature) in zip(self.names, self.features.items(), strict=True):
+            shape = (width,) if feature.num_tokens == 1 else (feature.num_tokens, width)
+            arrays[name] = np.full((len(rows), *shape), np.nan, self.dtype)
+            for index, row in enumerate(rows):
+                if row["error"] is None:
+                    arrays[name][index] = row[column]
+        return arrays
 
 
 # Rows ---------------------------------------------------------------------------------------------
@@ -360,10 +385,10 @@ def build_checked_rows(
     if not isinstance(outputs, dict):
         return [{"error": outputs}] * num_images
     message = "the model output is not finite. Set a different `mixed_precision`"
-    if isinstance(columns, FeatureColumns) and columns.dtype == torch.float16:
+    if isinstance(columns, FeatureColumns) and columns.dtype == "float16":
         message = (
             "a feature is not finite, or above 65,504, the largest number in float16. Set "
-            "`feature_dtype='float32'` (`dtype` of `EmbedImages`)"
+            "`feature_dtype='float32'`"
         )
     overflow_row = {"error": message}
     rows = columns.build_rows(outputs)

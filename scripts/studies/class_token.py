@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from modeling_vitcls import EmbedImages
+from modeling_vitcls import Predictor
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
 
 
@@ -63,7 +63,7 @@ def main() -> None:
 def compute_features(options: Options, files: list[Path]) -> dict[str, dict[Path, np.ndarray]]:
     """Return the features of all photographs by name, such as "cls@12"."""
     names = [f"{kind}@{layer}" for kind in ("cls", "mean") for layer in options.layers]
-    values = EmbedImages(options.encoder, names)({"path": list(map(str, files))})
+    values = Predictor(options.encoder, names)({"path": files})
     return {name: dict(zip(files, values[name], strict=True)) for name in names}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from modeling_vitcls import EmbedImages
+from modeling_vitcls import Predictor
 from modeling_vitcls.inference.class_statistics import TokenFeatures
 from modeling_vitcls.inference.linear_probe import NUM_LAST_LAYERS
 
@@ -60,7 +60,7 @@ def compute_features(model: Path, files: Sequence[Path]) -> TokenFeatures:
         for layer in range(-NUM_LAST_LAYERS, 0)
         for kind in ("cls", "mean")
     }
-    values = EmbedImages(model, names.values())({"path": list(map(str, files))})
+    values = Predictor(model, list(names.values()))({"path": files})
     return {token: values[name] for token, name in names.items()}
 
 

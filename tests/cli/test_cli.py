@@ -14,7 +14,7 @@ from helpers.photo_folders import write_photos
 from PIL import Image
 
 import modeling_vitcls
-from modeling_vitcls import EmbedImages, cli, look
+from modeling_vitcls import Predictor, cli, look
 from modeling_vitcls.cli.parsing import exit_on_error
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.runtime.errors import RunStopped, mark_errors_of_all_processes
@@ -64,7 +64,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(
     assert "cat" in (tmp_path / "rows.csv").read_text(encoding="utf-8")
     look("~/run", "~/photos/cat/0.png", output="~/sheet.png")
     assert (tmp_path / "sheet.png").is_file()
-    (feature,) = EmbedImages("~/run")({"image": ["~/photos/cat/0.png"]})["cls"]
+    (feature,) = Predictor("~/run", "cls")({"image": ["~/photos/cat/0.png"]})["cls"]
     assert feature.shape == (16,)
     assert DataOptions(dataset="~/x", label_separator="~").label_separator == "~"
 

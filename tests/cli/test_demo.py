@@ -1,6 +1,7 @@
 """The page of `vitcls demo`: answers, probabilities, the sheet, and files that are refused."""
 
 import socket
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -112,41 +113,45 @@ def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Serve the page of a classifier while the test runs, and return its address."""
+def address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[str]:
+    """Serve the page of a classifier to the network while the test runs; return its address."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    page = build_page(DemoOptions(model=str(save_classifier(tmp_path / "model"))))
-    _, address, _ = page.launch(
-        prevent_thread_lock=True, quiet=True, show_error=True, ssr_mode=False
-    )
-    yield address
-    page.close()
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # Restored
+    run(DemoOptions(model=str(save_classifier(tmp_path / "model")), host="0.0.0.0"))
+    yield capsys.readouterr().out.splitlines()[-1].rpartition(" ")[2]
+    gradio.close_all()
 
 
 def test_files_that_are_no_photos_get_a_message(address: str, tmp_path: Path) -> None:
     Image.fromarray(np.linspace(0, 9, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tif")
-    (tmp_path / "b.png").write_bytes(b"\x89PNG of nothing")
+    (tmp_path / f"{'b' * 150}.png").write_bytes(b"\x89PNG of nothing")
     client = Client(address, verbose=False)
-    for name in ("a.tif", "b.png"):
+    for name in ("a.tif", f"{'b' * 150}.png"):
         with pytest.raises(AppError, match="image") as raised:
             client.predict(handle_file(tmp_path / name), api_name="/predict")
-        assert str(tmp_path) not in str(raised.value)
+        assert "/" not in str(raised.value)
+
+
+def test_files_beyond_a_limit_are_refused(address: str, tmp_path: Path) -> None:
+    """A PNG of 60 KB has 64 megapixels."""
+    Image.new("L", (8000, 8000)).save(tmp_path / "wide.png")
+    (tmp_path / "long.png").write_bytes(bytes(21_000_000))
+    client = Client(address, verbose=False)
+    with pytest.raises(AppError, match="64000000 pixels"):
+        client.predict(handle_file(tmp_path / "wide.png"), api_name="/predict")
+    with pytest.raises(ValueError, match="exceeds the maximum file size"):
+        client.predict(handle_file(tmp_path / "long.png"), api_name="/predict")
 
 
 def test_a_phone_finds_the_page_and_its_heic_photo_has_a_legible_sheet(
-    browser: Browser,
-    tmp_path: Path,
-    photo: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    browser: Browser, tmp_path: Path, photo: Path, address: str
 ) -> None:
     register_heif_opener = pytest.importorskip("pillow_heif").register_heif_opener
     register_heif_opener()
     Image.open(photo).resize((640, 480)).save(tmp_path / "IMG_4711.HEIC", format="HEIF")
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
-    run(DemoOptions(model=str(save_classifier(tmp_path / "model")), host="0.0.0.0"))
-    address = capsys.readouterr().out.splitlines()[-1].rpartition(" ")[2]
     assert httpx.get(address).status_code == 200
 
     page = browser.new_page(viewport={"width": 1366, "height": 768})
@@ -161,7 +166,6 @@ def test_a_phone_finds_the_page_and_its_heic_photo_has_a_legible_sheet(
     assert sheet.bounding_box()["x"] >= 0
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()
-    gradio.close_all()
 
 
 def test_files_of_the_server_are_not_opened(address: str, photo: Path) -> None:

@@ -385,7 +385,7 @@ def test_an_interrupted_prediction_ends_with_one_line(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modeling_vitcls.inference.predict.prepare_image", interrupt)
+    monkeypatch.setattr("modeling_vitcls.inference.predictor.prepare_image", interrupt)
     capsys.readouterr()
     assert run_here("predict", "--model", folder, photos) == 128 + signal.SIGINT
     error = capsys.readouterr().err

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from modeling_vitcls import (
-    EmbedImages,
+    Predictor,
     ViTCLSForImageClassification,
     ViTCLSModel,
     convert_from_timm,
@@ -205,7 +205,7 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     assert pin_revision(f"transformers:{cached_hub_model}@main") == f"transformers:{pinned}"
     assert pin_revision("timm:test_vit") == "timm:test_vit"
     # `datasets` computes features again for another commit.
-    assert EmbedImages(cached_hub_model).options.model == pinned
+    assert Predictor(cached_hub_model, "cls").arguments["model"] == pinned
     assert open_model(pinned).path.name == COMMIT
 
     load_model(open_model(pinned))

@@ -4,11 +4,8 @@ Most runs use the test process. Slow tests start real processes: a run that is k
 two processes.
 """
 
-import base64
-import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
 from helpers.warm_processes import run_together
-from PIL import Image
 from transformers import pipeline
 
 from modeling_vitcls import (
@@ -388,62 +384,3 @@ def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
         (alone,) = predict(model, processor, path)
         assert alone["label"] == row["label"]
         assert alone["probability"] == pytest.approx(row["probability"], abs=1e-5)
-
-
-# Serving ------------------------------------------------------------------------------------------
-
-
-def write_data_uri(path: Path) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-SERVED: dict[str, Callable[[Path], Any]] = {
-    "a name": str,
-    "an opened image": Image.open,
-    "bytes": lambda path: path.read_bytes(),
-    "a memoryview": lambda path: memoryview(path.read_bytes()),
-    "a file object": lambda path: path.open("rb"),
-    "a list of file objects": lambda path: [io.BytesIO(path.read_bytes())],
-    "a data URI": write_data_uri,
-    "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
-    "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
-    "base64 as bytes": lambda path: base64.b64encode(path.read_bytes()),
-    "a data URI as bytes": lambda path: write_data_uri(path).encode(),
-    "base64 of web pages": lambda path: (
-        base64.urlsafe_b64encode(path.read_bytes()).decode().rstrip("=")
-    ),
-    "one array": lambda path: np.asarray(Image.open(path)),
-    "a generator": lambda path: (each for each in [path]),
-}
-
-
-@pytest.mark.parametrize("build", SERVED.values(), ids=SERVED)
-def test_a_photo_of_a_request_has_the_label_of_its_file(
-    build: Callable[[Path], Any], models: Path, photos: Path
-) -> None:
-    (expected,) = api.predict(models / "one_label", photos / "a.jpg")
-    (row,) = api.predict(models / "one_label", build(photos / "a.jpg"))
-    assert row["error"] is None
-    assert row["label"] == expected["label"]
-    assert row["probability"] == pytest.approx(expected["probability"], abs=1e-5)
-
-
-def test_no_photos_have_no_rows(models: Path) -> None:
-    assert api.predict(models / "one_label", []) == []
-
-
-@pytest.mark.parametrize(
-    "images",
-    [None, 3, io.StringIO("text")],
-    ids=["none", "number", "text file"],
-)
-def test_what_is_no_photo_is_one_line(images: Any, models: Path) -> None:
-    with raises_one_line("`images`"):
-        api.predict(models / "one_label", images)
-
-
-@pytest.mark.parametrize("uri", ["data:image/png;base64,%%%", "data:,text", "data:"])
-def test_a_data_uri_without_a_photo_has_the_reason_in_its_row(uri: str, models: Path) -> None:
-    (row,) = api.predict(models / "one_label", uri)
-    assert row["error"]
-    assert row["label"] is None

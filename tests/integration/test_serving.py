@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -74,6 +75,12 @@ def encode(size: tuple[int, int], seed: int) -> bytes:
     return file.getvalue()
 
 
+def build_icon(png: bytes) -> bytes:
+    """Return an ICO file of 16 x 16 pixels, by its header, that contains a PNG."""
+    entry = struct.pack("<4B2H2I", 16, 16, 0, 0, 1, 32, len(png), 22)
+    return struct.pack("<3H", 0, 1, 1) + entry + png
+
+
 def ask(address: str, photos: list[bytes]) -> httpx.Response:
     files = [("photos", (f"{index}.png", photo)) for index, photo in enumerate(photos)]
     return httpx.post(address, files=files, timeout=60, trust_env=False)
@@ -110,9 +117,13 @@ def test_a_bad_photo_of_two_is_named_and_the_other_one_answered(address: str) ->
 
 def test_a_request_beyond_a_limit_is_refused_and_the_server_lives(address: str) -> None:
     file = io.BytesIO()
-    Image.new("L", (8000, 8000)).save(file, "PNG")  # 64 megapixels in 60 KB
-    too_large = ask(address, [encode((8, 8), 0), file.getvalue()])
-    assert (too_large.status_code, too_large.json()["detail"][:8]) == (413, "1: 1.png")
+    Image.new("L", (8000, 4000)).save(file, "PNG")  # 32 megapixels in 30 KB
+    assert ask(address, [file.getvalue()]).status_code == 200
+    too_large = ask(address, [file.getvalue()] * 2)
+    assert too_large.status_code == 413
+    assert "64,000,000 pixels" in too_large.json()["detail"]
+    icon = ask(address, [build_icon(file.getvalue())])
+    assert (icon.status_code, icon.json()["detail"][-4:]) == (413, "icon")
     assert ask(address, [b"0"] * 17).status_code == 413
     assert ask(address, [bytes(20_000_001)]).status_code == 413
     chunked = httpx.post(address, content=iter([b"0"]), trust_env=False)

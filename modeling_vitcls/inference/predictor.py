@@ -1,0 +1,249 @@
+"""`Predictor`: a loaded model to keep, for servers, notebooks, Ray Data, Spark and `datasets.map`.
+
+    predictor = Predictor("runs/mine", top_k=3)
+    predictor(["a.jpg", image])             one photo or a list: the rows of `predict`
+    predictor({"path": ["a.jpg"], "id": [7]})       a batch of columns: its columns, and those of the rows
+
+    photos -> records -> pixels -> outputs -> rows
+    inputs.py ---------------->    prediction_rows.py
+
+The images are divided into batches by index. The command (predict.py) assigns the batches to its
+processes in turn, so its output is bit-identical for any number of processes.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import parse_flag_from_env
+from PIL import Image
+
+from ..conversion.open_model import compute_cache_name, is_preset, open_model
+from ..data.labels import get_heads
+from ..data.trained_images import read_trained_keys
+from ..hub.loading import pin_revision
+from ..model.image_processing_vitcls import SOURCE_TYPES
+from ..runtime.distributed import choose_precision
+from ..runtime.flags import check_types
+from ..runtime.own_state import own_state
+from .cuda_graphs import GraphedFunction
+from .image_pass import pass_over_images, prepare_batches
+from .inputs import ImageRecord, build_record, list_sources, prepare_image, wrap_images
+from .load_model import load_for_inference
+from .options import PredictOptions
+from .prediction_rows import (
+    FeatureColumns,
+    LabelColumns,
+    PredictionColumns,
+    Row,
+    build_checked_rows,
+    try_predict,
+)
+
+
+# The fields of `PredictOptions` that are not about the images or the output
+FLAGS = (
+    "feature_dtype",
+    "top_k",
+    "threshold",
+    "mixed_precision",
+    "batch_size",
+    "num_workers",
+)
+PREDICTION_BATCH_SIZE = 32  # Default number of images per forward pass on GPUs
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+IMAGE_COLUMNS = ("image", "bytes", "path")  # Column names of images in Ray, Spark and `datasets`
+
+
+class Predictor:
+    """A loaded model to keep, which predicts photos as `predict` does.
+
+    An object of this class costs as much as `predict` once, and a call then only its photos. Any
+    number of threads may call it, whatever torch defaults and precision other code has set. Later
+    changes of the model's files change nothing.
+
+    A pickle, which Ray, Spark and `datasets` write, has no weights: each process loads the model.
+
+    Args:
+        model: as in `predict`.
+        features: features instead of labels, as in `predict`, such as `["cls", "mean@6"]`.
+        image_column: column of a batch with paths, encoded bytes, `{"bytes", "path"}`, arrays or
+            PIL images. Default: `image`, `bytes` or `path`.
+        flags: `feature_dtype`, `top_k`, `threshold`, `mixed_precision`, `batch_size` and
+            `num_workers`, as in `predict`.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `predict`.
+
+    Examples:
+        >>> from modeling_vitcls import Predictor
+        >>> predictor = Predictor("runs/photos", top_k=2)
+        >>> (row,) = predictor("photo.jpg")
+        >>> print(row["label"], row["probability"], row["error"])
+        >>> columns = Predictor("runs/photos", features=["cls"])({"path": ["photo.jpg"]})
+        >>> columns["cls"].shape
+        (1, 32)
+    """
+
+    @own_state()
+    def __init__(
+        self,
+        model: str | Path,
+        features: str | Sequence[str] | None = None,
+        image_column: str | None = None,
+        **flags: Any,
+    ) -> None:
+        for name in flags:
+            if name not in FLAGS:
+                raise TypeError(f"`Predictor` has no argument `{name}`, only {', '.join(FLAGS)}")
+        given: dict[str, Any] = {"model": model, "features": features, **flags}
+        options = PredictOptions(**given)
+        check_types(options, given)
+        options.check()
+
+        # All processes, and the cache of `datasets`, then have the same commit of a model on the Hub
+        source = options.model if is_preset(options.model) else pin_revision(options.model)
+        self.image_column = image_column
+        self.arguments = given | {"model": source, "image_column": image_column}
+        self.files = compute_cache_name(source)  # What a local model was when it was loaded
+        folder = open_model(source)
+        device = torch.device("cpu")
+        if torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+            device = torch.accelerator.current_accelerator() or device
+        self.model, self.processor, self.batch_size = load_for_inference(
+            folder,
+            device,
+            use_head=options.features is None,
+            batch_size=options.batch_size,
+            max_batch_size=PREDICTION_BATCH_SIZE,
+        )
+
+        self.columns: PredictionColumns
+        # Keys of the images that trained the classifier (trained_images.py)
+        self.trained_keys: frozenset[int] = frozenset()
+        if options.features is None:
+            heads = get_heads(self.model.config, options.threshold)
+            self.columns = LabelColumns(self.model, heads, options.top_k)
+            self.trained_keys = read_trained_keys(folder)
+        else:
+            self.columns = FeatureColumns(self.model, options.features, options.feature_dtype)
+
+        precision: str = options.mixed_precision
+        if precision == "auto":  # Unless `accelerate launch` sets it
+            automatic = choose_precision(device, self.model.config)
+            precision = os.environ.get("ACCELERATE_MIXED_PRECISION", automatic)
+        dtype = AUTOCAST_DTYPES.get(precision)
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        num_cores = max(1, min(8, (os.cpu_count() or 1) // num_processes))
+        self.num_workers = num_cores if options.num_workers is None else options.num_workers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the model out of a pickle: the process that reads it loads the model itself.
+
+        Its files are named: `datasets` takes what a function with an equal pickle has computed from
+        its cache.
+        """
+        return partial(type(self), **self.arguments), (), {"files": self.files}
+
+    def __call__(self, images: Any) -> Any:
+        """Predict photos, or add the predictions to a batch of columns.
+
+        Args:
+            images: one photo or a list, as in `predict`; or a batch: a dict of columns, an Arrow
+                table or a pandas DataFrame with an image column.
+
+        Returns:
+            The rows of `predict`; of a batch, a dict of its columns without the images (paths
+            stay), and an array for each column of the rows. A feature has its name and is [B, D] or
+            [B, n, D]. Numbers of an unreadable image are NaN and labels None; `error` is the
+            reason, or an empty text.
+
+        Raises:
+            ValueError: if `images` is no photo, list or batch, or the batch has no image column, or
+                one image in it, or already a column of the predictions.
+        """
+        if hasattr(images, "columns"):  # A table of Arrow or pandas
+            has_arrow = hasattr(images, "to_pydict")
+            images = images.to_pydict() if has_arrow else images.to_dict("list")
+        if isinstance(images, Mapping):
+            return self.add_columns(images)
+        return list(self.iterate_rows(wrap_images(list_sources(images))))
+
+    def add_columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace the images of a batch with the columns of the predictions.
+
+        Ray and Spark also pass empty batches, for which the columns are empty.
+        """
+        column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
+        if batch and column not in batch:
+            raise ValueError(
+                f"the batch has only the columns {', '.join(batch)}. Set `image_column` to one of "
+                "them"
+            )
+        images = batch[column] if column is not None and batch else ()
+        shape: Any = getattr(images, "shape", ())
+        # [H, W], or [H, W, C]; with another last axis, it is a batch of gray images
+        is_array = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
+        if is_array or isinstance(images, (*SOURCE_TYPES, Image.Image)):
+            raise ValueError(
+                f"the column {column} is one image, not a batch. Set `batched=True`, or pass a list"
+            )
+        records = [build_record(index, image, Path()) for index, image in enumerate(images)]
+        rows = list(self.iterate_rows(records))
+        outputs = {name: batch[name] for name in batch if name != column or name == "path"}
+        arrays = self.columns.build_arrays(rows)
+        for name in arrays:
+            if name in outputs:
+                raise ValueError(
+                    f"the batch has a column {name!r}, which the predictions would replace. Rename it"
+                )
+        errors = np.array([row["error"] or "" for row in rows], dtype=object)
+        return outputs | arrays | {"error": errors}
+
+    def iterate_rows(
+        self, records: Sequence[ImageRecord], part: slice = slice(None)
+    ) -> Iterator[Row]:
+        """Yield a row for each image, in order.
+
+        A row contains an error if the image cannot be read, if the model does not support it, or if
+        the outputs are not finite.
+
+        Args:
+            records: All images.
+            part: The batches of this process. Default: all.
+        """
+        names: dict[int, str] = {}
+
+        def prepare(index: int) -> torch.Tensor | str:
+            names[index], content = records[index]
+            return prepare_image(self.processor, content, index)
+
+        # Divided into batches first, and then among the processes: rounding depends on which images
+        # share a batch, and the output must not depend on the number of processes.
+        starts = range(0, len(records), self.batch_size)
+        batches = [range(len(records))[start : start + self.batch_size] for start in starts][part]
+        compute = GraphedFunction(partial(try_predict, self.columns), self.model.device)
+        prepared = prepare_batches(prepare, batches, self.num_workers)
+        computed = pass_over_images(compute, prepared, self.model.device, self.autocast)
+        empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
+        found: dict[int, Row] = {}
+        for indices in batches:
+            while not found.keys() >= set(indices):  # One batch per shape
+                batch, outputs = next(computed)
+                found |= {index: {"error": text} for index, text in batch.error_messages.items()}
+                rows = build_checked_rows(self.columns, outputs, len(batch.indices))
+                found |= dict(zip(batch.indices, rows, strict=True))
+            # In the order of the input, not of the shapes.
+            for index in indices:
+                yield {"index": index, "image": names.pop(index), **empty_row, **found.pop(index)}
+
+
+def build_predictor(options: PredictOptions) -> Predictor:
+    """Load the model of the options."""
+    flags = {name: getattr(options, name) for name in FLAGS}
+    return Predictor(options.model, options.features, **flags)

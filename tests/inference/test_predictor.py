@@ -1,0 +1,358 @@
+"""`Predictor`: photos of servers, batches of tables, `datasets.map`, Ray and Spark."""
+
+import asyncio
+import base64
+import io
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from fastapi import UploadFile
+from helpers.doc_pages import ROOT, read_blocks
+from helpers.prediction_photos import sorted_photos
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from PIL import Image
+
+from modeling_vitcls import (
+    Predictor,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+
+
+NAMES = ["cls", "registers@1", "mean", "patches"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an encoder with two register tokens."""
+    model = ViTCLSModel(build_tiny_config(num_register_tokens=2, image_size=(32, 48)))
+    return save_with_processor(
+        model, tmp_path_factory.mktemp("model"), ViTCLSImageProcessor(size=[32, 48])
+    )
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    model = ViTCLSForImageClassification(build_tiny_config())
+    return Predictor(save_with_processor(model, tmp_path_factory.mktemp("classifier")))
+
+
+@pytest.mark.parametrize("name", ["top", "dataset", "config"])
+def test_an_unknown_argument_is_named(name: str, encoder: Path) -> None:
+    with raises_one_line(f"`{name}`", error=TypeError):
+        Predictor(encoder, **{name: "photos"})
+
+
+def test_a_file_that_is_written_over_the_weights_changes_no_answer(
+    photos: Path, tmp_path: Path
+) -> None:
+    """The weights begin at multiples of 64 bytes: others are copied when they are loaded."""
+    save_with_processor(ViTCLSModel(build_tiny_config(intermediate_size=32)), tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    padding = -start % 64
+    header = (start - 8 + padding).to_bytes(8, "little") + content[8:start] + b" " * padding
+    file.write_bytes(header + content[start:])
+
+    (expected,) = Predictor(tmp_path, "cls")(photos / "a.jpg")
+    predictor = Predictor(tmp_path, "cls")
+    file.write_bytes(header + bytes(len(content) - start))
+    (row,) = predictor(photos / "a.jpg")
+    assert np.array_equal(row["features"], expected["features"])
+
+
+# Photos -------------------------------------------------------------------------------------------
+
+
+def write_data_uri(path: Path) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def read_before(path: Path) -> io.BytesIO:
+    """Return a file object whose size another program has checked."""
+    file = io.BytesIO(path.read_bytes())
+    file.read()
+    return file
+
+
+SERVED: dict[str, Callable[[Path], Any]] = {
+    "a path": Path,
+    "a name": str,
+    "an opened image": Image.open,
+    "bytes": lambda path: path.read_bytes(),
+    "a memoryview": lambda path: memoryview(path.read_bytes()),
+    "a file object": lambda path: path.open("rb"),
+    "a list of file objects": lambda path: [io.BytesIO(path.read_bytes())],
+    "a file that was read": read_before,
+    "a stream": lambda path: SimpleNamespace(read=path.read_bytes),
+    "an upload of FastAPI": lambda path: UploadFile(path.open("rb")),
+    "a data URI": write_data_uri,
+    "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
+    "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
+    "base64 as bytes": lambda path: base64.b64encode(path.read_bytes()),
+    "a data URI as bytes": lambda path: write_data_uri(path).encode(),
+    "base64 of web pages": lambda path: (
+        base64.urlsafe_b64encode(path.read_bytes()).decode().rstrip("=")
+    ),
+    "one array": lambda path: np.asarray(Image.open(path)),
+    "a generator": lambda path: (each for each in [path]),
+}
+
+
+@pytest.mark.parametrize("build", SERVED.values(), ids=SERVED)
+def test_a_photo_of_a_request_has_the_label_of_its_file(
+    build: Callable[[Path], Any], predictor: Predictor, photos: Path
+) -> None:
+    (expected,) = predictor([photos / "a.jpg"])
+    (row,) = predictor(build(photos / "a.jpg"))
+    assert row["error"] is None
+    assert row["label"] == expected["label"]
+    assert row["probability"] == pytest.approx(expected["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(12, 10), (12, 10, 3), (3, 12, 10)], ids=str)
+def test_one_image_is_one_row_and_a_batch_one_row_per_image(
+    shape: tuple[int, ...], predictor: Predictor
+) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    rows = predictor([pixels])
+    assert rows[0]["error"] is None
+    assert predictor(pixels) == rows
+    assert predictor(torch.from_numpy(pixels)) == rows
+    if len(shape) == 3:
+        assert len(predictor(np.stack([pixels, pixels]))) == 2
+        assert len(predictor([np.stack([pixels, pixels])])) == 2
+    if shape[-1] == 3:
+        assert predictor(Image.fromarray(pixels)) == rows
+
+
+def test_no_photos_have_no_rows(predictor: Predictor) -> None:
+    assert predictor([]) == []
+
+
+def test_what_is_no_photo_is_one_line(predictor: Predictor) -> None:
+    with raises_one_line("`images`"):
+        predictor(3)
+
+
+def build_closed_file() -> io.BytesIO:
+    file = io.BytesIO(b"closed")
+    file.close()
+    return file
+
+
+async def read_later() -> bytes:
+    return await asyncio.sleep(0, b"photo")
+
+
+BAD_PHOTOS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a closed file": (build_closed_file, "closed file"),
+    "a text file": (lambda: io.StringIO("text"), "mode 'rb'"),
+    "an empty file": (lambda: io.BytesIO(b""), "empty"),
+    "an asynchronous file": (lambda: SimpleNamespace(read=read_later), "pass its bytes"),
+    "no image": (lambda: b"text", "4 bytes"),
+    "nothing": (lambda: None, "row 1"),
+    "a broken data URI": (lambda: "data:image/png;base64,%%%", "data:image"),
+    "a data URI of text": (lambda: "data:,text", "data:,text"),
+    "an empty data URI": (lambda: "data:", "data:"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.parametrize(("build", "words"), BAD_PHOTOS.values(), ids=BAD_PHOTOS)
+def test_a_bad_photo_of_two_has_the_reason_in_its_row(
+    build: Callable[[], Any], words: str, predictor: Predictor, photos: Path
+) -> None:
+    good, bad = predictor([photos / "a.jpg", build()])
+    assert (good["error"], good["label"]) != (None, None)
+    assert words in bad["error"]
+    assert "\n" not in bad["error"]
+    assert bad["label"] is None
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+BATCHES: dict[str, Callable[[list[str], list[bytes]], Any]] = {
+    "arrays": lambda paths, contents: {"path": np.array(paths), "id": np.arange(9)},
+    "bytes": lambda paths, contents: {"bytes": contents, "path": ["other"] * 9},
+    "encoded": lambda paths, contents: {
+        "image": [{"bytes": content, "path": None} for content in contents]
+    },
+    "DataFrame": lambda paths, contents: pd.DataFrame(
+        {"path": paths, "id": range(9)}, range(2, 11)
+    ),
+    "Arrow": lambda paths, contents: pa.table({"bytes": contents, "id": range(9)}),
+    "Arrow of Spark": lambda paths, contents: pa.record_batch({"path": pa.array(paths)}),
+}
+
+
+@pytest.mark.parametrize("build", BATCHES.values(), ids=BATCHES)
+def test_features_of_a_batch_equal_those_of_predict(
+    build: Callable[[list[str], list[bytes]], Any], encoder: Path, photos: Path
+) -> None:
+    """The other columns are kept. The model is not pickled."""
+    paths = sorted_photos(photos)
+    batch = build(paths, [Path(path).read_bytes() for path in paths])
+    expected = Predictor(encoder, NAMES)(paths)
+    pickled = pickle.dumps(Predictor(encoder, NAMES, batch_size=4))
+    assert len(pickled) < 1000
+    outputs = pickle.loads(pickled)(batch)
+    for name in NAMES:
+        np.testing.assert_allclose(
+            outputs[name], np.array([row[name] for row in expected]), atol=1e-6
+        )
+    assert outputs["registers@1"].shape == (9, 2, 16)
+    assert set(outputs["error"]) == {""}
+    assert list(outputs.get("id", range(9))) == list(range(9))
+    assert outputs.keys() - {"id", "path"} == {*NAMES, "error"}
+
+
+def test_labels_of_a_batch_equal_those_of_its_photos(predictor: Predictor, photos: Path) -> None:
+    paths = sorted_photos(photos)
+    outputs = predictor({"path": [*paths, "absent.png"], "id": list(range(10))})
+    rows = predictor(paths)
+    assert list(outputs) == ["path", "id", "label", "probability", "error"]
+    assert outputs["label"].tolist() == [*(row["label"] for row in rows), None]
+    probabilities = [*(row["probability"] for row in rows), np.nan]
+    np.testing.assert_allclose(outputs["probability"], probabilities, atol=1e-6)
+    assert [bool(error) for error in outputs["error"]] == [False] * 9 + [True]
+
+
+def test_a_column_of_the_batch_is_not_replaced(predictor: Predictor) -> None:
+    """Such as the true labels."""
+    with raises_one_line("'label'", "Rename"):
+        predictor({"image": [np.zeros((8, 8), np.uint8)], "label": ["cat"]})
+
+
+@pytest.mark.parametrize("batch", [{"path": [], "id": []}, {}, pd.DataFrame()])
+def test_an_empty_batch_has_empty_columns(batch: Any, encoder: Path) -> None:
+    """Ray and Spark pass empty batches, for example after a filter."""
+    outputs = Predictor(encoder, ["cls", "registers"])(batch)
+    assert outputs["cls"].shape == (0, 16)
+    assert outputs["registers"].shape == (0, 2, 16)
+    assert len(outputs["error"]) == 0
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((12, 10), np.uint8),
+        np.zeros((12, 10, 3), np.uint8),
+        Image.new("L", (9, 9)),
+        "a.png",
+    ],
+)
+def test_one_image_instead_of_a_batch_is_an_error(image: Any, predictor: Predictor) -> None:
+    with raises_one_line("image", "batched=True"):
+        predictor({"image": image})
+
+
+def test_unreadable_images_have_an_error_and_no_features(encoder: Path, photos: Path) -> None:
+    embed = Predictor(encoder, "cls", image_column="photo", feature_dtype="float16")
+    outputs = embed({"path": ["x", "y"], "photo": [b"broken", (photos / "a.jpg").read_bytes()]})
+    assert outputs["cls"].dtype == np.float16
+    assert np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
+    assert list(map(bool, outputs["error"])) == [True, False]
+    assert list(outputs) == ["path", "cls", "error"]
+
+
+@pytest.mark.parametrize("column", [None, "photo"])
+def test_a_batch_without_images_is_an_error(column: str | None, encoder: Path) -> None:
+    with raises_one_line("image_column", "picture"):
+        Predictor(encoder, image_column=column, features="cls")({"picture": []})
+
+
+# datasets, Ray and Spark --------------------------------------------------------------------------
+
+
+def test_datasets_map_adds_features(encoder: Path, photos: Path) -> None:
+    table = datasets.Dataset.from_dict({"path": sorted_photos(photos)})
+    mapped = table.map(Predictor(encoder, "cls"), batched=True, batch_size=4)
+    whole = Predictor(encoder, "cls")({"path": sorted_photos(photos)})
+    np.testing.assert_allclose(np.array(mapped["cls"]), whole["cls"], atol=1e-6)
+    assert set(mapped["error"]) == {""}
+
+
+def test_features_are_those_of_the_files_that_were_loaded(
+    encoder: Path, photos: Path, tmp_path: Path
+) -> None:
+    """`datasets` takes the result of an equal function from its cache."""
+    model = shutil.copytree(encoder, tmp_path / "model")
+    datasets.Dataset.from_dict({"path": sorted_photos(photos)}).save_to_disk(tmp_path / "table")
+    expected: dict[Predictor, np.ndarray] = {}
+    for mean in (0.5, 0.2):
+        ViTCLSImageProcessor(size=[32, 48], image_mean=[mean] * 3).save_pretrained(model)
+        batch = {"path": sorted_photos(photos)}
+        expected[Predictor(model, "cls")] = Predictor(model, "cls")(batch)["cls"]
+        for predictor, features in expected.items():
+            table = datasets.load_from_disk(tmp_path / "table").map(predictor, batched=True)
+            np.testing.assert_allclose(np.array(table["cls"]), features, atol=1e-6)
+
+
+@pytest.fixture
+def ray() -> Iterator[Any]:
+    module = pytest.importorskip("ray")
+    module.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield module
+    module.shutdown()
+
+
+def read_lines(library: str) -> str:
+    """Return the lines of docs/predicting.md that require a library."""
+    comment = f"not run: requires {library}"
+    (block,) = (
+        block for block in read_blocks(ROOT / "docs" / "predicting.md") if block.comment == comment
+    )
+    return block.text
+
+
+@pytest.mark.slow
+def test_the_lines_for_ray_in_the_docs_write_the_features_of_each_image(
+    encoder: Path, photos: Path, tmp_path: Path, ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(encoder, "runs/photos")
+    shutil.copytree(photos, "photos", ignore=shutil.ignore_patterns(".hidden"))
+    exec(read_lines("Ray"), {})
+    written = ray.data.read_parquet(str(tmp_path / "features")).take_all()
+    written.sort(key=lambda row: row["path"])
+    assert len(written) == 10
+    assert [Path(row["path"]).name for row in written if row["error"]] == ["notes.txt"]
+    readable = [row for row in written if not row["error"]]
+    expected = Predictor(encoder, "cls")({"path": [row["path"] for row in readable]})["cls"]
+    np.testing.assert_allclose([row["cls"] for row in readable], expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_lines_for_spark_in_the_docs_work(
+    encoder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyspark")
+    if shutil.which("java") is None:
+        pytest.skip("Spark requires Java")
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(photos / "a.jpg", "photo.jpg")
+    predictor = Predictor(encoder, ["cls", "mean"])
+    found: dict[str, Any] = {"__name__": "__main__", "predictor": predictor}
+    exec(read_lines("Spark"), found)
+    found["spark"].stop()
+    (row,) = found["rows"]
+    expected = predictor({"path": ["photo.jpg"]})
+    np.testing.assert_allclose(row["cls"], expected["cls"][0], atol=1e-6)
+    np.testing.assert_allclose(row["mean"], expected["mean"][0], atol=1e-6)
+    assert (row["path"], row["error"]) == ("photo.jpg", "")
