@@ -173,7 +173,8 @@ class ModelFolder:
             if callable(getattr(ViTCLSImageProcessor, name, None)):
                 raise ValueError(f"{file} sets {name}, which is no setting. Remove it")
         try:
-            return ViTCLSImageProcessor.from_pretrained(self.path)
+            # Whoever calls it chooses the device.
+            return ViTCLSImageProcessor.from_pretrained(self.path, device=None)
         except (TypeError, AttributeError, LookupError) as error:  # A value of another type
             raise ValueError(
                 f"cannot use {file}: {format_error(error)}. Copy the file of the model again"

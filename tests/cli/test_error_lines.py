@@ -97,6 +97,12 @@ def test_a_wrong_value_in_a_file_of_the_model_is_named(
     assert error.rstrip("\n").isprintable()
 
 
+def test_a_device_that_another_machine_had_is_not_used(folder: Path, photos: Path) -> None:
+    file = folder / PROCESSOR
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "cuda:9"}))
+    assert run_here("predict", "--model", folder, photos) == 0
+
+
 def test_a_list_of_training_images_that_no_memory_holds_is_not_read(
     folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, run_with_error: Callable[..., str]
 ) -> None:
