@@ -42,16 +42,8 @@ class InspectOptions(ImageOptions):
 
     def check(self) -> None:
         super().check()
-        check_minimum(self, 1, "num_images", "max_images", "batch_size")
-        if bool(self.paths) == (self.dataset is not None):
-            raise ValueError("Set either `images` or `dataset` to select the images.")
-        if self.dataset is None and (
-            self.image_column or self.label_column or self.label_separator
-        ):
-            raise ValueError(
-                "`image_column`, `label_column` and `label_separator` require `dataset`. Set "
-                "`dataset`."
-            )
+        check_minimum(self, 1, "num_images", "max_images")
+        self.check_images()
         check_output_files(output=self.output)
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"`output={str(self.output)!r}`: the file name must end in .html")

@@ -95,14 +95,17 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         num_workers=options.num_workers,
         num_channels=config.num_channels,
         warn=warn,
+    )
+
+    start_time = time.perf_counter()
+    predictions = evaluator.predict(
+        model,
+        console,
         task=options.task,
         threshold=DEFAULT_THRESHOLD if options.threshold is None else options.threshold,
         # A task was trained with other photos
         known_scenes=KnownScenes.read(folder) if options.task is None else None,
     )
-
-    start_time = time.perf_counter()
-    predictions = evaluator.predict(model, console)
     seconds = time.perf_counter() - start_time
 
     results: dict[str, Any] = {

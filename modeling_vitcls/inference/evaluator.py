@@ -9,7 +9,6 @@ evaluates a saved model and writes the results.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, OneLabel, PerTask
 from ..model.heads_vitcls import IGNORED_LABEL
 from .frozen_features import Features, pool_layers
@@ -119,30 +117,9 @@ def describe_repeats(record: Mapping[str, Any]) -> str | None:
 
 
 class Evaluator(ImagePass):
-    """Evaluates models on a fixed set of labeled images.
-
-    Args:
-        images: as in `ImagePass`, like further arguments.
-        task: an added task, which is evaluated instead of the classifier.
-        threshold: probability from which one of several labels is predicted.
-        known_scenes: photos that nearly repeat one of these training photos count as `repeats`.
-    """
+    """Evaluates models on a fixed set of labeled images. It takes the arguments of `ImagePass`."""
 
     pass_name = "evaluating"
-
-    def __init__(
-        self,
-        images: LabeledImages,
-        *,
-        task: str | None = None,
-        threshold: float = DEFAULT_THRESHOLD,
-        known_scenes: KnownScenes | None = None,
-        **arguments: Any,
-    ) -> None:
-        super().__init__(images, **arguments)
-        self.task = task
-        self.threshold = threshold
-        self.known_scenes = known_scenes
 
     def __call__(self, model: nn.Module, console: Console | None = None) -> MetricValues:
         """Measure a model; without images, there are only their numbers."""
@@ -150,38 +127,47 @@ class Evaluator(ImagePass):
             return NOTHING_MEASURED
         return self.predict(model, console).metrics
 
-    def predict(self, model: nn.Module, console: Console | None = None) -> Predictions:
+    def predict(
+        self,
+        model: nn.Module,
+        console: Console | None = None,
+        task: str | None = None,
+        threshold: float = DEFAULT_THRESHOLD,
+        known_scenes: KnownScenes | None = None,
+    ) -> Predictions:
         """Measure a model on the device in evaluation mode, and keep the logits.
 
-        All processes must call this method. `console` shows the progress (runtime/progress.py).
+        All processes must call this method.
+
+        Args:
+            console: shows the progress (runtime/progress.py).
+            task: an added task, which is measured instead of the classifier.
+            threshold: probability from which one of several labels is predicted.
+            known_scenes: photos that nearly repeat one of these training photos count as `repeats`.
 
         Raises:
             ValueError: if all images are unreadable, if more than `MAX_UNREADABLE_IMAGES` images
                 are unreadable, or if the outputs of the model for any image are not finite.
         """
-        outputs = self.collect(model, partial(self.compute, model), console)
-        predictions = build_predictions(self.label_space, outputs, self.threshold)
-        if (known := self.known_scenes) is not None:
-            near = known.recognize(Features(layout=known.layout, **vars(outputs)))
+
+        def compute(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+            outputs: Any = model(pixel_values, output_hidden_states=known_scenes is not None)
+            logits = outputs.task_logits[task] if task else self.select_logits(outputs)
+            computed = {"logits": logits}
+            if known_scenes is not None:
+                computed["features"] = pool_layers(model.vitcls, outputs, known_scenes.layout)
+            return computed
+
+        outputs = self.collect(model, compute, console)
+        predictions = build_predictions(self.label_space, outputs, threshold)
+        if known_scenes is not None:
+            features = Features(layout=known_scenes.layout, **vars(outputs))
+            near = known_scenes.recognize(features)
             predictions.metrics["repeats"] = count_repeats(near, predictions)
         return predictions
 
-    def compute(self, model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute the logits of images [B, C, H, W] as `measure` expects them.
-
-        If training photos are recognized, so are the features for it.
-        """
-        known = self.known_scenes
-        outputs = model(pixel_values, output_hidden_states=known is not None)
-        computed = {"logits": self.select_logits(outputs)}
-        if known is not None:
-            computed["features"] = pool_layers(model.vitcls, outputs, known.layout)
-        return computed
-
     def select_logits(self, outputs: Any) -> torch.Tensor:
-        """Select the logits that `measure` expects."""
-        if self.task is not None:
-            return outputs.task_logits[self.task]
+        """Select the logits [B, L] that `measure` expects, with those of both heads beside them."""
         if isinstance(outputs.logits, dict):
             return torch.cat(list(outputs.logits.values()), dim=1)
         heads = [outputs.cls_logits, outputs.distillation_logits]

@@ -83,19 +83,6 @@ def build_class_row(
     return cells
 
 
-def build_confusion_tables(results: MetricValues) -> Tables:
-    """Build the confusion matrix of each task as a table, unless there are many classes."""
-    tables = {}
-    for title, metrics in list_titles(results).items():
-        names = [row["name"] for row in metrics.get("per_class", [])]
-        if "confusion_matrix" in metrics and len(names) <= MAX_CLASSES:
-            tables[f"{title}Predictions of each class"] = [
-                {"class ↓ prediction →": name, **dict(zip(names, counts, strict=True))}
-                for name, counts in zip(names, metrics["confusion_matrix"], strict=True)
-            ]
-    return tables
-
-
 def format_small_percent(value: float) -> str:
     """Format a positive fraction as a percentage with three decimals, never as 0."""
     return f"{value:.3%}" if value >= 1e-5 else "less than 0.001%"

@@ -82,6 +82,18 @@ class ImageOptions(Options):
     used if full attention maps are computed. Default: 32 on GPUs; on CPUs, as many images as have
     1,600 tokens, for example 8 images of 224 pixels."""
 
+    def check(self) -> None:
+        super().check()
+        check_minimum(self, 1, "batch_size")
+        for name in ("split", "image_column", "label_column", "label_separator"):
+            if self.dataset is None and getattr(self, name, None):
+                raise ValueError(f"`{name}` requires `dataset`. Set `dataset`")
+
+    def check_images(self) -> None:
+        """Raise ValueError unless exactly one of the two selects the images."""
+        if bool(self.paths) == bool(self.dataset):
+            raise ValueError("Set either `images` or `dataset` to select the images.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(ImageOptions, EngineOptions):
@@ -113,10 +125,8 @@ class PredictOptions(ImageOptions, EngineOptions):
 
     def check(self) -> None:
         super().check()
-        check_minimum(self, 1, "batch_size", "top_k")
+        check_minimum(self, 1, "top_k")
         check_minimum(self, 0, "num_workers")
-        if self.dataset is None and (self.split or self.image_column):
-            raise ValueError("`split` and `image_column` require `dataset`. Set `dataset`.")
         suffix = ".csv" if self.output is None else self.output.suffix.lower()
         if suffix not in (".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
@@ -131,8 +141,3 @@ class PredictOptions(ImageOptions, EngineOptions):
                 f"`features={self.features}` cannot be printed or written to a CSV file. Set "
                 "`output` to a .parquet, .json or .jsonl file"
             )
-
-    def check_images(self) -> None:
-        """Raise ValueError unless exactly one of the two selects the images."""
-        if bool(self.paths) == bool(self.dataset):
-            raise ValueError("Set either `images` or `dataset` to select the images.")

@@ -22,7 +22,7 @@ from ..data.splits import load_run_data
 from ..hub.model_files import REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
-from ..inference.metric_tables import build_class_tables, build_confusion_tables
+from ..inference.metric_tables import build_class_tables
 from ..inference.per_image import read_predictions
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.progress import track
@@ -148,8 +148,7 @@ def draw_page(
     # Without one label per image, there are no wrong photos to show, but results per label.
     class_tables = build_class_tables(folder.results) if label_space.columns else {}
     if predictions is not None:
-        metrics = measure_rows(rows)
-        class_tables = build_class_tables(metrics) | build_confusion_tables(metrics)
+        class_tables = build_class_tables(measure_rows(rows))
         predictions |= draw_pictures(predictions, photos, names, processor.bit_depth)
         # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.
         if predictions["is_cross_validated"]:

@@ -176,9 +176,9 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
     read_weights = hash_weights(folder)
     evaluate_images = Evaluator.predict
 
-    def replace_weights(self: Evaluator, *arguments: Any) -> Any:
+    def replace_weights(self: Evaluator, *arguments: Any, **keywords: Any) -> Any:
         add_stray_layer(folder)
-        return evaluate_images(self, *arguments)
+        return evaluate_images(self, *arguments, **keywords)
 
     monkeypatch.setattr(Evaluator, "predict", replace_weights)
     output = tmp_path / "results.json"

@@ -15,7 +15,7 @@ from sklearn.metrics import confusion_matrix
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.inference.metric_tables import build_class_tables, build_confusion_tables
+from modeling_vitcls.inference.metric_tables import build_class_tables
 from modeling_vitcls.inference.per_image import read_predictions
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (
@@ -217,19 +217,16 @@ def test_the_model_that_knows_a_photo_does_not_explain_a_mistake_about_it(page: 
     assert "outlier norms" not in page.locator("main").inner_text()
 
 
-def test_the_table_of_predictions_is_the_confusion_matrix(folder: Path) -> None:
+def test_rows_are_counted_like_an_evaluation(folder: Path) -> None:
     rows = read_predictions(ModelFolder(folder))
-    (table,) = build_confusion_tables(measure_rows(rows)).values()
-    counts = [[row[name] for name in NAMES] for row in table]
-    assert counts == confusion_matrix(rows["label"], rows["prediction"], labels=NAMES).tolist()
+    expected = confusion_matrix(rows["label"], rows["prediction"], labels=NAMES)
+    assert measure_rows(rows)["confusion_matrix"] == expected.tolist()
 
 
 def test_of_200_classes_those_with_most_wrong_predictions_are_listed() -> None:
     names = [f"class {index:03}" for index in range(200)]
     rows = pd.DataFrame({"label": names * 2, "prediction": names + names[:150] + names[:50]})
-    metrics = measure_rows(rows)
-    assert build_confusion_tables(metrics) == {}
-    (table,) = build_class_tables(metrics).values()
+    (table,) = build_class_tables(measure_rows(rows)).values()
     assert [row["Class"] for row in table] == names[150:180]
     assert {row["Right"] for row in table} == {"1 of 2"}
     assert table[0]["Most often taken for"] == "class 000 (1)"
