@@ -2,7 +2,7 @@
 
 publishing/ writes cards, and pushes and verifies models.
 
-    connection.py      timeouts, retries and error messages for requests to the Hub
+    connection.py      error messages of the Hub, timeouts of a push, and silenced libraries
     loading.py         model name -> local folder, from the Hub or the cache; branch or tag -> commit; timm models
     local_paths.py     model and dataset names that are local paths
     model_files.py     names and hashes of the files in a model folder, and checks before they are read

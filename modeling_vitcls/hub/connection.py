@@ -1,4 +1,4 @@
-"""Requests to the Hub: timeouts, silenced libraries, and one-line error messages.
+"""Requests to the Hub: timeouts of a push, silenced libraries, and one-line error messages.
 
 huggingface_hub itself repeats failed downloads and uploads of files, with a warning for each.
 """

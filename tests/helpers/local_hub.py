@@ -68,16 +68,15 @@ class Commit:
 
 @dataclass
 class Repository:
-    """All commits, by hash, and the branches and tags."""
+    """All commits, by hash, and the branches."""
 
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
 
     def resolve(self, revision: str) -> str | None:
-        """Return the commit hash of a branch, tag or hash; None if it does not exist."""
-        revisions = self.branches | self.tags | {commit: commit for commit in self.commits}
+        """Return the commit hash of a branch or hash; None if it does not exist."""
+        revisions = self.branches | {commit: commit for commit in self.commits}
         return revisions.get(revision)
 
     def commit(self, branch: str, message: str, files: dict[str, StoredFile]) -> str:
