@@ -5,7 +5,8 @@ photo -> sheet -> page; many images -> effects, faults -> page
 options.py              flags of `vitcls inspect` and `vitcls look`
 token_use.py            which tokens the outputs of a model read, and in how many layers
 maps.py                 attention to patches as maps, and as pictures over the photo
-attribution.py          attention of every layer, and gradient attribution
+attention.py            attention of every layer
+removal.py              what the score of a label loses without each part of a photo
 ablation.py             effects of tokens on the outputs for many images, with null distributions
 faults.py               identical tokens, tokens that did not move, patches with outlier norms
 inspection.py           all measurements for a model and images: what a page shows

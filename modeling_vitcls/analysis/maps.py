@@ -4,8 +4,8 @@
                                                                              |
     photo, visible region (data/aspect_ratio.py) -> draw_region, the part of the photo under the map
 
-The rows are attention (`model.token_attention`), whose values are positive, or contributions to a
-score, which have a sign. The sheet of a photo is in sheet.py.
+The rows are attention (`model.token_attention`), whose values are positive. What a score loses without
+a part (removal.py) has a sign. The sheet of a photo is in sheet.py.
 """
 
 import numpy as np

@@ -8,7 +8,7 @@ Patches of one object have similar features and thus similar colors (Oquab et al
 2304.07193, figure 1). Features are hidden states before the final norm.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ from sklearn.decomposition import PCA
 from ..data.aspect_ratio import Size, VisibleRegion, get_visible_region
 from ..data.labels import get_heads
 from ..inference.prediction_rows import Label, build_task_columns, get_logits_by_task
-from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names_by_group
+from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
-from .attribution import AttentionTrace, is_linear, trace_attention
+from .attention import trace_attention
 from .maps import choose_scale, extract_patch_maps, to_upright_rgb
+from .removal import MAX_PARTS, compute_scores, draw_masks, fit_effects, hide_parts
 from .token_use import TokenUse
 
 
@@ -38,21 +39,26 @@ COLOR_QUANTILES = 0.02, 0.98
 
 @dataclass(frozen=True)
 class Attribution:
-    """Where the score of a label comes from.
+    """What the score of a label loses without each part of the photo (removal.py).
 
     Attributes:
         task: name of the task; None for the classifier itself.
         label: name and probability of the label.
-        values: one for each patch [gh, gw].
-        rest: what the special tokens and the bias contribute to the score: with it, the values add
-            up to the logit (`compute_contributions`). None if the head does not read the patches, or
-            not linearly: `compute_attribution` then computes the values, which have no unit.
+        values: change of the log odds, one for each part [rows, columns] of the photo: positive where
+            the score falls without the part.
+        errors: standard errors of the values.
     """
 
     task: str | None
     label: Label
     values: torch.Tensor
-    rest: float | None
+    errors: torch.Tensor
+
+    @property
+    def caption(self) -> str:
+        """The largest value and its standard error."""
+        place = self.values.argmax()
+        return f"{self.values.flatten()[place]:+.2g} ± {self.errors.flatten()[place]:.1g}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class PhotoMeasurements:
             each of its tasks, and of each added task. A task with several labels per image may have
             none. Empty for an encoder without tasks.
         is_unknown: whether the photo resembles none of the classes, as in `predict`.
-        attributions: for at most MAX_LABELS of each task.
+        attributions: for at most MAX_LABELS of each task; none if the photo has one part or one color.
         token_names: [S], name of each token.
         are_read: [S], whether a head reads the token; all of an encoder without heads.
         token_groups: [S], group of each token in `config.token_layout`.
@@ -106,29 +112,13 @@ class PhotoMeasurements:
     explained_variance: list[list[float]]
 
     @property
-    def main_attribution(self) -> Attribution | None:
-        """The map of the first label that adds up to its score; None if no map does."""
-        return next((each for each in self.attributions if each.rest is not None), None)
-
-    @property
     def main_map(self) -> tuple[torch.Tensor, ScalarMappable]:
-        """The map [gh, gw] of the page, with its colors: of the first label, or the attention of the first token."""
-        if self.main_attribution is not None:
-            values = self.main_attribution.values
+        """The map of the page, with its colors: of the first label, or the attention of the first token."""
+        if self.attributions:
+            values = self.attributions[0].values
             return values, choose_scale(values, is_signed=True)
         attention = self.maps[self.token_layers[0] - 1, :, 0].mean(dim=0)
         return attention, choose_scale(attention)
-
-    @property
-    def rest_name(self) -> str:
-        """What else contributes to a score, in addition to the patches."""
-        read = {
-            group
-            for group, is_read in zip(self.token_groups, self.are_read, strict=True)
-            if is_read
-        }
-        names = [name for group, name in SINGLE_TOKEN_NAMES.items() if group in read]
-        return ", ".join([*names, "bias"])
 
     def name_attention(self) -> str:
         """Say whose attention the map of the first token is, and whether a classifier reads the token."""
@@ -139,7 +129,7 @@ class PhotoMeasurements:
 def measure_photo(
     model: Any, processor: Any, image: Image.Image, use: TokenUse
 ) -> PhotoMeasurements:
-    """Run the model once on a photo, and return the attention and the features of its tokens.
+    """Run the model on a photo and, if it has labels, again with parts of the photo hidden.
 
     Args:
         model: any ViTCLS classifier or encoder, with or without special tokens, in evaluation mode
@@ -156,7 +146,7 @@ def measure_photo(
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     heads = get_heads(config) if use.has_head else config.get_added_tasks()
-    trace = trace_attention(model, pixel_values, needs_gradients=bool(heads))
+    trace = trace_attention(model, pixel_values)
 
     # [L, N, D]
     states = torch.stack(
@@ -166,7 +156,7 @@ def measure_photo(
         raise ValueError(
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
-    predictions, attributions, contributions = predict_photo(trace, heads)
+    predictions, attributions = predict_photo(model, pixel_values, trace.outputs, heads)
     distance = getattr(trace.outputs, "distance", None)
     threshold = config.distance_threshold
     is_unknown = distance is not None and threshold is not None and distance.item() > threshold
@@ -182,12 +172,13 @@ def measure_photo(
     input_size = tuple(pixel_values.shape[-2:])
     features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
     maps = extract_patch_maps(attention, config, input_size)
-    attribution_maps = [
-        replace(each, values=extract_patch_maps(each.values, config, input_size))
-        for each in attributions
+    added_heads = config.get_extra_heads().values()
+    is_read_by_added = any("cls" in str(head.pooling) for head in added_heads)
+    are_read = [
+        index in use.read_tokens or (is_read_by_added and group == "cls")
+        for group, members in use.groups.items()
+        for index in members
     ]
-    # A token that contributes nothing to any label is not read.
-    are_read = (contributions != 0).any(dim=0).tolist()
     if not config.num_cls_tokens:
         are_read.insert(0, True)
     decompositions = [decompose_patches(layer) for layer in features]
@@ -203,7 +194,7 @@ def measure_photo(
         input_size=input_size,
         predictions=predictions,
         is_unknown=is_unknown,
-        attributions=attribution_maps,
+        attributions=attributions,
         token_names=[name for names in names_by_group.values() for name in names],
         are_read=are_read,
         token_groups=[group for group, names in names_by_group.items() for _ in names],
@@ -217,36 +208,35 @@ def measure_photo(
 
 
 def predict_photo(
-    trace: AttentionTrace, heads: dict[str, ExtraHead]
-) -> tuple[dict[str | None, list[Label]], list[Attribution], torch.Tensor]:
-    """Predict the labels of one photo by task, and attribute the most probable to tokens [N].
+    model: Any, pixel_values: torch.Tensor, outputs: Any, heads: dict[str, ExtraHead]
+) -> tuple[dict[str | None, list[Label]], list[Attribution]]:
+    """Predict the labels of one photo by task, and measure what the most probable lose without its parts.
 
-    Also return what each special token contributes to the most probable label of each task, [tasks,
-    S]; ones without tasks.
+    Args:
+        pixel_values: the photo [1, C, H, W].
+        outputs: of the model for it.
+        heads: labels by task; without them, the model is an encoder.
     """
-    patches = trace.config.token_layout.patches
-    special_tokens = slice(patches.start)
     predictions: dict[str | None, list[Label]] = {}
     attributions: list[Attribution] = []
-    contributions = []
-    all_logits = get_logits_by_task(trace.outputs)
-    # Without a head, these are the features of an encoder
-    for task, columns in build_task_columns(heads, MAX_LABELS).items():
+    grid_size = model.config.get_grid_size(pixel_values.shape[-2:])
+    masks = draw_masks(*(min(side, MAX_PARTS) for side in grid_size))
+    has_parts = masks[0].numel() > 1 and bool((pixel_values != pixel_values[..., :1, :1]).any())
+    all_logits = get_logits_by_task(outputs)
+    hidden_logits = hide_parts(model, pixel_values, masks) if heads and has_parts else {}
+    for task, task_columns in build_task_columns(heads, MAX_LABELS).items():
         logits = all_logits[task]
-        (labels,) = columns.select(logits)
+        (labels,) = task_columns.select(logits)
         predictions[task or None] = labels
         order = logits[0].float().sort(descending=True, stable=True).indices.tolist()
-        contributions.append(trace.compute_contributions(logits, order[0])[0, special_tokens].cpu())
-
+        if task not in hidden_logits:
+            continue
+        has_one_label = heads[task].problem_type == "single_label_classification"
+        scores = compute_scores(hidden_logits[task], has_one_label)
         for label, index in zip(labels[:MAX_LABELS], order, strict=False):
-            values = trace.compute_contributions(logits, index)[0].cpu()
-            rest = None
-            if values[patches].any() and is_linear(trace.config, task, index):
-                rest = (logits[0, index].float().cpu() - values[patches].sum()).item()
-            else:
-                values = trace.compute_attribution(logits, index)[0].float().cpu()
-            attributions.append(Attribution(task or None, label, values, rest))
-    return predictions, attributions, torch.stack(contributions or [torch.ones(patches.start)])
+            effects = fit_effects(masks, scores[:, index])
+            attributions.append(Attribution(task or None, label, *effects))
+    return predictions, attributions
 
 
 def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]]:

@@ -98,15 +98,14 @@ def write_page(
 def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
     """Build the images of a photo, and the texts next to them.
 
-    The images show what the model sees, where the score comes from or what the first token reads,
+    The images show what the model sees, what decides or what the first token reads,
     and the features of the patches; the last one is the sheet.
     """
     measurements = photo.measurements
     visible_part = draw_region(measurements.image, measurements.visible_region, THUMBNAIL_SIDE)
-    adds_up = measurements.main_attribution is not None
     map_name = measurements.name_attention()
-    if adds_up:
-        map_name = "where the score of the prediction comes from"
+    if measurements.attributions:
+        map_name = "what the prediction loses without each part"
     features = to_picture(measurements.colors[measurements.patch_layer - 1].numpy())
     pictures = {
         "what the model sees": visible_part,
@@ -118,7 +117,7 @@ def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
         "caption": photo.caption,
         "kind": KINDS.get(photo.kind or ""),
         "pictures": pictures,
-        "adds_up": adds_up,
+        "has_map": bool(measurements.attributions),
         "sheet": photo.sheet,
     }
 

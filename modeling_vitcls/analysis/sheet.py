@@ -1,8 +1,8 @@
 """Draw the sheet of one photo for `vitcls look` and the report, from the measurements in photo.py.
 
     title, and the whole photo if the model sees only a part
-    photo | where the score comes from, or attention | components of the patches | their norms
-    where scores come from       one tile per label of the predictions; attribution if no map adds up
+    photo | score without each part, or attention | components of the patches | their norms
+    without each part            one tile per label of the predictions
     attention of each head       one row per token, in the last layer in which the token is used
     layer by layer               one row per token, then principal components and norms
 
@@ -31,7 +31,7 @@ from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.token_layout_vitcls import TOKEN_KINDS
 from .fonts import use_installed_fonts
 from .maps import choose_scale, draw_region, overlay
-from .photo import Attribution, PhotoMeasurements
+from .photo import PhotoMeasurements
 
 
 WIDTH = 12.0
@@ -70,18 +70,10 @@ STYLE: dict[Any, Any] = {
     "xtick.labelsize": 8,
 }
 
-# Heading, explanation, and the note of the row
-SCORE_TEXTS = (
-    "Where the score of a label comes from",
-    "Red patches raise the score (logit), blue ones lower it. The map and the rest (special tokens, "
-    "bias) add up to it. Each patch has seen the whole photo",
-    "map + rest",
-)
-ATTRIBUTION_TEXTS = (
-    "What counts for a label",
-    "Attribution: attention of all layers, weighted by its gradient (Chefer et al. 2021). "
-    "Bright patches raise the score of the label, but do not add up to it",
-    "attribution",
+HIDDEN_TEXTS = (
+    "Without each part of the photo",
+    "Red: the score of the label (its log odds) falls if the part is hidden; blue: it rises. Measured by hiding "
+    "halves of the photo. Above: the largest value ± its standard error",
 )
 
 # An image, the text above it, and whether an output of the model depends on it
@@ -203,21 +195,23 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
 
 
 def draw_overview(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:
-    """Draw what the model sees, where the score comes from or what the first token reads, and the patches."""
+    """Draw what the model sees, what decides or what the first token reads, and the patches."""
     layer = measurements.patch_layer
     values, scale = measurements.main_map
-    main = measurements.main_attribution
-    if main is None:
+    if measurements.attributions:
+        main = measurements.attributions[0]
+        map_format = "{x:+.2g}"
+        map_title = f"{shorten_middle(main.label[0], 18)} without each part"
+        map_text = "loss of log odds"
+    else:
         token_layer = measurements.token_layers[0]
         map_format = "{x:.2%}"
         map_title = (
             f"Attention of {shorten_middle(measurements.token_names[0], 11)}, layer {token_layer}"
         )
         map_text = "" if measurements.are_read[0] else "this classifier does not read it"
-    else:
-        map_format = "{x:+.2g}"
-        map_title = f"Score of {shorten_middle(main.label[0], 18)}, by patch"
-        map_text = describe_parts(main, measurements.rest_name)
+        if measurements.predictions:
+            map_text = "no part of the photo changes the score"
 
     pictures = {
         "What the model sees": photo,
@@ -259,42 +253,21 @@ def draw_overview(measurements: PhotoMeasurements, photo: Image.Image) -> Figure
     return figure
 
 
-def describe_parts(attribution: Attribution, rest_name: str) -> str:
-    """Say how a score is the sum of its map and the rest: "+5.3 from here, -0.5 from CLS, bias"."""
-    assert attribution.rest is not None, "the map adds up to the score"
-    here = attribution.values.sum().item()
-    total = here + attribution.rest
-    return f"{here:+.2f} from here, {attribution.rest:+.2f} from {rest_name}; together {total:.2f}"
-
-
 def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> list[Figure]:
-    """Draw where the score of each label comes from: maps that add up to it, then those that do not."""
+    """Draw what the score of each label loses without each part, all in the same colors."""
     shown = measurements.attributions[:MAX_ATTRIBUTIONS]
-    exact = [each for each in shown if each.rest is not None]
-    others = [each for each in shown if each.rest is None]
-    figures = []
-    for attributions, (heading, explanation, note) in (
-        (exact, SCORE_TEXTS),
-        (others, ATTRIBUTION_TEXTS),
-    ):
-        if not attributions:
-            continue
-        headers = []
-        tiles = []
-        for each in attributions:
-            name, probability = each.label
-            headers.append(f"{': '.join(filter(None, (each.task, name)))} {probability:.0%}")
-            # Scores have one unit, so all labels share one scale.
-            scale = choose_scale(each.values)
-            caption = ""
-            if each.rest is not None:
-                scale = choose_scale(torch.stack([one.values for one in exact]), is_signed=True)
-                here = each.values.sum().item()
-                caption = f"{here:+.2f} {each.rest:+.2f} = {here + each.rest:.2f}"
-            tiles.append((overlay(photo, each.values, scale), caption, True))
-        row = ("prediction", DARK_GRAY, note, tiles)
-        figures.append(draw_rows(heading, explanation, headers, [row], photo, num_columns=7))
-    return figures
+    if not shown:
+        return []
+    # Log odds have one unit, so all labels share one scale.
+    scale = choose_scale(torch.stack([each.values for each in shown]), is_signed=True)
+    headers = []
+    tiles = []
+    for each in shown:
+        name, probability = each.label
+        headers.append(f"{': '.join(filter(None, (each.task, name)))} {probability:.0%}")
+        tiles.append((overlay(photo, each.values, scale), each.caption, True))
+    row = ("prediction", DARK_GRAY, "loss of log odds", tiles)
+    return [draw_rows(*HIDDEN_TEXTS, headers, [row], photo, num_columns=7)]
 
 
 def draw_heads(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:

@@ -15,8 +15,6 @@ from helpers.source_checkpoints import save_large_encoder
 from PIL import Image, ImageOps
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.analysis.photo import measure_photo
-from modeling_vitcls.analysis.token_use import find_token_use
 from modeling_vitcls.inference.frozen_features import mark_rings
 from modeling_vitcls.runtime.files import read_json
 
@@ -51,7 +49,7 @@ def finetune(folder: Path, capsys: pytest.CaptureFixture[str], flags: str) -> tu
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls_mean"])
-def test_a_class_in_a_frame_is_named_and_its_share_is_that_of_the_maps(
+def test_a_class_in_a_frame_is_named_and_its_share_is_that_of_its_patches(
     pooling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_clothes(tmp_path, has_frame=True)
@@ -61,17 +59,37 @@ def test_a_class_in_a_frame_is_named_and_its_share_is_that_of_the_maps(
 
     model = ViTCLSForImageClassification.from_pretrained(tmp_path / "run").eval()
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "run")
-    scores: dict[str, list[torch.Tensor]] = {"pants": [], "skirt": []}
-    for file in sorted(tmp_path.glob("*.jpg")):
-        found = measure_photo(model, processor, Image.open(file), find_token_use(model))
-        (score,) = (each.values for each in found.attributions if each.label[0] == "pants")
-        scores[file.stem[-5:]].append(score.flatten())
-    lead = torch.stack(scores["pants"]).mean(dim=0) - torch.stack(scores["skirt"]).mean(dim=0)
-    rings = [torch.from_numpy(ring) for ring in mark_rings(found.norms[0].shape)]
-    areas = [ring.float().mean().item() for ring in rings]
-    assert border["patches"] == pytest.approx(areas, abs=1e-3)
-    shares = [(lead[ring].sum() / lead.sum()).item() for ring in rings]
+    rings = [torch.from_numpy(ring).flatten() for ring in mark_rings((8, 8))]
+    every_patch = torch.ones(64, dtype=torch.bool)
+    leads = []
+    # A linear head loses what the patches add that it does not read.
+    for is_kept in (every_patch, ~every_patch, *(~ring for ring in rings)):
+        means = [
+            score_pants(model, processor, sorted(tmp_path.glob(f"*{kind}.jpg")), is_kept)
+            for kind in ("pants", "skirt")
+        ]
+        leads.append(means[0] - means[1])
+    whole, rest, *without = leads
+    assert border["patches"] == pytest.approx([28 / 64, 28 / 64], abs=1e-3)
+    shares = [(whole - each) / (whole - rest) for each in without]
     assert border["shares"]["pants"] == pytest.approx(shares, abs=2e-3)
+
+
+@torch.no_grad()
+def score_pants(model: Any, processor: Any, files: list[Path], is_kept: torch.Tensor) -> float:
+    """Compute the mean score of pants if the head reads only these patches [P], and CLS."""
+    pixels = processor([Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
+    normalize = model.vitcls.normalize
+
+    def keep(states: torch.Tensor) -> torch.Tensor:
+        tokens = normalize(states).clone()
+        tokens[:, model.config.token_layout.patches] *= is_kept[:, None]
+        return tokens
+
+    model.vitcls.normalize = keep
+    scores = model(pixels).logits[:, model.config.label2id["pants"]]
+    model.vitcls.normalize = normalize
+    return scores.mean().item()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
