@@ -58,9 +58,10 @@ cards: setup
 	done
 
 # The report image is a screenshot of runs/digits/report.html, which `make cards RECIPES=digits` writes.
-pictures: setup browser
-	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[docs]"
-	$(RUN) scripts/tools/make_report_image.py --report runs/digits/report.html
+pictures: setup
+	$(RUN) -m playwright install chromium
+	$(RUN) -m playwright screenshot --viewport-size "1280, 900" --color-scheme light --timeout 300000 \
+		file://$(CURDIR)/runs/digits/report.html docs/images/report.png
 
 site: setup
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[docs]"

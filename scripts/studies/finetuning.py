@@ -4,15 +4,14 @@ The results are in model_cards/studies/finetuning.md.
 
     python scripts/studies/finetuning.py --encoder ENCODER --photos PHOTOS --output runs/finetuning
 
-The arguments are those of first_answer.py. For each number of labels and each seed, `vitcls
-finetune` trains on all labels: frozen, and five epochs of the last four layers and of all layers.
+The arguments are those of first_answer.py. For each number of labels and each seed, `finetune`
+trains on all labels: frozen, and five epochs of the last four layers and of all layers.
 Each tuned model is also measured with two changes, and with both:
 
     averaged  each weight is the mean of the start's and the tuned one (WiSE-FT, arXiv 2109.01903)
     refitted  the head is fitted again by `LinearProbe`, to the features of the tuned encoder
 """
 
-import shutil
 import time
 from itertools import product
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from first_answer import Options, compute_metrics, run_command
+from first_answer import Options, compute_metrics
 from photos import (
     add_row,
     compute_features,
@@ -35,7 +34,7 @@ from photos import (
 )
 from transformers import AutoImageProcessor
 
-from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls import ViTCLSForImageClassification, finetune
 from modeling_vitcls.inference.class_statistics import TokenFeatures
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
 from modeling_vitcls.inference.linear_probe import LinearProbe, stack_tokens
@@ -46,7 +45,7 @@ EPOCHS = 5
 TRAINABLE = {"head": "frozen", "last-4": "last four layers", "full": "all layers"}
 RECIPE = ("trainable", "is_averaged", "is_refitted")
 # nothing is held out, and no time is spent on what the study does not read
-FLAGS = ("--held-out-fraction", 0, "--average-with-start", 0, "--no-report")
+FLAGS = {"held_out_fraction": 0.0, "average_with_start": 0.0, "report": False, "overwrite": True}
 
 
 def main() -> None:
@@ -96,21 +95,18 @@ def run_recipe(
 
 
 def fine_tune(options: Options, folder: Path, trainable: str) -> float:
-    """Run `vitcls finetune` unless it has been run, and return its CPU seconds."""
+    """Fine-tune on all photographs unless that has been done, and return the CPU seconds."""
     usage = folder / f"{trainable}.json"
     if usage.exists():
         return float(read_json(usage)["cpu_seconds"])
-    output = folder / trainable
-    shutil.rmtree(output, ignore_errors=True)
-    flags: list[object] = ["--model", options.encoder, "--dataset", folder / "photos"]
-    flags += ["--output-dir", output, "--trainable", trainable, *FLAGS]
-    if options.image_size is not None:
-        flags += ["--image-size", options.image_size]
+    flags = FLAGS | {"trainable": trainable, "image_size": options.image_size}
     if trainable != "head":
         # the geometry is compared once for all models
         frozen = read_json(folder / "head" / "results.json")["frozen"]
-        flags += ["--epochs", EPOCHS, "--resize", frozen["resize"]]
-    seconds = run_command("finetune", *flags)
+        flags |= {"epochs": EPOCHS, "resize": frozen["resize"]}
+    start_time = time.process_time()
+    finetune(options.encoder, str(folder / "photos"), folder / trainable, **flags)
+    seconds = time.process_time() - start_time
     write_json(usage, {"cpu_seconds": seconds})
     return seconds
 

@@ -1,4 +1,4 @@
-"""Study: `vitcls finetune` on few photographs, and ten lines of scikit-learn.
+"""Study: `finetune` on few photographs, and ten lines of scikit-learn.
 
 The results are in model_cards/studies/first_answer.md.
 
@@ -7,7 +7,7 @@ The results are in model_cards/studies/first_answer.md.
 ENCODER is a transformers folder of a ViT, and PHOTOS has the folders train/CLASS and test/CLASS.
 For each number of labels and each seed, the same training photographs go through
 
-    ours          `vitcls finetune` and `vitcls evaluate` with no other flags than paths (and `--image-size`)
+    ours          `finetune` and `evaluate` with no other arguments than paths (and the image size)
     scikit-learn  the encoder and its own image processor in transformers, `LogisticRegressionCV` on the CLS token
 
 The run's own estimate of its accuracy is compared with the accuracy on the test photographs. The
@@ -15,10 +15,6 @@ features of scikit-learn's side are computed once; its CPU time is that of the i
 needs.
 """
 
-import resource
-import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +42,7 @@ from sklearn.metrics import log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 from transformers import AutoImageProcessor, AutoModel
 
-from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls import evaluate, finetune
 
 
 BATCH_SIZE = 8
@@ -72,7 +68,7 @@ def main() -> None:
         key = {"labels": num_labels, "seed": seed}
         if not has_row(options.output, key):
             chosen = draw_photos(options.photos / "train", num_labels, seed)
-            ours = run_ours(options, chosen, f"{num_labels}-{seed}")
+            ours = run_ours(options, chosen, options.output / f"{num_labels}-{seed}")
             add_row(options.output, key | {"ours": ours, "peer": run_peer(options, chosen)})
     write_page(options.output, format_page(read_rows(options.output)))
 
@@ -80,43 +76,29 @@ def main() -> None:
 # Ours ---------------------------------------------------------------------------------------------
 
 
-def run_ours(options: Options, chosen: list[Path], name: str) -> dict[str, Any]:
+def run_ours(options: Options, chosen: list[Path], folder: Path) -> dict[str, Any]:
     """Fine-tune on the chosen photographs, and evaluate on all test photographs."""
-    folder = options.output / name
-    photos = folder / "photos"
-    shutil.rmtree(folder, ignore_errors=True)
-    link_photos(chosen, photos)
-
-    run = folder / "run"
-    result = folder / "evaluation.json"
-    flags: list[object] = ["--model", options.encoder, "--dataset", photos, "--output-dir", run]
-    if options.image_size is not None:
-        flags += ["--image-size", options.image_size]
-    train_seconds = run_command("finetune", *flags)
-    data = ["--model", run, "--dataset", options.photos / "test", "--output", result]
-    evaluate_seconds = run_command("evaluate", *data)
-    metrics = read_json(result)
-    estimated = read_json(run / "results.json")
+    link_photos(chosen, folder / "photos")
+    start_time = time.process_time()
+    estimated = finetune(
+        options.encoder,
+        str(folder / "photos"),
+        folder / "run",
+        image_size=options.image_size,
+        overwrite=True,
+    )
+    metrics = evaluate(folder / "run", str(options.photos / "test"))
     return {
         "estimate": estimated["accuracy"],
         "interval": estimated["accuracy_interval"],
         "accuracy": metrics["accuracy"],
         "calibration_error": metrics["calibration_error"],
         "num_images": metrics["num_images"],
-        "cpu_seconds": train_seconds + evaluate_seconds,
+        "cpu_seconds": time.process_time() - start_time,
     }
 
 
-def run_command(*arguments: object) -> float:
-    """Run a `vitcls` command, and return its CPU seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "modeling_vitcls.cli", *map(str, arguments)], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-# scikit-learn
-# --------------------------------------------------------------------------------------------------
+# scikit-learn -------------------------------------------------------------------------------------
 
 
 @cache

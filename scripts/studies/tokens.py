@@ -177,7 +177,7 @@ def compare(rows: list[dict[str, Any]], own: list[dict[str, Any]], name: str) ->
     others = {row["seed"]: row["accuracy"] for row in rows if row["name"] == name}
     if own[0]["name"] == name:
         return []
-    return [100 * (row["accuracy"] - others[row["seed"]]) for row in own]
+    return [100 * (row["accuracy"] - others[row["seed"]]) for row in own if row["seed"] in others]
 
 
 def format_gates(rows: list[dict[str, Any]]) -> str:
