@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_array
+from sklearn.utils.multiclass import check_classification_targets
 
 from ..runtime.progress import track
 from .class_statistics import (
@@ -272,11 +274,15 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             groups: [N]; images of a group are in one fold.
 
         Raises:
-            ValueError: if there are fewer than two images.
+            ValueError: if there are fewer than two images, features are not finite, or labels are
+                no classes.
         """
         if len(labels) < 2:
             raise ValueError("a classifier requires two readable images with labels. Add images")
         features = to_tokens(features)
+        labels = np.asarray(labels)
+        check_classification_targets(labels)
+        groups = None if groups is None else np.asarray(groups)
         self.target_ = find_target(labels)
         self.classes_, targets = self.target_.encode(labels)
         candidates = list_candidates(features, self.layers, self.pooling)
@@ -511,9 +517,22 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return round_floats(record | {"candidates": self.table_})
 
 
-def to_tokens(features: TokenFeatures | np.ndarray) -> TokenFeatures:
-    """Accept a plain array, as scikit-learn does: its features [N, D] count as one token."""
-    return {(-1, "own"): features} if isinstance(features, np.ndarray) else features
+def to_tokens(features: Any) -> TokenFeatures:
+    """Check features as scikit-learn does: those of each token, or [N, D], which are of one token.
+
+    Raise ValueError if any is not finite, such as the features of an unreadable image.
+    """
+    by_token = features if isinstance(features, Mapping) else {(-1, "own"): features}
+    tokens: dict[Token, np.ndarray] = {}
+    for token, values in by_token.items():
+        tokens[token] = check_array(values, ensure_all_finite=False)
+        is_finite = np.isfinite(tokens[token]).all(axis=1)
+        if not is_finite.all():
+            raise ValueError(
+                f"the features are not finite for {(~is_finite).sum():,} of {len(is_finite):,} "
+                "images, such as those that cannot be read. Leave out their rows"
+            )
+    return tokens
 
 
 def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> tuple[Token, ...]:

@@ -1,7 +1,11 @@
 """Choice and result of a linear classifier of frozen features."""
 
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from helpers.tiny_models import raises_one_line
 from scipy.spatial.distance import cdist
 from sklearn.metrics import log_loss
@@ -39,6 +43,26 @@ def test_it_is_an_estimator_of_scikit_learn() -> None:
     features, labels = draw_images(120)
     pipeline = make_pipeline(StandardScaler(), LinearProbe())
     assert cross_val_score(pipeline, features[CLS], labels).min() > 0.8
+
+
+@pytest.mark.parametrize("convert", [list, pd.DataFrame, torch.tensor])
+def test_features_may_be_what_scikit_learn_takes(convert: Any) -> None:
+    features, labels = draw_images(40)
+    expected = LinearProbe().fit(features[CLS], labels).predict_proba(features[CLS])
+    probe = LinearProbe().fit(convert(features[CLS]), list(labels))
+    assert np.array_equal(probe.predict_proba(convert(features[CLS])), expected)
+
+
+def test_features_of_an_unreadable_image_and_decimal_labels_are_refused() -> None:
+    features, labels = draw_images(40)
+    probe = LinearProbe().fit(features, labels)
+    with raises_one_line("continuous"):
+        probe.fit(features, labels + 0.5)
+    features[CLS][7] = np.nan
+    with raises_one_line("1 of 40 images"):
+        probe.predict(features)
+    with raises_one_line("not finite", "Leave out"):
+        probe.fit(features, labels)
 
 
 def test_a_long_cross_validation_shows_its_folds(
