@@ -80,7 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             # Outputs appear when they are complete. A run with a checkpoint then names --resume.
-            print("interrupted by Ctrl-C. To start again, repeat the command", file=sys.stderr)
+            print(
+                "interrupted by Ctrl-C. To start again or go on, repeat the command",
+                file=sys.stderr,
+            )
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:  # Raised again unless memory, files or space have run out
         message = describe_exhaustion(error)

@@ -134,8 +134,9 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
             `vitcls predict --help` explains.
 
     Returns:
-        A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None,
-        or the reason why the image has no prediction).
+        A list with one dict per image: `index`, `image`, the predicted columns, `checksum` of its
+        content, `trained` (whether it trained the model), and `error` (None, or the reason why the
+        image has no prediction).
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.

@@ -22,11 +22,14 @@ def read_trained_keys(folder: ModelFolder) -> frozenset[int]:
     return frozenset(list_trained_keys(read_splits(folder)).tolist())
 
 
-def is_trained_image(image: Any, trained_keys: frozenset[int]) -> bool:
-    """Recognize an image that trained a model: a path or an encoded image; others have no key."""
-    if not trained_keys or not isinstance(image, str | bytes | Path):
-        return False
+def compute_image_key(image: Any) -> int | None:
+    """Compute the key of the content of a path or an encoded image; others have none."""
+    if not isinstance(image, str | bytes | Path):
+        return None
     content = image if isinstance(image, bytes) else str(image)
-    return (
-        compute_content_key(open_encoded_image(to_encoded_image(content, Path()))) in trained_keys
-    )
+    return compute_content_key(open_encoded_image(to_encoded_image(content, Path())))
+
+
+def is_trained_image(image: Any, trained_keys: frozenset[int]) -> bool:
+    """Recognize an image that trained a model: a path or an encoded image."""
+    return bool(trained_keys) and compute_image_key(image) in trained_keys

@@ -13,6 +13,7 @@
     confidence.py       calibrated probabilities
     inputs.py           images for prediction, decoded in advance by threads
     prediction_rows.py  pixels -> rows of labels, probabilities or features
+    journal.py          rows that are kept while they are computed, and the images that they are of
     outputs.py          rows -> table, CSV, JSON, Parquet; progress
     predictor.py        Predictor: a loaded model, for servers, Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`

@@ -41,6 +41,7 @@ from ..data.sources import (
     choose_split,
     open_dataset,
 )
+from ..data.trained_images import compute_image_key
 from ..model.image_processing_vitcls import (
     SOURCE_TYPES,
     ViTCLSImageProcessor,
@@ -229,6 +230,12 @@ def open_input(options: PredictOptions) -> Sequence[ImageRecord]:
     split = splits[choose_split(options.split, title, list(splits))]
     column = find_image_column(title, split, folder, options.image_column)
     return DatasetRecords(build_images(split, column, folder, title))
+
+
+def compute_checksum(content: Any) -> str | None:
+    """Compute the checksum of the encoded content of an image; None for arrays and PIL images."""
+    key = compute_image_key(content)
+    return None if key is None else f"{key:016x}"
 
 
 # Preprocessing ------------------------------------------------------------------------------------

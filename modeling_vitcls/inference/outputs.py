@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from glob import escape
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,46 +30,54 @@ Columns = dict[str, pa.DataType]
 
 
 def get_output_columns(columns: Columns) -> Columns:
-    """Put the columns of a prediction between `index` and `image`, and `error`."""
-    return {"index": pa.int64(), "image": pa.string(), **columns, "error": pa.string()}
+    """Put the columns of a prediction between those that name the image and `error`."""
+    return {
+        "index": pa.int64(),
+        "image": pa.string(),
+        **columns,
+        "checksum": pa.string(),
+        "trained": pa.bool_(),
+        "error": pa.string(),
+    }
 
 
 # Files --------------------------------------------------------------------------------------------
 
 
-def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write rows to a file in the format of its suffix, and replace an existing file.
+def write_tables(
+    tables: Iterable[pa.Table], schema: pa.Schema, file: Path, check: Callable[[Path], None]
+) -> None:
+    """Write tables of rows to a file in the format of its suffix, and replace an existing file.
 
-    If an error is raised, no partial file remains. Files that killed programs have
-    left are removed. The rows of a Parquet file are written while they are computed.
+    If an error is raised, no partial file remains. Files that killed programs have left are removed.
+
+    Args:
+        tables: tables with the columns of the schema.
+        schema: names and types of the columns.
+        file: the file.
+        check: function that is called with the complete file before it has its name.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # The types are given, not inferred: the first rows of a column may all be missing.
-    schema = pa.schema(list(columns.items()))
     with write_atomically(file) as temporary_file:
-        if file.suffix.lower() == ".parquet":
-            write_parquet(rows, schema, temporary_file)
-        else:
-            table = pa.Table.from_pylist(list(rows), schema)
-            WRITERS[file.suffix.lower()](table, temporary_file)
+        WRITERS[file.suffix.lower()](tables, schema, temporary_file)
+        check(temporary_file)
     for remainder in file.parent.glob(f".{escape(file.name)}.*{UNFINISHED_SUFFIX}"):
         remainder.unlink(missing_ok=True)
 
 
-def write_parquet(rows: Iterable[Row], schema: pa.Schema, file: Path) -> None:
-    """Write a Parquet file, one group of rows after another."""
-    remaining = iter(rows)
+def write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, file: Path) -> None:
+    """Write a Parquet file, one table after another."""
     with pq.ParquetWriter(file, schema) as writer:
-        while group := list(islice(remaining, ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema))
+        for table in tables:
+            writer.write_table(table)
 
 
-def write_csv(table: pa.Table, file: Path) -> None:
+def write_csv(tables: Iterable[pa.Table], schema: pa.Schema, file: Path) -> None:
     """Write comma-separated values with a header.
 
     All labels of a multi-label image are in one cell. Texts are escaped, because labels and file
     names may be formulas of a spreadsheet.
     """
+    table = pa.concat_tables([schema.empty_table(), *tables])
     frame = table.to_pandas()
     for column in table.schema:
         if pa.types.is_list(column.type) or pa.types.is_string(column.type):
@@ -97,19 +105,23 @@ def join_lists(values: list[list[Any] | None]) -> list[str | None]:
     return [None if value is None else LABEL_SEPARATOR.join(map(str, value)) for value in values]
 
 
-def write_json_rows(table: pa.Table, file: Path, pattern: str, separator: str) -> None:
+def write_json_rows(
+    tables: Iterable[pa.Table], file: Path, start: str, separator: str, end: str
+) -> None:
     """Write one JSON object per line. Missing values are null."""
-    lines = (
-        json.dumps(row, ensure_ascii=False, allow_nan=False, default=float)
-        for row in table.to_pylist()
-    )
-    file.write_text(pattern.format(separator.join(lines)), encoding="utf-8")
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(start)
+        for number, row in enumerate(chain.from_iterable(map(pa.Table.to_pylist, tables))):
+            stream.write(separator if number else "")
+            json.dump(row, stream, ensure_ascii=False, allow_nan=False, default=float)
+        stream.write(end)
 
 
-WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
+WRITERS: dict[str, Callable[[Iterable[pa.Table], pa.Schema, Path], None]] = {
     ".csv": write_csv,
-    ".json": lambda table, file: write_json_rows(table, file, "[\n{}\n]\n", ",\n"),
-    ".jsonl": lambda table, file: write_json_rows(table, file, "{}\n", "\n"),
+    ".json": lambda tables, schema, file: write_json_rows(tables, file, "[\n", ",\n", "\n]\n"),
+    ".jsonl": lambda tables, schema, file: write_json_rows(tables, file, "", "\n", "\n"),
+    ".parquet": write_parquet,
 }
 
 
@@ -117,14 +129,15 @@ WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
 
 
 def print_table(rows: Iterable[Row], columns: Columns) -> None:
-    """Print the rows as a table, without the column `index`.
+    """Print the rows as a table, without the columns `index` and `checksum`.
 
-    The column `error` is omitted if there are no errors.
+    The columns `trained` and `error` are omitted if they say nothing.
     """
     rows = list(rows)
-    names = [name for name in columns if name != "index"]
-    if all(row["error"] is None for row in rows):
-        names.remove("error")
+    names = [name for name in columns if name not in ("index", "checksum")]
+    for name in ("trained", "error"):
+        if name in names and not any(row[name] for row in rows):
+            names.remove(name)
     if DISTANCE in names and "unknown" not in names:  # Nothing to compare it with
         names.remove(DISTANCE)
 

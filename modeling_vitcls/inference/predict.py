@@ -1,13 +1,16 @@
 """The command `vitcls predict`: labels or features of any number of images, from options to rows.
 
-    options -> records -> rows -> table or file
-               inputs.py  predictor.py  outputs.py
+    options -> records -> rows -> journal -> table or file
+               inputs.py  predictor.py  journal.py  outputs.py
 
-The batches of `Predictor` are assigned to the processes in turn.
+The batches of `Predictor` are assigned to the processes in turn. Rows for a file are kept in a journal
+while they are computed (journal.py); the file is written from it.
 """
 
 import os
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from accelerate import Accelerator
@@ -15,17 +18,15 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from ..data.sources import load_on_main
-from ..data.trained_images import is_trained_image
-from ..runtime.distributed import build_accelerator
+from ..hub.model_files import hash_settings, hash_weights
+from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.errors import format_name_list, warn_on_first_process
 from ..runtime.progress import track
+from ..runtime.staging import lock_folder
 from .inputs import ImageRecord, open_input
+from .journal import Journal, Known, WatchedRecords
 from .options import PredictOptions
-from .outputs import (
-    get_output_columns,
-    print_table,
-    write_rows,
-)
+from .outputs import get_output_columns, print_table
 from .prediction_rows import Row
 from .predictor import Predictor, build_predictor
 
@@ -42,26 +43,22 @@ def predict_images(options: PredictOptions) -> None:
     records = load_on_main(options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # The main process downloads the files
         predictor = build_predictor(options)
-    # On all processes, although only the main process reads the rows
-    rows = compute_rows(accelerator, records, predictor)
-    failed: list[int] = []  # Indices of the images without a prediction
-    num_trained = 0
-
-    def watch_rows() -> Iterator[Row]:
-        nonlocal num_trained
-        for row in rows:
-            if row["error"] is not None:
-                failed.append(row["index"])
-            elif is_trained_image(records[row["index"]].content, predictor.trained_keys):
-                num_trained += 1
-            yield row
+    columns = get_output_columns(predictor.columns.columns)
+    summary: list[Row]
+    if options.output is None:
+        summary = list(compute_rows(accelerator, predictor, records, range(len(records))))
+        if accelerator.num_processes > 1:
+            summary = sorted(gather_object(summary), key=lambda row: row["index"])
+        if accelerator.is_main_process:
+            print_table(summary, columns)
+    else:
+        journal = Journal(options.output, columns)
+        summary = write_rows(accelerator, predictor, records, journal, options)
 
     num_images = len(records)
-    columns = get_output_columns(predictor.columns.columns)
-    if accelerator.is_main_process and options.output is None:
-        print_table(watch_rows(), columns)
-    elif accelerator.is_main_process and options.output is not None:
-        write_rows(watch_rows(), columns, options.output)
+    failed = [row["index"] for row in summary if row["error"] is not None]
+    num_trained = sum(row["trained"] or False for row in summary if row["error"] is None)
+    if accelerator.is_main_process and options.output is not None:
         print(f"{options.output}: {num_images - len(failed):,} of {num_images:,} images predicted")
     if num_trained:
         warn_on_first_process(
@@ -87,24 +84,68 @@ def predict_images(options: PredictOptions) -> None:
 
 
 def compute_rows(
-    accelerator: Accelerator, records: Sequence[ImageRecord], predictor: Predictor
+    accelerator: Accelerator,
+    predictor: Predictor,
+    records: Sequence[ImageRecord],
+    indices: Sequence[int],
 ) -> Iterator[Row]:
-    """Compute the rows of all images, in order.
-
-    With several processes, the main process gathers the rows; otherwise, they are computed while
-    the iterator is read.
-    """
-    console = Console(stderr=True, quiet=not accelerator.is_main_process)
-    num_processes = accelerator.num_processes
-    rows = track(
-        predictor.iterate_rows(records, slice(accelerator.process_index, None, num_processes)),
+    """Compute the rows of this process, while the iterator is read."""
+    batches = predictor.divide(indices)[accelerator.process_index :: accelerator.num_processes]
+    return track(
+        predictor.iterate_rows(records, batches),
         "predicting",
-        len(records),
-        count=lambda row: num_processes,
-        console=console,
+        len(indices),
+        count=lambda row: accelerator.num_processes,
+        console=Console(stderr=True, quiet=not accelerator.is_main_process),
     )
-    # An iterator instead of a list: the file is written while rows are computed, so memory stays
-    # small.
-    if num_processes == 1:
-        return rows
-    return iter(sorted(gather_object(list(rows)), key=lambda row: row["index"]))
+
+
+def write_rows(
+    accelerator: Accelerator,
+    predictor: Predictor,
+    records: Sequence[ImageRecord],
+    journal: Journal,
+    options: PredictOptions,
+) -> list[Row]:
+    """Compute the rows that the journal lacks, and write the table of all images.
+
+    Returns:
+        The index, `trained` and `error` of each image; on other processes, nothing.
+    """
+    settings = {
+        "model": hash_weights(predictor.folder.path) | hash_settings(predictor.folder.path),
+        "features": options.features and list(options.features),
+        "feature_dtype": options.feature_dtype,
+        "top_k": options.top_k,
+        "threshold": options.threshold,
+        "mixed_precision": predictor.precision,
+    }
+
+    known = Known({}, [], [])
+    summary: list[Row] = []
+    stack = ExitStack()
+
+    def start() -> tuple[list[int], str]:
+        """Find the rows that are there, and return the images without one and a name of this run."""
+        nonlocal known
+        stack.enter_context(lock_folder(journal.folder, "output"))
+        journal.start(settings, options.overwrite)
+        known = journal.find(records)
+        if not options.overwrite:
+            journal.check_is_complete(known)
+        if known.rows:
+            there = f"{len(known.rows):,} of {len(records):,} images are there"
+            print(f"continuing {journal.table}: {there}")
+        return known.missing, str(time.time_ns())
+
+    def finish() -> None:
+        summary.extend(journal.write_table(records, known, run).to_pylist())
+
+    with stack:
+        missing, run = run_on_main(start)
+        watched = WatchedRecords(records)
+        rows = compute_rows(accelerator, predictor, watched, missing)
+        journal.append(f"{run}-{accelerator.process_index}", watched, rows, predictor.batch_size)
+        accelerator.wait_for_everyone()
+        run_on_main(finish)
+    return summary

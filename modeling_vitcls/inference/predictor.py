@@ -32,7 +32,14 @@ from ..runtime.flags import check_types
 from ..runtime.own_state import own_state
 from .cuda_graphs import GraphedFunction
 from .image_pass import pass_over_images, prepare_batches
-from .inputs import ImageRecord, build_record, list_sources, prepare_image, wrap_images
+from .inputs import (
+    ImageRecord,
+    build_record,
+    compute_checksum,
+    list_sources,
+    prepare_image,
+    wrap_images,
+)
 from .load_model import load_for_inference
 from .options import PredictOptions
 from .prediction_rows import (
@@ -110,7 +117,7 @@ class Predictor:
         self.image_column = image_column
         self.arguments = given | {"model": source, "image_column": image_column}
         self.files = compute_cache_name(source)  # What a local model was when it was loaded
-        folder = open_model(source)
+        self.folder = folder = open_model(source)
         device = torch.device("cpu")
         if torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
             device = torch.accelerator.current_accelerator() or device
@@ -132,11 +139,11 @@ class Predictor:
         else:
             self.columns = FeatureColumns(self.model, options.features, options.feature_dtype)
 
-        precision: str = options.mixed_precision
-        if precision == "auto":  # Unless `accelerate launch` sets it
+        self.precision: str = options.mixed_precision
+        if self.precision == "auto":  # Unless `accelerate launch` sets it
             automatic = choose_precision(device, self.model.config)
-            precision = os.environ.get("ACCELERATE_MIXED_PRECISION", automatic)
-        dtype = AUTOCAST_DTYPES.get(precision)
+            self.precision = os.environ.get("ACCELERATE_MIXED_PRECISION", automatic)
+        dtype = AUTOCAST_DTYPES.get(self.precision)
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_cores = max(1, min(8, (os.cpu_count() or 1) // num_processes))
@@ -206,27 +213,32 @@ class Predictor:
         return outputs | arrays | {"error": errors}
 
     def iterate_rows(
-        self, records: Sequence[ImageRecord], part: slice = slice(None)
+        self,
+        records: Sequence[ImageRecord],
+        batches: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[Row]:
-        """Yield a row for each image, in order.
+        """Yield a row for each image, in the order of the batches.
 
         A row contains an error if the image cannot be read, if the model does not support it, or if
         the outputs are not finite.
 
         Args:
             records: All images.
-            part: The batches of this process. Default: all.
+            batches: Indices of the images of each batch (`divide`). Default: all images.
         """
-        names: dict[int, str] = {}
+        known: dict[int, Row] = {}  # What is known without the model
 
         def prepare(index: int) -> torch.Tensor | str:
-            names[index], content = records[index]
+            name, content = records[index]
+            checksum = compute_checksum(content)
+            is_trained = None
+            if self.trained_keys and checksum is not None:
+                is_trained = int(checksum, 16) in self.trained_keys
+            known[index] = {"image": name, "checksum": checksum, "trained": is_trained}
             return prepare_image(self.processor, content, index)
 
-        # Divided into batches first, and then among the processes: rounding depends on which images
-        # share a batch, and the output must not depend on the number of processes.
-        starts = range(0, len(records), self.batch_size)
-        batches = [range(len(records))[start : start + self.batch_size] for start in starts][part]
+        if batches is None:
+            batches = self.divide(range(len(records)))
         compute = GraphedFunction(partial(try_predict, self.columns), self.model.device)
         prepared = prepare_batches(prepare, batches, self.num_workers)
         computed = pass_over_images(compute, prepared, self.model.device, self.autocast)
@@ -240,7 +252,16 @@ class Predictor:
                 found |= dict(zip(batch.indices, rows, strict=True))
             # In the order of the input, not of the shapes.
             for index in indices:
-                yield {"index": index, "image": names.pop(index), **empty_row, **found.pop(index)}
+                yield {"index": index, **known.pop(index), **empty_row, **found.pop(index)}
+
+    def divide(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Divide images into batches.
+
+        Rounding depends on which images share a batch. The batches are therefore divided among
+        processes, which do not change the output.
+        """
+        starts = range(0, len(indices), self.batch_size)
+        return [indices[start : start + self.batch_size] for start in starts]
 
 
 def build_predictor(options: PredictOptions) -> Predictor:

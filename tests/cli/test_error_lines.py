@@ -395,7 +395,7 @@ def test_an_interrupted_prediction_ends_with_one_line(
     capsys.readouterr()
     assert run_here("predict", "--model", folder, photos) == 128 + signal.SIGINT
     error = capsys.readouterr().err
-    assert error == "interrupted by Ctrl-C. To start again, repeat the command\n"
+    assert error == "interrupted by Ctrl-C. To start again or go on, repeat the command\n"
 
 
 def test_a_frozen_run_that_is_interrupted_starts_again_with_the_same_command(

@@ -4,6 +4,7 @@ import codecs
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.inference.outputs import (
-    get_output_columns,
-    print_table,
-    write_rows,
-)
+from modeling_vitcls.inference.outputs import Columns, print_table, write_tables
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+FIRST = {"index": pa.int64(), "image": pa.string()}
+LAST = {"error": pa.string()}
+
+
+def write_rows(rows: list[dict[str, Any]], columns: Columns, file: Path) -> None:
+    schema = pa.schema(list(columns.items()))
+    tables = [pa.Table.from_pylist([row], schema) for row in rows]
+    write_tables(tables, schema, file, lambda file: None)
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -29,9 +35,7 @@ def test_what_a_killed_program_left_is_removed_by_a_complete_one(tmp_path: Path)
     left, other = (tmp_path / f".{name}.0a1b.unfinished" for name in ("[1].csv", "other.csv"))
     left.touch()
     other.touch()
-    write_rows(
-        [{"index": 0, "image": "a", "error": None}], get_output_columns({}), tmp_path / "[1].csv"
-    )
+    write_rows([{"index": 0, "image": "a", "error": None}], FIRST | LAST, tmp_path / "[1].csv")
     assert {file.name for file in tmp_path.iterdir()} == {"[1].csv", other.name}
 
 
@@ -46,7 +50,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     expected = [first | {"error": None}, second | {"error": "unreadable"}]
     rows = [first | {"p": np.float16([0.5, 0.25])}, expected[1]]
     for suffix in (".csv", ".json", ".jsonl", ".parquet"):
-        write_rows(rows, get_output_columns(types), tmp_path / f"out{suffix}")
+        write_rows(rows, FIRST | types | LAST, tmp_path / f"out{suffix}")
 
     # Excel takes a file for UTF-8 only if it begins with a mark.
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8-sig") as file:
@@ -57,7 +61,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
         ["1", "d", "", "", "", "unreadable"],
     ]
     assert (tmp_path / "out.csv").read_bytes().startswith(codecs.BOM_UTF8)
-    write_rows(rows[1:], get_output_columns(types), tmp_path / "ascii.csv")
+    write_rows(rows[1:], FIRST | types | LAST, tmp_path / "ascii.csv")
     assert (tmp_path / "ascii.csv").read_bytes().isascii()
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
@@ -95,4 +99,4 @@ def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> Non
 def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "out.json").mkdir()
     with raises_one_line(f"cannot write {tmp_path / 'out.json'}", error=OSError):
-        write_rows([], get_output_columns({}), tmp_path / "out.json")
+        write_rows([], FIRST, tmp_path / "out.json")

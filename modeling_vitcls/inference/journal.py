@@ -1,0 +1,262 @@
+"""The journal of a table of predictions: rows are kept as they are computed, so a run can continue.
+
+    labels.csv                  the table, which is written when all its rows are there
+    .labels.csv.journal/
+        settings.json           the model and the settings that the rows depend on
+        TIME-PROCESS.arrow      the rows of one process of a run, batch by batch
+        table.json              digests of the tables that were written, and which images they lack
+
+A stream of Arrow can be read at any moment: a last batch that was cut off, by a signal or a loss of
+power, is computed again. A photo is known by path, size and time, or else by its content, so a renamed
+photo is known, and a photo that was replaced under its name is not.
+"""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from ..runtime.files import compute_file_digest, read_json, write_json
+from .inputs import ImageRecord, compute_checksum
+from .outputs import ROWS_PER_GROUP, Columns, write_tables
+from .prediction_rows import Row
+
+
+SETTINGS_FILE = "settings.json"
+TABLE_FILE = "table.json"
+FILE_COLUMNS: Columns = {"path": pa.binary(), "size": pa.int64(), "time": pa.int64()}
+
+
+class FileState(NamedTuple):
+    """What tells that a file is the same, without reading it."""
+
+    path: bytes | None  # None: the image has no file
+    size: int | None
+    time: int | None  # Time of modification in ns
+
+
+class JournalRow(NamedTuple):
+    """A row in the journal: where it is, and which image it is of."""
+
+    batch: pa.RecordBatch
+    position: int
+    file: FileState
+    checksum: str | None
+
+    @property
+    def image(self) -> Any:
+        """What names the image in the journal: its path, or the checksum of an image without file."""
+        return self.checksum if self.file.path is None else os.fsdecode(self.file.path)
+
+
+def read_file_state(content: Any) -> FileState:
+    """Read the state of the file of an image, or the size of encoded bytes."""
+    if isinstance(content, bytes):
+        return FileState(None, len(content), None)
+    if not isinstance(content, str):
+        return FileState(None, None, None)
+    with suppress(OSError, ValueError):  # No file, such as a data URI
+        status = os.stat(content)  # noqa: PTH116
+        path = os.fsencode(os.path.abspath(content))  # noqa: PTH100
+        return FileState(path, status.st_size, status.st_mtime_ns)
+    return FileState(content.encode(errors="surrogateescape"), None, None)
+
+
+@dataclass
+class WatchedRecords(Sequence):
+    """Records that note the state of each file before the file is read."""
+
+    records: Sequence[ImageRecord]
+    files: dict[int, FileState] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        record = self.records[index]
+        self.files[index] = read_file_state(record.content)
+        return record
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a journal has of the images of an input.
+
+    Attributes:
+        rows: index of an image -> its row.
+        missing: indices of the images without a row, in order; those that had an error come last.
+        left_out: names of the images in the journal that are not in the input.
+    """
+
+    rows: dict[int, JournalRow]
+    missing: list[int]
+    left_out: list[str]
+
+
+class Journal:
+    """The journal of a table.
+
+    Args:
+        table: the file of the table.
+        columns: its columns and their types.
+    """
+
+    def __init__(self, table: Path, columns: Columns) -> None:
+        self.table = table
+        self.folder = table.with_name(f".{table.name}.journal")
+        self.schema = pa.schema(list((columns | FILE_COLUMNS).items()))
+
+    # Start ------------------------------------------------------------------------------------
+
+    def start(self, settings: dict[str, Any], overwrite: bool) -> None:
+        """Check that the rows of the journal and the table may be continued.
+
+        Raises:
+            ValueError: unless `overwrite`, if the rows are of another model or other settings, or
+                the table is not as `predict` has written it.
+        """
+        written = self.read_table_record()["digests"]
+        if self.table.exists() and not overwrite and compute_file_digest(self.table) not in written:
+            raise ValueError(
+                f"{self.table} exists, and is not what `predict` has written there. Rename it, set "
+                "another `output`, or set `overwrite` to replace it"
+            )
+        file = self.folder / SETTINGS_FILE
+        if file.exists():
+            earlier = read_json(file)
+            names = [name for name in settings if earlier.get(name) != settings[name]]
+            if names and not overwrite:
+                raise ValueError(
+                    f"{self.table} was computed with another {', another '.join(names)}. Set another "
+                    "`output`, or set `overwrite` to compute it again"
+                )
+            if names:
+                for part in self.folder.glob("*.*"):
+                    part.unlink()
+        write_json(file, settings)
+
+    def read_table_record(self) -> dict[str, Any]:
+        """Read which tables were written: the digests of the last two, and the images left out."""
+        file = self.folder / TABLE_FILE
+        return read_json(file) if file.exists() else {"digests": [], "left_out": []}
+
+    # Rows -------------------------------------------------------------------------------------
+
+    def read_batches(self, run: str = "") -> Iterator[pa.RecordBatch]:
+        """Read the complete batches, of all runs or of one, without copying them to memory."""
+        for file in sorted(self.folder.glob(f"{run}*.arrow")):
+            if file.stat().st_size == 0:
+                continue
+            source = pa.memory_map(str(file))
+            with suppress(pa.ArrowInvalid, OSError):  # The last batch was cut off
+                for batch in pa.ipc.open_stream(source):
+                    batch.validate(full=True)
+                    yield batch
+
+    def find(self, records: Sequence[ImageRecord]) -> Known:
+        """Find the row of each image; each row is of one image."""
+        by_file: dict[FileState, list[JournalRow]] = defaultdict(list)
+        failed: set[FileState] = set()
+        names = [*FILE_COLUMNS, "checksum", "error"]
+        for batch in self.read_batches():
+            values = zip(*(batch[name].to_pylist() for name in names), strict=True)
+            for position, (path, size, time, checksum, error) in enumerate(values):
+                file = FileState(path, size, time)
+                if error is None:
+                    by_file[file].append(JournalRow(batch, position, file, checksum))
+                else:
+                    failed.add(file)
+        if not by_file and not failed:
+            return Known({}, list(range(len(records))), [])
+
+        files = [read_file_state(record.content) for record in records]
+        rows: dict[int, JournalRow] = {}
+        for index, file in enumerate(files):
+            if file.path is not None and by_file.get(file):
+                rows[index] = by_file[file].pop(0)
+
+        # Images that have another name or time, and images without a file
+        by_content: dict[tuple[Any, Any], list[JournalRow]] = defaultdict(list)
+        for row in (row for group in by_file.values() for row in group):
+            by_content[row.file.size, row.checksum].append(row)
+        sizes = {size for size, _ in by_content}
+        for index, file in enumerate(files):
+            if index not in rows and file.size is not None and file.size in sizes:
+                group = by_content.get((file.size, compute_checksum(records[index].content)))
+                if group:
+                    rows[index] = group.pop(0)
+
+        paths = {file.path for file in files}
+        left = [row for group in by_content.values() for row in group if row.file.path not in paths]
+        missing = [index for index in range(len(files)) if index not in rows]
+        missing.sort(key=lambda index: files[index] in failed)
+        return Known(rows, missing, [row.image for row in left if row.image is not None])
+
+    def check_is_complete(self, known: Known) -> None:
+        """Raise ValueError if the table has images that are not in the input."""
+        earlier = Counter(self.read_table_record()["left_out"])
+        lost = list((Counter(known.left_out) - earlier).elements())
+        if self.table.exists() and lost:
+            raise ValueError(
+                f"{self.table} has {len(lost):,} images that are not among these, such as {lost[0]}. "
+                "Pass them too, set another `output`, or set `overwrite` to leave them out"
+            )
+
+    def append(
+        self, name: str, records: WatchedRecords, rows: Iterator[Row], batch_size: int
+    ) -> None:
+        """Append the rows of a process, each batch as soon as it is computed."""
+        file = str(self.folder / f"{name}.arrow")
+        with pa.OSFile(file, "wb") as stream, pa.ipc.new_stream(stream, self.schema) as writer:
+            while batch := list(islice(rows, batch_size)):
+                values = [row | records.files.pop(row["index"])._asdict() for row in batch]
+                writer.write_batch(pa.RecordBatch.from_pylist(values, self.schema))
+
+    # Table ------------------------------------------------------------------------------------
+
+    def write_table(self, records: Sequence[ImageRecord], known: Known, run: str) -> pa.Table:
+        """Write the table of all images, and return its columns without predictions.
+
+        Raises:
+            OSError: if rows are missing, because the processes do not share a file system.
+        """
+        places = {index: (row.batch, row.position) for index, row in known.rows.items()}
+        for batch in self.read_batches(run):
+            indices = batch["index"].to_pylist()
+            places |= {index: (batch, position) for position, index in enumerate(indices)}
+        if len(places) < len(records):
+            raise OSError(
+                f"{self.folder} lacks {len(records) - len(places):,} of {len(records):,} rows. The "
+                "processes require one file system: set `output` to a file there"
+            )
+
+        columns = [name for name in self.schema.names if name not in FILE_COLUMNS]
+        summaries = []
+
+        def build_tables() -> Iterator[pa.Table]:
+            for start in range(0, len(records), ROWS_PER_GROUP):
+                group = range(len(records))[start : start + ROWS_PER_GROUP]
+                rows = [places[index][0].slice(places[index][1], 1) for index in group]
+                table = pa.Table.from_batches(rows, self.schema).select(columns)
+                names = [
+                    records[index].name if index in known.rows else name
+                    for index, name in zip(group, table["image"].to_pylist(), strict=True)
+                ]
+                table = table.set_column(0, "index", pa.array(group, pa.int64()))
+                table = table.set_column(1, "image", pa.array(names, pa.string()))
+                summaries.append(table.select(["index", "trained", "error"]))
+                yield table
+
+        def note_digest(file: Path) -> None:
+            digests = [*self.read_table_record()["digests"], compute_file_digest(file)][-2:]
+            write_json(self.folder / TABLE_FILE, {"digests": digests, "left_out": known.left_out})
+
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        write_tables(build_tables(), schema, self.table, note_digest)
+        return pa.concat_tables(summaries)

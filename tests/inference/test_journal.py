@@ -1,0 +1,185 @@
+"""A table of predictions that is interrupted, continued, changed by a person and extended.
+
+`computed` has the names of the photos that were read, in the order of the runs.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
+
+from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.inference import predictor
+from modeling_vitcls.inference.options import PredictOptions
+from modeling_vitcls.inference.predict import predict_images
+from modeling_vitcls.runtime import staging
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_with_processor(randomize(ViTCLSForImageClassification(build_tiny_config())), folder)
+    return folder
+
+
+@pytest.fixture
+def photos(photos: Path, tmp_path: Path) -> Path:
+    """Photographs to change."""
+    return Path(shutil.copytree(photos, tmp_path / "photos"))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    prepare = predictor.prepare_image
+
+    def note(processor: Any, content: Any, index: int) -> Any:
+        names.append(Path(content).name)
+        return prepare(processor, content, index)
+
+    monkeypatch.setattr(predictor, "prepare_image", note)
+    return names
+
+
+@pytest.fixture
+def table(model: Path, photos: Path, tmp_path: Path, computed: list[str]) -> Path:
+    """A table of nine photographs, and its journal."""
+    run(model, photos, tmp_path / "table.csv")
+    assert len(computed) == 9
+    computed.clear()
+    return tmp_path / "table.csv"
+
+
+def run(model: Path, photos: Path, output: Path, **flags: Any) -> None:
+    values = {"batch_size": 2, "num_workers": 0, **flags}
+    predict_images(PredictOptions(model=str(model), paths=(str(photos),), output=output, **values))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.2, 0.5, 0.8, 0.97])
+def test_a_run_that_lost_its_last_block_ends_as_if_nothing_had_happened(
+    kept: float, model: Path, photos: Path, table: Path, computed: list[str]
+) -> None:
+    expected = table.read_bytes()
+    table.unlink()
+    (part,) = part_files(table)
+    part.write_bytes(part.read_bytes()[: int(kept * part.stat().st_size)])
+    run(model, photos, table)
+    assert table.read_bytes() == expected
+    assert len(computed) == len(set(computed))
+    assert len(computed) < 9 or kept < 0.5
+
+
+def part_files(table: Path) -> list[Path]:
+    return list((table.parent / f".{table.name}.journal").glob("*.arrow"))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_an_interrupted_run_computes_no_batch_twice(
+    suffix: str,
+    model: Path,
+    photos: Path,
+    tmp_path: Path,
+    computed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    whole, broken = tmp_path / f"whole{suffix}", tmp_path / f"broken{suffix}"
+    flags = {"features": ("cls", "patches"), "feature_dtype": "float16"}
+    run(model, photos, whole, **flags)
+    computed.clear()
+    note = predictor.prepare_image
+
+    def interrupt(processor: Any, content: Any, index: int) -> Any:
+        if len(computed) == 5:
+            raise KeyboardInterrupt
+        return note(processor, content, index)
+
+    monkeypatch.setattr(predictor, "prepare_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, photos, broken, **flags)
+    assert not broken.exists()
+
+    monkeypatch.setattr(predictor, "prepare_image", note)
+    run(model, photos, broken, **flags)
+    assert "4 of 9 images are there" in capsys.readouterr().out
+    assert len(computed) == 5 + 5
+    assert broken.read_bytes() == whole.read_bytes()
+
+
+def test_only_new_and_replaced_photos_are_computed(
+    model: Path, photos: Path, table: Path, computed: list[str]
+) -> None:
+    shutil.copy(photos / "a.jpg", photos / "new.jpg")
+    shutil.copy(photos / "c.png", photos / "b.JPEG")
+    run(model, photos, table)
+    assert computed == ["b.JPEG", "new.jpg"]
+
+
+def test_moved_photos_are_known_by_their_content(
+    model: Path, photos: Path, table: Path, computed: list[str]
+) -> None:
+    moved = photos.rename(photos.with_name("moved"))
+    os.utime(moved / "c.png")
+    run(model, moved, table)
+    assert not computed
+    assert table.read_text().count(str(moved)) == 9
+
+
+def test_an_unreadable_photo_is_tried_again(
+    model: Path, photos: Path, table: Path, computed: list[str]
+) -> None:
+    (photos / "bad.jpg").write_bytes(b"no photo")
+    for _ in range(2):
+        run(model, photos, table)
+    assert computed == ["bad.jpg"] * 2
+
+
+def test_a_table_that_a_person_has_changed_stays(model: Path, photos: Path, table: Path) -> None:
+    table.write_text("my corrections")
+    with raises_one_line("table.csv exists", "`overwrite`"):
+        run(model, photos, table)
+    assert table.read_text() == "my corrections"
+    run(model, photos, table, overwrite=True)
+    assert len(table.read_text().splitlines()) == 10
+
+
+def test_rows_of_other_photos_are_not_dropped(
+    model: Path, photos: Path, table: Path, computed: list[str]
+) -> None:
+    (photos / "inner").rename(table.with_name("elsewhere"))
+    with raises_one_line("6 images that are not among these", "`overwrite`"):
+        run(model, photos, table)
+    run(model, photos, table, overwrite=True)
+    run(model, photos, table)
+    assert len(table.read_text().splitlines()) == 4
+
+
+def test_rows_of_other_settings_and_models_are_not_mixed(
+    model: Path, photos: Path, table: Path, tmp_path: Path, computed: list[str]
+) -> None:
+    other = tmp_path / "other"
+    config = build_tiny_config(num_labels=5)
+    save_with_processor(randomize(ViTCLSForImageClassification(config)), other)
+    with raises_one_line("another top_k"):
+        run(model, photos, table, top_k=2)
+    with raises_one_line("another model"):
+        run(other, photos, table)
+    assert not computed
+    run(other, photos, table, overwrite=True)
+    assert len(computed) == 9
+
+
+def test_two_commands_do_not_write_one_table(
+    model: Path, photos: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.0)
+    lock = table.parent / f".{table.name}.journal" / staging.LOCK_FILE
+    with FileLock(lock), raises_one_line("in use by another command"):
+        run(model, photos, table)
