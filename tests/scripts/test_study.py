@@ -83,51 +83,9 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(file))
 
 
-def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
-    factors = {
-        "test": {"none": {"evaluate": None}, "own": {"evaluate": {"dataset": "{run}/photos"}}},
-        "pooling": {"cls": {}, "mean": {"pooling": "mean", "finetune": {"epochs": 3}}},
-    }
-    stages = {"evaluate": {"batch_size": 2}, "finetune": {"model": "vitcls-tiny"}}
-    file = write_study(tmp_path, factors=factors, stages=stages, baseline={"test": "none"})
-
-    runs = load_study(file).plan_runs()
-    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2
-
-    by_levels = {(*run.levels.values(), run.seed): run.stages for run in runs}
-    assert by_levels["none", "cls", 1] == {"finetune": {"model": "vitcls-tiny", "seed": 1}}
-    assert by_levels["own", "mean", 0] == {
-        "finetune": {"model": "vitcls-tiny", "pooling": "mean", "epochs": 3, "seed": 0},
-        "evaluate": {"batch_size": 2, "dataset": "{run}/photos"},
-    }
-
-    runner = StudyRunner(load_study(file), tmp_path / "out")
-    measured = next(run for run in runs if run.levels["test"] == "own")
-    _, (_, flags) = runner.build_commands(measured)
-    folder = tmp_path / "out" / "runs" / measured.name
-    assert flags[flags.index("--model") + 1] == str(folder / "finetune")
-    assert flags[flags.index("--dataset") + 1] == str(folder / "photos")
-
-
-WRONG_FILES = {
-    "seeds": yaml.safe_dump(
-        {name: value for name, value in STUDY.items() if name != "seeds"}
-    ).encode(),
-    "metric": yaml.safe_dump(STUDY | {"metric": ["loss"]}).encode(),
-    "max": yaml.safe_dump(STUDY | {"baseline": {"pooling": "max"}}).encode(),
-    "size": yaml.safe_dump(STUDY | {"baseline": {"size": "cls"}}).encode(),
-    "train": yaml.safe_dump(STUDY | {"stages": {"train": {}}}).encode(),
-    "mapping": b"- a",
-    "study.yaml": b"title: [",
-    "read": b"title: \xff",
-}
-
-
-@pytest.mark.parametrize(("named", "content"), WRONG_FILES.items(), ids=WRONG_FILES)
-def test_a_wrong_study_file_gets_one_line(tmp_path: Path, named: str, content: bytes) -> None:
-    (tmp_path / "study.yaml").write_bytes(content)
-    with raises_one_line(named):
-        load_study(tmp_path / "study.yaml")
+def test_a_study_file_with_an_unknown_stage_gets_one_line(tmp_path: Path) -> None:
+    with raises_one_line("study.yaml", "train", "evaluate"):
+        load_study(write_study(tmp_path, stages={"train": {}}))
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
