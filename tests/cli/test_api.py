@@ -1,20 +1,22 @@
-"""The commands as Python functions have the results of the command line.
+"""The commands as Python functions have the results of the command line, whatever torch's defaults are.
 
 Datasets may be in memory, and errors name the argument.
 """
 
+import contextlib
 import importlib
 import json
+import random
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import sklearn.datasets
 import torch
-from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import raises_one_line
+from helpers.tiny_options import TINY
 from PIL import Image
 
 from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict
@@ -23,37 +25,99 @@ from modeling_vitcls.runtime.flags import get_flag_fields
 from modeling_vitcls.training.options import FinetuneOptions
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-MODEL: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_register_tokens": 1,
-    "num_workers": 0,
-}
 REQUIRED: dict[str, Any] = {"model": "m", "dataset": "digits", "output_dir": "out"}
-RUN: dict[str, Any] = {"max_steps": 2, "batch_size": 32, "report": False}
+RUN = {"max_steps": 2, "batch_size": 4, "num_workers": 0, "report": False}
+FLAGS: dict[str, Any] = vars(TINY) | RUN
 
 
-def get_digits() -> list[tuple[Image.Image, str]]:
-    """Return scikit-learn's digits as images with labels."""
-    digits = sklearn.datasets.load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+def build_photos() -> list[tuple[Image.Image, str]]:
+    """Return photographs of two classes: dark and bright noise."""
+    generator = np.random.default_rng(0)
     return [
-        (Image.fromarray(image), str(label))
-        for image, label in zip(pixels, digits.target, strict=True)
+        (
+            Image.fromarray(generator.integers(low, low + 128, (20, 30, 3), dtype=np.uint8)),
+            "dark" if low == 0 else "bright",
+        )
+        for low in (0, 128)
+        for _ in range(10)
     ]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "meta": lambda: torch.device("meta"),
+}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Return a model that was fine-tuned on digits in memory, and its results."""
-    reset_accelerate()
-    folder = tmp_path_factory.mktemp("api") / "run"
-    return folder, finetune("vitcls-tiny", get_digits(), folder, **MODEL, **RUN)
+    """Return the folder and the results of a run with torch's defaults."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return folder, finetune(dataset=build_photos(), output_dir=folder, **FLAGS)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_finetune_trains_the_same_weights_under_any_torch_default(
+    setting: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    _, results = trained
+    with SETTINGS[setting]():
+        again = finetune(dataset=build_photos(), output_dir=tmp_path / "run", **FLAGS)
+    assert again["weights_sha256"] == results["weights_sha256"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_predict_and_evaluate_answer_the_same_under_any_torch_default(
+    setting: str, trained: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, _ = trained
+    images = [image for image, _ in build_photos()]
+    expected = predict(folder, images)
+    loss = evaluate(folder, build_photos(), split="train", num_workers=0)["loss"]
+
+    with SETTINGS[setting]():
+        assert predict(folder, images) == expected
+        assert evaluate(folder, build_photos(), split="train", num_workers=0)["loss"] == loss
+
+
+def read_random_numbers() -> tuple[float, float, float]:
+    """Return the next random numbers of torch, NumPy and Python, without drawing them."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    numbers = torch.rand(1).item(), np.random.rand(), random.random()
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+    return numbers
+
+
+def test_a_run_leaves_the_random_numbers_of_its_caller(tmp_path: Path) -> None:
+    """Also a run that fails."""
+    numbers = read_random_numbers()
+    finetune(dataset=build_photos(), output_dir=tmp_path / "run", **FLAGS)
+    assert read_random_numbers() == numbers
+
+    with pytest.raises(ValueError, match="learning_rate"):
+        finetune(dataset=build_photos(), output_dir=tmp_path / "other", **FLAGS, learning_rate=-1.0)
+    with pytest.raises(ValueError, match="overwrite"):
+        finetune(dataset=build_photos(), output_dir=tmp_path / "run", **FLAGS)
+    assert read_random_numbers() == numbers
+
+
+# Functions ----------------------------------------------------------------------------------------
 
 
 def test_data_in_memory_is_evaluated_on_its_held_out_images(
@@ -62,29 +126,12 @@ def test_data_in_memory_is_evaluated_on_its_held_out_images(
     folder, results = trained
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
-    evaluated = evaluate(folder, get_digits(), num_workers=0)
+    evaluated = evaluate(folder, build_photos(), num_workers=0)
     assert evaluated["accuracy"] == results["accuracy"]
     assert evaluated["dataset"] == results["dataset"]
     assert evaluated["mixed_precision"] == "no"
     seconds = evaluated["num_images"] / evaluated["images_per_second"]
     assert evaluated["seconds"] == pytest.approx(seconds, abs=0.006)  # the duration is rounded
-
-
-@pytest.mark.parametrize("shape", [(12, 10), (12, 10, 3), (3, 12, 10)], ids=str)
-def test_one_image_is_one_row_and_a_batch_one_row_per_image(
-    shape: tuple[int, ...], trained: tuple[Path, dict[str, Any]]
-) -> None:
-    folder, _ = trained
-    pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    rows = predict(folder, [pixels])
-    assert rows[0]["error"] is None
-    assert predict(folder, pixels) == rows
-    assert predict(folder, torch.from_numpy(pixels)) == rows
-    if len(shape) == 3:
-        assert len(predict(folder, np.stack([pixels, pixels]))) == 2
-        assert len(predict(folder, [np.stack([pixels, pixels])])) == 2
-    if shape[-1] == 3:
-        assert predict(folder, Image.fromarray(pixels)) == rows
 
 
 @pytest.mark.parametrize("image", [np.zeros((12, 10, 3)), Image.new("RGB", (10, 12))])
@@ -98,9 +145,10 @@ def test_every_token_has_an_effect_and_a_report_is_written(
 ) -> None:
     folder, _ = trained
     inspection = inspect_tokens(
-        folder, dataset="digits", output=tmp_path / "report.html", max_images=8, num_images=1
+        folder, dataset=build_photos(), output=tmp_path / "report.html", max_images=8, num_images=1
     )
-    assert {token for token, _, _ in inspection.effects} == {"CLS", "register"}
+    tokens = {token for token, _, _ in inspection.effects}
+    assert tokens == {"CLS", "register 1", "register 2", "all register tokens"}
     assert (tmp_path / "report.html").exists()
 
 
@@ -136,7 +184,7 @@ def test_look_writes_the_sheet_that_it_returns(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, _ = trained
-    image, _ = get_digits()[0]
+    image, _ = build_photos()[0]
     sheet = look(folder, image, output=tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as written:
         assert written.size == sheet.size
