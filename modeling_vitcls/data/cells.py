@@ -286,10 +286,20 @@ def sort_classes(names: Collection[str]) -> list[str]:
 
 
 def warn_about_joined_names(where: str, names: Sequence[str]) -> None:
-    """Log a warning about classes that look like several labels: `red|round`, `green|round`."""
-    joined = [name for name in names if "|" in name or ";" in name]
-    if joined:
-        separator = "|" if "|" in joined[0] else ";"
+    """Log a warning about classes that look like several labels: `red|round`, `green|round`.
+
+    Commas are also in names such as `tench, Tinca tinca`: each part must be in another class, too.
+    """
+    counts = Counter(part for name in names for part in split_labels(name, ","))
+
+    def is_joined(name: str, separator: str) -> bool:
+        is_repeated = separator != "," or all(counts[part] > 1 for part in split_labels(name, ","))
+        return separator in name and is_repeated
+
+    for separator in SEPARATORS:
+        joined = [name for name in names if is_joined(name, separator)]
+        if not joined:
+            continue
         warn_on_first_process(
             f"WARNING: {where} has {len(joined):,} classes such as {joined[0]!r:.60}. If these are "
             f"several labels of an image, set `label_column` to this column and "

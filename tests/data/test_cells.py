@@ -173,6 +173,8 @@ def test_texts_whose_parts_are_not_repeated_are_classes(caplog: pytest.LogCaptur
     wrong = read(["red|round", "blue|long"], dataset="wrong.csv", separator=";")[0]
     assert wrong == ["blue|long", "red|round"]
     assert caplog.text.count("`label_separator='|'`") == 2
+    read(["dress, body", "dress, head", "shirt, body"] * 9)
+    assert "1 classes such as 'dress, body'" in caplog.text
     assert read(["x|y", "x|z"], names=("x|z", "x|y"))[1] == [1, 0]
 
 
