@@ -5,39 +5,26 @@ the mean of its images, multiplied by the precision matrix that the old classes 
 """
 
 import itertools
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from scipy.special import softmax
-from sklearn.model_selection import StratifiedKFold
 
 from ..data.cells import normalize_name, warn_about_similar_classes
 from ..data.images import LabeledImages
 from ..data.in_memory import get_title
 from ..data.labels import LabelSpace, get_label_space
-from ..data.sources import load_splits
-from ..data.splits import add_keys, check_contradictions, choose_training_splits
-from ..data.splits_table import build_splits_table, find_trained_images, read_splits
+from ..data.splits import load_undivided_images
+from ..data.splits_table import find_trained_images, read_splits
 from ..hub.local_paths import strip_folders
 from ..inference.class_statistics import ClassStatistics
+from ..inference.evaluator import build_predictions
 from ..inference.frozen_features import Features
-from ..inference.linear_probe import describe_layers, stack_tokens
-from ..inference.near_copies import KnownScenes, describe_scenes, keep_together
-from ..runtime.errors import warn_on_first_process
-from .extend import (
-    Addition,
-    OldModel,
-    append_head,
-    build_result,
-    check_has_one_label,
-    list_left_out,
-)
+from ..inference.linear_probe import Folds, describe_layers, split_folds, stack_tokens
+from ..inference.per_image import build_rows, find_nearest_images
+from ..runtime.errors import format_name_list, warn_on_first_process
+from .extend import Addition, OldModel, append_head, build_result, check_has_one_label
 from .options import AddClassOptions
-
-
-NUM_FOLDS = 10  # Number of folds that measure the recall of a new class
 
 
 def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
@@ -70,7 +57,10 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         raise ValueError(
             f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
         )
-    features, scenes = keep_scenes_together(features, old, label_space)
+    features, scenes, scenes_record = old.keep_scenes_together(images, features, label_space)
+    known_scenes = dict(old.known_scenes)
+    if "" in known_scenes:
+        known_scenes[""] = known_scenes[""].join(scenes)
 
     threshold = model.config.distance_threshold
     all_statistics = statistics.extend(
@@ -99,58 +89,46 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         "labels": names,
         "reads": f"means of the {describe_layers(layers)}",
         "dataset": strip_folders(get_title(options.dataset)),
-        "near_copies": scenes,
+        "near_copies": scenes_record,
     }
     rows = None
-    measured = cross_validate(statistics, features, len(names), threshold)
-    if measured is not None:
-        logits, distances = measured
-        labels = len(statistics.counts) + features.labels
-        all_names = get_label_space(extended.config).names
-        probabilities = softmax(logits, axis=1)
-        rows = list_left_out(features, statistics.tokens, labels, probabilities, all_names)
-        is_right = logits.argmax(axis=1) == labels
-        record["result"] = build_result("recall", is_right, features.groups, "cross-validated")
+    folds = split_folds(features.labels, features.groups, min_classes=1)
+    logits, distances = cross_validate(statistics, features, folds, len(names), threshold)
+    measured = np.flatnonzero(~np.isnan(distances))
+    if len(measured):
+        left_out = features.take(measured)
+        left_out = replace(
+            left_out,
+            labels=len(statistics.counts) + left_out.labels,
+            logits=logits[measured].astype(np.float32),
+        )
+        predictions = build_predictions(get_label_space(extended.config), left_out)
+        record["result"] = build_result("recall", predictions, len(folds))
+        wrong = predictions.list_wrong()
+        rows = build_rows(predictions, find_nearest_images(wrong, features, statistics.tokens))
         if threshold is not None:
-            record["num_unknown"] = int((distances > threshold).sum())
-    splits = build_splits_table({"train": images})
-    return Addition(extended, record, images, label_space, splits, rows, features)
+            record["num_unknown"] = int((distances[measured] > threshold).sum())
+        if unmeasured := sorted(set(features.labels) - set(features.labels[measured])):
+            warn_on_first_process(
+                f"no result measures {format_name_list([names[label] for label in unmeasured])}, "
+                "because the class has one image or one group. Add images"
+            )
+    return Addition(extended, record, {"train": images}, known_scenes, rows)
 
 
 def load_new_images(
     options: AddClassOptions, old_names: list[str]
 ) -> tuple[LabelSpace, LabeledImages]:
     """Load the training images of the new classes."""
-    dataset = options.dataset
-    splits = load_splits(options, select=partial(choose_training_splits, False))
-    label_space = splits.label_space
-    check_has_one_label(label_space, dataset)
+    images = load_undivided_images(options, min_classes=1)
+    label_space = images.label_space
+    check_has_one_label(label_space, images.name)
     if known := sorted(set(label_space.names) & set(map(normalize_name, old_names))):
         raise ValueError(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
-    warn_about_similar_classes(f"{dataset} and the model", [*old_names, *label_space.names])
-    parts = list(add_keys(splits.images_by_split).values())
-    check_contradictions(parts, label_space, dataset)
-    return label_space, parts[0]  # The training split comes first
-
-
-def keep_scenes_together(
-    features: Features, old: OldModel, label_space: LabelSpace
-) -> tuple[Features, dict[str, Any] | None]:
-    """Group the photos of a scene: another shot of a left-out photo would recognize it.
-
-    Returns:
-        The features with these groups, and the record of `keep_together`; None if the model has no
-        known scenes of these features.
-    """
-    known = KnownScenes.read(old.folder)
-    if known is None or known.layout != features.layout:
-        return features, None
-    features, scenes = keep_together(features, known.max_distance, label_space)
-    if text := describe_scenes(scenes):
-        warn_on_first_process(text)
-    return features, scenes
+    warn_about_similar_classes(f"{images.name} and the model", [*old_names, *label_space.names])
+    return label_space, images.train
 
 
 def build_class_rows(
@@ -182,8 +160,12 @@ def build_class_rows(
 
 
 def cross_validate(
-    statistics: ClassStatistics, features: Features, num_classes: int, threshold: float | None
-) -> tuple[np.ndarray, np.ndarray] | None:
+    statistics: ClassStatistics,
+    features: Features,
+    folds: Folds,
+    num_classes: int,
+    threshold: float | None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Compute the logits of the new images with rows that were computed without their group.
 
     Copies of an image are one group.
@@ -191,31 +173,23 @@ def cross_validate(
     Args:
         statistics: of the C old classes.
         features: of the new images, with C logits.
+        folds: of these images.
         num_classes: number of the new classes.
         threshold: of the distance.
 
     Returns:
-        The logits [N, C + L] of each image, and its distance [N] from the nearest class; None if all
-        images of a class are one group.
+        The logits [N, C + L] of each image, and its distance [N] from the nearest class; NaN if all
+        images of its class are in one group.
     """
-    groups, _ = pd.factorize(features.groups)
-    # The images of a group have one label, except for a scene that shows two classes.
-    labels = features.labels[np.unique(groups, return_index=True)[1]]
-    # Each class has images in every fold, so the smallest class limits their number.
-    num_folds = min(NUM_FOLDS, np.unique(labels, return_counts=True)[1].min())
-    if num_folds < 2:
-        return None
-    num_old = len(statistics.counts)
     tokens = features.get_tokens()
     inputs = stack_tokens(tokens, statistics.tokens)
-    logits = np.zeros((len(groups), num_old + num_classes))
-    distances = np.zeros(len(groups))
-    folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
-    for _, left_out_groups in folds.split(labels, labels):
-        left_out = np.isin(groups, left_out_groups)
-        others = features.take(~left_out)
-        if len(np.unique(others.labels)) < num_classes:  # They are one scene with another class
-            return None
+    num_old = len(statistics.counts)
+    logits = np.full((len(inputs), num_old + num_classes), np.nan)
+    distances = np.full(len(inputs), np.nan)
+    for train, left_out in folds:
+        others = features.take(train)
+        # Groups may keep all images of a class in one fold
+        left_out = left_out[np.isin(features.labels[left_out], others.labels)]
         extended = statistics.extend(
             others.get_tokens(), others.labels, num_classes, others.groups, threshold
         )

@@ -1,28 +1,23 @@
 """`vitcls add-task`: another label column, as a head that reads the frozen encoder (see extend.py)."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..data.splits import divide_images, load_undivided_images
-from ..data.splits_table import list_encoder_rows
+from ..data.splits_table import get_keys, list_encoder_rows
 from ..hub.local_paths import strip_folders
-from ..inference.class_statistics import expand_rows
-from ..inference.linear_probe import LinearProbe, describe_candidate
+from ..inference.evaluator import Predictions, build_predictions, count_repeats
+from ..inference.linear_probe import LinearProbe, describe_candidate, stack_tokens
+from ..inference.per_image import build_rows
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
 from ..runtime.errors import warn_on_first_process
-from .extend import (
-    Addition,
-    OldModel,
-    append_head,
-    build_result,
-    check_has_one_label,
-    list_left_out,
-)
+from ..training.heads import FrozenHead
+from .extend import Addition, OldModel, append_head, build_result, check_has_one_label
 from .options import AddTaskOptions
 
 
@@ -33,18 +28,42 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         ValueError, OSError: if the data cannot be read, or if the name is taken.
     """
     check_name(options.name, old.model.config)
-    data = divide_images(load_undivided_images(options), options.held_out_fraction or 0.0)
-    num_seen = data.count_seen(list_encoder_rows(old.folder))
-    label_space = data.label_space
-    check_has_one_label(label_space, data.name)
+    images = load_undivided_images(options)
+    label_space = images.label_space
+    check_has_one_label(label_space, images.name)
+    train: Any = images.train.draw(options.max_images)
+    features = old.compute_features(train, label_space)
+    features, scenes, scenes_record = old.keep_scenes_together(train, features, label_space)
+
+    # Divided when the scenes are known: each of them is on one side
+    groups = train.groups.copy()
+    groups[features.indices] = features.groups
+    split, *_ = images.images_by_split
+    images_by_split = {**images.images_by_split, split: replace(train, groups=groups)}
+    data = divide_images(
+        replace(images, images_by_split=images_by_split), options.held_out_fraction or 0.0
+    )
+    held_out: Any = None
+    if data.held_out_split is not None:
+        held_out = old.compute_features(data.held_out, label_space)
+    elif len(data.held_out):
+        is_held_out = np.isin(get_keys(train)[features.indices], get_keys(data.held_out))
+        held_out = features.take(is_held_out)
+        features = features.take(~is_held_out)
+        scenes = replace(scenes, codes=scenes.codes[~is_held_out])
+
     # A classifier on CLS does not compute the patches of the last layer. A head on them would
     # compute this layer again for all tokens: about 8% of a forward pass instead of 2%.
     has_patches = count_output_tokens(old.model.vitcls, None, {}) is None
     probe = LinearProbe(pooling=None if has_patches else "cls")
-    features = old.compute_features(data.train.draw(options.max_images), label_space)
+    readable = {
+        (layer, kind): values
+        for (layer, kind), values in features.get_tokens().items()
+        if kind != "distillation"  # Extra heads do not read it
+    }
     with threadpool_limits(limits=1):  # The matrices are small
-        probe.fit(features.get_tokens(), features.labels, features.groups)
-
+        probe.fit(readable, features.labels, features.groups)
+    tokens = probe.candidate_.tokens
     weight, bias = probe.build_linear(len(label_space.names))
     choice = probe.build_record(len(features.labels))
     record: dict[str, Any] = {
@@ -53,34 +72,42 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         **choice,
         "dataset": strip_folders(data.name),
         "label_column": list(label_space.columns),
+        "near_copies": scenes_record,
     }
-    rows = None
-    if len(data.held_out):
-        held_out = old.compute_features(data.held_out, label_space)
-        is_right = probe.predict(held_out.get_tokens()) == held_out.labels
-        record["result"] = build_result("accuracy", is_right, held_out.groups, "held-out")
-    elif probe.estimate_ is not None:
-        is_known = np.isfinite(probe.losses_)
-        known = features.take(is_known)
-        left_out = probe.out_of_fold_[is_known].T
-        probabilities = expand_rows(left_out, probe.classes_, len(label_space.names)).T
-        tokens = probe.candidate_.tokens
-        rows = list_left_out(known, tokens, known.labels, probabilities, label_space.names)
-        is_right = probabilities.argmax(axis=1) == known.labels
-        record["result"] = build_result("accuracy", is_right, known.groups, "cross-validated")
-        record["result"] |= probe.estimate_.to_metrics()  # Corrected for the choice
-    if num_seen:
-        record.get("result", {}).pop("accuracy_interval", None)
-        warn_on_first_process(
-            f"{num_seen:,} of the images that measure the task trained the encoder of "
-            f"{options.model}, so the accuracy is higher than for new images"
-        )
 
-    extended = append_head(
-        old.model, options.name, probe.candidate_.tokens, label_space.names, weight, bias
-    )
-    splits = data.build_splits_table(options.name)
-    return Addition(extended, record, data.train, label_space, splits, rows)
+    head = FrozenHead(options.name, probe, tokens, label_space, features, held_out)
+    predictions = predict_left_out(head, weight, bias)
+    rows = None
+    if predictions is not None:
+        rows = build_rows(predictions, head.find_nearest_images(predictions.list_wrong()))
+        record["result"] = build_result("accuracy", predictions)
+        if held_out is None and probe.estimate_ is not None:
+            corrected = probe.estimate_.to_metrics()  # For the choice
+            record["result"] |= corrected | {"num_folds": probe.num_folds_}
+        if num_seen := data.count_seen(list_encoder_rows(old.folder)):
+            del record["result"]["accuracy_interval"]
+            warn_on_first_process(
+                f"{num_seen:,} of the images that measure the task trained the encoder of "
+                f"{options.model}, so the accuracy is higher than for new images"
+            )
+        if data.held_out_split is not None:  # The splits of a dataset may divide scenes
+            record["repeats"] = count_repeats(scenes.recognize(held_out), predictions)
+
+    extended = append_head(old.model, options.name, tokens, label_space.names, weight, bias)
+    parts = {"train": data.train, "test": data.held_out}
+    known_scenes = {**old.known_scenes, options.name: scenes}
+    return Addition(extended, record, parts, known_scenes, rows)
+
+
+def predict_left_out(head: FrozenHead, weight: np.ndarray, bias: np.ndarray) -> Predictions | None:
+    """Predict the held-out images or, without those, the images that each fold left out, if any.
+
+    `weight` [L, F] and `bias` [L] are of the classifier that is fitted to all training images.
+    """
+    if head.held_out is not None:
+        logits = stack_tokens(head.held_out.get_tokens(), head.tokens) @ weight.T + bias
+        return build_predictions(head.labels, replace(head.held_out, logits=logits))
+    return None if head.probe.estimate_ is None else head.predict_out_of_fold()
 
 
 def check_name(name: str, config: ViTCLSConfig) -> None:

@@ -1,8 +1,9 @@
 """An old model is opened, gets a head, and is written again, with its other outputs equal to the bit.
 
     with open_old_model(options) as old:
-        images -> old.compute_features -> add_class.build_classes, add_task.build_task -> Addition
-        old.write(addition)    certify, or nothing is written -> records
+        images -> old.compute_features -> old.keep_scenes_together
+               -> add_class.build_classes, add_task.build_task -> Addition
+        old.write(addition)    certify, or nothing is written -> records, as a run writes them
 
 A head only reads the tokens of the finished forward pass (`config.extra_heads`), so the other
 outputs keep their bits. Added classes are also a head of their own, and their logits are appended:
@@ -25,31 +26,43 @@ from rich.console import Console
 
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
-from ..data.splits_table import read_splits, write_splits
+from ..data.splits_table import build_splits_table, read_splits, write_splits
 from ..hub.connection import silence_transformers
 from ..hub.model_files import (
+    ADDITION_FLAGS_FILE,
     ADDITIONS_KEY,
     CERTIFICATE_FILE,
+    PREDICTIONS_FILE,
     RECIPE_FILE,
     RESULTS_FILE,
     hash_settings,
     hash_weights,
 )
-from ..hub.model_folder import ModelFolder, open_vitcls
+from ..hub.model_folder import ModelFolder, dump_flags, open_vitcls
 from ..inference.class_statistics import Token
 from ..inference.evaluate import set_up_evaluation
-from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
+from ..inference.evaluator import Predictions, describe_repeats
+from ..inference.frozen_features import OWN_POOLING, FeatureLayout, Features, FrozenPass
 from ..inference.intervals import compute_proportion_interval
 from ..inference.linear_probe import NUM_LAST_LAYERS
 from ..inference.metric_tables import format_small_percent
-from ..inference.near_copies import KnownScenes
-from ..inference.per_image import find_nearest_images
+from ..inference.near_copies import (
+    KnownScenes,
+    describe_scenes,
+    keep_together,
+    measure_limit,
+    read_scenes,
+    write_scenes,
+)
+from ..inference.per_image import write_rows
 from ..inference.speed import count_flops
-from ..inference.stated_result import state_result
+from ..inference.stated_result import state_addition
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification
 from ..runtime.distributed import set_mixed_precision
+from ..runtime.errors import warn_on_first_process
 from ..runtime.files import write_json
+from ..runtime.flags import to_flags
 from ..runtime.staging import create_output_folder
 from ..runtime.system import get_versions
 from ..speed.lean_layers import use_fast_modules
@@ -64,20 +77,16 @@ class Addition:
     Attributes:
         extended: the old model with another head, the last of its extra heads.
         record: of the addition, for results.json.
-        images: the outputs of both models are compared with these.
-        label_space: of the images.
-        splits: rows for splits.parquet about the addition.
-        rows: the prediction of each photo that was left out (`list_left_out`); None if none could be.
-        class_features: of the images of new classes.
+        parts: its images by split. The outputs of both models are compared with the first part.
+        known_scenes: recognizes the photos that trained the model and each added task (near_copies.py).
+        rows: of predictions.parquet, about the images that were left out; None if none could be.
     """
 
     extended: Any
     record: dict[str, Any]
-    images: LabeledImages
-    label_space: LabelSpace
-    splits: pd.DataFrame
+    parts: dict[str, LabeledImages]
+    known_scenes: dict[str, KnownScenes]
     rows: pd.DataFrame | None
-    class_features: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -86,31 +95,64 @@ class OldModel:
 
     Attributes:
         folder, model, processor: the model.
+        known_scenes: recognizes the photos that trained it.
         staging: hidden folder, whose files move to the output folder.
+        flags: of the command.
         pass_arguments: of a pass of labeled images through the model (`ImagePass`).
-        console: shows the progress of a pass.
+        console: shows the progress of a pass and the result.
     """
 
     folder: ModelFolder
     model: Any
     processor: ViTCLSImageProcessor
+    known_scenes: dict[str, KnownScenes]
     staging: Path
+    flags: dict[str, Any]
     pass_arguments: dict[str, Any]
     console: Console
 
-    def compute_features(
-        self, images: LabeledImages, label_space: LabelSpace, has_logits: bool = False
-    ) -> Features:
-        """Compute the features of the images that have a label.
+    @property
+    def layout(self) -> FeatureLayout:
+        """The features that a head may read, and in which the run of the model compared scenes."""
+        known = self.known_scenes.get("")
+        if known is None or OWN_POOLING in known.layout.widths:
+            return FeatureLayout.for_extra_heads(self.model.config, NUM_LAST_LAYERS)
+        # The same with further layers and tokens, if the run was allowed to read them
+        return known.layout
 
-        With `has_logits`, the logits of the classifier are computed, too.
-        """
-        layout = FeatureLayout.for_extra_heads(self.model.config, NUM_LAST_LAYERS)
-        one_pass = FrozenPass(
-            images, layout, has_logits, label_space=label_space, **self.pass_arguments
-        )
-        features = one_pass(self.model, self.console)
+    def compute_features(
+        self, images: LabeledImages, label_space: LabelSpace, **arguments: Any
+    ) -> Features:
+        """Compute the features of the images that have a label; `arguments` are of `FrozenPass`."""
+        arguments = self.pass_arguments | {"label_space": label_space} | arguments
+        features = FrozenPass(images, self.layout, **arguments)(self.model, self.console)
         return features.take(features.labels >= 0)
+
+    def keep_scenes_together(
+        self, images: LabeledImages, features: Features, label_space: LabelSpace
+    ) -> tuple[Features, KnownScenes, dict[str, Any]]:
+        """Group the photos of a scene: another shot of a left-out photo would recognize it.
+
+        How near these photos are is known from the run of the model, or measured.
+
+        Returns:
+            The features with these groups, what recognizes the scenes, and the record of
+            `keep_together`.
+        """
+
+        def run_pass(part: LabeledImages, processor: Any) -> Features:
+            return self.compute_features(part, label_space, processor=processor)
+
+        known = self.known_scenes.get("")
+        limit = 0.0
+        if known is not None and known.layout == features.layout:
+            limit = known.max_distance
+        if not limit:
+            limit = measure_limit(features, images, self.processor, run_pass)
+        features, record = keep_together(features, limit, label_space)
+        if text := describe_scenes(record):
+            warn_on_first_process(text)
+        return features, KnownScenes.of(features, limit), record
 
     def write(self, addition: Addition) -> dict[str, Any]:
         """Write the extended model with its certificate and records, and return the record.
@@ -118,21 +160,21 @@ class OldModel:
         Raises:
             ModelsDiffer: if another output would change. Nothing is written then.
         """
+        images, *_ = addition.parts.values()
         with silence_transformers():
             addition.extended.save_pretrained(self.staging)
             self.processor.save_pretrained(self.staging)
             # Both models are read from their files: what is certified is what is written. The files
             # are still in the hidden folder, so a difference leaves no model behind.
-            pixels = draw_pixels(addition.images, self.processor)
-            certificate = certify(self.folder, self.staging, pixels)
+            certificate = certify(self.folder, self.staging, draw_pixels(images, self.processor))
         num_added = addition.extended.num_parameters() - self.model.num_parameters()
         relative_flops = count_flops(addition.extended) / count_flops(self.model) - 1
         record = addition.record | {
             "relative_flops": round(relative_flops, 6),
             "num_parameters": num_added,
         }
-        write_records(self.folder, addition, record, certificate, self.staging)
-        print(describe_addition(record, certificate))
+        write_records(self, addition, record, certificate)
+        self.console.print(describe_addition(record, certificate), markup=False)
         return record
 
 
@@ -149,7 +191,6 @@ def open_old_model(options: AdditionOptions) -> Iterator[OldModel]:
         )
     with create_output_folder(options.output_dir, "output_dir") as staging:
         yield build_old_model(options, staging)
-    print(f"{'written':12} {options.output_dir}")
 
 
 def build_old_model(options: AdditionOptions, staging: Path) -> OldModel:
@@ -173,7 +214,16 @@ def build_old_model(options: AdditionOptions, staging: Path) -> OldModel:
         "num_channels": model.config.num_channels,
         "warn": warn,
     }
-    return OldModel(folder, model, processor, staging, pass_arguments, console)
+    return OldModel(
+        folder=folder,
+        model=model,
+        processor=processor,
+        known_scenes=read_scenes(folder),
+        staging=staging,
+        flags=to_flags(options),
+        pass_arguments=pass_arguments,
+        console=console,
+    )
 
 
 def check_has_one_label(label_space: LabelSpace, dataset: str) -> None:
@@ -241,42 +291,14 @@ def append_head(
 # Records ------------------------------------------------------------------------------------------
 
 
-def list_left_out(
-    features: Features,
-    tokens: Sequence[Token],
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    names: Sequence[str],
-) -> pd.DataFrame:
-    """Build the rows of photos for the report, with the names of the nearest other ones.
+def build_result(metric: str, predictions: Predictions, num_folds: int = 0) -> dict[str, Any]:
+    """Build the record of the proportion of right predictions with its 95% interval.
 
-    Args:
-        features: of N photos that were left out.
-        tokens: that the classifier reads.
-        labels: [N] true label of each.
-        probabilities: [N, L] of labels with these names.
+    A group, such as the copies of an image, counts once. Without folds, the images are held out.
     """
-    nearest = find_nearest_images(features.indices, features, tokens)
-    return pd.DataFrame(
-        {
-            "image": features.names,
-            "label": np.take(names, labels),
-            "prediction": np.take(names, probabilities.argmax(axis=1)),
-            "confidence": probabilities.max(axis=1),
-            "label_probability": probabilities[np.arange(len(labels)), labels],
-            "nearest_images": list(nearest.values()),
-        }
-    )
-
-
-def build_result(
-    metric: str, is_right: np.ndarray, groups: np.ndarray, images: str
-) -> dict[str, Any]:
-    """Build the record of a proportion of images [N] with its 95% interval.
-
-    A group, such as the copies of an image, counts once. `images` says which images these are.
-    """
-    proportions = pd.Series(is_right).groupby(groups).mean()  # The share of each group
+    outputs = predictions.outputs
+    is_right = predictions.answers == outputs.labels
+    proportions = pd.Series(is_right).groupby(outputs.groups).mean()  # The share of each group
     num_groups = len(proportions)
     return {
         metric: float(proportions.mean()),
@@ -284,58 +306,49 @@ def build_result(
         "num_images": len(is_right),
         "num_right": int(is_right.sum()),
         "num_groups": num_groups,
-        "images": images,
+        "num_folds": num_folds,
     }
 
 
 def write_records(
-    folder: ModelFolder,
-    addition: Addition,
-    record: dict[str, Any],
-    certificate: dict[str, Any],
-    staging: Path,
+    old: OldModel, addition: Addition, record: dict[str, Any], certificate: dict[str, Any]
 ) -> None:
     """Write the old model's records, extended by the addition, and the certificate."""
-    hashes = {"weights_sha256": hash_weights(staging)}
-    write_json(staging / CERTIFICATE_FILE, hashes | certificate)
+    folder, staging = old.folder, old.staging
+    weights_hash = hash_weights(staging)
+    write_json(staging / CERTIFICATE_FILE, {"weights_sha256": weights_hash} | certificate)
     if folder.results and (folder.path / RECIPE_FILE).is_file():
         shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
-    known = KnownScenes.read(folder)
-    if known is not None and addition.class_features is not None:
-        known = known.add(addition.class_features)
-    if known is not None:
-        known.write(staging, hashes["weights_sha256"])
+    (staging / ADDITION_FLAGS_FILE).write_text(dump_flags(old.flags), encoding="utf-8")
+    if addition.known_scenes:
+        write_scenes(addition.known_scenes, staging, weights_hash)
+    if addition.rows is not None:
+        write_rows(staging / PREDICTIONS_FILE, addition.rows, weights_hash)
+
     provenance = folder.provenance
     *_, name = addition.extended.config.extra_heads
     origin = {key: certificate[key] for key in ("date", "old_weights_sha256")}
     results = {
         "versions": get_versions(),
         **folder.results,
-        **hashes,
+        "weights_sha256": weights_hash,
         "settings_sha256": hash_settings(staging),
         "provenance": None if provenance is None else provenance.copy_to(staging),
         ADDITIONS_KEY: folder.results.get(ADDITIONS_KEY, {}) | {name: record | origin},
     }
     write_json(staging / RESULTS_FILE, results)
-    write_splits(pd.concat([read_splits(folder), addition.splits]), staging)
-
-
-def format_result(record: dict[str, Any]) -> str:
-    """Describe the result of an addition."""
-    result = record.get("result")
-    if result is None:
-        return "not measured, because a class has one image or one scene"
-    metric = next(iter(result))
-    text = f"{state_result(result, metric)}. Measured on {result['images']} images"
-    # The interval counts groups
-    if result.get("num_groups", result["num_images"]) < result["num_images"]:
-        text += f" in {result['num_groups']:,} groups"
-    return text
+    # Added classes are classes of the model itself
+    splits = build_splits_table(addition.parts, name if record["kind"] == "task" else "")
+    write_splits(pd.concat([read_splits(folder), splits]), staging)
 
 
 def describe_addition(record: dict[str, Any], certificate: dict[str, Any]) -> str:
     """Describe what was added, one line each."""
-    lines = {"reads": record["reads"], "result": format_result(record)}
+    lines = {
+        "reads": record["reads"],
+        "result": state_addition(record),
+        "repeats": describe_repeats(record.get("repeats", {})),
+    }
     if "num_unknown" in record:
         lines["unknown"] = (
             f"{record['num_unknown']:,} of these images would be marked as showing none of the classes"
@@ -343,6 +356,6 @@ def describe_addition(record: dict[str, Any], certificate: dict[str, Any]) -> st
     percent = format_small_percent(record["relative_flops"])
     lines |= {
         "cost": f"{percent} of the forward pass (FLOPs), {record['num_parameters']:,} parameters",
-        "certificate": describe_certificate(certificate),
+        "unchanged": describe_certificate(certificate),
     }
-    return "\n".join(f"{name:12} {text}" for name, text in lines.items())
+    return "\n".join(f"{name:<9} {text}" for name, text in lines.items() if text)

@@ -32,7 +32,7 @@ class AddTaskOptions(AdditionOptions):
     name: str
     """Name of the task, of letters, digits and underscores: the key of `outputs.task_logits`."""
     max_images: int | None = None
-    """Maximum number of images that the classifier is fitted to, drawn at random. Default: all."""
+    """Maximum number of training images, drawn at random before any are held out. Default: all."""
 
     def check(self) -> None:
         super().check()

@@ -18,10 +18,9 @@ def run(options: AddClassOptions) -> dict[str, Any]:
     from ..additions.add_class import build_classes
     from ..additions.extend import open_old_model
     from ..hub.model_folder import ModelFolder
-    from ..publishing.after_run import finish_addition
+    from ..publishing.after_run import finish_run
 
     with open_old_model(options) as old:
-        addition = build_classes(old, options)
-        record = old.write(addition)
-    finish_addition(ModelFolder(options.output_dir), addition)
+        record = old.write(build_classes(old, options))
+    finish_run(ModelFolder(options.output_dir))
     return record

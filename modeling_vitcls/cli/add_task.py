@@ -18,10 +18,9 @@ def run(options: AddTaskOptions) -> dict[str, Any]:
     from ..additions.add_task import build_task
     from ..additions.extend import open_old_model
     from ..hub.model_folder import ModelFolder
-    from ..publishing.after_run import finish_addition
+    from ..publishing.after_run import finish_run
 
     with open_old_model(options) as old:
-        addition = build_task(old, options)
-        record = old.write(addition)
-    finish_addition(ModelFolder(options.output_dir), addition)
+        record = old.write(build_task(old, options))
+    finish_run(ModelFolder(options.output_dir))
     return record

@@ -75,6 +75,7 @@ def run_training(options: Any) -> dict[str, Any]:
     from ..hub.model_folder import ModelFolder
     from ..publishing.after_run import finish_run
     from ..publishing.push import prepare_repository
+    from ..publishing.verify import push_and_verify
     from ..training.run import train
 
     repo_id = None
@@ -86,7 +87,9 @@ def run_training(options: Any) -> dict[str, Any]:
     path = train(options)
     folder = ModelFolder(path)
     if PartialState().is_main_process:
-        finish_run(folder, options.report, repo_id)
+        finish_run(folder, options.report)
+    if repo_id is not None:
+        push_and_verify(folder, repo_id)
     return folder.results_of_any_weights
 
 

@@ -1,9 +1,10 @@
 """Flags of the dataset, of the held-out split and of the augmentation (runtime/flags.py)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..runtime.flags import Options, check_minimum, check_value
+from ..runtime.flags import Options, check_minimum, check_value, get_flag_fields
 
 
 DEFAULT_HELD_OUT_FRACTION = 0.2
@@ -56,6 +57,12 @@ class DataOptions(Options):
         fraction = self.held_out_part
         check_value(self, "held_out_fraction", 0 <= fraction < 1, "at least 0 and below 1")
         check_minimum(self, 0, "num_workers")
+
+
+def read_data_options(flags: Mapping[str, Any]) -> DataOptions:
+    """Read the options of the dataset among the flags of a command."""
+    names = get_flag_fields(DataOptions)
+    return DataOptions(**{name: flags[name] for name in names if name in flags})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,10 @@ from scipy.sparse.csgraph import connected_components
 
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list, warn_on_first_process
-from ..runtime.flags import get_flag_fields
 from .images import NO_CONTENT_KEY, LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace, SeveralLabels
-from .options import DataOptions
+from .options import DataOptions, read_data_options
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
 from .splits_table import (
@@ -104,7 +103,7 @@ def divide_images(
             them.
 
     Raises:
-        ValueError: if there are too few images, or if an image has two labels.
+        ValueError: if there are too few images.
     """
     train, *others = images.images_by_split.values()
     train_split, *names = images.images_by_split
@@ -136,7 +135,6 @@ def divide_images(
         train, selection = train.divide(is_selected)
         selection_name = f"about {held_out_fraction:.0%} of the training images"
 
-    check_contradictions([train, held_out, selection], images.label_space, images.name)
     return TrainingData(
         name=images.name,
         label_space=images.label_space,
@@ -150,15 +148,19 @@ def divide_images(
     )
 
 
-def load_undivided_images(options: DataOptions, reads_all: bool = False) -> Splits:
+def load_undivided_images(
+    options: DataOptions, reads_all: bool = False, min_classes: int = 2
+) -> Splits:
     """Read the labels and the keys of the images of a dataset, by split. No image is decoded.
 
     Args:
         reads_all: whether the test split, whose labels may be hidden, is read as well if there is
             a validation split.
+        min_classes: number of classes that each label column needs.
 
     Raises:
-        ValueError: if the dataset has no images, no labels or only one class.
+        ValueError: if the dataset has no images, no labels, too few classes, or an image with two
+            labels.
     """
     choose = partial(choose_training_splits, reads_all)
     loaded = load_splits(options, select=choose)
@@ -166,7 +168,7 @@ def load_undivided_images(options: DataOptions, reads_all: bool = False) -> Spli
     columns = {} if isinstance(labels, SeveralLabels) else labels.columns
     title = get_title(options.dataset)
     for column, names in columns.items():
-        if len(names) < 2:
+        if len(names) < min_classes:
             found = f"the single class {names[0]!r}" if names else "no labels"
             raise ValueError(
                 f"a classifier requires two or more classes, but {title} has {found} in {column!r}. "
@@ -181,6 +183,7 @@ def load_undivided_images(options: DataOptions, reads_all: bool = False) -> Spli
             )
     with_keys = add_keys(loaded.images_by_split)
     merged = {split: merge_rows(part, title) for split, part in with_keys.items()}
+    check_contradictions(list(merged.values()), labels, title)
     return replace(loaded, images_by_split=merged)
 
 
@@ -196,8 +199,7 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
     """
     flags = folder.flags
     results = folder.results_of_any_weights
-    values = {name: flags[name] for name in get_flag_fields(DataOptions) if name in flags}
-    options = DataOptions(**values | {"dataset": dataset})
+    options = read_data_options(flags | {"dataset": dataset})
     images = load_undivided_images(
         options,
         # A test split that the run did not read may have come since.
@@ -281,9 +283,10 @@ def join_labels(first: Any, second: Any) -> Any:
     return joined if is_same else NotImplemented
 
 
-def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset: str) -> None:
+def check_contradictions(
+    parts: Sequence[LabeledImages], label_space: LabelSpace, dataset: str
+) -> None:
     """Raise ValueError if an image has two labels of a task, in any rows, folders and splits."""
-    parts = [part for part in parts if part is not None]
     if not label_space.columns:
         return
     keys = np.concatenate([part.keys for part in parts])

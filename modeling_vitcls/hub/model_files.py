@@ -5,7 +5,7 @@ The folder is the interface between training or conversion and publishing.
 config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the model
 results.json, splits.parquet, config.resolved.yaml, metrics.jsonl           a training run
 parity_report.json                                                          a conversion
-certificate.json                                                            an added task or class
+certificate.json, addition.resolved.yaml                                    an added task or class
 README.md, report.html, images/                                            for publication
 
 After `check_is_vitcls`, config.json is one of this package, and reading the weights runs no code.
@@ -38,6 +38,7 @@ SCENES_FILE = "trained_scenes.npz"  # Which photos nearly repeat one that traine
 PREDICTIONS_FILE = "predictions.parquet"  # Predictions of the held-out images
 METRICS_FILE = "metrics.jsonl"
 PARITY_REPORT_FILE = "parity_report.json"  # Parity report of a conversion
+ADDITION_FLAGS_FILE = "addition.resolved.yaml"  # The flags of the last addition; not published
 CERTIFICATE_FILE = "certificate.json"  # Which outputs of an earlier model did not change
 ADDITIONS_KEY = "additions"  # Added tasks and classes in results.json: name of the head -> record
 CARD_FILE = "README.md"
@@ -76,6 +77,7 @@ REQUIRED_PATTERNS = (
     PREDICTIONS_FILE,
     PARITY_REPORT_FILE,
     CERTIFICATE_FILE,
+    ADDITION_FLAGS_FILE,
 )
 GRAPH_FILE = "model.onnx"
 # Files of `vitcls export`: FILE.json is the report of FILE, and FILE.data has large weights.
@@ -88,6 +90,7 @@ FINAL_FILE_PATTERNS = (
     SCENES_FILE,
     *MODEL_PATTERNS,
     PREDICTIONS_FILE,
+    ADDITION_FLAGS_FILE,
     CARD_FILE,
     *LICENSE_FILES,
     REPORT_FILE,

@@ -21,6 +21,7 @@ from .connection import silence_transformers
 from .loading import MODEL_FILE_PATTERNS, get_model_folder
 from .local_paths import BUILT_IN_DATASET, is_hub_dataset, strip_folders
 from .model_files import (
+    ADDITION_FLAGS_FILE,
     ADDITIONS_KEY,
     CERTIFICATE_FILE,
     CONFIG_FILE,
@@ -360,13 +361,22 @@ class ModelFolder:
 
     @cached_property
     def flags(self) -> dict[str, Any]:
-        """The flags of the run that wrote the folder; empty if they are missing or unreadable."""
+        """The flags of the run that wrote the model; empty if they are missing or unreadable."""
+        return self.read_flags(RECIPE_FILE)
+
+    @cached_property
+    def shown_flags(self) -> dict[str, Any]:
+        """The flags of the command whose photos the report shows: the last addition, or the run."""
+        return self.read_flags(ADDITION_FLAGS_FILE) if self.additions else self.flags
+
+    def read_flags(self, name: str) -> dict[str, Any]:
+        """Read a file of flags; return an empty dict if it is missing or unreadable."""
         try:
-            flags: Any = yaml.safe_load(read_text(self.path / RECIPE_FILE))
+            flags: Any = yaml.safe_load(read_text(self.path / name))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, yaml.YAMLError) as error:
-            warn_on_first_process(f"ignoring {self.path / RECIPE_FILE}: {format_error(error)}")
+            warn_on_first_process(f"ignoring {self.path / name}: {format_error(error)}")
             return {}
         return flags if isinstance(flags, dict) else {}
 
@@ -413,7 +423,8 @@ class ModelFolder:
     @property
     def private_files(self) -> set[str]:
         """The files that show images, unless the dataset is public."""
-        is_public = self.flags.get("dataset") == BUILT_IN_DATASET or self.hub_dataset is not None
+        dataset = self.shown_flags.get("dataset")
+        is_public = dataset == BUILT_IN_DATASET or is_hub_dataset(dataset)
         return set() if is_public else {REPORT_FILE, SAMPLE_IMAGES_FILE}
 
     @property

@@ -40,9 +40,9 @@ from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator, describe_repeats
 from .load_model import load_for_inference
 from .metric_tables import build_class_tables, build_metric_rows, format_name
-from .near_copies import KnownScenes
+from .near_copies import read_scenes
 from .options import EvaluateOptions
-from .per_image import write_predictions
+from .per_image import build_rows, write_rows
 from .prediction_rows import DEFAULT_THRESHOLD
 
 
@@ -103,8 +103,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         console,
         task=options.task,
         threshold=DEFAULT_THRESHOLD if options.threshold is None else options.threshold,
-        # A task was trained with other photos
-        known_scenes=KnownScenes.read(folder) if options.task is None else None,
+        known_scenes=read_scenes(folder).get(options.task or ""),
     )
     seconds = time.perf_counter() - start_time
 
@@ -129,7 +128,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         for file in filter(None, (options.per_image, options.output)):
             file.parent.mkdir(parents=True, exist_ok=True)
         if options.per_image is not None:
-            write_predictions(options.per_image, predictions, results["weights_sha256"])
+            write_rows(options.per_image, build_rows(predictions), results["weights_sha256"])
             console.print(f"saved {options.per_image}", markup=False)
         if options.output is not None:
             write_json(options.output, results)

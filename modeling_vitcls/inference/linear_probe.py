@@ -563,7 +563,10 @@ def add_classes(probabilities: np.ndarray, old: np.ndarray, new: np.ndarray) -> 
 
 
 def split_folds(
-    labels: np.ndarray, groups: np.ndarray | None = None, num_folds: int | None = None
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    num_folds: int | None = None,
+    min_classes: int = 2,
 ) -> Folds:
     """Divide the images into training and left-out images of each fold, stratified by label.
 
@@ -572,6 +575,7 @@ def split_folds(
 
     Args:
         labels: [N] or, for several labels per image, [N, L] of 0 and 1.
+        min_classes: number of classes with several images and groups, below which there are no folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -593,7 +597,7 @@ def split_folds(
     single = np.flatnonzero(num_groups[labels] < 2)
     several = np.flatnonzero(num_groups[labels] > 1)
     num_folds = min(num_folds, num_groups.max())
-    if num_folds < 2 or (num_groups > 1).sum() < 2:
+    if num_folds < 2 or (num_groups > 1).sum() < min_classes:
         return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds

@@ -15,21 +15,25 @@ turned by up to 12 degrees), and no photo of 250 of clothing, 250 of CIFAR-10 an
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
+from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import connect, join_groups
 from ..hub.model_files import SCENES_FILE
 from ..hub.model_folder import ModelFolder
+from ..runtime.distributed import run_on_main
 from ..runtime.errors import explain_damage, format_name_list
 from .frozen_features import FeatureLayout, Features
 
@@ -60,13 +64,35 @@ def describe_photos(features: Features) -> np.ndarray:
     return normalize(np.concatenate(parts, axis=1))  # type: ignore[no-any-return]
 
 
-def measure_limit(features: Features, own: Features, mirrored: Features) -> float:
+def measure_limit(
+    features: Features,
+    images: LabeledImages,
+    processor: Any,
+    run_pass: Callable[[LabeledImages, Any], Features],
+) -> float:
     """Measure below which cosine distance photos are near; 0 if the encoder cannot tell scenes apart.
 
+    A few photos pass the encoder again, as mirror images.
+
     Args:
-        features: of all photos.
-        own, mirrored: of some photos and of their mirror images, in the same order.
+        features: of the readable ones of the images.
+        images: the photos.
+        processor: their image processor.
+        run_pass: computes these features of images with an image processor.
     """
+    drawn = np.random.default_rng(0).permutation(len(features.names))[:NUM_MIRRORED]
+    own = features.take(drawn)
+
+    def process(image: Image.Image, **arguments: Any) -> Any:
+        return processor(ImageOps.mirror(image), **arguments)
+
+    mirrored = run_pass(images.select(own.indices), process)
+    # On one process for all: rounding on another CPU could turn a close pair.
+    return run_on_main(partial(compute_limit, features, own, mirrored))  # type: ignore[no-any-return]
+
+
+def compute_limit(features: Features, own: Features, mirrored: Features) -> float:
+    """Compute the limit from some photos and their mirror images, in the same order."""
     cosines = (describe_photos(own) * describe_photos(mirrored)).sum(axis=1)
     limit = MIRROR_PART * float(1 - np.median(cosines))
     pairs, _ = find_pairs(features, limit)
@@ -106,6 +132,8 @@ def find_pairs(
     """
     vectors = describe_photos(features)
     num_neighbors = min(NUM_NEIGHBORS, len(vectors) - (others is None))
+    if not num_neighbors:  # A photo alone
+        return np.zeros((0, 2), int), np.zeros(0)
     neighbors = NearestNeighbors(n_neighbors=num_neighbors, algorithm="brute").fit(vectors)
     distances, columns = neighbors.kneighbors(others and describe_photos(others))
     rows, places = np.nonzero(distances**2 < 2 * max_distance)
@@ -184,11 +212,10 @@ class KnownScenes:
         layout = replace(features.layout, has_rings=False)
         return cls(max_distance, layout, encode_photos(features))
 
-    def add(self, features: Features) -> "KnownScenes | None":
-        """Add photos of the same encoder; None if other features of it are compared."""
-        if features.layout != self.layout:
-            return None
-        return replace(self, codes=np.concatenate([self.codes, encode_photos(features)]))
+    def join(self, other: "KnownScenes") -> "KnownScenes":
+        """Add photos whose features have the same layout."""
+        assert other.layout == self.layout, "equal features are compared"
+        return replace(self, codes=np.concatenate([self.codes, other.codes]))
 
     def recognize(self, features: Features) -> list[str]:
         """Name the photos that nearly repeat a stored one."""
@@ -196,22 +223,32 @@ class KnownScenes:
         limit = 2 * NUM_PROJECTIONS * CODE_SCALE**2 * self.max_distance
         return features.names[distances**2 < limit].tolist()  # type: ignore[no-any-return]
 
-    def write(self, folder: Path, weights_hash: Mapping[str, str]) -> None:
-        """Write the file of a model with these weights."""
-        record = [self.max_distance, vars(self.layout), weights_hash]
-        np.savez(folder / SCENES_FILE, codes=self.codes, record=json.dumps(record))
 
-    @classmethod
-    def read(cls, folder: ModelFolder) -> "KnownScenes | None":
-        """Read the file of a model; None without one of these weights."""
-        file = folder.path / SCENES_FILE
-        if not file.is_file():
-            return None
-        with explain_damage(file, "Remove it to use the model without it"), np.load(file) as arrays:
-            max_distance, layout, weights_hash = json.loads(str(arrays["record"]))
-            if weights_hash != folder.weights_sha256:
-                return None
-            return cls(max_distance, FeatureLayout(**layout), arrays["codes"])
+def write_scenes(
+    known: Mapping[str, KnownScenes], folder: Path, weights_hash: Mapping[str, str]
+) -> None:
+    """Write the file of a model with these weights.
+
+    `known` has the photos that trained each added task; "" is the model itself.
+    """
+    tasks = {task: [each.max_distance, vars(each.layout)] for task, each in known.items()}
+    codes: Any = {f"codes_{task}": each.codes for task, each in known.items()}
+    np.savez(folder / SCENES_FILE, record=json.dumps([weights_hash, tasks]), **codes)
+
+
+def read_scenes(folder: ModelFolder) -> dict[str, KnownScenes]:
+    """Read the file of a model; empty without one of these weights."""
+    file = folder.path / SCENES_FILE
+    if not file.is_file():
+        return {}
+    with explain_damage(file, "Remove it to use the model without it"), np.load(file) as arrays:
+        weights_hash, tasks = json.loads(str(arrays["record"]))
+        if weights_hash != folder.weights_sha256:
+            return {}
+        return {
+            task: KnownScenes(max_distance, FeatureLayout(**layout), arrays[f"codes_{task}"])
+            for task, (max_distance, layout) in tasks.items()
+        }
 
 
 def encode_photos(features: Features) -> np.ndarray:

@@ -10,10 +10,10 @@ loss            cross-entropy                           binary cross-entropy, me
 nearest_images  of a wrong prediction: the training images  same
                 with the most similar features
 
-`finetune` writes the same file for its held-out images, predictions.parquet. Runs that start from a
-frozen encoder also write `nearest_images`, found with its features.
-Several tasks are not supported. The metadata of the file contains the hash of the model's weights,
-because predictions of other weights must not be used.
+`finetune` writes the same file for its held-out images, predictions.parquet; `add-task` and
+`add-class` write it for the images that were left out. If there are features of a frozen encoder, it
+has `nearest_images`, too. Several tasks are not supported. The metadata of the file contains the hash
+of the model's weights, because predictions of other weights must not be used.
 """
 
 import json
@@ -76,24 +76,18 @@ def find_nearest_images(
     return found
 
 
-def write_predictions(
-    file: Path,
-    predictions: Predictions,
-    weights_hash: dict[str, str] | None,
-    nearest_images: Mapping[int, list[str]] | None = None,
-) -> None:
-    """Write a Parquet file with the columns in the header of this file.
+def build_rows(
+    predictions: Predictions, nearest_images: Mapping[int, list[str]] | None = None
+) -> Any:
+    """Build a pandas DataFrame with the columns in the header of this file.
 
     Args:
-        file: The file to write.
-        predictions: Logits of all images.
-        weights_hash: SHA-256 of each weight file of the model, for the metadata.
-        nearest_images: Names of the nearest training images, the nearest first, by the index of the
+        predictions: logits of all images.
+        nearest_images: names of the nearest training images, the nearest first, by the index of the
             image.
 
     Raises:
-        ValueError: Without labeled images.
-        OSError: If the file cannot be written.
+        ValueError: without labeled images.
     """
     import pandas as pd
 
@@ -114,8 +108,16 @@ def write_predictions(
         columns["nearest_images"] = [
             nearest_images.get(index, []) for index in outputs.indices.tolist()
         ]
+    return pd.DataFrame(columns)
 
-    table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
+
+def write_rows(file: Path, rows: Any, weights_hash: dict[str, str] | None) -> None:
+    """Write the rows to a Parquet file, with the SHA-256 of each weight file of the model.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    table = pa.Table.from_pandas(rows, preserve_index=False)
     metadata = {METADATA_KEY: json.dumps({"weights_sha256": weights_hash})}
     table = table.replace_schema_metadata((table.schema.metadata or {}) | metadata)
     with write_atomically(file) as temporary_file:

@@ -8,9 +8,10 @@ The count is what was seen. The estimate of a cross-validation is corrected for 
 candidates, so it may differ from the count. Percentages have decimals from 1,000 images on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO
 from ..runtime.files import replace_control_characters
@@ -101,6 +102,19 @@ def state_result(
     if name == "accuracy" and metrics.get("per_class"):
         text += compare_with_guess(metrics, format_label)
     return text
+
+
+def read_addition(record: Mapping[str, Any], name: str = "") -> Measurement:
+    """Read the result of an added task or of added classes from its record in results.json."""
+    result = record["result"]
+    return Measurement(name, next(iter(result)), result, result["num_folds"])
+
+
+def state_addition(record: Mapping[str, Any]) -> str:
+    """State the result of an added task or of added classes, if it was measured."""
+    if "result" not in record:
+        return "not measured, because each class has one image or one scene"
+    return str(read_addition(record))
 
 
 def compare_with_guess(metrics: MetricValues, format_label: Callable[[str], str]) -> str:

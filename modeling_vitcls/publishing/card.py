@@ -22,7 +22,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from ..additions.extend import format_result
 from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
@@ -34,7 +33,7 @@ from ..inference.metric_tables import (
     format_small_percent,
     list_metrics,
 )
-from ..inference.stated_result import format_percent
+from ..inference.stated_result import format_percent, state_addition
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..model.token_layout_vitcls import TOKEN_KINDS
 from ..runtime.errors import format_name_list
@@ -287,5 +286,5 @@ TEMPLATES.filters |= {
         format_name_list(list(map(format_name, names)), MAX_LISTED_CLASSES)
     ),
     "candidate": describe_candidate,
-    "addition_result": format_result,
+    "addition_result": state_addition,
 }

@@ -2,32 +2,33 @@
 
     write_report(ModelFolder(Path("runs/mine")))    report.html and images/attention.png
 
-The images are read again from the dataset of the run, so the folder does not have to contain them.
-Their predictions are read from predictions.parquet. The report of a run measures fewer images and
-effects than `vitcls inspect`.
+The images are read again from the dataset of the run or addition, so the folder does not have to
+contain them. Their predictions are read from predictions.parquet. The report measures fewer images
+and effects than `vitcls inspect`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..additions.extend import Addition, format_result
 from ..analysis.inspection import inspect_images
 from ..analysis.report import write_page
 from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, LabelSpace
-from ..data.splits import load_run_data
+from ..data.options import read_data_options
+from ..data.splits import load_run_data, load_undivided_images
 from ..hub.model_files import REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
 from ..inference.metric_tables import build_class_tables
 from ..inference.per_image import read_predictions
+from ..inference.stated_result import Measurement, read_addition
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.progress import track
 from .wrong_photos import (
-    MAX_WRONG_IMAGES,
     Photos,
     choose_photos,
     draw_pictures,
@@ -46,21 +47,17 @@ BATCH_SIZE = 8
 def write_report(folder: ModelFolder) -> str | None:
     """Write report.html and the card's sheet, and return the faults that the report names.
 
-    The faults are one line, "" if there are none; without a report, the result is None. The images
-    of the report are the held-out images of the run that wrote the folder or, if the run was
-    cross-validated, its training images. Errors are printed, and the missing files are not written.
+    The faults are one line, "" if there are none; without a report, the result is None. The report is
+    about the last addition or, without one, about the run that wrote the folder. Errors are printed,
+    and the missing files are not written.
     """
-    # Without a record of the run, there is nothing to read the images from.
-    if not folder.results or "dataset" not in folder.flags:
+    # Without a record, there is nothing to read the images from.
+    if not folder.results or "dataset" not in folder.shown_flags:
         return None
-    return write_safely(partial(write_run_page, folder))
-
-
-def write_safely(write: Callable[[], str | None]) -> str | None:
-    """Write a report, or print why not: a run does not fail by its report, its model is written."""
+    write_page_of = write_addition_page if folder.additions else write_run_page
     try:
-        return write()
-    except Exception as error:
+        return write_page_of(folder)
+    except Exception as error:  # The model is written, and does not fail by its report
         print(f"WARNING: {REPORT_FILE} could not be written: {format_error(error)}", flush=True)
         return None
 
@@ -73,51 +70,51 @@ def write_run_page(folder: ModelFolder) -> str | None:
     """
     results = folder.results
     data = load_run_data(folder, folder.flags["dataset"])
-    measured = data.held_out
+    images = data.held_out
     source = results["split"]
-    if results.get("split") == "cross-validation":
-        measured = data.train
+    is_cross_validated = source == "cross-validation"
+    if is_cross_validated:
+        images = data.train
         source = "training images"
-    if not len(measured):
+    if not len(images):
         return None
 
     rows = read_predictions(folder)
+    predictions = None
+    if rows is not None:
+        num_folds = results["frozen"]["num_folds"] if is_cross_validated else 0
+        measured = Measurement("", "accuracy", results, num_folds)
+        predictions = summarize_predictions(measured, results, rows)
     return draw_page(
         folder,
-        measured,
+        images,
         source=f"{results['dataset']}, {source}",
         # There are rows only for one label per image. Tasks have no common names.
         names=[] if rows is None else data.label_space.names,
         photos=find_photos(data.held_out, data.train, data.selection),
         rows=rows,
-        predictions=None if rows is None else summarize_predictions(folder, rows),
+        predictions=predictions,
         label_space=data.label_space,
     )
 
 
-def write_addition_page(folder: ModelFolder, addition: Addition) -> str:
-    """Show the new photos of another task or class: what was said of them when they were left out."""
-    record, rows = addition.record, addition.rows
-    names = addition.label_space.names
+def write_addition_page(folder: ModelFolder) -> str:
+    """Show the photos of the last addition, and what was said of them when they were left out."""
+    *_, record = folder.additions.values()
+    data = load_undivided_images(read_data_options(folder.shown_flags), min_classes=1)
+    names = data.label_space.names
+    rows = read_predictions(folder)
     predictions = None
     if rows is not None:
-        wrong = rows[rows["label"] != rows["prediction"]]
-        predictions = {
-            "headline": f"{format_name_list(names, 5)}: {format_result(record)}",
-            "method": f"Reads {record['reads']}",
-            "wrong": wrong.nsmallest(MAX_WRONG_IMAGES, "label_probability").to_dict("records"),
-            "pairs": (record.get("near_copies") or {}).get("pairs", []),
-            "is_cross_validated": True,
-            "num_images": len(rows),
-            "num_wrong": len(wrong),
-            **dict.fromkeys(("classes", "border", "curve", "calibration")),
-        }
+        measured = read_addition(record, format_name_list(names, 5))
+        predictions = summarize_predictions(measured, record, rows)
     return draw_page(
         folder,
-        addition.images,
+        # The classifier of the model has other labels
+        replace(data.train, labels=[None] * len(data.train)),
         source=record["dataset"],
         names=names,
-        photos=find_photos(addition.images),
+        photos=find_photos(*data.images_by_split.values()),
         rows=rows,
         predictions=predictions,
     )

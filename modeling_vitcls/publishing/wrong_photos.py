@@ -1,7 +1,7 @@
-"""The wrong predictions of a run for its report, from predictions.parquet.
+"""The wrong predictions of a run or an addition for its report, from predictions.parquet.
 
-    summary = summarize_predictions(folder, rows)   headline, counts, calibration, and the wrong
-                                                    images with the largest losses
+    summary = summarize_predictions(measured, results, rows)    headline, counts, calibration, and the
+                                                                wrong images with the largest losses
     draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with the images
 
 These results exist only for classifiers with one label per image. `read_predictions`
@@ -17,7 +17,6 @@ from PIL import Image
 from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
-from ..hub.model_folder import ModelFolder
 from ..inference.metrics import MetricValues, count_predictions
 from ..inference.stated_result import Measurement, describe_classes
 from ..training.border import describe_border
@@ -59,29 +58,27 @@ def choose_photos(rows: Any, photos: Photos, count: int) -> ChosenPhotos:
     return chosen
 
 
-def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
-    """Summarize the rows of `read_predictions`."""
+def summarize_predictions(
+    measured: Measurement, results: dict[str, Any], rows: Any
+) -> dict[str, Any]:
+    """Summarize the rows of `read_predictions`.
+
+    Args:
+        measured: the result. Rows that also chose a frozen classifier have a higher accuracy.
+        results: of the run, or the record of an addition.
+        rows: the rows.
+    """
     wrong = rows[rows["label"] != rows["prediction"]]
-    # These rows also chose a frozen classifier, so their accuracy is too high. The results have a
-    # corrected one.
-    results = folder.results
-    frozen = results.get("frozen", {})
-    is_cross_validated = results.get("split") == "cross-validation"
-    result = Measurement(
-        task="",
-        metric="accuracy",
-        metrics=results,
-        num_folds=frozen.get("num_folds", 0) if is_cross_validated else 0,
-    )
     sizes = rows["label"].value_counts()
+    frozen = results.get("frozen", results)  # An addition is nothing but a frozen classifier
     return {
-        "headline": result.statement,
-        "method": result.method,
+        "headline": f"{measured.task}: {measured.statement}".removeprefix(": "),
+        "method": measured.method,
         "classes": describe_classes(results, sizes.iloc[0] / sizes.iloc[-1]),
         "curve": results.get("learning_curve"),
         "pairs": frozen.get("near_copies", {}).get("pairs", []),
         "border": describe_border(frozen.get("border")),
-        "is_cross_validated": is_cross_validated,
+        "is_cross_validated": measured.num_folds > 0,
         "num_images": len(rows),
         "num_wrong": len(wrong),
         "calibration": results.get("calibration"),

@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
 
 from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
@@ -38,7 +37,6 @@ from ..inference.linear_probe import (
     describe_inference,
 )
 from ..inference.near_copies import (
-    NUM_MIRRORED,
     KnownScenes,
     describe_scenes,
     find_pairs,
@@ -219,17 +217,15 @@ class FrozenEncoder:
 
     def measure_limit(self, images: LabeledImages, features: Features) -> float:
         """Measure how near photos of a scene are, with a pass of a few mirrored images."""
-        drawn = np.random.default_rng(0).permutation(len(features.names))[:NUM_MIRRORED]
-        own = features.take(drawn)
 
-        def process(image: Image.Image, **arguments: Any) -> Any:
-            return self.processor(ImageOps.mirror(image), **arguments)
+        def run_pass(part: LabeledImages, processor: Any) -> Features:
+            # The layout of these features, which may be another than that of the heads
+            one_pass = self.build_pass(
+                part, features.layout, processor=processor, warn=ignore_message
+            )
+            return one_pass(self.model.to(PartialState().device).eval())
 
-        part = images.select(own.indices)
-        # The layout of these features, which may be another than that of the heads
-        mirror_pass = self.build_pass(part, features.layout, processor=process, warn=ignore_message)
-        mirrored = mirror_pass(self.model.to(PartialState().device).eval())
-        return run_on_main(partial(measure_limit, features, own, mirrored))  # type: ignore[no-any-return]
+        return measure_limit(features, images, self.processor, run_pass)
 
     def fit_heads(self, features: Features) -> Heads:
         """Choose and fit the classifiers of the tasks, with the settings of the user."""

@@ -20,7 +20,8 @@ from ..hub.model_files import (
     hash_weights,
 )
 from ..hub.provenance import find_provenance
-from ..inference.per_image import write_predictions
+from ..inference.near_copies import write_scenes
+from ..inference.per_image import build_rows, write_rows
 from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, describe_error, format_error
@@ -78,14 +79,10 @@ def save_output(
                     pd.concat([outcome.data.build_splits_table(), inputs.encoder_rows]), folder
                 )
                 if outcome.known_scenes is not None:
-                    outcome.known_scenes.write(folder, weights_hash)
+                    write_scenes({"": outcome.known_scenes}, folder, weights_hash)
                 if outcome.predictions is not None:
-                    write_predictions(
-                        folder / PREDICTIONS_FILE,
-                        outcome.predictions,
-                        weights_hash,
-                        outcome.nearest_images,
-                    )
+                    rows = build_rows(outcome.predictions, outcome.nearest_images)
+                    write_rows(folder / PREDICTIONS_FILE, rows, weights_hash)
         except WRITE_ERRORS as error:
             raise OSError(describe_error(error)) from error
 

@@ -14,9 +14,7 @@ import torch
 from helpers.command_in_process import run_here
 from helpers.digits_models import DIGITS, LABELS, PIXELS, train_digits_model
 from helpers.fresh_processes import run_python
-from helpers.photo_folders import write_bursts, write_shots
 from helpers.read_datasets import load_training_data
-from helpers.source_checkpoints import save_large_encoder
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -91,10 +89,10 @@ def with_parity(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_sheet() -> Iterator[None]:
-    """Draw one sheet for each report, instead of six."""
+def no_report() -> Iterator[None]:
+    """Write no report, which takes longer than an addition (test_added_photos.py)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modeling_vitcls.publishing.report.NUM_SHOWN_IMAGES", 1)
+        patch.setattr("modeling_vitcls.publishing.after_run.write_report", lambda folder: None)
         yield
 
 
@@ -287,18 +285,6 @@ def test_outputs_and_the_threshold_are_certified_even_if_all_tensors_are_equal(
     assert word in verify_unchanged(digits, tmp_path / "changed")["difference"]
 
 
-@pytest.mark.parametrize("addition", ["with_parity", "with_stripes"])
-def test_a_report_counts_the_photos_that_were_wrong_when_they_were_left_out(
-    addition: str, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue(addition)
-    (record,) = read_json(folder / "results.json")["additions"].values()
-    num_images, num_right = record["result"]["num_images"], record["result"]["num_right"]
-    text = f"{num_images - num_right} of {num_images} predictions are wrong"
-    assert text in (folder / "report.html").read_text()
-    assert "report.html" in (folder / "README.md").read_text()
-
-
 def test_a_class_is_added_to_statistics_in_bfloat16(digits: Path, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(digits, dtype=torch.bfloat16)
     save_both(model, tmp_path / "half", ViTCLSImageProcessor.from_pretrained(digits))
@@ -362,10 +348,6 @@ def test_without_class_statistics_the_remedy_is_named(tmp_path: Path) -> None:
         add_class(source, build_new(STRIPES, "stripes"), tmp_path / "new")
 
 
-def test_the_recall_of_one_image_is_not_measured(digits: Path, tmp_path: Path) -> None:
-    assert "result" not in add_class(digits, build_new(STRIPES[:1], "stripes"), tmp_path / "new")
-
-
 def test_copies_of_an_image_count_once(digits: Path, tmp_path: Path) -> None:
     copies = np.repeat(STRIPES[:6], 5, axis=0)
     record = add_class(digits, build_new(copies, "stripes"), tmp_path / "copies")
@@ -394,27 +376,6 @@ def test_photos_that_trained_the_model_are_counted(
     write_json(folder / "results.json", results | {"steps_train_encoder": False})
     record = add_task(folder, dataset, "parity", tmp_path / "head")
     assert "accuracy_interval" in record["result"]
-
-
-def test_photos_that_nearly_repeat_training_photos_are_named_after_additions(
-    tmp_path: Path,
-) -> None:
-    """Photos of the old classes and of an added one."""
-    photos, new, more = tmp_path / "photos", tmp_path / "new", tmp_path / "more"
-    save_large_encoder(tmp_path / "vit", num_layers=5)
-    write_bursts(photos)
-    write_shots(new / "vase", scene=40)
-    for label, scene in (("cups", 10), ("vase", 40), ("vase", 41)):
-        write_shots(more / label, scene, [5])
-    options = ("--model", tmp_path / "vit", "--output-dir", tmp_path / "run", "--num-workers", 0)
-    assert run_here("finetune", *options, "--dataset", photos) == 0
-    record = add_class(tmp_path / "run", new, tmp_path / "class")
-    # Shots of one scene cannot measure one another
-    assert "result" not in record
-    add_task(tmp_path / "class", photos, "kind", tmp_path / "task")
-    repeats = evaluate(tmp_path / "task", more, num_workers=0)["repeats"]
-    assert repeats["names"] == ["cups/IMG_105.png", "vase/IMG_405.png"]
-    assert repeats["num_others"] == 1
 
 
 def test_a_new_class_that_is_spelled_like_an_old_one_is_named(

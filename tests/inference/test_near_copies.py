@@ -8,7 +8,7 @@ import pytest
 from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
 from modeling_vitcls.inference.linear_probe import split_folds
-from modeling_vitcls.inference.near_copies import describe_scenes, keep_together, measure_limit
+from modeling_vitcls.inference.near_copies import compute_limit, describe_scenes, keep_together
 
 
 WIDTH = 48
@@ -65,5 +65,5 @@ def test_photos_that_are_alike_are_no_shots_of_one_scene(width: float, is_told_a
     values[:, 1] = np.tile(position, 2)
     features = build_features(values, np.arange(80) // 40)
     mirrored = build_features(values + 0.04 * np.eye(80, WIDTH, 2), features.labels)
-    limit = measure_limit(features, features, mirrored)
+    limit = compute_limit(features, features, mirrored)
     assert (limit > 0) == is_told_apart

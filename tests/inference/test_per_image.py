@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from helpers.evaluation_worker import (
     CLASSES,
@@ -15,18 +14,17 @@ from helpers.evaluation_worker import (
 from sklearn.metrics import log_loss
 
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.inference.per_image import write_predictions
+from modeling_vitcls.inference.per_image import build_rows
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-def test_rows_equal_the_metrics_of_the_same_evaluation(tmp_path: Path) -> None:
+def test_rows_equal_the_metrics_of_the_same_evaluation() -> None:
     evaluator = build_evaluator("single", build_accelerator())
     predictions = evaluator.predict(build_classifier("single"))
-    write_predictions(tmp_path / "rows.parquet", predictions, None)
-    rows = pd.read_parquet(tmp_path / "rows.parquet")
+    rows = build_rows(predictions)
     metrics = predictions.metrics
     assert len(rows) == metrics["num_images"]
     accuracy = (rows["label"] == rows["prediction"]).mean()
@@ -47,8 +45,7 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     rows = [3, 4, 6, 7, 8, 9, 10]
     evaluator = build_evaluator("single", build_accelerator(), images)
     predictions = evaluator.predict(build_classifier("single"))
-    write_predictions(tmp_path / "rows.parquet", predictions, None)
-    table = pd.read_parquet(tmp_path / "rows.parquet")
+    table = build_rows(predictions)
 
     assert table["index"].tolist() == rows
     assert table["label"].tolist() == [CLASSES[labels[index]] for index in rows]

@@ -74,7 +74,7 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
         file.unlink()
     moved = folder.rename(tmp_path / "moved")
 
-    finish_run(ModelFolder(moved), True, None)
+    finish_run(ModelFolder(moved))
     assert (moved / "report.html").is_file()
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace(f"{folder.parent.name}/run", f"{tmp_path.name}/moved")
@@ -156,7 +156,7 @@ def test_a_run_without_a_report_is_finished(
 ) -> None:
     """The dataset was moved. Warnings and paths are printed as they are."""
     folder = write_run_folder(tmp_path / "[old]", None, {"dataset": "./gone [old]"})
-    finish_run(ModelFolder(folder), True, None)
+    finish_run(ModelFolder(folder))
     warning, written = capsys.readouterr().out.splitlines()
     assert "report.html" in warning
     assert "gone [old]" in warning

@@ -17,6 +17,7 @@ from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.metric_tables import build_class_tables
 from modeling_vitcls.inference.per_image import read_predictions
+from modeling_vitcls.inference.stated_result import Measurement
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (
     draw_wrong_photos,
@@ -27,6 +28,7 @@ from modeling_vitcls.publishing.wrong_photos import (
 
 
 NAMES = ["dusk", "noon", "x"]
+MEASURED = Measurement("", "accuracy", {"accuracy": 0.8, "num_images": 400})
 
 
 @pytest.fixture
@@ -56,10 +58,10 @@ def test_the_headline_says_what_the_result_of_a_rare_class_is_worth(folder: Path
     ]
     results = {"split": "cross-validation", "accuracy": 0.869565, "num_images": 23}
     results |= {"accuracy_interval": [0.678, 0.955], "per_class": classes}
-    write_results(folder, results | {"balanced_accuracy": 0.5, "macro_f1": 0.465})
+    results |= {"balanced_accuracy": 0.5, "macro_f1": 0.465}
     rows = read_predictions(ModelFolder(folder)).head(23)
     rows = rows.assign(label=["dusk"] * 20 + ["x"] * 3, prediction="dusk")
-    summary = summarize_predictions(ModelFolder(folder), rows)
+    summary = summarize_predictions(Measurement("", "accuracy", results), results, rows)
     assert summary["headline"] == (
         "20 of 23 right (95%: 68 to 96%), no better than always saying dusk: 20 of 23"
     )
@@ -70,7 +72,7 @@ def test_the_headline_says_what_the_result_of_a_rare_class_is_worth(folder: Path
 def test_the_wrong_images_with_the_largest_losses_come_first(folder: Path) -> None:
     rows = read_predictions(ModelFolder(folder))
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
-    shown = [row["image"] for row in summarize_predictions(ModelFolder(folder), rows)["wrong"]]
+    shown = [row["image"] for row in summarize_predictions(MEASURED, {}, rows)["wrong"]]
     assert shown == wrong["image"].tolist()[:-13:-1]
 
 
@@ -82,7 +84,7 @@ def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) ->
     rows = read_predictions(ModelFolder(folder))
     rows = rows.assign(nearest_images=[[names[2], names[0]]] * len(rows))
     photos = find_photos(train)
-    wrong = summarize_predictions(ModelFolder(folder), rows)["wrong"]
+    wrong = summarize_predictions(MEASURED, {}, rows)["wrong"]
     nearest = draw_wrong_photos(wrong, photos, NAMES, bit_depth=16)[0]["nearest"]
     assert [image["label"] for image in nearest] == [NAMES[2], NAMES[0]]
     assert np.array_equal(np.asarray(nearest[0]["picture"].convert("L")), pixels[2])
@@ -141,7 +143,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "standard_error": 0.04,
                 "class": "skirt",
             },
-            "frozen": {"near_copies": {"pairs": [[names[0], names[8]], names[1:3]]}},
+            "frozen": {
+                "num_folds": 5,
+                "near_copies": {"pairs": [[names[0], names[8]], names[1:3]]},
+            },
         },
         {"dataset": str(root / "photos"), "held_out_fraction": 0},
     )

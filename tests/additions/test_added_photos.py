@@ -1,0 +1,210 @@
+"""Photos of added tasks and classes: their scenes, what measures them, and the page about them."""
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from helpers.accelerate_state import reset_accelerate
+from helpers.command_in_process import run_here
+from helpers.photo_folders import write_bursts, write_shots
+from helpers.source_checkpoints import save_large_encoder
+
+import modeling_vitcls
+from modeling_vitcls import evaluate
+from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.publishing.published_files import collect_files
+from modeling_vitcls.publishing.report import write_report
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+add_task = partial(modeling_vitcls.add_task, num_workers=0)
+add_class = partial(modeling_vitcls.add_class, num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def bursts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write five shots of each of sixteen objects, whose labels mean nothing."""
+    folder = tmp_path_factory.mktemp("bursts")
+    write_bursts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a converted encoder, which no run has compared photos with."""
+    folder = tmp_path_factory.mktemp("encoder")
+    save_large_encoder(folder / "vit", num_layers=6)
+    assert run_here("convert", f"transformers:{folder / 'vit'}", folder / "vitcls") == 0
+    return folder / "vitcls"
+
+
+def finetune(encoder: Path, photos: Path, folder: Path, *flags: str) -> Path:
+    """Run `vitcls finetune` with a frozen encoder, and return the output folder."""
+    reset_accelerate()
+    paths = ("--model", encoder, "--dataset", photos, "--output-dir", folder)
+    assert run_here("finetune", *paths, "--num-workers", 0, "--no-report", *flags) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(encoder: Path, bursts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a frozen run on the objects."""
+    return finetune(encoder, bursts, tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write no report, which takes longer than the addition."""
+    monkeypatch.setattr("modeling_vitcls.publishing.after_run.write_report", lambda folder: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_sheet() -> Iterator[None]:
+    """Draw one sheet for each report, instead of six."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_vitcls.publishing.report.NUM_SHOWN_IMAGES", 1)
+        yield
+
+
+@pytest.mark.parametrize("model", ["run", "encoder"])
+@pytest.mark.usefixtures("no_page")
+def test_shots_of_an_object_do_not_measure_each_other_in_a_task(
+    model: str, bursts: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The run knows how near the shots are, and an encoder that no run has used measures it."""
+    result = add_task(request.getfixturevalue(model), bursts, "kind", tmp_path / "task")["result"]
+    assert result["num_images"] == 80
+    assert result["num_groups"] <= 16
+    assert result["accuracy_interval"][0] < 0.5
+
+
+@pytest.mark.usefixtures("no_page")
+def test_shots_of_an_object_are_on_one_side_of_the_held_out_photos_of_a_task(
+    encoder: Path, bursts: Path, tmp_path: Path
+) -> None:
+    record = add_task(encoder, bursts, "kind", tmp_path / "task", held_out_fraction=0.25)
+    rows = pd.read_parquet(tmp_path / "task/predictions.parquet")
+    objects = rows["image"].str.extract(r"IMG_(\d+)\d.png")[0]
+    assert set(objects.value_counts()) == {5}
+    assert record["result"]["num_images"] == len(rows)
+    assert record["num_training_images"] == 80 - len(rows)
+    splits = pd.read_parquet(tmp_path / "task/splits.parquet")
+    assert (splits["split"] == "test").sum() == len(rows)
+
+
+@pytest.mark.usefixtures("no_page")
+def test_held_out_photos_of_a_dataset_that_repeat_training_photos_are_counted(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bursts(tmp_path / "photos/train")
+    for label, scene in (("cups", 10), ("pens", 11), ("cups", 60), ("pens", 61)):
+        write_shots(tmp_path / "photos/test" / label, scene, [5])
+    record = add_task(encoder, tmp_path / "photos", "kind", tmp_path / "task")
+    assert record["repeats"]["names"] == ["test/cups/IMG_105.png", "test/pens/IMG_115.png"]
+    assert "2 of 4 photos nearly repeat photos that trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--pooled-layers", "-6", "-1"), ("--model-config", "num_distillation_tokens=1")],
+    ids=["last four layers", "other layers", "distillation token"],
+)
+@pytest.mark.usefixtures("no_page")
+def test_photos_that_repeat_training_photos_are_known_after_additions(
+    flags: tuple[str, ...], encoder: Path, bursts: Path, tmp_path: Path
+) -> None:
+    """Photos of the model, of added classes with labels that mean nothing, and of a task."""
+    model = finetune(encoder, bursts, tmp_path / "run", *flags)
+    for scene in range(40, 50):
+        write_shots(tmp_path / "new" / ("vase", "lamp")[scene % 2], scene)
+    result = add_class(model, tmp_path / "new", tmp_path / "class")["result"]
+    assert result["num_images"] == 50
+    assert result["num_groups"] <= 10
+    assert result["recall"] < 0.5
+
+    write_shots(tmp_path / "task photos/dusk", 50)
+    write_shots(tmp_path / "task photos/noon", 51)
+    add_task(tmp_path / "class", tmp_path / "task photos", "light", tmp_path / "task")
+    for label, scene in (("cups", 10), ("vase", 40), ("vase", 60)):
+        write_shots(tmp_path / "more" / label, scene, [5])
+    repeats = evaluate(tmp_path / "task", tmp_path / "more", num_workers=0)["repeats"]
+    assert repeats["names"] == ["cups/IMG_105.png", "vase/IMG_405.png"]
+    assert repeats["num_others"] == 1
+    reset_accelerate()
+    for label, scene in (("dusk", 50), ("noon", 10)):
+        write_shots(tmp_path / "lights" / label, scene, [5])
+    results = evaluate(tmp_path / "task", tmp_path / "lights", task="light", num_workers=0)
+    assert results["repeats"]["names"] == ["dusk/IMG_505.png"]
+
+
+# What is written ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_task(
+    encoder: Path, bursts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any]:
+    """Return a folder with an added task, and its record."""
+    folder = tmp_path_factory.mktemp("with_task") / "task"
+    reset_accelerate()
+    return folder, add_task(encoder, bursts, "kind", folder)
+
+
+def test_the_page_of_an_addition_is_written_again_from_its_folder(
+    with_task: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, record = with_task
+    shutil.copytree(folder, tmp_path / "task")
+    (tmp_path / "task/report.html").unlink()
+    assert write_report(ModelFolder(tmp_path / "task")) is not None
+    num_wrong = record["result"]["num_images"] - record["result"]["num_right"]
+    text = (tmp_path / "task/report.html").read_text()
+    assert f"{num_wrong} of 80 predictions are wrong" in text
+    assert 'aria-label="nearest training images"' in text
+
+
+def test_predictions_of_an_addition_are_of_the_photos_that_were_left_out(
+    with_task: tuple[Path, Any],
+) -> None:
+    folder, record = with_task
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    is_right = rows["label"] == rows["prediction"]
+    assert is_right.sum() == record["result"]["num_right"]
+    assert set(rows["nearest_images"].map(len)[~is_right]) == {3}
+
+
+def test_private_photos_of_an_addition_stay_on_the_machine(
+    with_task: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Also if the run of the model was on public images."""
+    folder, _ = with_task
+    shutil.copytree(folder, tmp_path / "task")
+    (tmp_path / "task/config.resolved.yaml").write_text("dataset: digits\nmodel: vitcls-tiny\n")
+    files = collect_files(ModelFolder(tmp_path / "task"), "me/mine")
+    assert "results.json" in files
+    assert not files.keys() & {"report.html", "predictions.parquet", "addition.resolved.yaml"}
+
+
+@pytest.mark.parametrize("shots", [range(1), range(5)], ids=["one photo", "one object"])
+def test_a_class_without_a_result_has_a_page(shots: range, run: Path, tmp_path: Path) -> None:
+    write_shots(tmp_path / "new/vase", 40, shots)
+    record = add_class(run, tmp_path / "new", tmp_path / "class")
+    assert "result" not in record
+    assert "report.html" in (tmp_path / "class/README.md").read_text()
+
+
+@pytest.mark.usefixtures("no_page")
+def test_classes_beside_one_that_has_one_photo_are_measured(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shots(tmp_path / "new/vase", 40, [0])
+    for scene in range(41, 45):
+        write_shots(tmp_path / "new/lamp", scene, [0])
+    record = add_class(run, tmp_path / "new", tmp_path / "class")
+    assert record["result"]["num_images"] == 4
+    assert "no result measures vase" in caplog.text
