@@ -95,6 +95,20 @@ class LabeledImages:
         """Split the images by a mask [N]: False goes to the first part, True to the second."""
         return self.select(np.flatnonzero(~is_second)), self.select(np.flatnonzero(is_second))
 
+    def join(self, other: "LabeledImages") -> "LabeledImages":
+        """Append the images of another split of a dataset."""
+        import datasets
+
+        parts: Any = (self, other)
+        dataset = datasets.concatenate_datasets([each.images.dataset for each in parts])
+        rows = np.append(self.images.rows, len(self.images.dataset) + other.images.rows)
+        return LabeledImages(
+            images=replace(self.images, dataset=dataset, rows=rows),
+            labels=[*self.labels, *other.labels],
+            groups=np.concatenate([each.groups for each in parts]),
+            keys=np.concatenate([each.keys for each in parts]),
+        )
+
     def draw(self, num_images: int | None) -> "LabeledImages":
         """Draw `num_images` random images, always the same ones, in dataset order.
 

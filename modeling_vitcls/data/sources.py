@@ -107,6 +107,13 @@ class Splits:
     def train(self) -> LabeledImages:
         return next(iter(self.images_by_split.values()))
 
+    def join_fitted(self) -> "Splits":
+        """Join the splits that can train a model: all but the last one, which measures it."""
+        (train_split, train), *others = self.images_by_split.items()
+        for _, part in others[:-1]:
+            train = train.join(part)
+        return replace(self, images_by_split=dict([(train_split, train), *others[-1:]]))
+
 
 def load_splits(
     options: DataOptions,

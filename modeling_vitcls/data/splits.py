@@ -1,6 +1,7 @@
 """Which images a run trains on, and which it holds out.
 
     --dataset -> load_undivided_images -> Splits -> the run decides what it is (training/plan.py)
+                                                 -> scenes become groups, if a frozen encoder finds any
                                                  -> divide_images -> TrainingData
 
 If a dataset has no evaluation split, each image gets a random number, which depends on the seed and
@@ -44,6 +45,8 @@ HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
 MIN_CLASS_SIZE = 5  # Smaller classes are named, if others are larger
 MAX_NAMED_IMAGES = 10  # In an error about images with two labels
 
+SINGLE_GROUPS = "each class has a single image (or copies or a group of one)"
+
 # Ratio of the largest to the smallest class, above which balanced metrics are printed, too
 MAX_CLASS_RATIO = 3
 
@@ -62,21 +65,18 @@ class TrainingData:
     held_out: LabeledImages
     held_out_split: str | None  # None if the held-out images were drawn from the only split
     held_out_name: str  # Description of the held-out images
-    # Images for selecting the best checkpoint (`--select best`); a frozen model is fitted to them
+    train_indices: np.ndarray  # Places of the training images among the undivided ones
+    held_out_indices: np.ndarray  # Those of the held-out images; -1 if these are a split
+    # Images for selecting the best checkpoint (`--select best`)
     selection: LabeledImages | None = None
     selection_name: str = ""
-
-    @property
-    def frozen_parts(self) -> list[LabeledImages]:
-        """The images that a frozen run is fitted to: without steps, no checkpoint is selected."""
-        return [self.train] if self.selection is None else [self.train, self.selection]
 
     def count_seen(self, encoder_rows: pd.DataFrame, is_frozen: bool = True) -> int:
         """Count the images that measure the model, although they trained its encoder earlier."""
         # Cross-validation measures a frozen run on all images that it is fitted to.
         is_cross_validated = is_frozen and not len(self.held_out)
-        measured = self.frozen_parts if is_cross_validated else [self.held_out]
-        return sum(int(find_trained_images(part, encoder_rows).sum()) for part in measured)
+        measured = self.train if is_cross_validated else self.held_out
+        return int(find_trained_images(measured, encoder_rows).sum())
 
     def build_splits_table(self, task: str = "") -> pd.DataFrame:
         """Build the rows of splits.parquet about this run, or about an added task."""
@@ -88,7 +88,7 @@ def divide_images(
     images: Splits,
     held_out_fraction: float,
     needs_selection: bool = False,
-    held_out_keys: Any = None,
+    groups: Sequence[int] | np.ndarray | None = None,
 ) -> TrainingData:
     """Choose the images that train, select and measure a model.
 
@@ -99,14 +99,19 @@ def divide_images(
         held_out_fraction: part of the training images to hold out if no split is for
             evaluation.
         needs_selection: whether there must be selection images.
-        held_out_keys: keys of the images that are held out if no split is for evaluation; None to draw
-            them.
+        groups: [N] of the training images, if photos of a scene were joined to the groups of the dataset.
 
     Raises:
         ValueError: if there are too few images.
     """
+    check_can_divide(images, held_out_fraction, needs_selection)
     train, *others = images.images_by_split.values()
     train_split, *names = images.images_by_split
+    reason = SINGLE_GROUPS
+    if groups is not None:
+        train = replace(train, groups=np.asarray(groups))
+        reason = "the photos of each class nearly repeat one another, as shots of one scene"
+    train_indices = np.arange(len(train))
     selection = None
     selection_name = ""
     if len(others) == 2:
@@ -114,24 +119,20 @@ def divide_images(
         selection_name = f"split {names[0]!r}"
     if others:
         (held_out,) = others
+        held_out_indices = np.full(len(held_out), -1)
         held_out_name = f"split {names[-1]!r}"
     else:
         held_out_name = f"about {held_out_fraction:.0%}"
         if train.is_stratified:
             held_out_name += ", stratified by class"
-        if held_out_keys is None:
-            is_held_out = select_held_out(train, held_out_fraction, 0, images.name)
-        else:
-            is_held_out = np.isin(get_keys(train), held_out_keys)
+        is_held_out = select_held_out(train, held_out_fraction, 0, images.name, reason)
+        train_indices, held_out_indices = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         train, held_out = train.divide(is_held_out)
     if needs_selection and selection is None:
-        if not held_out_fraction:
-            raise ValueError(
-                "`select='best'` requires a validation split and a test split, or a part of "
-                f"the training images, but {images.name} has only {', '.join(images.images_by_split)}. Set "
-                "`held_out_fraction` above 0, or remove `select='best'`"
-            )
-        is_selected = select_held_out(train, held_out_fraction, derive_seed(0, 1), images.name)
+        is_selected = select_held_out(
+            train, held_out_fraction, derive_seed(0, 1), images.name, reason
+        )
+        train_indices = train_indices[~is_selected]
         train, selection = train.divide(is_selected)
         selection_name = f"about {held_out_fraction:.0%} of the training images"
 
@@ -143,6 +144,8 @@ def divide_images(
         held_out=held_out,
         held_out_split=names[-1] if names else None,
         held_out_name=held_out_name,
+        train_indices=train_indices,
+        held_out_indices=held_out_indices,
         selection=selection,
         selection_name=selection_name,
     )
@@ -207,12 +210,12 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
     )
     splits = select_task(read_splits(folder), None)
     held_out_keys = splits["key"][splits["split"] == "test"]
-    return divide_images(
-        images,
-        options.held_out_part,
-        flags.get("select") == "best",
-        held_out_keys if len(held_out_keys) else None,  # As drawn, if the table was removed
-    )
+    # As drawn, if the table was removed
+    data = divide_images(images, 0.0 if len(held_out_keys) else options.held_out_part)
+    if len(data.held_out):
+        return data
+    train, held_out = data.train.divide(np.isin(get_keys(data.train), held_out_keys))
+    return replace(data, train=train, held_out=held_out)
 
 
 def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
@@ -329,15 +332,43 @@ def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]
 # Held-out images ----------------------------------------------------------------------------------
 
 
-def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: str) -> np.ndarray:
+def check_can_divide(images: Splits, held_out_fraction: float, needs_selection: bool) -> None:
+    """Raise ValueError if no images could select a checkpoint, or if none could be held out."""
+    splits = images.images_by_split
+    if needs_selection and not held_out_fraction and len(splits) < 3:
+        raise ValueError(
+            "`select='best'` requires a validation split and a test split, or a part of the training "
+            f"images, but {images.name} has only {', '.join(splits)}. Set `held_out_fraction` above 0, or "
+            "remove `select='best'`"
+        )
+    if held_out_fraction and len(splits) == 1:
+        check_can_hold_out(images.train, images.name)
+
+
+def check_can_hold_out(images: LabeledImages, dataset: str, reason: str = SINGLE_GROUPS) -> None:
+    """Raise ValueError unless a class has two groups: one to train, and one to hold out."""
+    table = pd.DataFrame({"group": images.groups, "label": 0})
+    if images.is_stratified:
+        table["label"] = images.labels
+    if table.drop_duplicates("group")["label"].value_counts().max() < 2:
+        raise ValueError(
+            f"{dataset}: no image can be held out, because {reason}. Add images, choose a different "
+            "`label_column`, or set `held_out_fraction=0` to train on all images"
+        )
+
+
+def select_held_out(
+    images: LabeledImages, fraction: float, seed: int, dataset: str, reason: str
+) -> np.ndarray:
     """Choose the held-out images, a fraction of each class: a mask [N].
 
-    The units are the groups of the images. Raise ValueError if none of the images would be held
-    out.
+    The units are the groups of the images. Raise ValueError, with the `reason`, if none of the images
+    would be held out.
     """
     assert images.groups is not None, "`add_keys` comes before the division"
     if not fraction:
         return np.zeros(len(images), bool)
+    check_can_hold_out(images, dataset, reason)
 
     _, first, group = np.unique(images.groups, return_index=True, return_inverse=True)
     sizes = np.bincount(group)
@@ -362,26 +393,18 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
                     num_missing -= sizes[member]
             if not is_held_out[members].any():
                 is_held_out[members[sizes[members].argmin()]] = True
-
-    if not is_held_out.any():
-        raise ValueError(
-            f"{dataset}: no image can be held out, because each class has a single image (or "
-            "copies or a group of one). Add images, choose a different `label_column`, or set "
-            "`held_out_fraction=0` to train on all images"
-        )
     return is_held_out[group]  # type: ignore[no-any-return]
 
 
 # Changes of the data ------------------------------------------------------------------------------
 
 
-def describe_data(training_data: TrainingData) -> dict[str, Any]:
-    """Describe the training data for checkpoints, so a resumed run can detect a change."""
-    parts = {"training": training_data.train, "held-out": training_data.held_out}
-    description: dict[str, Any] = {"classes": training_data.label_space.columns}
-    for name, part in parts.items():
+def describe_data(images: Splits) -> dict[str, Any]:
+    """Describe the images of a run for checkpoints, so a resumed run can detect a change."""
+    description: dict[str, Any] = {"classes": images.label_space.columns}
+    for split, part in images.images_by_split.items():
         content = get_keys(part).tobytes() + json.dumps(part.labels).encode()
-        description[f"{name} images"] = hashlib.sha256(content).hexdigest()
+        description[f"{split} images"] = hashlib.sha256(content).hexdigest()
     return description
 
 
@@ -445,6 +468,24 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
         f"{format_name_list(missing)}"
         for kind, missing in kinds.items()
         if missing
+    ]
+
+
+def describe_divided_groups(training_data: TrainingData) -> list[str]:
+    """Name the classes whose only group also has images of other classes: no fold can leave it out."""
+    train = training_data.train
+    if len(training_data.held_out) or not train.is_stratified:
+        return []
+    table = pd.DataFrame({"group": train.groups, "label": train.labels})
+    num_groups = table.groupby("label")["group"].transform("nunique")
+    num_labels = table.groupby("group")["label"].transform("nunique")
+    labels = table["label"][(num_groups == 1) & (num_labels > 1)].unique()
+    if not len(labels):
+        return []
+    names = format_name_list([training_data.label_space.names[label] for label in labels])
+    return [
+        f"all images of {names} are in one group with images of other classes, so cross-validation divides "
+        "this group. Add images in another group"
     ]
 
 

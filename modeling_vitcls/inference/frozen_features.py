@@ -6,7 +6,7 @@ The features of a layer are what a classifier with `config.pooled_layers` reads,
 classifier of them is the model's classifier.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,8 @@ from .image_pass import ImageOutputs, ImagePass
 
 
 OWN_POOLING = "own"  # Tokens of a candidate that reads the output of the model's pooler
-# Parts of the mean of the patches, from rings at the border of the image. No classifier reads them.
-RINGS = ("thin ring", "wide ring")
-WIDE_RING = 1 / 8  # Width as a fraction of the side of the image; the thin ring is one patch wide
+# Widths of the rings at the border of an image, as fractions of its sides; at least one patch
+RING_WIDTHS = (0, 1 / 8)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class FeatureLayout:
 
     num_layers: int  # The last layers, the earliest first
     widths: dict[str, int]  # Kind of token -> number of features; the same in each layer
-    has_rings: bool = field(default=False, compare=False)  # Whether RINGS follow in each layer
 
     @classmethod
     def from_config(
@@ -63,12 +61,9 @@ class FeatureLayout:
 
         The order is layer after layer; in each, the order of `widths`.
         """
-        widths = dict(self.widths)
-        if self.has_rings:
-            widths |= dict.fromkeys(RINGS, widths["mean"])
-        tokens = [(layer, kind) for layer in range(-self.num_layers, 0) for kind in widths]
-        ends = np.cumsum([widths[kind] for _, kind in tokens])
-        return dict(zip(tokens, np.split(values[:, : ends[-1]], ends[:-1], axis=1), strict=True))
+        tokens = [(layer, kind) for layer in range(-self.num_layers, 0) for kind in self.widths]
+        ends = np.cumsum([self.widths[kind] for _, kind in tokens])
+        return dict(zip(tokens, np.split(values, ends[:-1], axis=1), strict=True))
 
 
 def has_searchable_pooling(config: ViTCLSConfig) -> bool:
@@ -95,17 +90,23 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
     for states in outputs.hidden_states[-layout.num_layers :]:
         normalized = encoder.normalize(states)  # [B, N, D]
         parts += [pooler(normalized).float() for pooler in poolers]
-        if layout.has_rings:
-            patches = normalized[:, encoder.config.token_layout.patches]
-            for is_border in mark_rings(outputs.grid_size):
-                parts.append(patches[:, is_border].float().sum(dim=1) / len(is_border))
     return torch.cat(parts, dim=1)
 
 
+def pool_rings(encoder: Any, outputs: Any, num_layers: int) -> torch.Tensor:
+    """Pool the rings at the border of images: [B, rings, layers, D], parts of the mean of the patches."""
+    layers = []
+    for states in outputs.hidden_states[-num_layers:]:
+        patches = encoder.normalize(states)[:, encoder.config.token_layout.patches].float()
+        rings = [patches[:, ring].sum(dim=1) for ring in mark_rings(outputs.grid_size)]
+        layers.append(torch.stack(rings, dim=1) / patches.shape[1])
+    return torch.stack(layers, dim=2)
+
+
 def mark_rings(grid_size: tuple[int, int]) -> list[np.ndarray]:
-    """Mark the patches [rows * columns] of each of the RINGS, which are at least one patch wide."""
+    """Mark the patches [rows * columns] of each ring at the border."""
     rings = []
-    for width in (0, WIDE_RING):
+    for width in RING_WIDTHS:
         is_border = np.ones(grid_size, dtype=bool)
         rows, columns = (max(1, round(side * width)) for side in grid_size)
         is_border[rows:-rows, columns:-columns] = False
@@ -121,25 +122,31 @@ class Features(ImageOutputs):
 
     def get_tokens(self) -> dict[Token, np.ndarray]:
         """Select the features [N, D] of each token, in the order of a classifier's weights."""
-        tokens = self.layout.split(self.features)
-        return {token: values for token, values in tokens.items() if token[1] not in RINGS}
+        return self.layout.split(self.features)
 
 
 class FrozenPass(ImagePass):
     """One pass of images through an encoder, whose features are the same on every process.
 
-    With `has_logits`, the logits of the classifier are computed, too.
+    With `has_logits`, the logits of the classifier are computed, too; with `has_rings`, the parts of the
+    mean of the patches that are at the border of the images.
     """
 
     # Each image passes the encoder once, so a cache of preprocessed images would only take memory.
     is_repeated = False
 
     def __init__(
-        self, images: Any, layout: FeatureLayout, has_logits: bool = False, **arguments: Any
+        self,
+        images: Any,
+        layout: FeatureLayout,
+        has_logits: bool = False,
+        has_rings: bool = False,
+        **arguments: Any,
     ) -> None:
         super().__init__(images, **arguments)
         self.layout = layout
         self.has_logits = has_logits
+        self.has_rings = has_rings
 
     def __call__(self, model: nn.Module, console: Console | None = None) -> Features:
         """Compute and return the features, with a classifier or an encoder."""
@@ -148,9 +155,13 @@ class FrozenPass(ImagePass):
         return Features(layout=self.layout, **vars(outputs))
 
     def compute(self, model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute the features [B, all] and, if required, the logits of images [B, C, H, W]."""
+        """Compute the features [B, all] and what else is required of images [B, C, H, W]."""
         encoder = getattr(model, "vitcls", model)
         program = model if self.has_logits else encoder
         outputs = program(pixel_values, output_hidden_states=True)
         computed = {"features": pool_layers(encoder, outputs, self.layout)}
-        return computed | ({"logits": outputs.logits} if self.has_logits else {})
+        if self.has_logits:
+            computed["logits"] = outputs.logits
+        if self.has_rings:
+            computed["rings"] = pool_rings(encoder, outputs, self.layout.num_layers)
+        return computed

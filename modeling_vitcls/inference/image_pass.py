@@ -65,6 +65,7 @@ class ImageOutputs:
     # Float32 arrays, if the pass computes them
     logits: Any = None  # [N, L]
     features: Any = None  # [N, all]
+    rings: Any = None  # [N, rings, layers, D]
 
     @property
     def arrays(self) -> dict[str, Any]:

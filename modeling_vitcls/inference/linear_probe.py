@@ -26,6 +26,7 @@ from itertools import chain, product
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_array
 from sklearn.utils.multiclass import check_classification_targets
@@ -587,7 +588,8 @@ def split_folds(
         groups = np.arange(len(labels))
         splitter: Any = StratifiedKFold
     else:
-        groups = np.unique(groups, return_inverse=True)[1]
+        # Numbered in the order of the images, whatever the numbers were
+        groups = pd.factorize(groups)[0]
         splitter = StratifiedGroupKFold
     num_groups = np.array(
         [len(np.unique(groups[labels == label])) for label in range(labels.max() + 1)]

@@ -209,8 +209,7 @@ class KnownScenes:
     @classmethod
     def of(cls, features: Features, max_distance: float) -> "KnownScenes":
         """Encode the photos that trained a model."""
-        layout = replace(features.layout, has_rings=False)
-        return cls(max_distance, layout, encode_photos(features))
+        return cls(max_distance, features.layout, encode_photos(features))
 
     def join(self, other: "KnownScenes") -> "KnownScenes":
         """Add photos whose features have the same layout."""
@@ -278,6 +277,10 @@ def describe_scenes(record: Mapping[str, Any]) -> str | None:
         lines.append(
             f"all photos of {format_name_list(classes)} nearly repeat one another and cannot be kept "
             "together, so the result only holds for further shots of one scene. Add photos of others"
+        )
+    if number := record.get("num_not_compared"):
+        lines.append(
+            f"{number:,} images were not compared with the others, so shots of one scene may be on both sides"
         )
     if number := record["num_contradictions"]:
         first, second = record["pairs"][0]

@@ -7,11 +7,10 @@
     summary.py          the first lines of a run: its images, its model and what it is
     frozen_run.py       a run without steps
     steps_run.py        a run with steps; class_statistics_of_runs.py measures its classes afterwards
-    whole_scenes.py     the frozen encoder of both, and photos of one scene on one side
     outcome.py          what a run of either kind has made and measured
     run_results.py      results.json, and the last lines of a run
     options.py          flags of the command
-    frozen_encoder.py   features of the frozen encoder; heads.py fits classifiers to them: a whole run, or its start
+    frozen_encoder.py   features of the frozen encoder, and scenes; heads.py fits classifiers to them
     learning_curve.py   would more photos help?
     teacher.py          classifier whose predictions train a distillation token
     loop.py             training loop; reporter.py prints, and signals.py stops it

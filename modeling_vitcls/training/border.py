@@ -4,12 +4,12 @@ A linear classifier of the mean of the patches is a sum over patches, so the par
 exact. CLS has no such sum.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ..inference.frozen_features import RINGS, mark_rings
+from ..inference.frozen_features import Features, mark_rings
 from .heads import FrozenHead
 
 
@@ -17,43 +17,46 @@ from .heads import FrozenHead
 # draws of a class of clothing and CIFAR-10 among 2, 5 or 10): at most 1.25 and 1.21. A green frame
 # of one patch around one of ten classes: 1.42 to 2.01 and 1.20 to 1.40.
 MIN_RATIOS = 1.3, 1.25
+MIN_GRID_SIDE = 8  # In patches. Of smaller grids, the border is most of the photo
 
 
-def measure_border(heads: Iterable[FrozenHead], grid_size: tuple[int, int]) -> dict[str, Any]:
+def measure_border(
+    heads: Mapping[str, FrozenHead], images: Mapping[str, Features], grid_size: tuple[int, int]
+) -> dict[str, Any]:
     """Measure how much of each label's lead over the other photos comes from the border.
 
     The lead is what the patches contribute to the score of a label, in its photos minus in the
-    others. The photos are held out or, without those, training images.
+    others.
 
     Args:
-        heads: one for each task, with features of RINGS.
+        heads: the classifier of each task.
+        images: some training images of each task, with rings.
         grid_size: rows and columns of the patches.
 
     Returns:
-        The share of each of the RINGS in the patches, and in the lead of each label. A task whose
-        classifier reads no patches has no labels.
+        The share of each ring in the patches, and in the lead of each label. A task whose classifier
+        reads no patches has no labels, and no task has any on a small grid.
     """
     shares = {}
-    for head in heads:
-        images = head.features if head.held_out is None else head.held_out
-        features = images.layout.split(images.features)
-        is_own = images.labels > 0.5
-        if images.labels.ndim == 1:
-            is_own = images.labels[:, None] == head.probe.classes_  # [N, K]
+    for task, head in heads.items() if min(grid_size) >= MIN_GRID_SIDE else ():
+        candidate, classes = head.probe.candidate_, head.probe.classes_
+        features = images[task]
+        is_own = features.labels > 0.5
+        if features.labels.ndim == 1:
+            is_own = features.labels[:, None] == classes  # [N, K]
         with np.errstate(invalid="ignore"):  # NaN if all photos or none have a label
             signs = is_own / is_own.sum(axis=0) - ~is_own / (~is_own).sum(axis=0)
 
-        leads = []
-        for kind in ("mean", *RINGS):
-            inputs = [
-                features[layer, kind] if read == "mean" else 0 * features[layer, read]
-                for layer, read in head.probe.candidate_.tokens
-            ]
-            scores = np.concatenate(inputs, axis=1) @ head.probe.heads_[0][0].T
-            leads.append((signs * scores).sum(axis=0))  # [K]
-        for index, (whole, *rings) in zip(head.probe.classes_, np.transpose(leads), strict=True):
+        weights = np.split(head.probe.heads_[0][0], len(candidate.tokens), axis=1)
+        tokens = features.get_tokens()
+        leads = np.zeros((1 + features.rings.shape[1], len(classes)))
+        for (layer, kind), weight in zip(candidate.tokens, weights, strict=True):
+            if kind == "mean":
+                parts = [tokens[layer, kind], *np.moveaxis(features.rings[:, :, layer], 1, 0)]
+                leads += [(signs * (part @ weight.T)).sum(axis=0) for part in parts]
+        for index, (whole, *rings) in zip(classes, leads.T, strict=True):
             if whole > 0:
-                name = f"{head.task}: {head.labels.names[index]}".removeprefix(": ")
+                name = f"{task}: {head.labels.names[index]}".removeprefix(": ")
                 shares[name] = (rings / whole).round(3).tolist()
     patches = [round(float(is_border.mean()), 3) for is_border in mark_rings(grid_size)]
     return {"patches": patches, "shares": shares}

@@ -42,7 +42,8 @@ def store_statistics(inputs: RunInputs, data: TrainingData) -> KnownScenes | Non
     statistics.set_in_model(model)
     if inputs.frozen_encoder is None:
         return None
-    return KnownScenes.of(features, inputs.frozen_encoder.measure_limit(images, features))
+    limit = inputs.frozen_encoder.measure_limit(images, features, inputs.processor)
+    return KnownScenes.of(features, limit)
 
 
 def compute_labeled_features(inputs: RunInputs, images: LabeledImages) -> Features:

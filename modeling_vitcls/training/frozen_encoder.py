@@ -1,7 +1,7 @@
 """The frozen encoder of a run: the features of its images, and a model with classifiers of them.
 
-    training images -> encoder, once -> choice of geometry -> classifiers (heads.py), which choose layers and tokens
-    held-out images -> encoder, once -> result, nearest training images
+    images -> encode: geometry, features, scenes -> EncodedImages -> the run divides the images
+    training and held-out images -> fit: classifiers (heads.py), which choose layers and tokens -> FrozenModel
 
 The features are described in inference/frozen_features.py. A frozen run saves the classifiers, fitted to
 every label, and their temperatures come from the images that each fold leaves out. Steps start from
@@ -24,12 +24,10 @@ from accelerate import PartialState
 from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
-from ..inference.frozen_features import (
-    OWN_POOLING,
-    FeatureLayout,
-    Features,
-    FrozenPass,
-)
+from ..data.sampling import draw_numbers
+from ..data.splits import TrainingData
+from ..data.splits_table import get_keys
+from ..inference.frozen_features import OWN_POOLING, FeatureLayout, Features, FrozenPass
 from ..inference.linear_probe import (
     NUM_LAST_LAYERS,
     Candidate,
@@ -38,7 +36,6 @@ from ..inference.linear_probe import (
 )
 from ..inference.near_copies import (
     KnownScenes,
-    describe_scenes,
     find_pairs,
     keep_together,
     measure_limit,
@@ -47,7 +44,7 @@ from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .border import describe_border, measure_border
-from .heads import FrozenHead, Heads, describe_choice
+from .heads import FrozenHead, Heads, describe_choice, split_tasks
 
 
 # Maximum number of training images, drawn at random, for the classifiers of a run with steps. They
@@ -64,6 +61,57 @@ MIN_SQUASHED_PER_CLASS = 5
 # Median of the longer side divided by the shorter. Below it, crop and squash see nearly the same pixels.
 MIN_ASPECT_RATIO = 1.05
 SQUASH = "squash"
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """What a frozen encoder says about the images that can train it, before they are divided.
+
+    Attributes:
+        indices: of the images that passed the encoder, in an order that was drawn from their content.
+        features: of the readable ones, in this order.
+        sample: the first of them, with rings if a classifier may read patches.
+        groups: [N] of all images; photos of a scene are in one.
+        scenes: record of the scenes (inference/near_copies.py).
+        max_distance: of photos of a scene, from `measure_limit`.
+        geometry: record of the choice of the geometry.
+        processor: image processor with this geometry.
+        seconds: duration of the pass.
+    """
+
+    indices: np.ndarray
+    features: Features
+    sample: Features
+    groups: np.ndarray
+    scenes: dict[str, Any]
+    max_distance: float
+    geometry: dict[str, Any]
+    processor: Any
+    seconds: float
+
+    def select(self, indices: np.ndarray) -> Features:
+        """Select the features of some images; those of the choice come first."""
+        rows = np.flatnonzero(np.isin(self.features.indices, indices))
+        num_unreadable = int(np.isin(self.indices, indices).sum()) - len(rows)
+        rows = rows[put_first(self.features.labels[rows], MAX_CHOICE_IMAGES)]
+        return replace(self.features.take(rows), num_unreadable=num_unreadable)
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """The classifiers of a frozen encoder.
+
+    Attributes:
+        heads: the classifier of each task.
+        record: what was chosen, for results.json.
+        known_scenes: recognizes photos of the scenes that trained it.
+        repeats: names of the held-out photos of such a scene.
+    """
+
+    heads: dict[str, FrozenHead]
+    record: dict[str, Any]
+    known_scenes: KnownScenes
+    repeats: list[str]
 
 
 @dataclass(frozen=True)
@@ -110,86 +158,6 @@ class FrozenEncoder:
         are_twins = torch.allclose(tokens, tokens[:, :1], atol=1e-6)
         return self.pooling if are_twins else "mean"
 
-    def fit(
-        self,
-        parts: Sequence[LabeledImages],
-        held_out: LabeledImages,
-        warn: Callable[[str], None],
-        max_images: int | None = None,
-    ) -> tuple[dict[str, FrozenHead], dict[str, Any], KnownScenes]:
-        """Choose and fit the classifiers, and set the geometry and the pooling that they read.
-
-        Args:
-            parts: images to fit it to. The geometry is chosen on the first part.
-            held_out: images whose features are computed as well.
-            warn: prints a warning about an unreadable image.
-            max_images: number of images of the first part, drawn at random; None for all.
-
-        Returns:
-            The classifier of each task, what was chosen, for results.json, and the photos that it
-            was fitted to.
-        """
-        start_time = time.perf_counter()
-        train, *others = parts
-        labels: Any = self.label_space.collate(train.labels)
-        classes = np.unique(labels.numpy(), axis=0, return_inverse=True)[1].ravel()
-        first, rest = sample_parts(classes, max_images)
-        # The geometry is settled first, on a part of the images: all features depend on it, and to
-        # compute them twice would double the longest part of the run.
-        features, geometry = self.choose_geometry(train, self.compute_features(train, warn, first))
-
-        limit = self.measure_limit(train, features)
-        if len(rest):
-            features = features.join(self.compute_features(train, warn, rest))
-        for part in others:
-            features = features.join(self.compute_features(part, warn))
-        if train.is_stratified and max_images is None:
-            warn_about_unreadable_classes(train.labels, features.labels, self.label_space, warn)
-
-        held_out_features = self.compute_features(held_out, warn) if len(held_out) else None
-        geometry["seconds"] = round(time.perf_counter() - start_time, 1)
-        return self.fit_features(features, held_out_features, limit, geometry)
-
-    def fit_features(
-        self, features: Features, held_out: Features | None, limit: float, geometry: dict[str, Any]
-    ) -> tuple[dict[str, FrozenHead], dict[str, Any], KnownScenes]:
-        """Choose and fit the classifiers, and set the pooling that they read.
-
-        Args:
-            features, held_out: of the images.
-            limit: of near copies, from `measure_limit`.
-            geometry: record of the features, with the seconds that they took.
-
-        Returns:
-            As `fit` does.
-        """
-        start_time = time.perf_counter()
-        classes = np.unique(features.labels, axis=0, return_inverse=True)[1].ravel()
-        first, rest = sample_parts(classes, None)
-        # Photos of one scene in several folds would measure how well the scene is recognized.
-        chosen, scenes = keep_together(features.take(first), limit, self.label_space)
-        # On one process for all: rounding on another CPU could turn a close choice.
-        heads = run_on_main(lambda: self.fit_heads(chosen))
-        # These images are kept out of the choice, whose time grows with their number, but not of
-        # the fit.
-        features = chosen.join(replace(features.take(rest), num_unreadable=0))
-        if len(rest):
-            heads = run_on_main(partial(heads.refit, features))
-
-        if held_out is not None:
-            pairs, _ = find_pairs(features, limit, held_out)
-            scenes["near_held_out"] = np.unique(held_out.names[pairs[:, 0]]).tolist()
-        self.set_pooling(heads.read)
-        frozen = heads.freeze(features, held_out)
-        seconds = round(time.perf_counter() - start_time + geometry["seconds"], 1)
-        record = heads.build_record(frozen) | geometry | {"seconds": seconds}
-        if features.layout.has_rings:
-            config = self.model.config
-            size = get_output_size(self.processor, config.image_height_width)
-            record["border"] = measure_border(frozen.values(), config.get_grid_size(size))
-        record["near_copies"] = scenes
-        return frozen, record, KnownScenes.of(features, limit)
-
     @property
     def layout(self) -> FeatureLayout:
         """The features that the heads of the model may read."""
@@ -197,25 +165,95 @@ class FrozenEncoder:
         # Four layers in any case: the class statistics are of these, whatever the classifier reads.
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
         if config.tasks:  # They have no pooler
-            return replace(FeatureLayout.for_extra_heads(config, num_layers), has_rings=True)
+            return FeatureLayout.for_extra_heads(config, num_layers)
         has_second_head = self.model.distillation_classifier is not None
-        layout = FeatureLayout.from_config(config, num_layers, has_second_head)
-        return replace(layout, has_rings="mean" in layout.widths)
+        return FeatureLayout.from_config(config, num_layers, has_second_head)
+
+    # Images ---------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        images: LabeledImages,
+        warn: Callable[[str], None],
+        max_images: int | None,
+        is_divided: bool,
+    ) -> EncodedImages:
+        """Pass images through the encoder, each of them once, and find the scenes among them.
+
+        The model and its processor stay as they are. A part of the images passes a second time, with
+        another geometry, if that may be better.
+
+        Args:
+            images: the images.
+            warn: prints a warning about an unreadable image.
+            max_images: number of images, drawn from all; None for all.
+            is_divided: whether the images will be divided. Otherwise, scenes matter only among the images
+                of the choice of a classifier.
+        """
+        start_time = time.perf_counter()
+        assert images.groups is not None, "`add_keys` sets the groups"
+        labels: Any = self.label_space.collate(images.labels)
+        # Drawn from their content, so the names of the images and their places change nothing
+        order = np.argsort(draw_numbers(get_keys(images), 2), kind="stable")
+        for number in (max_images or len(images), MAX_CHOICE_IMAGES):
+            order = order[put_first(labels.numpy()[order], number)][:max_images]
+        first, rest = np.split(order, [MAX_CHOICE_IMAGES])
+        processor = copy.deepcopy(self.processor)
+        compute = partial(self.compute_features, images, processor=processor, warn=warn)
+        # The geometry is settled first, on a part of the images: all features depend on it, and to
+        # compute them twice would double the longest part of the run.
+        sample, geometry = self.choose_geometry(images, compute(first, has_rings=True), processor)
+        features = replace(sample, rings=None)
+        if len(rest):
+            features = features.join(compute(rest))
+
+        limit = self.measure_limit(images, sample, processor)
+        compared = features if is_divided else features.take(slice(MAX_CHOICE_IMAGES))
+
+        def find_scenes() -> tuple[np.ndarray, dict[str, Any]]:
+            joined, record = keep_together(compared, limit, self.label_space)
+            # The images of a group that were not compared follow the others.
+            names = pd.Series(joined.groups, compared.groups).groupby(level=0).first()
+            groups = pd.Series(images.groups)
+            return groups.map(names).fillna(groups).astype(int).to_numpy(), record
+
+        # On one process for all: rounding on another CPU could turn a close pair.
+        groups, scenes = run_on_main(find_scenes)
+        if is_divided:
+            scenes["num_not_compared"] = len(images) - len(order)
+        return EncodedImages(
+            indices=order,
+            features=replace(features, groups=groups[features.indices]),
+            sample=sample,
+            groups=groups,
+            scenes=scenes,
+            max_distance=limit,
+            geometry=geometry,
+            processor=processor,
+            seconds=time.perf_counter() - start_time,
+        )
 
     def compute_features(
         self,
         images: LabeledImages,
+        indices: np.ndarray,
+        processor: Any,
         warn: Callable[[str], None],
-        indices: np.ndarray | None = None,
+        has_rings: bool = False,
     ) -> Features:
-        """Pass images, or some of them, through the encoder."""
-        part = images if indices is None else images.select(indices)
-        features = self.build_pass(part, self.layout, warn=warn)(
-            self.model.to(PartialState().device).eval()
+        """Pass the images at some indices through the encoder."""
+        layout = self.layout
+        one_pass = self.build_pass(
+            images.select(indices),
+            layout,
+            processor=processor,
+            warn=warn,
+            has_rings=has_rings and "mean" in layout.widths,
         )
-        return features if indices is None else replace(features, indices=indices[features.indices])
+        features = one_pass(self.model.to(PartialState().device).eval())
+        return replace(features, indices=indices[features.indices])
 
-    def measure_limit(self, images: LabeledImages, features: Features) -> float:
+    def measure_limit(self, images: LabeledImages, features: Features, processor: Any) -> float:
         """Measure how near photos of a scene are, with a pass of a few mirrored images."""
 
         def run_pass(part: LabeledImages, processor: Any) -> Features:
@@ -225,44 +263,39 @@ class FrozenEncoder:
             )
             return one_pass(self.model.to(PartialState().device).eval())
 
-        return measure_limit(features, images, self.processor, run_pass)
-
-    def fit_heads(self, features: Features) -> Heads:
-        """Choose and fit the classifiers of the tasks, with the settings of the user."""
-        probe = LinearProbe(self.layers, self.read_pooling, self.class_weight)
-        return Heads.fit(self.label_space, features, probe)
-
-    # Geometry -------------------------------------------------------------------------------------
+        return measure_limit(features, images, processor, run_pass)
 
     def choose_geometry(
-        self, images: LabeledImages, own: Features
+        self, images: LabeledImages, own: Features, processor: Any
     ) -> tuple[Features, dict[str, Any]]:
         """Choose between the checkpoint's own geometry and squashing, on a part of the images.
 
-        Squashing is chosen only if its loss is lower by more than one standard error. The image
-        processor is set to the chosen geometry.
+        Squashing is chosen only if its loss is lower by more than one standard error.
 
         Args:
             images: training images.
             own: features of the images of the choice, with the checkpoint's own geometry.
+            processor: image processor, which is set to the chosen geometry.
 
         Returns:
             The features of these images with the chosen geometry, and the record of the geometry.
         """
-        own_resize = get_resize(self.processor)
+        own_resize = get_resize(processor)
         record: dict[str, Any] = {"resize": own_resize}
         if not self.can_compare_geometries(images, own):
             return own, record
 
         num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(own.labels)))
-        order = np.random.default_rng(0).permutation(len(own.labels))
-        compared = np.sort(own.indices[order[:num_compared]])
-        processor = copy.deepcopy(self.processor)
-        set_resize(processor, SQUASH, self.model.config.image_height_width)
-        squashing = replace(self, build_pass=partial(self.build_pass, processor=processor))
-        squashed = squashing.compute_features(images, ignore_message, compared)
+        # Of each class, the images with the smallest numbers are held out (`select_held_out`): what
+        # measures a run chooses nothing.
+        numbers = draw_numbers(get_keys(images)[own.indices], 0)
+        rows = np.argsort(numbers)[len(numbers) - num_compared :]
+        squash = copy.deepcopy(processor)
+        set_resize(squash, SQUASH, self.model.config.image_height_width)
+        compute = partial(self.compute_features, images, warn=ignore_message, has_rings=True)
+        squashed = compute(own.indices[rows], processor=squash)
 
-        part = own.take(np.isin(own.indices, squashed.indices))
+        part = own.take(rows[np.isin(own.indices[rows], squashed.indices)])
         losses = {}
         for resize, features in ((own_resize, part), (SQUASH, squashed)):
             heads = run_on_main(partial(self.fit_heads, features))
@@ -278,12 +311,13 @@ class FrozenEncoder:
         # A tie goes to the checkpoint's own geometry, with which its encoder was trained.
         if differences.mean() <= differences.std() / np.sqrt(len(differences)):
             return own, record
-        set_resize(self.processor, SQUASH, self.model.config.image_height_width)
+        set_resize(processor, SQUASH, self.model.config.image_height_width)
         record["resize"] = SQUASH
         # The compared images have their new features already.
-        remaining = np.setdiff1d(own.indices, compared)
-        others = self.compute_features(images, ignore_message, remaining)
-        return replace(squashed.join(others), num_unreadable=own.num_unreadable), record
+        others = compute(np.delete(own.indices, rows), processor=processor)
+        squashed = squashed.join(others)
+        places = pd.Index(own.indices).get_indexer(squashed.indices)
+        return replace(squashed.take(np.argsort(places)), num_unreadable=own.num_unreadable), record
 
     def can_compare_geometries(self, images: LabeledImages, own: Features) -> bool:
         """Whether the person left the choice open, and there are enough images, not all square."""
@@ -294,10 +328,62 @@ class FrozenEncoder:
             return False
         return has_various_shapes(images.select(own.indices))
 
+    # Classifiers ----------------------------------------------------------------------------------
+
+    def fit(
+        self, images: EncodedImages, data: TrainingData, warn: Callable[[str], None]
+    ) -> FrozenModel:
+        """Choose and fit the classifiers, and set the geometry and the pooling that they read.
+
+        Args:
+            images: the images before they were divided.
+            data: the images.
+            warn: prints a warning about an unreadable image of a held-out split.
+        """
+        start_time = time.perf_counter()
+        train = images.select(data.train_indices)
+        # On one process for all: rounding on another CPU could turn a close choice.
+        heads = run_on_main(partial(self.fit_heads, train.take(slice(MAX_CHOICE_IMAGES))))
+        # The other images are kept out of the choice, whose time grows with their number, but not of
+        # the fit.
+        if len(train.labels) > MAX_CHOICE_IMAGES:
+            heads = run_on_main(partial(heads.refit, train))
+
+        places = data.held_out_indices
+        held_out = images.select(places)
+        held_out = replace(held_out, indices=np.searchsorted(places, held_out.indices))
+        missing = np.flatnonzero(~np.isin(places, images.indices))
+        if len(missing):
+            others = self.compute_features(data.held_out, missing, images.processor, warn)
+            held_out = held_out.join(others)
+        held_out = held_out.take(np.argsort(held_out.indices))
+        repeats = []
+        if len(held_out.names):
+            pairs, _ = find_pairs(train, images.max_distance, held_out)
+            repeats = np.unique(held_out.names[pairs[:, 0]]).tolist()
+
+        frozen = heads.freeze(train, held_out)
+        record = heads.build_record(frozen) | images.geometry
+        self.set_choice(record)
+        seconds = round(images.seconds + time.perf_counter() - start_time, 1)
+        record |= {"seconds": seconds, "near_copies": images.scenes}
+        if images.sample.rings is not None:
+            sample = images.sample.take(np.isin(images.sample.indices, train.indices))
+            config = self.model.config
+            size = get_output_size(self.processor, config.image_height_width)
+            tasks = split_tasks(sample, self.label_space)
+            record["border"] = measure_border(frozen, tasks, config.get_grid_size(size))
+        return FrozenModel(frozen, record, KnownScenes.of(train, images.max_distance), repeats)
+
+    def fit_heads(self, features: Features) -> Heads:
+        """Choose and fit the classifiers of the tasks, with the settings of the user."""
+        probe = LinearProbe(self.layers, self.read_pooling, self.class_weight)
+        return Heads.fit(self.label_space, features, probe)
+
     # Model ----------------------------------------------------------------------------------------
 
-    def restore(self, record: dict[str, Any]) -> None:
-        """Set the geometry and the pooling that an interrupted run chose."""
+    def set_choice(self, record: dict[str, Any]) -> None:
+        """Set the geometry and the pooling of a record, which may be that of an interrupted run."""
         if record["resize"] != get_resize(self.processor):
             set_resize(self.processor, record["resize"], self.model.config.image_height_width)
         self.set_pooling(Candidate(tuple(record["layers"]), record["pooling"]))
@@ -341,16 +427,15 @@ def has_various_shapes(images: LabeledImages) -> bool:
     return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
 
 
-def sample_parts(classes: np.ndarray, max_images: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sample the images of the choice and the others; return the indices of both, in order.
+def put_first(labels: np.ndarray, number: int) -> np.ndarray:
+    """Order images so that `number` of them come first, with two of each class: folds need these.
 
-    The choice has at least two images of each class that has two: cross-validation needs them.
+    Otherwise, their order stays.
     """
-    order = np.random.default_rng(0).permutation(len(classes))
-    ranks = pd.Series(order).groupby(classes[order]).cumcount()
-    # The first two images of every class move to the front, where they survive both limits.
-    order = order[np.argsort(ranks > 1, kind="stable")][:max_images]
-    return np.sort(order[:MAX_CHOICE_IMAGES]), np.sort(order[MAX_CHOICE_IMAGES:])
+    classes = np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+    ranks = pd.Series(classes).groupby(classes).cumcount()
+    order = np.argsort(ranks > 1, kind="stable")
+    return np.concatenate([np.sort(order[:number]), np.sort(order[number:])])
 
 
 def warn_about_unreadable_classes(
@@ -380,15 +465,13 @@ def ignore_message(message: str) -> None:
 
 
 def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
-    """Say what was chosen for a frozen model: its geometry and its classifiers."""
+    """Say which classifiers were chosen for a frozen model."""
     records = record.get("tasks", {"": record})
     chosen = join_texts({task: describe_choice(each) for task, each in records.items()})
     heads = None
     if losses := record.get("distillation_losses"):
         heads = describe_inference(losses, "out of fold")
     return {
-        "resize": describe_geometry(record),
-        "copies": describe_scenes(record["near_copies"]),
         "frozen": chosen,
         "heads": heads,
         "border": describe_border(record.get("border")),

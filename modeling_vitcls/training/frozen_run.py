@@ -1,32 +1,61 @@
 """A run without steps: the classifiers of the frozen encoder, and how they are measured."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.evaluator import Predictions, round_floats
 from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks
+from ..inference.near_copies import describe_scenes
 from .calibration import Calibration, describe_fold_calibration, measure_errors
-from .frozen_encoder import describe_frozen, join_texts
+from .frozen_encoder import (
+    MAX_START_IMAGES,
+    EncodedImages,
+    describe_frozen,
+    describe_geometry,
+    ignore_message,
+    join_texts,
+    warn_about_unreadable_classes,
+)
 from .heads import FrozenHead, describe_class_weights, describe_threshold
 from .learning_curve import describe_learning_curve, measure_learning_curve
 from .outcome import Outcome, list_measurements
 from .plan import RunPlan
 from .reporter import Reporter
 from .run_inputs import RunInputs
-from .whole_scenes import fit_frozen
 
 
-def run_frozen(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter) -> Outcome:
+def encode_images(inputs: RunInputs, plan: RunPlan, reporter: Reporter) -> EncodedImages:
+    """Pass the images that can train the frozen model through the encoder, before they are divided."""
+    encoder = inputs.frozen_encoder
+    assert encoder is not None, "there is an encoder that is trained"
+    warn, max_images = reporter.warn, None
+    if plan.kind == "steps":
+        # The steps report the unreadable images.
+        warn, max_images = ignore_message, MAX_START_IMAGES
+    encoded = encoder.encode(plan.images.train, warn, max_images, plan.is_drawn)
+    reporter.print_lines(
+        {
+            "resize": describe_geometry(encoded.geometry),
+            "scenes": describe_scenes(encoded.scenes),
+        }
+    )
+    return encoded
+
+
+def run_frozen(
+    inputs: RunInputs, data: TrainingData, images: EncodedImages | None, reporter: Reporter
+) -> Outcome:
     """Fit the classifier of each task to every label that is not held out, and measure it."""
     encoder = inputs.frozen_encoder
     assert encoder is not None, "only a run with a frozen encoder can be frozen"
-    data, frozen, record, known_scenes = fit_frozen(inputs, plan, data, reporter)
+    assert images is not None, "a frozen run is not resumed"
+    frozen = encoder.fit(images, data, reporter.warn)
     # Everything below is measured with the heads in the model, which are what the folder will
     # contain.
-    encoder.set_frozen(frozen)
-
-    tasks = {task: measure_head(encoder.model, head) for task, head in frozen.items()}
+    encoder.set_frozen(frozen.heads)
+    tasks = {task: measure_head(encoder.model, head) for task, head in frozen.heads.items()}
     measured = []
     for task, each in tasks.items():
         measured += list_measurements(
@@ -36,58 +65,68 @@ def run_frozen(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: R
             num_folds=each.head.probe.num_folds_ if each.head.held_out is None else 0,
         )
 
-    all_tasks = list(tasks.values())
     # Every task has the features of the same pass.
-    num_training_images = (
-        sum(map(len, data.frozen_parts)) - all_tasks[0].head.features.num_unreadable
-    )
-    texts = {task: each.calibration.text for task, each in tasks.items()}
-    outcome = Outcome(
-        data=data,
-        measured=measured,
-        metrics=NOTHING_MEASURED,
-        split=data.held_out_name,
-        num_training_images=num_training_images,
-        calibration=None,
-        predictions=None,
-        seconds=record["seconds"],
-        known_scenes=known_scenes,
-        results={"frozen": record},
-        lines={**describe_frozen(record), "calibration": join_texts(texts)},
-    )
-    if any(each.num_folds for each in measured):
-        outcome = replace(outcome, split="cross-validation")
-    if data.label_space.kind == "multi_task":
-        # Every task has been measured on images of the same passes, but may lack their labels.
-        held_out = [each.head.held_out for each in all_tasks if each.head.held_out is not None]
-        num_images = num_training_images
-        num_unreadable = all_tasks[0].head.features.num_unreadable
+    features, *_ = (each.head.features for each in tasks.values())
+    num_training_images = len(data.train) - features.num_unreadable
+    lines = describe_frozen(frozen.record)
+    lines["calibration"] = join_texts({name: each.calibration.text for name, each in tasks.items()})
+    results: dict[str, Any] = {"frozen": frozen.record}
+    calibration = predictions = nearest_images = None
+    if "" in tasks:
+        only = tasks[""]
+        if data.train.is_stratified:
+            warn_about_unreadable_classes(
+                data.train.labels, features.labels, data.label_space, reporter.warn
+            )
+        results["learning_curve"] = measure_learning_curve(only.head)
+        lines["curve"] = describe_learning_curve(results["learning_curve"])
+        lines["unknown"] = describe_threshold(only.head.probe)
+        if data.train.class_ratio > MAX_CLASS_RATIO:
+            lines["weights"] = describe_class_weights(only.head)
+        metrics, predictions = only.metrics, only.predictions
+        calibration = only.calibration.build_record()
+        if predictions is not None:
+            nearest_images = only.head.find_nearest_images(predictions.list_wrong())
+    else:
+        # All tasks have been measured on images of the same passes, but these may lack their labels.
+        num_unreadable, num_images = features.num_unreadable, num_training_images
+        held_out = [each.head.held_out for each in tasks.values() if each.head.held_out is not None]
         if held_out:
             num_unreadable = held_out[0].num_unreadable
             num_images = len(data.held_out) - num_unreadable
         task_metrics = {task: each.metrics for task, each in tasks.items()}
         metrics = round_floats(join_tasks(task_metrics, num_images))
-        return replace(outcome, metrics=metrics | {"num_unreadable_images": num_unreadable})
+        metrics["num_unreadable_images"] = num_unreadable
 
-    (only,) = all_tasks
-    curve = measure_learning_curve(only.head)
-    lines = outcome.lines | {
-        "curve": describe_learning_curve(curve),
-        "unknown": describe_threshold(only.head.probe),
-    }
-    if data.train.class_ratio > MAX_CLASS_RATIO:
-        lines["weights"] = describe_class_weights(only.head)
-    nearest_images = None
-    if only.predictions is not None:
-        nearest_images = only.head.find_nearest_images(only.predictions.list_wrong())
-    return replace(
-        outcome,
-        metrics=only.metrics,
-        calibration=only.calibration.build_record(),
-        predictions=only.predictions,
+    is_cross_validated = any(each.num_folds for each in measured)
+    return Outcome(
+        data=data,
+        measured=measured,
+        metrics=metrics,
+        split="cross-validation" if is_cross_validated else data.held_out_name,
+        num_training_images=num_training_images,
+        calibration=calibration,
+        predictions=predictions,
+        seconds=frozen.record["seconds"],
         nearest_images=nearest_images,
-        results=outcome.results | {"learning_curve": curve},
+        known_scenes=frozen.known_scenes,
+        repeats=frozen.repeats,
+        missing_reason=explain_missing_result(images.scenes),
+        results=results,
         lines=lines,
+    )
+
+
+def explain_missing_result(scenes: Mapping[str, Any]) -> str:
+    """Say why no fold could measure a classifier, given the record of the scenes."""
+    if not scenes["num_near"]:
+        return (
+            "cross-validation requires two images, in different groups, of two labels. Add images"
+        )
+    first, second = scenes["pairs"][0]
+    return (
+        f"{scenes['num_near']:,} photos nearly repeat another one, such as {first} and {second}, and too few "
+        "scenes measure one another. Add photos of another scene to each label"
     )
 
 

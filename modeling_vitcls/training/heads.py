@@ -71,19 +71,19 @@ class Heads:
         reads_patches = any(each.pooling != "cls" for each in candidates)
         return Candidate(layers, "cls_mean" if reads_patches else "cls")
 
-    def freeze(self, features: Features, held_out: Features | None) -> dict[str, "FrozenHead"]:
+    def freeze(self, features: Features, held_out: Features) -> dict[str, "FrozenHead"]:
         """Join the classifier of each task with the features of its training and held-out images."""
-        held_out_parts = {} if held_out is None else split_tasks(held_out, self.label_space)
+        held_out_parts = split_tasks(held_out, self.label_space)
         frozen = {}
         for task, own in split_tasks(features, self.label_space).items():
-            left_out = held_out_parts.get(task)
+            left_out = held_out_parts[task]
             frozen[task] = FrozenHead(
                 task=task,
                 probe=self.probes[task],
                 tokens=self.read.tokens,
                 labels=self.label_space.tasks[task],
                 features=own,
-                held_out=left_out if left_out is not None and len(left_out.labels) else None,
+                held_out=left_out if len(left_out.labels) else None,
             )
         return frozen
 
@@ -122,7 +122,7 @@ class FrozenHead:
         tokens: what the head of the model reads. With several tasks, the classifier reads a part of
             it, and the weights of the others are zero.
         labels: of the task.
-        features: of the training images, the images of the choice first.
+        features: of the training images, those of the choice first.
         held_out: of the held-out images, if there are any.
     """
 
@@ -143,6 +143,7 @@ class FrozenHead:
         num_labels = len(self.labels.names)
         probabilities = expand_rows(probe.out_of_fold_.T, probe.classes_, num_labels).T  # [N, L]
         known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
+        known = known[np.argsort(self.features.indices[known])]
         features = self.features.take(known)
         # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
         logits = probe.target_.to_logits(probabilities[known]).astype(np.float32)

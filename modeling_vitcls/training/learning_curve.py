@@ -3,7 +3,8 @@
     features of the run -> five folds -> classifiers of 25, 50, 75 and 100% of the other photos
 
 No image passes the encoder again. What is said has to be above its noise: the gain from half of the
-photos to all of them, on the same left-out photos.
+photos to all of them, on the same left-out photos. The accuracies that are said are on a line through
+the four, over the logarithm of the number of photos.
 """
 
 from typing import Any
@@ -27,9 +28,9 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
     """Measure the accuracy with four numbers of training images.
 
     Returns:
-        The mean numbers of images, the accuracies, the gain from half of the images to all with its
-        standard error, and the class that gains most; None for several labels per image, and for
-        too few or more than `FEW_IMAGES` images.
+        The mean numbers of images, the accuracies, measured and fitted, the gain from half of the
+        images to all with its standard error, and the class that gains most; None for several labels
+        per image, and for too few or more than `FEW_IMAGES` images.
     """
     probe = head.probe
     num_images = len(probe.losses_)
@@ -39,7 +40,7 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
     read = probe.candidate_.tokens
     tokens = {token: images.get_tokens()[token] for token in read}
     classes, labels = np.unique(images.labels, return_inverse=True)
-    groups = np.unique(images.groups, return_inverse=True)[1]
+    groups = pd.factorize(images.groups)[0]
     # Images of a group are left out together
     order = np.random.default_rng(0).random(num_images)[groups]
 
@@ -69,10 +70,14 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
     by_class = by_group.groupby("label").agg(["mean", "sem"])
     best = by_class["mean"].idxmax()
     is_clear = by_class["mean"][best] > MIN_STANDARD_ERRORS * by_class["sem"][best]
+    accuracies = np.nanmean(is_right, axis=1)
+    num_trained = np.reshape(sizes, (-1, len(SHARES))).mean(axis=0)
+    line = np.polyfit(np.log(num_trained), accuracies, 1)
     return round_floats(  # type: ignore[no-any-return]
         {
-            "num_images": np.reshape(sizes, (-1, len(SHARES))).mean(axis=0).round().tolist(),
-            "accuracy": np.nanmean(is_right, axis=1).tolist(),
+            "num_images": num_trained.round().tolist(),
+            "accuracy": accuracies.tolist(),
+            "fitted": np.polyval(line, np.log(num_trained)).clip(0, 1).tolist(),
             "gain": float(by_group.mean()),
             "standard_error": float(by_group.sem()),
             "class": head.labels.names[classes[best]] if is_clear else None,
@@ -81,10 +86,12 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
 
 
 def describe_learning_curve(record: dict[str, Any] | None) -> str | None:
-    """Say that more photos would help; None unless the gain is above its noise."""
+    """Say that more photos would help; None unless the curve rises, and the gain is above its noise."""
     if record is None or record["gain"] <= MIN_STANDARD_ERRORS * record["standard_error"]:
         return None
-    points = zip(record["accuracy"], record["num_images"], strict=True)
+    if record["fitted"][-1] <= record["fitted"][0]:
+        return None
+    points = zip(record["fitted"], record["num_images"], strict=True)
     texts = [f"{accuracy:.0%} with {num_images:.0f}" for accuracy, num_images in points]
     text = f"more photos would help: {', '.join(texts)} training photos"
     return f"{text}. {record['class']} gains most" if record["class"] else text

@@ -1,6 +1,6 @@
 """What a run has made and measured: the record in which a run of either kind ends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class Outcome:
     """What a run has made: the metrics of the saved model, and how it came about.
 
     Attributes:
-        data: the images, as they were divided at last.
+        data: the images.
         measured: the result of each task; empty if no images measured the model.
         metrics, calibration: fields of results.json.
         split: the images of the metrics, as text.
@@ -56,6 +56,8 @@ class Outcome:
         nearest_images: names of the nearest training images of each wrong prediction, by its index.
         num_unreadable: number of training images that were replaced with others.
         known_scenes: recognizes photos that nearly repeat a training photo, if the encoder can.
+        repeats: names of the held-out photos that do.
+        missing_reason: why nothing could measure the model.
         results: further fields of results.json, such as the number of steps.
         lines: to print about the frozen model and the calibration.
     """
@@ -71,5 +73,10 @@ class Outcome:
     nearest_images: dict[int, list[str]] | None = None
     num_unreadable: int = 0
     known_scenes: KnownScenes | None = None
+    repeats: Sequence[str] = ()
+    missing_reason: str = (
+        "no image was held out. Set `held_out_fraction`, such as 0.2 (with few images per class, the "
+        "default is 0)"
+    )
     results: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, str | None] = field(default_factory=dict)

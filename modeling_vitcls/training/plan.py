@@ -11,14 +11,16 @@ otherwise                                             steps, if they take less t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from ..data.sources import Splits
-from ..data.splits import TrainingData, divide_images
+from ..data.splits import TrainingData, check_can_divide, divide_images
 from ..inference.speed import measure_inference_speed
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
 from .model import find_new_tokens
@@ -46,6 +48,8 @@ class RunPlan:
         kind: frozen or with steps.
         reason: one sentence why.
         options: the flags, with a value for each that this kind of run reads.
+        images: before they are divided. Without steps, no checkpoint is selected, so a split for that
+            trains the model, too.
         averaging: part of the start weights in the saved weights; 0 for the last weights.
         new_tokens: parameters of new tokens and gates (`find_new_tokens`); empty without steps.
         lines: to print about values that the plan has chosen.
@@ -54,15 +58,26 @@ class RunPlan:
     kind: Literal["frozen", "steps"]
     reason: str
     options: FinetuneOptions
+    images: Splits
     averaging: float
     new_tokens: dict[str, list[bool]]
     lines: dict[str, str | None]
 
-    def divide(self, images: Splits, held_out_keys: Any = None) -> TrainingData:
-        """Divide the images of the run as `divide_images` does."""
+    @property
+    def is_drawn(self) -> bool:
+        """Whether images are drawn, to measure the model or to select a checkpoint."""
+        num_splits = 3 if self.options.select == "best" else 2
+        return bool(self.options.held_out_part) and len(self.images.images_by_split) < num_splits
+
+    def divide(self, groups: Sequence[int] | np.ndarray | None) -> TrainingData:
+        """Divide the images of the run as `divide_images` does.
+
+        Args:
+            groups: [N] of the training images, in which photos of a scene are together; None to keep
+                their groups.
+        """
         options = self.options
-        needs_selection = options.select == "best"
-        return divide_images(images, options.held_out_part, needs_selection, held_out_keys)
+        return divide_images(self.images, options.held_out_part, options.select == "best", groups)
 
 
 def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:
@@ -94,6 +109,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     fraction = options.held_out_fraction
     if fraction is None:
         fraction = choose_held_out_fraction(kind, num_images, num_labels, inputs.num_fitted)
+    check_can_divide(inputs.images, fraction, options.select == "best")  # Before images are decoded
     # The default of `select` is set after the kind is known, because an explicit value requires steps.
     options = replace(
         options,
@@ -122,6 +138,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         kind=kind,
         reason=reason,
         options=options,
+        images=inputs.images.join_fitted() if kind == "frozen" else inputs.images,
         averaging=options.average_with_start if averages else 0.0,
         new_tokens=new_tokens,
         lines=lines,

@@ -14,7 +14,8 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from ..data.splits import TrainingData, describe_data
+from ..data.sources import Splits
+from ..data.splits import describe_data
 from ..hub.local_paths import is_local, is_same_source, split_prefix
 from ..runtime.flags import expand_home, to_flags
 from .options import FinetuneOptions
@@ -100,13 +101,13 @@ def format_flag_value(value: Any) -> str:
 
 
 def build_run_record(
-    options: FinetuneOptions, data: TrainingData, flags: dict[str, Any], earlier: EarlierRun | None
+    options: FinetuneOptions, images: Splits, flags: dict[str, Any], earlier: EarlierRun | None
 ) -> dict[str, Any]:
     """Build what checkpoints and results.json contain about the run.
 
     Args:
         options: flags with the values of the plan.
-        data: images of the run.
+        images: of the run.
         flags: flags as the person set them.
         earlier: run that is resumed, whose record is compared.
 
@@ -119,7 +120,7 @@ def build_run_record(
     record: dict[str, Any] = {
         "images_per_step": options.batch_size * options.gradient_accumulation_steps * num_processes,
         "mixed_precision": state.mixed_precision,
-        "data": describe_data(data),
+        "data": describe_data(images),
     }
     if earlier is None:
         chosen = {name: value for name, value in to_flags(options).items() if value != flags[name]}

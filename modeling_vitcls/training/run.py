@@ -1,8 +1,10 @@
 """One training run, from options to a model folder. `train` reads from top to bottom.
 
-    options -> inputs -> plan -> division of the images -> frozen run or steps -> folder
+    options -> inputs -> plan -> features, if the encoder is trained -> division of the images
+            -> frozen run or steps -> folder
 
-What a run is, is decided in plan.py. The run writes weights, configuration, code, image processor,
+What a run is, is decided in plan.py. Photos of a scene stay on one side of the division, and only features
+tell which they are. The run writes weights, configuration, code, image processor,
 config.resolved.yaml, metrics.jsonl, checkpoints and finally results.json, which marks the folder as
 complete. publishing/ builds the report and the card from the folder.
 """
@@ -20,7 +22,7 @@ from ..runtime.distributed import build_accelerator, end_processes, run_on_main
 from ..runtime.flags import to_flags
 from ..runtime.staging import lock_folder
 from .checkpoints import CheckpointStore
-from .frozen_run import run_frozen
+from .frozen_run import encode_images, run_frozen
 from .model import check_model_flags
 from .options import FinetuneOptions
 from .plan import plan_run
@@ -30,8 +32,8 @@ from .run_folder import CHECKPOINTS_FOLDER, EarlierRun, find_run, prepare_folder
 from .run_inputs import load
 from .run_results import build_results, print_result
 from .save import save_output
-from .steps_run import run_steps
-from .summary import print_summary
+from .steps_run import run_steps, start_steps
+from .summary import print_division, print_summary
 
 
 NUM_KEPT_DURING_RUN = 2  # Checkpoints, besides the best one; none is kept after the run
@@ -75,13 +77,13 @@ def train(asked: FinetuneOptions) -> Path:
         # One process looks at the folder for all of them. The others would wait for its lock.
         earlier = run_on_main(open_folder)
 
-        # What the run is. The division of the images depends on it, so it comes first.
         inputs = load(asked, earlier, reporter)
         plan = plan_run(inputs, accelerator, is_resumed=earlier is not None)
         options = plan.options
-        data = plan.divide(inputs.images)
         # Compared with the earlier run first: nothing is written if the run is another one.
-        record = run_on_main(partial(build_run_record, options, data, to_flags(asked), earlier))
+        record = run_on_main(
+            partial(build_run_record, options, inputs.images, to_flags(asked), earlier)
+        )
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
         if earlier is not None and earlier.checkpoint is None:
@@ -90,18 +92,30 @@ def train(asked: FinetuneOptions) -> Path:
             return folder
 
         run_on_main(partial(prepare_folder, folder, store, to_flags(options), earlier is not None))
-        print_summary(inputs, plan, data, reporter)
+        print_summary(inputs, plan, reporter)
+        checkpoint = None if earlier is None else earlier.checkpoint
+        encoded = groups = None
+        if checkpoint is not None:
+            # The images are divided as at the start, without another pass over them.
+            groups = checkpoint.metadata["start"].get("groups")
+        elif inputs.frozen_encoder is not None:
+            encoded = encode_images(inputs, plan, reporter)
+            groups = encoded.groups
+        data = plan.divide(groups)
+        print_division(inputs, plan, data, reporter)
 
         # Both kinds end in the same record.
         if plan.kind == "frozen":
-            outcome = run_frozen(inputs, plan, data, reporter)
+            outcome = run_frozen(inputs, data, encoded, reporter)
         else:
+            start = start_steps(inputs, data, encoded, checkpoint, reporter)
+            del encoded  # The features may take gigabytes, which the steps do not need
             outcome = run_steps(
                 inputs,
                 plan,
                 data,
-                record=record,
-                checkpoint=None if earlier is None else earlier.checkpoint,
+                record=record | {"start": start},
+                checkpoint=checkpoint,
                 store=store,
                 reporter=reporter,
             )

@@ -64,12 +64,11 @@ def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -
 
 def find_repeats(outcome: Outcome) -> dict[str, Any]:
     """Count held-out photos that nearly repeat a training photo, and the others that are right."""
-    names = outcome.results.get("frozen", {}).get("near_copies", {}).get("near_held_out")
-    if not names:
+    if not outcome.repeats:
         return {}
     if outcome.predictions is None:  # Several tasks have no common predictions
-        return {"names": names, "num_images": outcome.metrics["num_images"]}
-    return count_repeats(names, outcome.predictions)
+        return {"names": outcome.repeats, "num_images": outcome.metrics["num_images"]}
+    return count_repeats(outcome.repeats, outcome.predictions)
 
 
 MIN_OPEN_GATE = 0.1  # With gates below it, tokens change nothing that could be measured
@@ -106,23 +105,7 @@ def print_result(outcome: Outcome, plan: RunPlan, reporter: Reporter) -> None:
 def describe_result(outcome: Outcome) -> str:
     """Describe the result: measured on held-out images, or estimated by cross-validation."""
     if not outcome.measured:
-        copies = outcome.results.get("frozen", {}).get("near_copies", {})
-        if copies.get("num_near") and "steps" not in outcome.results:
-            first, second = copies["pairs"][0]
-            return (
-                f"not evaluated, because {copies['num_near']:,} photos nearly repeat another one, such as "
-                f"{first} and {second}, and too few scenes measure one another. Add photos of another "
-                "scene to each label"
-            )
-        if outcome.results.get("frozen", {}).get("num_folds") == 0:
-            return (
-                "not evaluated, because cross-validation requires two images, in different groups, of two "
-                "labels. Add images"
-            )
-        return (
-            "not evaluated, because no image was held out. Set `held_out_fraction`, such as 0.2 (with "
-            "few images per class, the default is 0)"
-        )
+        return f"not evaluated, because {outcome.missing_reason}"
     text = "\n".join(map(str, outcome.measured))
     first = outcome.measured[0]
     if not first.num_folds:

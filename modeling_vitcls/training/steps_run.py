@@ -13,7 +13,7 @@ from ..data.augmentation import build_augmentation
 from ..data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
-from ..data.splits_table import find_trained_images, get_keys
+from ..data.splits_table import find_trained_images
 from ..data.workers import explain_worker_errors
 from ..inference.evaluator import Evaluator
 from ..inference.linear_probe import ABSENT_CLASS_MARGIN
@@ -25,7 +25,12 @@ from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import distribute_like, reshard, scatter_model
-from .frozen_encoder import describe_frozen, warn_about_unreadable_classes
+from .frozen_encoder import (
+    EncodedImages,
+    describe_frozen,
+    ignore_message,
+    warn_about_unreadable_classes,
+)
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .losses import build_objective
 from .optimizer import average_with_start, build_parameter_groups
@@ -36,7 +41,6 @@ from .resume import format_flag_value
 from .run_inputs import RunInputs
 from .signals import SignalHandler
 from .teacher import measure
-from .whole_scenes import fit_frozen
 
 
 def run_steps(
@@ -53,16 +57,13 @@ def run_steps(
 
     Args:
         inputs, plan, data: of the run.
-        record: what checkpoints contain about the run.
+        record: what checkpoints contain about the run, and its start.
         checkpoint: to resume from.
         store: the checkpoints of the run.
         reporter: output of the run.
     """
     options = plan.options
-    # The frozen encoder gets a new pooler and new heads, and may change how images are
-    # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
-    # would otherwise hold on to the old ones.
-    data, start = start_from_frozen(inputs, plan, data, checkpoint, reporter)
+    start = record["start"]
     held_out = Evaluator(data.held_out, **inputs.pass_arguments)
     if inputs.teacher is not None and len(data.held_out) and checkpoint is None:
         start["teacher_accuracy"] = measure(inputs.teacher, inputs.model, held_out)["accuracy"]
@@ -89,7 +90,7 @@ def run_steps(
             store=store,
             signals=signals,
             evaluate_model=selection,
-            run_metadata=record | {"start": start},
+            run_metadata=record,
         )
         # An iterator that is only forgotten would leave its data loading processes running.
         with closing(batches):
@@ -133,6 +134,7 @@ def run_steps(
         seconds=seconds,
         num_unreadable=len(loop.unreadable_images.indices),
         known_scenes=known_scenes,
+        repeats=start.get("repeats", ()),
         results=build_step_results(loop, plan, data, start=start, saved_step=step, seconds=seconds),
         lines={
             "heads": heads_text,
@@ -217,20 +219,23 @@ def measure_initial_classifier(inputs: RunInputs, data: TrainingData) -> dict[st
     return {"initial_classifier": {name: value}}
 
 
-def start_from_frozen(
+def start_steps(
     inputs: RunInputs,
-    plan: RunPlan,
     data: TrainingData,
+    images: EncodedImages | None,
     checkpoint: Checkpoint | None,
     reporter: Reporter,
-) -> tuple[TrainingData, dict[str, Any]]:
+) -> dict[str, Any]:
     """Start from the frozen model, or from a checkpoint.
 
+    The frozen encoder gets a new pooler and new heads, and may change how images are resized. It comes
+    before evaluators, which keep resized images, and the optimizer, which keeps parameters.
+
     Returns:
-        The images, divided again if near copies were on both sides, and what only the start can say,
-        for checkpoints: what `measure_initial_classifier` returns, the keys of the held-out images
-        ("held_out") and, of the frozen model, the record of what was chosen ("frozen"), the metric of
-        the held-out images ("before_steps"), and the nearest training images of each ("nearest_images").
+        What only the start can say, for checkpoints: what `measure_initial_classifier` returns and, of
+        the frozen model, the groups of the images with their scenes ("groups"), the record of what was
+        chosen ("frozen"), the metric of the held-out images ("before_steps"), those of a scene that
+        trains ("repeats"), and the nearest training images of each ("nearest_images").
     """
     encoder = inputs.frozen_encoder
     if checkpoint is not None:
@@ -238,28 +243,29 @@ def start_from_frozen(
         # weights come from the checkpoint.
         start: dict[str, Any] = checkpoint.metadata["start"]
         if encoder is not None:
-            encoder.restore(start["frozen"])
-            data = plan.divide(inputs.images, start["held_out"])
-        return data, start
+            encoder.set_choice(start["frozen"])
+        return start
+
     start = measure_initial_classifier(inputs, data)
-    if encoder is None:
-        return data, start
-    data, frozen, record, _ = fit_frozen(inputs, plan, data, reporter)
-    encoder.set_heads(frozen)
-    reporter.print_lines(describe_frozen(record))
-    start |= {"frozen": record, "held_out": get_keys(data.held_out).tolist()}
-    metric = inputs.selection_metric
-    measured = {task: head for task, head in frozen.items() if head.held_out is not None}
-    if measured:
-        values = [
-            head.predict_held_out(encoder.model).metrics[metric] for head in measured.values()
-        ]
-        start["before_steps"] = {metric: compute_mean(values)}
-    if "" in measured:
-        # Pairs, because the keys of JSON are texts
-        nearest = measured[""].find_nearest_images(np.arange(len(data.held_out)))
-        start["nearest_images"] = list(nearest.items())
-    return data, start
+    if encoder is not None and images is not None:
+        frozen = encoder.fit(images, data, ignore_message)
+        encoder.set_heads(frozen.heads)
+        reporter.print_lines(describe_frozen(frozen.record))
+        start |= {
+            "frozen": frozen.record,
+            "groups": images.groups.tolist(),
+            "repeats": frozen.repeats,
+        }
+        measured = [head for head in frozen.heads.values() if head.held_out is not None]
+        if measured:
+            metric = inputs.selection_metric
+            values = [head.predict_held_out(encoder.model).metrics[metric] for head in measured]
+            start["before_steps"] = {metric: compute_mean(values)}
+        if "" in frozen.heads and measured:
+            # Pairs, because the keys of JSON are texts
+            nearest = measured[0].find_nearest_images(np.arange(len(data.held_out)))
+            start["nearest_images"] = list(nearest.items())
+    return start
 
 
 def describe_teacher(start: dict[str, Any], num_images: int) -> str:

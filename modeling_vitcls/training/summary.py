@@ -5,9 +5,11 @@ from itertools import chain
 from typing import Any
 
 from ..data.aspect_ratio import get_resize
+from ..data.sources import Splits
 from ..data.splits import (
     HELD_OUT_SPLITS,
     TrainingData,
+    describe_divided_groups,
     describe_leaks,
     describe_missing_classes,
 )
@@ -22,13 +24,12 @@ from .run_inputs import RunInputs
 MAX_NAMED_CLASSES = 12  # Maximum number of classes that the summary names
 
 
-def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter) -> None:
-    """Print what the run does, before it starts."""
+def print_summary(inputs: RunInputs, plan: RunPlan, reporter: Reporter) -> None:
+    """Print what the run does, before an image passes a model."""
     encoder = inputs.frozen_encoder  # Chooses geometry and pooling itself, later
     reporter.print_lines(
         {
-            **describe_splits(data),
-            "start": describe_fitted_images(inputs, plan, data),
+            **describe_splits(plan),
             "resize": get_resize(inputs.processor) if encoder is None else None,
             **inputs.images.facts,
             **describe_model(
@@ -42,15 +43,21 @@ def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter
             "run": f"{plan.kind}: {plan.reason}",
         }
     )
-    warn_about_images(inputs, plan, data, reporter)
 
 
-def warn_about_images(
+def print_division(
     inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter
 ) -> None:
-    """Warn about classes that lack images, and about images that cannot measure the run."""
+    """Print how the images were divided, and what is wrong with them.
+
+    Warn about classes that lack images, and about images that cannot measure the run.
+    """
+    lines = {"start": describe_fitted_images(inputs, plan, data)}
+    if plan.is_drawn:
+        lines["divided"] = describe_division(data)
+    reporter.print_lines(lines)
     leaks = describe_leaks(data, plan.options.group_column)
-    for warning in [*describe_missing_classes(data), *leaks]:
+    for warning in [*describe_missing_classes(data), *describe_divided_groups(data), *leaks]:
         reporter.warn(warning)
     # They trained its encoder, or a classifier that it keeps.
     num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
@@ -82,38 +89,46 @@ def describe_fitted_images(inputs: RunInputs, plan: RunPlan, data: TrainingData)
     return f"{text}, so none is held out. `held_out_fraction=0.2` measures the steps on a fifth"
 
 
-def describe_splits(data: TrainingData) -> dict[str, str]:
-    """Say which images train, select and measure the model."""
+def describe_splits(plan: RunPlan) -> dict[str, str]:
+    """Say which splits train, select and measure the model, before images are drawn."""
     lines = {}
-    if data.train_split in HELD_OUT_SPLITS:
+    images = plan.images
+    (train_split, train), *others = images.images_by_split.items()
+    if train_split in HELD_OUT_SPLITS:
         lines["split"] = (
-            f"training uses the split {data.train_split!r}, because no split is named 'train'"
+            f"training uses the split {train_split!r}, because no split is named 'train'"
         )
-    middle_text = ""
-    if data.selection is not None:
-        middle_text = f"{len(data.selection):,} of {data.selection_name}, "
-    held_out = "none held out"
-    if len(data.held_out):
-        held_out = f"{len(data.held_out):,} held-out images ({data.held_out_name})"
-    lines["data"] = f"{data.name}: {len(data.train):,} training images, {middle_text}{held_out}"
-    lines["classes"] = describe_class_sizes(data)
+    texts = [f"{len(train):,} training images"]
+    texts += [f"{len(part):,} of split {split!r}" for split, part in others[:-1]]
+    texts += [f"{len(part):,} held-out images (split {split!r})" for split, part in others[-1:]]
+    if not others and not plan.is_drawn:
+        texts.append("none held out")
+    lines["data"] = f"{images.name}: {', '.join(texts)}"
+    lines["classes"] = describe_class_sizes(images)
     return lines
 
 
-def describe_class_sizes(data: TrainingData) -> str:
-    """Count the images of each class; if there are many classes, of the smallest and the largest one.
+def describe_division(data: TrainingData) -> str:
+    """Say how many images train, select and measure the model."""
+    texts = [f"{len(data.train):,} training images"]
+    if data.selection is not None:
+        texts.append(f"{len(data.selection):,} of {data.selection_name}")
+    texts.append(f"{len(data.held_out):,} held-out images ({data.held_out_name})")
+    return ", ".join(texts)
 
-    Images of a test split do not count. The text is "" for several tasks.
+
+def describe_class_sizes(images: Splits) -> str:
+    """Count the training images of each class; if there are many, of the smallest and the largest one.
+
+    The text is "" for several tasks.
     """
-    if data.label_space.kind == "multi_task":
+    label_space = images.label_space
+    if label_space.kind == "multi_task":
         return ""
-    has_lists = data.label_space.kind == "multi_label_classification"
-    counts: Counter[int] = Counter()
-    # Photos of a test split are not the person's training photos
-    held_out = [data.held_out] if data.held_out_split is None else []
-    for part in [*data.frozen_parts, *held_out]:
-        counts.update(chain.from_iterable(part.labels) if has_lists else part.labels)
-    names = map(replace_control_characters, data.label_space.names)
+    labels = images.train.labels
+    has_lists = label_space.kind == "multi_label_classification"
+    counts = Counter(chain.from_iterable(labels) if has_lists else labels)
+    names = map(replace_control_characters, label_space.names)
     sizes = [(counts[label], name) for label, name in enumerate(names)]
     if len(sizes) > MAX_NAMED_CLASSES:
         (smallest, first), (largest, last) = min(sizes), max(sizes)

@@ -16,7 +16,7 @@ from helpers.tiny_options import build_tiny_options, run_training
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import describe_leaks
+from modeling_vitcls.data.splits import describe_divided_groups, describe_leaks
 from modeling_vitcls.data.splits_table import read_splits
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
@@ -96,6 +96,17 @@ def test_copies_of_an_image_are_on_the_same_side(tmp_path: Path) -> None:
     held_out = get_names(read_training_data(folder).held_out)
     assert {name for name in held_out if "copy" not in name} == before
     assert len(held_out) == 18
+
+
+def test_a_class_that_shares_its_only_group_with_another_class_is_named(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", range(6))
+    rows = [f"photos/cat/{index}.png,cat,farm" for index in range(6)]
+    rows += [f"photos/dog/{index}.png,dog,{('farm', 'town')[index % 2]}" for index in range(6)]
+    (tmp_path / "table.csv").write_text("\n".join(["image,label,place", *rows]))
+    flags = {"group_column": "place", "held_out_fraction": 0.0}
+    data = read_training_data(tmp_path / "table.csv", **flags)
+    (line,) = describe_divided_groups(data)
+    assert line.startswith("all images of cat are in one group with images of other classes")
 
 
 def test_copies_join_the_groups_of_a_table(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -21,8 +22,10 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
     choose_training_splits,
     describe_missing_classes,
+    divide_images,
+    load_undivided_images,
 )
-from modeling_vitcls.training.summary import describe_splits
+from modeling_vitcls.training.summary import describe_class_sizes, describe_splits
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -54,10 +57,10 @@ def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
     cat, dog = photos / "cat" / "1.png", photos / "dog" / "1.png"
     content = cat.read_bytes()
     Image.new("RGB", (8, 8)).save(cat)
-    assert_change("training images")
+    assert_change("train images")
     cat.write_bytes(dog.read_bytes())
     dog.write_bytes(content)  # two images have changed their classes
-    assert_change("training images")
+    assert_change("train images")
     write_photos(photos, range(70, 90), "ant")
     assert_change("classes")
 
@@ -149,9 +152,10 @@ def test_classes_without_training_images_and_without_held_out_images_have_a_line
 ) -> None:
     for split, names in (("train", ("ant", "bee")), ("test", ("bee", "cow"))):
         write_photos(tmp_path / split, range(len(split), 9), *names)
-    data = load_training_data(DataOptions(dataset=str(tmp_path)))
+    images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
+    data = divide_images(images, 0.2)
     # Test photos do not count, and their folder is no split of that name
-    assert describe_splits(data)["classes"] == "ant: 4, bee: 4, cow: 0"
+    assert describe_class_sizes(images) == "ant: 4, bee: 4, cow: 0"
     test_photos = load_evaluation_data(DataOptions(dataset=str(tmp_path / "test")), None)
     assert test_photos.description == "all 10 images"
     assert describe_missing_classes(data) == [
@@ -186,5 +190,5 @@ def test_training_on_a_split_named_test_is_reported(
 ) -> None:
     write_photos(tmp_path / folder, range(20))
     run = prepare_setup(build_tiny_options(tmp_path / "out", tmp_path / "photos", epochs=1))
-    lines = describe_splits(run.data)
+    lines: Any = describe_splits(SimpleNamespace(images=run.inputs.images, is_drawn=True))
     assert ("'test'" in lines.get("split", "")) is is_reported

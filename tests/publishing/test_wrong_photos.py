@@ -139,6 +139,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "learning_curve": {
                 "num_images": [16, 32, 48, 64],
                 "accuracy": [0.59, 0.66, 0.76, 0.79],
+                "fitted": [0.58, 0.68, 0.74, 0.78],
                 "gain": 0.13,
                 "standard_error": 0.04,
                 "class": "skirt",

@@ -404,11 +404,10 @@ def test_the_probe_chooses_what_the_user_has_not_set(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], tokens: set[str]
 ) -> None:
     prepared = prepare_setup(build_options(tmp_path / "run", encoder, **flags))
-    data = prepared.data
+    encoder_of_run = prepared.inputs.frozen_encoder
     warn = prepared.reporter.warn
-    _, record, _ = prepared.inputs.frozen_encoder.fit(
-        [data.train], data.held_out, warn, max_images=64
-    )
+    images = encoder_of_run.encode(prepared.data.train, warn, 64, is_divided=False)
+    record = encoder_of_run.fit(images, prepared.data, warn).record
     assert {row["pooling"] for row in record["candidates"]} == tokens
     assert record["num_training_images"] == 64
 

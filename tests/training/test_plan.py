@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,9 @@ from helpers.tiny_models import build_tiny_config, randomize, save_with_processo
 from helpers.tiny_options import build_tiny_options, run_to_folder, run_training
 
 from modeling_vitcls import ViTCLSModel
+from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.labels import OneLabel
+from modeling_vitcls.data.sources import Splits
 from modeling_vitcls.training import plan
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.plan import RunPlan, plan_run
@@ -24,13 +28,13 @@ def make_inputs(
     num_fitted: int = 0,
     **flags: Any,
 ) -> Any:
+    labels = [index % num_labels for index in range(num_images)]
+    photos = LabeledImages(range(num_images), labels, np.arange(num_images))
+    names = [str(label) for label in range(num_labels)]
     return SimpleNamespace(
         options=FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
         initial=SimpleNamespace(has_random_weights=not has_frozen_start),
-        images=SimpleNamespace(
-            train=range(num_images),
-            label_space=SimpleNamespace(columns={"label": list(range(num_labels))}),
-        ),
+        images=Splits("photos", OneLabel({"label": names}), {"train": photos}),
         model=torch.nn.Identity(),
         has_trained_heads=False,
         frozen_encoder=object() if has_frozen_start else None,

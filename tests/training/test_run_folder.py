@@ -154,7 +154,7 @@ def test_a_finished_run_is_not_resumed_with_other_photos(tmp_path: Path) -> None
     run(folder, dataset=photos)
     run(folder, dataset=photos, resume=True)
     write_photos(photos, range(6, 10))
-    with raises_one_line("was started: training images", "`overwrite=True`"):
+    with raises_one_line("was started: train images", "`overwrite=True`"):
         run(folder, dataset=photos, resume=True)
 
 
