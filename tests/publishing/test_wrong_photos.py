@@ -25,6 +25,7 @@ from modeling_vitcls.publishing.wrong_photos import (
     measure_rows,
     summarize_predictions,
 )
+from modeling_vitcls.runtime.files import read_json
 
 
 NAMES = ["dusk", "noon", "x"]
@@ -200,7 +201,12 @@ def test_the_page_says_what_to_check_and_how_each_class_did(page: Page) -> None:
 def test_the_page_draws_what_more_photos_brought(page: Page) -> None:
     assert "skirt gains most" in page.locator("#curve").inner_text()
     plot = page.locator("#curve svg")
-    assert plot.get_attribute("aria-label").startswith("59% with 16 photos, 66% with 32 photos")
+    results = read_json(Path(page.url.removeprefix("file://")).with_name("results.json"))
+    points = zip(
+        results["learning_curve"]["fitted"], results["learning_curve"]["num_images"], strict=True
+    )
+    texts = [f"{accuracy:.0%} with {number:,.0f} photos" for accuracy, number in points]
+    assert plot.get_attribute("aria-label") == ", ".join(texts)
     heights = plot.locator("circle").evaluate_all("all => all.map(each => each.cy.baseVal.value)")
     assert heights == sorted(heights, reverse=True)
 
