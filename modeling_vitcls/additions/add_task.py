@@ -7,7 +7,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..data.splits import divide_images, load_undivided_images
-from ..data.splits_table import get_keys, list_encoder_rows
+from ..data.splits_table import list_encoder_rows
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Predictions, build_predictions, count_repeats
 from ..inference.linear_probe import LinearProbe, describe_candidate, stack_tokens
@@ -39,15 +39,13 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     groups = train.groups.copy()
     groups[features.indices] = features.groups
     split, *_ = images.images_by_split
-    images_by_split = {**images.images_by_split, split: replace(train, groups=groups)}
-    data = divide_images(
-        replace(images, images_by_split=images_by_split), options.held_out_fraction or 0.0
-    )
+    images = replace(images, images_by_split={**images.images_by_split, split: train})
+    data = divide_images(images, options.held_out_fraction or 0.0, groups=groups)
     held_out: Any = None
     if data.held_out_split is not None:
         held_out = old.compute_features(data.held_out, label_space)
     elif len(data.held_out):
-        is_held_out = np.isin(get_keys(train)[features.indices], get_keys(data.held_out))
+        is_held_out = np.isin(features.indices, data.held_out_indices)
         held_out = features.take(is_held_out)
         features = features.take(~is_held_out)
         scenes = replace(scenes, codes=scenes.codes[~is_held_out])

@@ -30,7 +30,6 @@ from ..data.splits_table import get_keys
 from ..inference.frozen_features import OWN_POOLING, FeatureLayout, Features, FrozenPass
 from ..inference.linear_probe import (
     NUM_LAST_LAYERS,
-    Candidate,
     LinearProbe,
     describe_inference,
 )
@@ -383,22 +382,21 @@ class FrozenEncoder:
     # Model ----------------------------------------------------------------------------------------
 
     def set_choice(self, record: dict[str, Any]) -> None:
-        """Set the geometry and the pooling of a record, which may be that of an interrupted run."""
+        """Set the geometry and the pooling of a record, which may be that of an interrupted run.
+
+        The model gets a pooler and classifiers that read what was chosen.
+        """
         if record["resize"] != get_resize(self.processor):
             set_resize(self.processor, record["resize"], self.model.config.image_height_width)
-        self.set_pooling(Candidate(tuple(record["layers"]), record["pooling"]))
-        if "distillation_inference" in record:
-            self.model.config.distillation_inference = record["distillation_inference"]
-
-    def set_pooling(self, candidate: Candidate) -> None:
-        """Give the model a pooler and classifiers that read the tokens of a candidate."""
         config = self.model.config
-        if candidate.pooling != OWN_POOLING:
-            config.pooling = candidate.pooling
-            config.pooled_layers = None if candidate.layers == (-1,) else list(candidate.layers)
-        # Classifiers of several tasks pool their own CLS tokens.
-        if candidate.pooling != OWN_POOLING and not config.tasks:
-            self.model.vitcls.pooler = build_pooler(config)
+        if record["pooling"] != OWN_POOLING:
+            config.pooling = record["pooling"]
+            config.pooled_layers = None if record["layers"] == [-1] else record["layers"]
+            # Classifiers of several tasks pool their own CLS tokens.
+            if not config.tasks:
+                self.model.vitcls.pooler = build_pooler(config)
+        if "distillation_inference" in record:
+            config.distillation_inference = record["distillation_inference"]
         # The width of a classifier depends on the layers and tokens that it reads.
         self.model.build_classifiers()
         self.model.to(PartialState().device)

@@ -73,11 +73,16 @@ class RunPlan:
         """Divide the images of the run as `divide_images` does.
 
         Args:
-            groups: [N] of the training images, in which photos of a scene are together; None to keep
-                their groups.
+            groups: [N] of the training images, in which photos of a scene are together, if images are
+                drawn; None to keep their groups.
         """
         options = self.options
-        return divide_images(self.images, options.held_out_part, options.select == "best", groups)
+        return divide_images(
+            self.images,
+            options.held_out_part,
+            options.select == "best",
+            groups if self.is_drawn else None,
+        )
 
 
 def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:

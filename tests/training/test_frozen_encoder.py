@@ -227,8 +227,9 @@ def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
     check_nearest_images(options, tmp_path / "head")
 
 
+@pytest.mark.parametrize("held_out_fraction", [0.0, 0.2])
 def test_no_image_passes_the_frozen_encoder_twice(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_out_fraction: float, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Except in the measurement of the speed, whose images are no photos.
 
@@ -244,9 +245,9 @@ def test_no_image_passes_the_frozen_encoder_twice(
         return forward(self, pixel_values, *args, **kwargs)
 
     monkeypatch.setattr(ViTCLSModel, "forward", count)
-    options = build_options(tmp_path / "head", encoder)
+    options = build_options(tmp_path / "head", encoder, held_out_fraction=held_out_fraction)
     results = run_training(options)
-    assert results["num_training_images"] == 300
+    assert results["num_training_images"] == 300 * (1 - held_out_fraction)
     assert sum(counts) == 300 + NUM_MIRRORED
     assert results["steps"] == 0
 

@@ -30,8 +30,6 @@ from modeling_vitcls import ViTCLSModel, evaluate, predict
 from modeling_vitcls.cli import main
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.inference.frozen_features import FrozenPass
-from modeling_vitcls.inference.near_copies import NUM_MIRRORED
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import frozen_run
@@ -318,27 +316,6 @@ def test_photos_beyond_the_limit_of_a_start_are_not_compared_and_a_line_says_how
     assert "before_steps" in results
 
 
-def test_photos_that_are_divided_by_scenes_pass_the_encoder_once(
-    sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for number in range(16):
-        write_shots(sources / "bursts" / ("cups", "pens")[number % 2], number, range(3))
-    write_files(sources, "bursts/cups/damaged.png", content=b"no photo")
-    counts = []
-    call = FrozenPass.__call__
-
-    def count(self: FrozenPass, *arguments: Any) -> Any:
-        counts.append(len(self.images))
-        return call(self, *arguments)
-
-    monkeypatch.setattr(FrozenPass, "__call__", count)
-    flags = "--trainable head --held-out-fraction 0.2 --resize squash"
-    results = finetune(sources, "vit", "bursts", "run", *flags.split())
-    assert "48 of 49 photos nearly repeat another one" not in capsys.readouterr().out
-    assert sum(counts) == 49 + NUM_MIRRORED
-    assert results["num_training_images"] + results["num_images"] == 48
-
-
 def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what(
     sources: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +347,19 @@ def test_photos_of_a_test_folder_that_repeat_training_photos_are_named_and_the_o
     others = rows[~rows["image"].isin(near)]
     num_right = (others["label"] == others["prediction"]).sum()
     assert f"The others: {num_right} of 2 right (95%: " in printed
+
+
+def test_copies_of_shots_of_a_scene_in_the_test_folder_are_still_named_as_copies(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bursts(sources / "photos/train")
+    for name, numbers in (("cups", (0, 2, 4)), ("pens", (1, 3, 5))):
+        (sources / "photos/test" / name).mkdir(parents=True)
+        for number in numbers:
+            shot = f"{name}/IMG_{number}{number % 5}.png"
+            shutil.copy(sources / "photos/train" / shot, sources / "photos/test" / shot)
+    finetune(sources, "vit", "photos", "run")
+    assert "6 of the 6 held-out images are copies of training images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
