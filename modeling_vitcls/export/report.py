@@ -7,7 +7,7 @@ from transformers.image_utils import PILImageResampling
 
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.labels import get_label_space
-from ..hub.model_files import hash_files
+from ..hub.model_files import hash_files, hash_settings
 from ..inference.prediction_rows import DISTANCE
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -31,6 +31,7 @@ def build_model_record(exportable: Exportable, names: list[str]) -> dict[str, An
     return {
         "model_class": type(model).__name__,
         "weights_sha256": {} if folder is None else folder.weights_sha256,
+        "settings_sha256": {} if folder is None else hash_settings(folder.path),
         "version": __version__,
         "preprocessing": build_preprocessing_record(processor),
         "labels": get_label_names(model.config, names),

@@ -334,13 +334,21 @@ class ModelFolder:
     def exports(self) -> dict[str, dict[str, Any]]:
         """The reports (FILE.json) of the exported files by file name.
 
-        Files that were exported from other weights are left out.
+        Files that were exported from other weights, or with other settings, are left out.
         """
-        reports = {
-            file.name: self.read_current(f"{file.name}.json", "weights_sha256")
-            for file in sorted(self.path.glob("*.onnx"))
-        }
-        return {name: report for name, report in reports.items() if report}
+        reports = {}
+        for file in sorted(self.path.glob("*.onnx")):
+            report = self.read_current(f"{file.name}.json", "weights_sha256")
+            if not report:
+                continue
+            if report.get("settings_sha256") == hash_settings(self.path):
+                reports[file.name] = report
+            else:
+                warn_on_first_process(
+                    f"ignoring {file.name}, because {' or '.join(CONFIG_FILES)} changed after the "
+                    "export. Remove it, and run `vitcls export` again"
+                )
+        return reports
 
     def read_saved(self, name: str) -> dict[str, Any]:
         """Read a JSON file; return an empty dict if there is none."""

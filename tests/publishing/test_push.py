@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.hub.model_files import hash_settings
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.push import (
@@ -195,6 +197,7 @@ def write_export(folder: Path, **values: Any) -> None:
         "format": "onnx",
         "dtype": "float16",
         "weights_sha256": {WEIGHTS: digest},
+        "settings_sha256": hash_settings(folder),
         "num_bytes": 3 * 2**19,
         "largest_differences": {"logits": 2e-6},
         "sha256": {"model.onnx": "", "model.onnx.data": ""},
@@ -204,8 +207,14 @@ def write_export(folder: Path, **values: Any) -> None:
     (folder / "model.onnx.json").write_text(json.dumps(report | values))
 
 
-def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(
-    hub: LocalHub, folder: Path
+def rename_class(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace("dusk", "dawn"))
+
+
+@pytest.mark.parametrize("edit", [replace_weights, rename_class])
+def test_exported_files_are_pushed_only_with_the_model_they_were_created_from(
+    hub: LocalHub, folder: Path, edit: Callable[[Path], None]
 ) -> None:
     write_export(folder)
     push_folder(ModelFolder(folder), "ann/model")
@@ -214,7 +223,7 @@ def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(
     assert {"model.onnx", "model.onnx.data", "model.onnx.json"} <= names
     assert "| `model.onnx` | float16 | 1.5 MiB | 2.0e-06 |" in read_card(hub)
 
-    replace_weights(folder)
+    edit(folder)
     push_folder(ModelFolder(folder), "ann/model")
     assert not [name for name in hub.files("ann/model") if "onnx" in name]
     assert "onnx" not in read_card(hub)
@@ -259,10 +268,6 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
         ),
         (lambda folder: (folder / WEIGHTS).unlink(), ["lacks model.safetensors"]),
         (lambda folder: (folder / "modeling_vitcls.py").unlink(), ["modeling_vitcls.py"]),
-        (
-            lambda folder: [write_export(folder), (folder / "modeling_vitcls.py").unlink()],
-            ["modeling_vitcls.py"],
-        ),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
             ["is not a vitcls model", "vitcls convert"],
@@ -331,18 +336,19 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
     hub: LocalHub, folder: Path
 ) -> None:
     write_card(ModelFolder(folder))
-    local_card = (folder / "README.md").read_text()
+    card = folder / "README.md"
+    local_card = card.read_text()
     push_folder(ModelFolder(folder), "ann/model")
     assert "# ann/model\n" in read_card(hub)
     assert "my-run" not in read_card(hub)
-    assert (folder / "README.md").read_text() == local_card
+    assert card.read_text() == local_card
 
     text = local_card.replace(f"# {folder.parent.name}/my-run", "# My model")
-    (folder / "README.md").write_text(text)
+    card.write_text(text)
     push_folder(ModelFolder(folder), "ann/model")
     assert read_card(hub) == text
 
-    (folder / "README.md").write_text("---\nlicense: [\n---\n")  # invalid YAML
+    card.write_text("---\nlicense: [\n---\n")  # invalid YAML
     with raises_one_line("README.md", "vitcls push", error=PushError):
         push_folder(ModelFolder(folder), "ann/model")
 
