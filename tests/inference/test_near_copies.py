@@ -67,3 +67,20 @@ def test_photos_that_are_alike_are_no_shots_of_one_scene(width: float, is_told_a
     mirrored = build_features(values + 0.04 * np.eye(80, WIDTH, 2), features.labels)
     limit = compute_limit(features, features, mirrored)
     assert (limit > 0) == is_told_apart
+
+
+@pytest.mark.parametrize("num_things, num_near", [(8, 40), (1, 3)])
+def test_shots_of_a_camera_in_the_hand_are_near_in_a_set_of_scenes(
+    num_things: int, num_near: int
+) -> None:
+    """Of five shots of a thing, two are farther from the others than shots of a burst."""
+    values = np.eye(40, WIDTH)
+    for thing in range(num_things):
+        shots = slice(5 * thing, 5 * thing + 5)
+        values[shots] = values[5 * thing]
+        values[shots, 40:45] = np.diag([0.01, 0.01, 0.01, 0.12, 0.12])
+    features = build_features(values, np.arange(40) % 2)
+    mirrored = build_features(values + 0.07 * np.eye(40, WIDTH)[:, ::-1], features.labels)
+    limit = compute_limit(features, features, mirrored)
+    _, record = keep_together(features, limit, LABELS)
+    assert record["num_near"] == num_near
