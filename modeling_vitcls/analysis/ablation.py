@@ -1,22 +1,21 @@
-"""Effects of special tokens: how outputs change if the states of tokens are replaced by their means.
+"""Effects of special tokens: how outputs change if a token is hidden from attention.
 
     ablations = compute_ablations(model, TokenUse(model.config), batches)
     ablations["register 1"][""]    the `Effect` on the output "" (token_use.py)
 
-After the embeddings and each layer, the states are replaced with their means over images, so they
-are the same for every image. Removing tokens or setting them to zero would instead produce inputs
-that the model was never trained on.
+No token attends to a hidden one, as if its gate were 0. For tokens that were added behind gates, that is
+the model before; a mean state in the token's place would keep what acts as a constant.
 
 An effect alone is not meaningful, because a random token is attended to as well. The effect of each
-token that no head reads is therefore compared with one null distribution: the effects of ablating a
+token that no head reads is therefore compared with one null distribution: the effects of hiding a
 redrawn token, whose embedding is replaced with a random vector of the same norm. Effects, null
 distributions and decisions use the same images.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -56,13 +55,12 @@ MIN_CHANGE = 1e-3  # Smaller effects are rounding errors
 # Minimum standard deviation of the logits over images, as a fraction of their root mean square
 MIN_RELATIVE_DEVIATION = 1e-3
 NUM_NULL_DRAWS = 8  # Random tokens per null distribution
-MAX_REDRAW_DROP = 0.05  # A random token that costs less accuracy does as well
 NULL_LEVEL = 0.995  # 1 of 200 random tokens has an effect beyond the limit
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Effect of an ablation on one output, with 95% confidence intervals.
+    """Effect of hiding a token on one output, with 95% confidence intervals.
 
     Attributes:
         size: for predictions, the root mean square change of the logits, divided by the standard
@@ -72,10 +70,10 @@ class Effect:
         num_images: number of images.
         changed: fraction of images whose prediction changes; None for features.
         changed_interval: interval for `changed`.
-        null_sizes: sizes of the effects of ablating redrawn tokens; empty if a head reads the
-            token, because then every replacement has an effect.
-        redraw_drop: interval for the decrease in accuracy if the token is redrawn, as a mean over
-            draws; None if no label is known or a head reads the token.
+        accuracies: of the model, and of the model without the token; None without labels.
+        drop: interval for the decrease in accuracy; None without labels.
+        null_sizes: sizes of the effects of hiding redrawn tokens; empty if a head reads the token,
+            because then every redrawn token has an effect.
     """
 
     size: float
@@ -83,8 +81,9 @@ class Effect:
     num_images: int
     changed: float | None = None
     changed_interval: Interval | None = None
+    accuracies: tuple[float, float] | None = None
+    drop: Interval | None = None
     null_sizes: tuple[float, ...] = ()
-    redraw_drop: Interval | None = None
 
     @property
     def limit(self) -> float | None:
@@ -107,29 +106,17 @@ class Effect:
         return self.changed > 0 and self.size > MIN_CHANGE
 
     @property
-    def is_beyond_limit(self) -> bool:
-        """Whether the effect is measurable and larger than a random token's.
-
-        It exceeds the limit of its null distribution, or a random token in its place costs
-        accuracy.
-        """
-        costs_accuracy = self.redraw_drop is not None and self.redraw_drop[0] > MAX_REDRAW_DROP
-        return (
-            self.is_measurable
-            and self.limit is not None
-            and (self.size > self.limit or costs_accuracy)
-        )
-
-    @property
     def comparison(self) -> str:
         """How the effect compares with a random token's, for the table."""
         if self.num_images < MIN_IMAGES:
             return f"under {MIN_IMAGES} images"
+        if self.drop is not None and self.drop[0] > 0:
+            return "costs accuracy"
         if not self.is_measurable:
             return "no change"
         if self.limit is None:
             return "read by a head"
-        return "more" if self.is_beyond_limit else "no more"
+        return "more" if self.size > self.limit else "no more"
 
 
 # Name of a token or a group -> name of an output -> effect
@@ -149,7 +136,7 @@ def compute_ablations(
     Args:
         model: a classifier or an encoder, in evaluation mode.
         use: the tokens that the outputs of the model read.
-        batches: batches of images and labels, in random order. Up to 16 passes per token are made
+        batches: batches of images and labels, in random order. Up to 9 passes per token are made
             over the first ones: as many as `take_batches` says.
         watch: function that returns the same items and shows the progress.
     """
@@ -164,49 +151,29 @@ def compute_ablations(
         return ablations
 
     batches = take_batches(model, batches)
-    # The means and the outputs come from the same passes, so that only the ablation differs between
-    # before and after, and not the rounding of other batches. Means: [L + 1, S, D]
-    means, before = collect_mean_states(model, batches, range(len(use.names)))
+    before = gather_outputs(model, batches)
     labels = collect_labels(batches, use.config)
-    for name, indices in watch(targets.items(), "ablating tokens"):
-        with replace_by_means(model, use, indices, means[:, indices]):
-            after = gather_outputs(model, batches)
+    hidden: dict[str, Outputs] = {}
+    for name, indices in watch(targets.items(), "hiding tokens"):
+        hidden[name] = gather_outputs(model, batches, partial(run_without, model, indices))
         ablations[name] = {
-            output: compute_effect(rows, after[output], use.target)
+            output: compute_effect(rows, hidden[name][output], use.target, labels.get(output))
             for output, rows in before.items()
         }
 
-    for names, draws in watch(list(plan_redraws(use)), "ablating random tokens"):
+    for names, draws in watch(list(plan_redraws(use)), "hiding random tokens"):
         sizes: dict[str, list[float]] = {}  # Output -> null distribution
-        # (redrawn token, output) -> drops [images] per draw
-        drops: dict[tuple[str, str], list[torch.Tensor]] = {}
         for name in draws:
-            # A redrawn token has other states than the trained one, so it is replaced with means of
-            # its own.
+            # A hidden token changes nothing, so without it, the model with a redrawn one is the same.
             with redraw_tokens(model, targets[name], generator):
-                redrawn_means, redrawn = collect_mean_states(model, batches, targets[name])
-                with replace_by_means(model, use, targets[name], redrawn_means):
-                    replaced = gather_outputs(model, batches)
-
+                redrawn = gather_outputs(model, batches)
             for output, rows in redrawn.items():
-                sizes.setdefault(output, []).append(compute_size(rows, replaced[output]))
-                # The drop is a mean over all images, so all labels must be known.
-                if output in labels and bool((labels[output] != IGNORED_LABEL).all()):
-                    was_correct = predict_labels(before[output], use.target) == labels[output]
-                    is_correct = predict_labels(rows, use.target) == labels[output]
-                    drop_by_image = (was_correct.float() - is_correct.float()).mean(dim=1)
-                    drops.setdefault((name, output), []).append(drop_by_image)
+                sizes.setdefault(output, []).append(compute_size(rows, hidden[name][output]))
 
-        intervals = {
-            position: compute_bootstrap_interval(torch.stack(draw_drops).mean(dim=0).tolist())
-            for position, draw_drops in drops.items()
-        }
         for output, null_sizes in sizes.items():
             for name in names:
                 ablations[name][output] = replace(
-                    ablations[name][output],
-                    null_sizes=tuple(null_sizes),
-                    redraw_drop=intervals.get((name, output)),
+                    ablations[name][output], null_sizes=tuple(null_sizes)
                 )
     return ablations
 
@@ -241,24 +208,40 @@ def name_group(group: str) -> str:
 # Effects ------------------------------------------------------------------------------------------
 
 
-def compute_effect(before: list[torch.Tensor], after: list[torch.Tensor], target: Target) -> Effect:
-    """Compare one output of all images before and after an ablation."""
+def compute_effect(
+    before: list[torch.Tensor],
+    after: list[torch.Tensor],
+    target: Target,
+    labels: torch.Tensor | None = None,
+) -> Effect:
+    """Compare one output of all images before and after an ablation.
+
+    `labels` have the shape of the predictions; IGNORED_LABEL is unknown.
+    """
     changes = measure_changes(before, after)
     low, high = compute_bootstrap_interval(changes.tolist())
     size = compute_size(before, after)
     if has_vectors(before):
         return Effect(size, (low, high), len(before))
 
-    labels, new_labels = (predict_labels(rows, target) for rows in (before, after))
-    is_changed = (labels != new_labels).any(dim=1)
+    predicted, new = (predict_labels(rows, target) for rows in (before, after))
+    is_changed = (predicted != new).any(dim=1)
     num_changed = int(is_changed.sum())
     changed_low, changed_high = compute_proportion_interval(num_changed, len(before))
-    return Effect(
+    effect = Effect(
         size=size,
         interval=(low**0.5, high**0.5),
         num_images=len(before),
         changed=is_changed.float().mean().item(),
         changed_interval=(changed_low, changed_high),
+    )
+    if labels is None or not len(known := (labels != IGNORED_LABEL).all(dim=1).nonzero()[:, 0]):
+        return effect
+    was_right, is_right = ((each == labels).all(dim=1)[known].float() for each in (predicted, new))
+    return replace(
+        effect,
+        accuracies=(was_right.mean().item(), is_right.mean().item()),
+        drop=compute_bootstrap_interval((was_right - is_right).tolist()),
     )
 
 
@@ -297,49 +280,14 @@ def measure_changes(before: list[torch.Tensor], after: list[torch.Tensor]) -> to
 # Tokens -------------------------------------------------------------------------------------------
 
 
-def collect_mean_states(
-    model: Any, batches: Batches, indices: Sequence[int]
-) -> tuple[torch.Tensor, Outputs]:
-    """Compute the mean states [L + 1, n, D] of some tokens, and the outputs of the same passes.
-
-    The tokens are those at the sequence indices `indices`. The means are in double precision.
-    """
-    state_sums = []
-    num_images = 0
-
-    def run(pixel_values: torch.Tensor) -> Any:
-        nonlocal num_images
-        outputs = model(pixel_values, output_hidden_states=True)
-        # [B, L + 1, n, D]
-        states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
-        state_sums.append(states.cpu().double().sum(dim=0))
-        num_images += len(pixel_values)
-        return outputs
-
-    outputs = gather_outputs(model, batches, run)
-    return torch.stack(state_sums).sum(dim=0) / num_images, outputs
-
-
-@contextmanager
-def replace_by_means(
-    model: Any, use: TokenUse, indices: Sequence[int], mean_states: torch.Tensor
-) -> Iterator[None]:
-    """Replace the states of the special tokens `indices` with `mean_states` [L + 1, n, D].
-
-    They are replaced after the embeddings and after each layer. The last layer is included only if
-    the head uses one of the tokens.
-    """
-    encoder = model.base_model
-    modules = [encoder.embeddings, *encoder.layers]
-    if use.read_tokens.isdisjoint(indices):
-        # No output depends on the token there, and a hook would make the last layer compute all
-        # tokens.
-        modules.pop()
-
-    with ExitStack() as hooks:
-        for module, means in zip(modules, mean_states, strict=False):
-            hooks.enter_context(replace_tokens(module, indices, means))
-        yield
+def run_without(model: Any, indices: Sequence[int], pixel_values: torch.Tensor) -> Any:
+    """Run a model on images [B, C, H, W]; no token attends to the special tokens `indices`."""
+    config = model.config
+    grid_size = config.get_grid_size(pixel_values.shape[-2:])
+    num_tokens = config.token_layout.get_num_tokens(*grid_size)
+    mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
+    mask[:, list(indices)] = 0
+    return model(pixel_values, attention_mask=mask)
 
 
 def redraw_tokens(
@@ -354,32 +302,16 @@ def redraw_tokens(
         torch.randn(len(indices), model.config.hidden_size, generator=generator)
     )
 
-    def redraw(tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.norm(dim=-1, keepdim=True) * directions.to(tokens)
-
-    return replace_tokens(model.base_model.embeddings, indices, redraw)
-
-
-def replace_tokens(
-    module: nn.Module,
-    indices: Sequence[int],
-    new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
-) -> torch.utils.hooks.RemovableHandle:
-    """Replace the special tokens `indices` in the output of a module until the handle is removed.
-
-    `new_tokens` is a tensor [n, D], or a function that maps the old tokens [B, n, D] to the new
-    tokens.
-    """
-
-    def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
+    def redraw(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         new_states = hidden_states.clone()  # [B, N, D]
-        replacements = (
-            new_tokens(new_states[:, list(indices)]) if callable(new_tokens) else new_tokens
-        )
-        new_states[:, list(indices)] = replacements.to(hidden_states)
+        norms = new_states[:, list(indices)].norm(dim=-1, keepdim=True)
+        new_states[:, list(indices)] = norms * directions.to(new_states)
         return new_states
 
-    return module.register_forward_hook(hook)
+    handle: torch.utils.hooks.RemovableHandle = model.base_model.embeddings.register_forward_hook(
+        redraw
+    )
+    return handle
 
 
 # Outputs ------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def inspect_images(
         batch_size: number of images per forward pass.
         chosen: photos to show. Default: the most instructive images.
         num_shown: number of images to show if none is chosen.
-        has_ablations: whether to measure the effect of each token, which takes up to 16 passes per
+        has_ablations: whether to measure the effect of each token, which takes up to 9 passes per
             token and image (`compute_ablations`).
         token_movement: distance by which training moved each token (`token_movement` in
             results.json).

@@ -126,10 +126,14 @@ def list_effects(inspection: Inspection) -> list[dict[str, str]]:
     """Format the table of effects, for the page and the terminal, with gates if the model has any."""
     rows = []
     for token, output, effect in inspection.effects:
-        changed = "–"
+        changed = without = "–"
         if effect.changed is not None and effect.changed_interval is not None:
             low, high = effect.changed_interval
             changed = f"{effect.changed:.0%} ({low:.0%} to {high:.0%})"
+        if effect.accuracies is not None and effect.drop is not None:
+            low, high = effect.drop
+            without = "{:.0%} to {:.0%} right".format(*effect.accuracies)
+            without += f" ({100 * low:.0f} to {100 * high:.0f} points lost)"
         low, high = effect.interval
         row = {"token": token}
         if inspection.gates:
@@ -140,6 +144,7 @@ def list_effects(inspection: Inspection) -> list[dict[str, str]]:
             | {
                 "output": output or "predictions",
                 "changed predictions": changed,
+                "without it": without,
                 "effect (95% interval)": f"{effect.size:.2g} ({low:.2g} to {high:.2g})",
                 "limit": "–" if effect.limit is None else f"{effect.limit:.2g}",
                 "than a random token": effect.comparison,

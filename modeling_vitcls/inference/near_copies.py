@@ -111,9 +111,7 @@ def compute_limit(features: Features, own: Features, mirrored: Features) -> floa
     return limit
 
 
-def are_distinct(
-    features: Features, scenes: np.ndarray, limit: float, min_contrast: float
-) -> bool:
+def are_distinct(features: Features, scenes: np.ndarray, limit: float, min_contrast: float) -> bool:
     """Check that near photos are shots of scenes, and not photos of a kind that are all alike.
 
     Digits of one kind are a chain of neighbors, too. But shots of a scene are near to one another, not

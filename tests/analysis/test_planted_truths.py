@@ -22,7 +22,7 @@ from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.inference.image_pass import ImageBatch
 
 
-NUM_EPOCHS = 5
+NUM_EPOCHS = 6  # For each register
 TASKS = {"parity": 2, "size": 2}
 
 
@@ -42,6 +42,8 @@ def hide_keys(model: Any, hidden: slice) -> Iterator[None]:
         states = args[0] if args else kwargs["hidden_states"]
         mask = torch.ones(1, 1, states.shape[1], states.shape[1], dtype=torch.bool)
         mask[:, :, :1, hidden] = False
+        if args[1] is not None:
+            mask = mask & args[1]
         return (states, mask, *args[2:]), kwargs
 
     with ExitStack() as hooks:
@@ -66,15 +68,14 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
     model = ViTCLSForImageClassification(config)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
     with hide_keys(model, slice(1 + num_registers, None)):
-        for _ in range(NUM_EPOCHS):
+        for _ in range(NUM_EPOCHS * num_registers):
             for indices in torch.randperm(NUM_TRAINED).split(100):
                 optimizer.zero_grad()
                 model(PIXELS[indices], labels=LABELS[indices]).loss.backward()
                 optimizer.step()
         found = measure(model.eval())
     effect = found["register" if num_registers == 1 else "all register tokens"][""]
-    assert effect.comparison == "more"
-    assert effect.is_beyond_limit
+    assert effect.comparison == "costs accuracy"
 
 
 # Several tasks ------------------------------------------------------------------------------------
@@ -115,4 +116,4 @@ def test_random_models_raise_no_false_alarm(seed: int) -> None:
     pixels = build_images(MIN_IMAGES, seed=seed)
     found = measure(model, pixels, torch.arange(len(pixels)) % 8)
     for key in ("register 1", "register 2", "all register tokens"):
-        assert not found[key][""].is_beyond_limit, key
+        assert found[key][""].comparison in ("no more", "no change"), key
