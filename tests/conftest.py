@@ -96,6 +96,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 
 
 @pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Compute no gradients in the test."""
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Reset the singletons in which Accelerate keeps its settings, before and after the test."""
     from helpers.accelerate_state import reset_accelerate
@@ -135,6 +144,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         # a client with the former address
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         yield running
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for the fixtures of one file."""
+    return tmp_path_factory.mktemp("module")
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,6 @@ from modeling_vitcls.publishing.published_files import collect_files
 from modeling_vitcls.publishing.report import write_report
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 add_task = partial(modeling_vitcls.add_task, num_workers=0)
 add_class = partial(modeling_vitcls.add_class, num_workers=0)
 

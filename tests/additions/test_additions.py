@@ -41,8 +41,6 @@ from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 NUM_IMAGES = 120
 IMAGES = [
     Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in DIGITS.images[:NUM_IMAGES]

@@ -81,7 +81,6 @@ def draw_sticker(pixels: np.ndarray, generator: np.random.Generator) -> tuple[in
     return row // STICKER, column // STICKER
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("pooling", ["mean", "cls_mean"])
 def test_the_part_with_the_sticker_that_decides_is_the_hottest(
     pooling: str, tmp_path: Path
@@ -98,7 +97,6 @@ def test_the_part_with_the_sticker_that_decides_is_the_hottest(
     assert num_found >= 7
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_most_of_what_raises_a_score_is_on_the_frame_that_decides(tmp_path: Path) -> None:
     def draw_frame(pixels: np.ndarray, generator: np.random.Generator) -> None:
         inner = pixels[STICKER:-STICKER, STICKER:-STICKER].copy()

@@ -1,22 +1,18 @@
-"""A fixture for commands that end with an error of one line."""
+"""A working folder with photographs and a model of them."""
 
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from helpers.command_in_process import run_here
 
 
 @pytest.fixture
-def run_with_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a function that runs `vitcls`, and returns the line of its error."""
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder with `photos` of cats and dogs, and `model`: a classifier with a task."""
+    from helpers.photo_folders import write_photos
+    from helpers.tiny_models import save_classifier
 
-    def run_and_fail(*arguments: object, status: int = 1) -> str:
-        capsys.readouterr()
-        assert run_here(*map(str, arguments)) == status
-
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
-        return error
-
-    return run_and_fail
+    write_photos(tmp_path / "photos", range(8))
+    heads = {"weather": {"labels": ["rain", "sun"]}}
+    save_classifier(tmp_path / "model", "cat", "dog", "fox", extra_heads=heads)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

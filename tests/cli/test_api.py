@@ -25,8 +25,6 @@ from modeling_vitcls.runtime.flags import get_flag_fields
 from modeling_vitcls.training.options import FinetuneOptions
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 REQUIRED: dict[str, Any] = {"model": "m", "dataset": "digits", "output_dir": "out"}
 RUN = {"max_steps": 2, "batch_size": 4, "num_workers": 0, "report": False}
 FLAGS: dict[str, Any] = vars(TINY) | RUN
@@ -64,9 +62,9 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def trained(module_path: Path) -> tuple[Path, dict[str, Any]]:
     """Return the folder and the results of a run with torch's defaults."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
+    folder = module_path / "run"
     return folder, finetune(dataset=build_photos(), output_dir=folder, **FLAGS)
 
 

@@ -16,7 +16,7 @@ from helpers.tiny_models import (
     KINDS,
     build_tiny_config,
     raises_one_line,
-    randomize,
+    save_classifier,
     save_with_processor,
 )
 from matplotlib.figure import Figure
@@ -27,8 +27,6 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, look, pre
 from modeling_vitcls.cli.demo import DemoOptions, build_page, run
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 NAMES = ("cat", "dog", "fox")
 
 
@@ -37,15 +35,6 @@ def photo(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
-
-
-def save_classifier(folder: Path, **fields: Any) -> Path:
-    labels = {
-        "id2label": dict(enumerate(NAMES)),
-        "label2id": {name: i for i, name in enumerate(NAMES)},
-    }
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**labels | fields)))
-    return save_with_processor(model, folder)
 
 
 def ask(model: Path, photo: Path) -> list[Any]:
@@ -58,7 +47,7 @@ def ask(model: Path, photo: Path) -> list[Any]:
 def test_the_page_has_the_answer_the_probabilities_and_the_sheet(
     tmp_path: Path, photo: Path
 ) -> None:
-    model = save_classifier(tmp_path / "model")
+    model = save_classifier(tmp_path / "model", *NAMES)
     (row,) = predict(model, photo, top_k=3)
     probabilities, sheet = ask(model, photo)
     assert max(probabilities, key=probabilities.get) == row["label"]
@@ -72,7 +61,7 @@ def test_an_unknown_photo_shows_none_of_the_labels_on_the_page_and_the_sheet(
 ) -> None:
     tokens = {"tokens": [[-1, "cls"]], "num_classes": len(NAMES)}
     fields = {"class_statistics": tokens, "distance_threshold": -1.0}
-    model = save_classifier(tmp_path / "model", **fields)
+    model = save_classifier(tmp_path / "model", *NAMES, **fields)
     classifier = ViTCLSForImageClassification.from_pretrained(model)
     classifier.class_distance.counts.fill_(1)
     classifier.class_distance.store_fingerprint(classifier.vitcls)
@@ -93,7 +82,7 @@ def test_an_unknown_photo_shows_none_of_the_labels_on_the_page_and_the_sheet(
 
 def test_each_task_has_an_answer(tmp_path: Path, photo: Path) -> None:
     model_class, fields, _ = KINDS["multi_task"]
-    model = save_with_processor(randomize(model_class(build_tiny_config(**fields))), tmp_path / "m")
+    model = save_with_processor(model_class(build_tiny_config(**fields)), tmp_path / "m")
     (row,) = predict(model, photo)
     *answers, _ = ask(model, photo)
     labels = [row[name] for name in row if name.endswith("_label")]
@@ -101,7 +90,8 @@ def test_each_task_has_an_answer(tmp_path: Path, photo: Path) -> None:
 
 
 def test_several_labels_are_those_above_the_threshold(tmp_path: Path, photo: Path) -> None:
-    model = save_classifier(tmp_path / "model", problem_type="multi_label_classification")
+    fields = {"problem_type": "multi_label_classification"}
+    model = save_classifier(tmp_path / "model", *NAMES, **fields)
     (row,) = predict(model, photo)
     assert list(ask(model, photo)[0]) == row["labels"]
 
@@ -120,7 +110,7 @@ def address(
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # Restored
-    run(DemoOptions(model=str(save_classifier(tmp_path / "model")), host="0.0.0.0"))
+    run(DemoOptions(model=str(save_classifier(tmp_path / "model", *NAMES)), host="0.0.0.0"))
     yield capsys.readouterr().out.splitlines()[-1].rpartition(" ")[2]
     gradio.close_all()
 
@@ -178,7 +168,7 @@ def test_files_of_the_server_are_not_opened(address: str, photo: Path) -> None:
 
 
 def test_a_port_that_is_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = save_classifier(tmp_path / "model")
+    model = save_classifier(tmp_path / "model", *NAMES)
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -8,13 +8,13 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
-from helpers.command_in_process import run_here
+from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import save_classifier
 from transformers import ViTConfig
@@ -22,21 +22,15 @@ from transformers import ViTConfig
 from modeling_vitcls.runtime import files
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("place")
 
+PREDICT = "predict --model model photos".split()
+FINETUNE = "finetune --model vitcls-tiny --dataset photos --output-dir run".split()
 NOBODY = 65534  # the user of Linux without permissions
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Return a folder of two photographs."""
-    return write_photos(tmp_path / "photos", range(1))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return the folder of a classifier."""
-    return save_classifier(tmp_path / "model")
+CONFIG = "config.json"
+PROCESSOR = "preprocessor_config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHT_MAPS = ["x", ["model.safetensors"], {"a": 3}, {"a": "../x.safetensors"}, None]
 
 
 @pytest.fixture
@@ -46,10 +40,6 @@ def open_folder() -> Iterator[Path]:
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
-
-
-CONFIG = "config.json"
-PROCESSOR = "preprocessor_config.json"
 
 
 @pytest.mark.parametrize(
@@ -72,48 +62,51 @@ PROCESSOR = "preprocessor_config.json"
         # a code that a terminal runs
         (CONFIG, {"pooling": "\x1b[31mRED"}, "'pooling'"),
         (CONFIG, {"hidden_act": "\x1b[31mRED"}, "'hidden_act'"),
+        # too deep
+        (CONFIG, '{"a": ' * 100_000, "config.json"),
+        (CONFIG, '{"model_type": "vitcls", "a": ' + "[" * 50_000, "config.json"),
         (PROCESSOR, {"image_std": "x"}, "preprocessor_config.json"),
         (PROCESSOR, {"crop_rounding": []}, "preprocessor_config.json"),
         (PROCESSOR, {"preprocess": "x"}, "preprocess"),
         (PROCESSOR, {"size": {"height": 200_000, "width": 200_000}}, "10,000 pixels"),
         (PROCESSOR, {"size": {"shortest_edge": 10**6}}, "10,000 pixels"),
         (PROCESSOR, {"do_pad": True, "pad_size": {"height": 10**6, "width": 9}}, "10,000 pixels"),
+        (PROCESSOR, "[]", "preprocessor_config.json"),
         ("results.json", {"settings_sha256": 5}, "settings_sha256"),
+        *((INDEX, {"metadata": {}, "weight_map": value}, "weight_map") for value in WEIGHT_MAPS),
     ],
 )
 def test_a_wrong_value_in_a_file_of_the_model_is_named(
-    name: str,
-    values: dict[str, Any],
-    word: str,
-    folder: Path,
-    photos: Path,
-    run_with_error: Callable[..., str],
+    name: str, values: dict[str, Any] | str, word: str
 ) -> None:
-    file = folder / name
-    saved = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(saved | values))
-    error = run_with_error("predict", "--model", folder, photos)
+    """`values` replace some of the file, or its text."""
+    file = Path("model", name)
+    if name == INDEX:
+        Path("model/model.safetensors").rename("x.safetensors")
+    if isinstance(values, dict):
+        saved = json.loads(file.read_text()) if file.exists() else {}
+        values = json.dumps(saved | values)
+    file.write_text(values)
+    error = fail(*PREDICT)
     assert word in error
     assert error.rstrip("\n").isprintable()
 
 
-def test_a_device_that_another_machine_had_is_not_used(folder: Path, photos: Path) -> None:
-    file = folder / PROCESSOR
+def test_a_device_that_another_machine_had_is_not_used() -> None:
+    file = Path("model", PROCESSOR)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "cuda:9"}))
-    assert run_here("predict", "--model", folder, photos) == 0
+    assert run_here(*PREDICT) == 0
 
 
 def test_a_list_of_training_images_that_no_memory_holds_is_not_read(
-    folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, run_with_error: Callable[..., str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = {"key": [1, 2, 3], "split": ["train"] * 3, "task": [""] * 3}
-    pandas.DataFrame(rows).to_parquet(folder / "splits.parquet")
+    pandas.DataFrame(rows).to_parquet("model/splits.parquet")
     for name in ("MAX_ROWS", "MAX_BYTES"):
         with monkeypatch.context() as patch:
             patch.setattr(files, name, 2)
-            assert "splits.parquet: it has 3 rows" in run_with_error(
-                "predict", "--model", folder, photos
-            )
+            assert "splits.parquet: it has 3 rows" in fail(*PREDICT)
 
 
 @pytest.fixture
@@ -127,17 +120,14 @@ def time_limit() -> Iterator[None]:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
 @pytest.mark.usefixtures("time_limit")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "recipe.yaml"])
-def test_a_named_pipe_instead_of_a_file_is_an_error(
-    name: str, folder: Path, photos: Path, run_with_error: Callable[..., str]
-) -> None:
+def test_a_named_pipe_instead_of_a_file_is_an_error(name: str) -> None:
     """Reading it would wait for ever."""
-    (folder / name).unlink(missing_ok=True)
-    os.mkfifo(folder / name)
-    write_photos(photos, range(4))
-    command = ["finetune", "--model", folder, "--dataset", photos, "--output-dir", folder / "run"]
-    flags = {"recipe.yaml": ["--config", folder / name]}
-    status = 2 if name == "recipe.yaml" else 1
-    assert name in run_with_error(*command, *flags.get(name, []), status=status)
+    file = Path("model", name)
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    is_recipe = name == "recipe.yaml"
+    flags = ["--config", file] if is_recipe else ["--model", "model"]
+    assert name in fail(*FINETUNE, *flags, status=2 if is_recipe else 1)
 
 
 @pytest.mark.parametrize(
@@ -152,106 +142,63 @@ def test_a_named_pipe_instead_of_a_file_is_an_error(
     ],
 )
 def test_outputs_replace_no_file_of_a_model_no_folder_and_no_device(
-    command: str,
-    flag: str,
-    name: str,
-    folder: Path,
-    photos: Path,
-    tmp_path: Path,
-    run_with_error: Callable[..., str],
+    command: str, flag: str, name: str
 ) -> None:
     """A pipe stands for /dev/null, which the superuser would replace with a file."""
-    os.mkfifo(tmp_path / "pipe")
-    before = (folder / "config.json").read_bytes()
-    error = run_with_error(
-        *(command, "--model", folder, "--dataset", photos, flag, tmp_path / name), status=2
-    )
+    os.mkfifo("pipe")
+    before = Path("model/config.json").read_bytes()
+    error = fail(*f"{command} --model model --dataset photos {flag} {name}".split(), status=2)
     assert flag in error
-    assert str(tmp_path / name) in error
-    assert (folder / "config.json").read_bytes() == before
-    assert (tmp_path / "pipe").is_fifo()
+    assert name in error
+    assert Path("model/config.json").read_bytes() == before
+    assert Path("pipe").is_fifo()
 
 
 @pytest.mark.parametrize("flags", [["--dataset", ""], ["--dataset="], ["--output-dir", " "]])
-def test_an_empty_value_is_an_error_and_not_the_current_folder(
-    flags: list[str], folder: Path, run_with_error: Callable[..., str]
-) -> None:
+def test_an_empty_value_is_an_error_and_not_the_current_folder(flags: list[str]) -> None:
     """It comes from a shell variable that is not set."""
-    error = run_with_error("finetune", "--model", folder, *flags, status=2)
+    error = fail("finetune", "--model", "model", *flags, status=2)
     assert "is empty" in error
     assert flags[0] in error
 
 
-def test_a_rank_without_a_launcher_hides_no_error(
-    photos: Path, monkeypatch: pytest.MonkeyPatch, run_with_error: Callable[..., str]
-) -> None:
+def test_a_rank_without_a_launcher_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Managers of clusters set RANK in each container; the command is still the only process."""
     monkeypatch.setenv("RANK", "1")
-    assert "runs/absent" in run_with_error("predict", "--model", "runs/absent", photos)
+    assert "runs/absent" in fail("predict", "--model", "runs/absent", "photos")
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"])
 def test_variables_left_by_a_launcher_start_no_processes(
-    name: str, folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "3")
-    assert run_here("predict", "--model", folder, photos) == 0
+    assert run_here(*PREDICT) == 0
 
 
 def test_a_working_folder_that_was_removed_is_named(
-    folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "gone").mkdir()
-    monkeypatch.chdir(folder / "gone")
-    (folder / "gone").rmdir()
-    assert run_here("predict", "--model", folder, photos) == 1
-    error = capsys.readouterr().err
-    assert "working folder was removed" in error
-    assert error.count("\n") == 1
-
-
-def test_an_output_folder_whose_disk_is_gone_is_named(
-    photos: Path, tmp_path: Path, run_with_error: Callable[..., str]
-) -> None:
-    (tmp_path / "runs").symlink_to(tmp_path / "disk")
-    flags = ["--model", "vitcls-tiny", "--dataset", photos, "--output-dir", tmp_path / "runs/a"]
-    assert f"link to {tmp_path / 'disk'}, which does not exist" in run_with_error(
-        "finetune", *flags
+    Path("gone").mkdir()
+    monkeypatch.chdir("gone")
+    (place / "gone").rmdir()
+    assert "working folder was removed" in fail(
+        "predict", "--model", place / "model", place / "photos"
     )
 
 
-def test_names_that_the_terminal_cannot_encode_are_escaped(
-    folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (photos / "cat" / "0.png").rename(photos / "été.png")
+def test_an_output_folder_whose_disk_is_gone_is_named(place: Path) -> None:
+    Path("run").symlink_to(place / "disk")
+    assert f"link to {place / 'disk'}, which does not exist" in fail(*FINETUNE)
+
+
+def test_names_that_the_terminal_cannot_encode_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("photos/cat/0.png").rename("photos/été.png")
     content = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
-    assert run_here("predict", "--model", folder, photos / "été.png") == 0
+    assert run_here("predict", "--model", "model", "photos/été.png") == 0
     sys.stdout.flush()
     assert b"\\xe9t\\xe9.png" in content.getvalue()
-
-
-@pytest.mark.parametrize(
-    "text", ['{"a": ' * 100_000, '{"model_type": "vitcls", "a": ' + "[" * 50_000]
-)
-def test_a_deeply_nested_configuration_is_an_error(
-    text: str, folder: Path, photos: Path, run_with_error: Callable[..., str]
-) -> None:
-    (folder / "config.json").write_text(text)
-    assert "config.json" in run_with_error("predict", "--model", folder, photos)
-
-
-@pytest.mark.parametrize(
-    "weight_map", ["x", ["model.safetensors"], {"a": 3}, {"a": "../x.safetensors"}, None]
-)
-def test_a_malformed_index_of_the_weights_is_an_error(
-    weight_map: Any, folder: Path, photos: Path, run_with_error: Callable[..., str]
-) -> None:
-    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
-    assert "weight_map" in run_with_error("predict", "--model", folder, photos)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +212,7 @@ def test_a_malformed_index_of_the_weights_is_an_error(
         ("table.parquet", "evaluate --model model --dataset table.parquet"),
         ("table.csv", "evaluate --model model --dataset table.csv"),
         ("photos/metadata.parquet", "evaluate --model model --dataset photos"),
-        ("photos/cat/0.png", "predict --model model photos/cat"),
+        ("photos/cat/0.png", "predict --model model photos/cat/0.png"),
         (
             "weights.pth",
             "finetune --model vitcls-tiny --dataset digits --output-dir out "
@@ -274,14 +221,8 @@ def test_a_malformed_index_of_the_weights_is_an_error(
     ],
 )
 def test_a_pointer_of_git_lfs_is_named_with_the_command_that_replaces_it(
-    file: str,
-    command: str,
-    folder: Path,
-    photos: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    file: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(folder.parent)
     ViTConfig().save_pretrained("vit")
     digest = "0" * 64
     Path(file).write_text(
@@ -294,36 +235,25 @@ def test_a_pointer_of_git_lfs_is_named_with_the_command_that_replaces_it(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that root cannot write to")
-@pytest.mark.parametrize("kind", ["conversion", "table"])
+@pytest.mark.parametrize(
+    "command", ["predict --model vit photos", "evaluate --model model --dataset table.parquet"]
+)
 def test_a_cache_that_cannot_be_written_to_is_named_by_its_variable(
-    kind: str,
-    folder: Path,
-    photos: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run_with_error: Callable[..., str],
+    command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container with the home folder of another user."""
     home = "/sys/kernel/.cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", home)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", f"{home}/hub")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", f"{home}/datasets")
-    monkeypatch.chdir(folder.parent)
     ViTConfig().save_pretrained("vit")
-    table = pandas.DataFrame({"image": [str(photos / "cat/0.png")], "label": ["cat"]})
+    table = pandas.DataFrame({"image": ["photos/cat/0.png"], "label": ["cat"]})
     table.to_parquet("table.parquet")
-    command = {
-        "conversion": "predict --model vit photos",
-        "table": "evaluate --model model --dataset table.parquet",
-    }
-    assert "Set HF_HOME to a folder that can be written to" in run_with_error(
-        *command[kind].split()
-    )
+    assert "Set HF_HOME to a folder that can be written to" in fail(*command.split())
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other permissions")
-def test_weights_without_read_permission_are_not_called_missing(
-    open_folder: Path, run_with_error: Callable[..., str]
-) -> None:
+def test_weights_without_read_permission_are_not_called_missing(open_folder: Path) -> None:
     folder = save_classifier(open_folder / "model")
     photos = write_photos(open_folder / "photos", range(1))
     (folder / "model.safetensors").chmod(0)
@@ -332,7 +262,7 @@ def test_weights_without_read_permission_are_not_called_missing(
     if is_root:
         os.seteuid(NOBODY)
     try:
-        error = run_with_error("predict", "--model", folder, photos)
+        error = fail("predict", "--model", folder, photos)
     finally:
         if is_root:
             os.seteuid(0)
@@ -342,19 +272,9 @@ def test_weights_without_read_permission_are_not_called_missing(
     assert "Errno" not in error
 
 
-@pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize(
-    "command",
-    [
-        "predict --model model photos --output rows.csv",
-        "finetune --model vitcls-tiny --dataset photos --output-dir run",
-    ],
-)
+@pytest.mark.parametrize("command", [[*PREDICT, "--output", "rows.csv"], FINETUNE])
 def test_a_folder_that_cannot_be_read_is_not_left_out(
-    command: str,
-    photos: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run_with_error: Callable[..., str],
+    command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The superuser could read it, so that reading is replaced."""
     scandir = os.scandir
@@ -364,79 +284,63 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.chdir(photos.parent)
     monkeypatch.setattr(os, "scandir", refuse)
-    assert "cannot read the folder" in run_with_error(*command.split())
+    assert "cannot read the folder" in fail(*command)
     assert not any(Path(name).exists() for name in ("rows.csv", "run/model.safetensors"))
 
 
 def test_a_limit_of_threads_is_named(
-    folder: Path,
-    photos: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         # what Python raises at the limit of `ulimit -u`
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("threading.Thread.start", refuse)
-    assert run_here("predict", "--model", folder, photos) == 1
+    assert run_here(*PREDICT) == 1
     assert "ulimit -u" in capfd.readouterr().err
 
 
-def test_an_interrupted_prediction_ends_with_one_line(
-    folder: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
+
+def test_an_interrupted_prediction_ends_with_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("modeling_vitcls.inference.predictor.prepare_image", interrupt)
     capsys.readouterr()
-    assert run_here("predict", "--model", folder, photos) == 128 + signal.SIGINT
+    assert run_here(*PREDICT) == 128 + signal.SIGINT
     error = capsys.readouterr().err
     assert error == "interrupted by Ctrl-C. To start again or go on, repeat the command\n"
 
 
 def test_a_frozen_run_that_is_interrupted_starts_again_with_the_same_command(
-    folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_photos(photos, range(8))
-    flags = ["--model", str(folder), "--dataset", str(photos), "--trainable", "head"]
-    command = ["finetune", *flags, "--output-dir", tmp_path / "run", "--no-report"]
-
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
+    flags = [*"--model model --trainable head".split(), "--no-report"]
     with monkeypatch.context() as patch:
         patch.setattr("modeling_vitcls.inference.linear_probe.LinearProbe.fit", interrupt)
-        assert run_here(*command) == 128 + signal.SIGINT
-    assert run_here(*command) == 0
+        assert run_here(*FINETUNE, *flags) == 128 + signal.SIGINT
+    assert run_here(*FINETUNE, *flags) == 0
 
 
 @pytest.mark.parametrize(
-    ("num_photos", "command", "words"),
+    ("dataset", "command", "words"),
     [
-        (8, "evaluate", ["'cat'", "LABEL_0", "`id2label`"]),
-        (0, "finetune --output-dir run", ["contains no images"]),
+        ("photos", "evaluate", ["'cat'", "LABEL_0", "`id2label`"]),
+        ("empty", "finetune --output-dir run", ["contains no images"]),
     ],
 )
 def test_a_dataset_that_does_not_fit_the_command_is_an_error_before_anything_is_written(
-    num_photos: int,
-    command: str,
-    words: list[str],
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    dataset: str, command: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "animals").mkdir()
-    write_photos(tmp_path / "animals", range(num_photos))
-    flags = ["--model", folder, "--dataset", "animals", "--num-workers", "0"]
+    save_classifier(Path("other"))
+    Path("empty").mkdir()
+    flags = f"--model other --dataset {dataset} --num-workers 0".split()
 
     assert run_here(*command.split(), *flags) == 1
 
     error = capsys.readouterr().err.strip().splitlines()[-1]  # libraries print warnings before
     assert all(word in error for word in words)
-    assert not list(tmp_path.glob("run/**/model.safetensors"))
+    assert not list(Path().glob("run/**/model.safetensors"))

@@ -8,38 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.command_in_process import run_here
+from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_photos
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
-from helpers.tiny_models import build_tiny_config, save_with_processor
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import warn_on_first_process
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Return a folder of photographs of two classes."""
-    return write_photos(tmp_path / "photos", range(8))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return the folder of a classifier with a register and a task, for the photographs."""
-    config = build_tiny_config(
-        num_labels=2,
-        id2label={0: "cat", 1: "dog"},
-        num_register_tokens=1,
-        extra_heads={"weather": {"labels": ["rain", "sun"]}},
-    )
-    return save_with_processor(ViTCLSForImageClassification(config), tmp_path / "model")
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def edit(folder: Path, file: str = "config.json", **values: Any) -> None:
@@ -118,29 +98,21 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda folder: edit(folder, quantization_config={"quant_method": "torchao"}),
         ("quantization_config",),
     ),
-    "a list as an image processor": (
-        lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
-        ("preprocessor_config.json",),
-    ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_folder_that_would_give_other_outputs_is_one_line(
-    change: str, folder: Path, photos: Path, run_with_error: Callable[..., str]
-) -> None:
+def test_a_folder_that_would_give_other_outputs_is_one_line(change: str) -> None:
     spoil, words = CHANGES[change]
-    spoil(folder)
-    error = run_with_error("evaluate", "--model", folder, "--dataset", photos, "--num-workers", 0)
+    spoil(Path("model"))
+    error = fail(*"evaluate --model model --dataset photos --num-workers 0".split())
     assert all(word in error for word in words), error
 
 
-def test_training_does_not_start_from_weights_without_a_place(
-    folder: Path, photos: Path, tmp_path: Path, run_with_error: Callable[..., str]
-) -> None:
-    edit(folder, num_register_tokens=0)
-    flags = ["--model", folder, "--dataset", photos, "--output-dir", tmp_path / "run"]
-    assert "register_tokens" in run_with_error("finetune", *flags, "--num-workers", 0)
+def test_training_does_not_start_from_weights_without_a_place() -> None:
+    edit(Path("model"), num_register_tokens=0)
+    command = "finetune --model model --dataset photos --output-dir run --num-workers 0"
+    assert "register_tokens" in fail(*command.split())
 
 
 @pytest.mark.parametrize(
@@ -153,106 +125,91 @@ def test_training_does_not_start_from_weights_without_a_place(
         "push --model vit --hub-model-id ann/photos",
     ],
 )
-def test_a_model_of_another_project_is_converted_first(
-    words: str,
-    folder: Path,
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run_with_error: Callable[..., str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_model_of_another_project_is_converted_first(words: str) -> None:
     save_checkpoint(build_vit_classifier(), Path("vit"))
-    error = run_with_error(*words.split())
+    error = fail(*words.split())
     source = "timm:vit_tiny_patch16_224" if "timm:" in words else "vit"
     assert f"{source} is not a vitcls model" in error
     assert f"vitcls convert {source} " in error
 
 
 def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
-    folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights are replaced while the images are evaluated."""
-    read_weights = hash_weights(folder)
+    read_weights = hash_weights(place / "model")
     evaluate_images = Evaluator.predict
 
     def replace_weights(self: Evaluator, *arguments: Any, **keywords: Any) -> Any:
-        add_stray_layer(folder)
+        add_stray_layer(place / "model")
         return evaluate_images(self, *arguments, **keywords)
 
     monkeypatch.setattr(Evaluator, "predict", replace_weights)
-    output = tmp_path / "results.json"
-    flags = ["--output", output, "--num-workers", "0"]
-    assert run_here("evaluate", "--model", folder, "--dataset", photos, *flags) == 0
+    command = "evaluate --model model --dataset photos --output a.json --num-workers 0"
+    assert run_here(*command.split()) == 0
 
-    assert hash_weights(folder) != read_weights
-    assert json.loads(output.read_text())["weights_sha256"] == read_weights
+    assert hash_weights(place / "model") != read_weights
+    assert json.loads(Path("a.json").read_text())["weights_sha256"] == read_weights
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(module_path: Path) -> Path:
     """Return the folder of a run whose photographs are next to it."""
-    base = tmp_path_factory.mktemp("trained")
-    photos = write_photos(base / "photos", range(8))
+    photos = write_photos(module_path / "photos", range(8))
     sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --intermediate-size 16"
     training = "--image-size 16 --patch-size 8 --max-steps 1 --batch-size 4 --num-workers 0"
-    flags = ["--dataset", photos, "--output-dir", base / "run", "--no-report"]
+    flags = ["--dataset", photos, "--output-dir", module_path / "run", "--no-report"]
     words = f"finetune --model vitcls-tiny {sizes} {training}".split()
     assert run_here(*words, *flags) == 0
-    return base / "run"
+    return module_path / "run"
 
 
 @pytest.fixture
-def trained(run: Path, tmp_path: Path) -> Path:
-    """Return a copy of the run."""
+def trained(run: Path) -> Path:
+    """Return a copy of the run beside the same photographs."""
     warn_on_first_process.cache_clear()
-    return Path(shutil.copytree(run, tmp_path / "copy"))
+    return Path(shutil.copytree(run, "trained"))
 
 
 def test_settings_that_were_edited_after_training_are_named(
-    trained: Path, run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    trained: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also by a push, which then fails because it is offline."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     commands = (
-        (0, "evaluate", "--dataset", str(run.parent / "photos"), "--num-workers", "0"),
-        (0, "predict", str(run.parent / "photos"), "--num-workers", "1"),
-        (1, "push", "--hub-model-id", "ann/photos"),
+        (0, "evaluate --model trained --dataset photos --num-workers 0"),
+        (0, "predict --model trained photos --num-workers 1"),
+        (1, "push --model trained --hub-model-id ann/photos"),
     )
-    for status, command, *flags in commands:
-        assert run_here(command, "--model", trained, *flags) == status
+    for status, command in commands:
+        assert run_here(*command.split()) == status
     assert "after training" not in caplog.text
 
     edit(trained, distance_threshold=9.0)
     edit(trained, "preprocessor_config.json", do_normalize=False)
-    for status, command, *flags in commands:
+    for status, command in commands:
         warn_on_first_process.cache_clear()
         caplog.clear()
-        assert run_here(command, "--model", trained, *flags) == status
+        assert run_here(*command.split()) == status
         (line,) = [line for line in caplog.messages if "after training" in line]
         assert line.startswith("config.json and preprocessor_config.json of ")
 
 
 def test_an_evaluation_says_that_the_images_of_the_run_are_not_listed(
-    trained: Path, run: Path, caplog: pytest.LogCaptureFixture
+    trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (trained / "splits.parquet").unlink()
-    dataset = str(run.parent / "photos")
-    flags = ["--model", trained, "--dataset", dataset, "--num-workers", "0"]
-    assert run_here("evaluate", *flags) == 0
+    assert run_here(*"evaluate --model trained --dataset photos --num-workers 0".split()) == 0
     (line,) = [line for line in caplog.messages if "is missing" in line]
     assert line.startswith("splits.parquet of ")
 
 
 @pytest.mark.parametrize("name", ["base", "vitcls-tiny", "timm:mine", "transformers:mine"])
-def test_a_folder_wins_over_a_preset_a_built_in_dataset_and_another_project(
-    name: str, folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_wins_over_a_preset_a_built_in_dataset_and_another_project(name: str) -> None:
     """Also if the working folder has one with the name of the split."""
-    monkeypatch.chdir(tmp_path)
-    folder.rename(name)
+    Path("model").rename(name)
     write_photos(Path("digits/train"), range(8, 16))
-    photos.rename("digits/test")
+    Path("photos").rename("digits/test")
     write_photos(Path("test"), range(1))
 
     data = ["--dataset", "digits", "--num-workers", "0"]

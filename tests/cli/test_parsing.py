@@ -3,15 +3,14 @@
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import docstring_parser
 import pytest
 import yaml
-from helpers.command_in_process import parse_flags, run_here
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.command_in_process import fail, parse_flags, run_here
+from helpers.tiny_models import save_classifier
 
 from modeling_vitcls import ViTCLSForImageClassification, cli
 from modeling_vitcls.cli.parsing import exit_on_error, silence_libraries
@@ -99,12 +98,10 @@ def test_a_written_recipe_has_the_same_values_when_it_is_read() -> None:
         (b"image_size: [1, 2, 3]", ["recipe.yaml: --image-size is (1, 2, 3)"]),
     ],
 )
-def test_errors_of_recipes_are_one_line(
-    content: bytes, words: list[str], tmp_path: Path, run_with_error: Callable[..., str]
-) -> None:
+def test_errors_of_recipes_are_one_line(content: bytes, words: list[str], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(content)
-    error = run_with_error("finetune", "--config", recipe, "--output-dir", "out", status=2)
+    error = fail("finetune", "--config", recipe, "--output-dir", "out", status=2)
     assert all(word in error for word in words)
 
 
@@ -135,10 +132,8 @@ def test_errors_of_recipes_are_one_line(
         ("convert --output o", ["--model"]),
     ],
 )
-def test_flags_that_do_not_exist_fit_or_agree_are_one_line(
-    command: str, words: list[str], run_with_error: Callable[..., str]
-) -> None:
-    error = run_with_error(*command.split(), status=2)
+def test_flags_that_do_not_exist_fit_or_agree_are_one_line(command: str, words: list[str]) -> None:
+    error = fail(*command.split(), status=2)
     assert all(word in error for word in words)
 
 
@@ -158,10 +153,10 @@ def test_paths_may_follow_a_choice() -> None:
     ],
 )
 def test_a_path_that_does_not_exist_is_named(
-    flags: str, tmp_path: Path, run_with_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    error = run_with_error(*flags.split())
+    error = fail(*flags.split())
     assert "nosuch" in error
     assert any(words in error for words in ("not exist", "No such file", "is not a", "no file"))
 
@@ -177,7 +172,6 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
     command: str,
     library: str,
     extra: str,
-    run_with_error: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = importlib.util.find_spec
@@ -186,7 +180,7 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
             f"modeling_vitcls.{module}.find_spec",
             lambda name: None if name == library else found(name),
         )
-    error = run_with_error(*command.split())
+    error = fail(*command.split())
     assert library in error
     assert f'pip install ".[{extra}]"' in error
 
@@ -202,12 +196,11 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
 def test_an_unsupported_architecture_is_named_before_any_download(
     source: str,
     words: list[str],
-    run_with_error: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.conversion.source_models.load_timm_model", None)
-    error = run_with_error("convert", "--model", source, "--output", tmp_path / "converted")
+    error = fail("convert", "--model", source, "--output", tmp_path / "converted")
     assert all(word in error for word in words)
 
 
@@ -246,7 +239,7 @@ def test_every_flag_has_a_help_text(command: str) -> None:
 def test_commands_do_not_print_transformers_reports_about_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path)
+    save_classifier(tmp_path)
     silence_libraries()
     with caplog.at_level(logging.WARNING):
         ViTCLSForImageClassification.from_pretrained(
@@ -276,30 +269,26 @@ def test_lines_of_the_log_name_flags(capsys: pytest.CaptureFixture[str]) -> None
     ],
 )
 def test_an_output_that_cannot_be_written_is_reported_before_the_work(
-    command: str, flag: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, flag: str, name: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "inner" / name
-    assert run_here(*command.split(), flag, output) == 1
-    error = capsys.readouterr().err
+    error = fail(*command.split(), flag, output)
     assert error.startswith(f"error: cannot write {output}: ")
     assert error.endswith(f" {flag}\n")
 
 
-def test_a_folder_that_is_not_utf_8_is_an_error_before_training(
-    run_with_error: Callable[..., str],
-) -> None:
+def test_a_folder_that_is_not_utf_8_is_an_error_before_training() -> None:
     folder = os.fsdecode(b"out\xff")
-    error = run_with_error("finetune", *RUN.replace("-dir o", "-dir").split(), folder)
+    error = fail("finetune", *RUN.replace("-dir o", "-dir").split(), folder)
     assert "--output-dir" in error
     assert "UTF-8" in error
     assert not Path(folder).exists()
 
 
 def test_a_folder_without_write_permission_is_reported_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    arguments = ("--model", "m", "--dataset", "d", "--output", tmp_path / "x.json")
-    assert run_here("evaluate", *arguments) == 1
-    assert f"no permission to write to {tmp_path}. Set" in capsys.readouterr().err
+    flags = ["--model", "m", "--dataset", "d", "--output", tmp_path / "x.json"]
+    assert f"no permission to write to {tmp_path}. Set" in fail("evaluate", *flags)

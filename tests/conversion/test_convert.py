@@ -71,13 +71,12 @@ def from_timm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def from_transformers(module_path: Path) -> tuple[Path, Path]:
     """Return the folder and the source of a converted checkpoint of transformers."""
-    base = tmp_path_factory.mktemp("transformers")
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
-    save_both(build_vit_classifier(), base / "source", processor)
-    run("--model", f"transformers:{base / 'source'}", "--output", base / "converted")
-    return base / "converted", base / "source"
+    save_both(build_vit_classifier(), module_path / "source", processor)
+    run("--model", f"transformers:{module_path / 'source'}", "--output", module_path / "converted")
+    return module_path / "converted", module_path / "source"
 
 
 @torch.no_grad()

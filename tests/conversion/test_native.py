@@ -11,9 +11,9 @@ from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
 from helpers.tiny_models import (
     KINDS,
     build_images,
+    build_random,
     build_tiny_config,
     raises_one_line,
-    randomize,
     save_with_processor,
 )
 from huggingface_hub import ModelCard
@@ -96,9 +96,7 @@ def test_a_model_without_an_image_processor_is_written_without_one(tmp_path: Pat
 
 
 def test_a_model_without_labels_keeps_its_half_precision(tmp_path: Path) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=0))).to(
-        torch.bfloat16
-    )
+    model = build_random(ViTCLSForImageClassification, num_labels=0).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "mine")
     report = convert_to_native(str(tmp_path / "mine"), tmp_path / "native")
     assert report["model_class"] == "ViTForImageClassification"

@@ -16,9 +16,8 @@ import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.source_checkpoints import build_vit_classifier
 from helpers.tiny_models import (
-    build_tiny_config,
+    build_random,
     raises_one_line,
-    randomize,
     save_both,
     save_classifier,
 )
@@ -187,7 +186,7 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path) -> None:
 
 
 def test_vitcls_folders_are_not_converted(tmp_path: Path) -> None:
-    randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path / "mine")
+    build_random(ViTCLSModel).save_pretrained(tmp_path / "mine")
     assert open_model(str(tmp_path / "mine")).path == tmp_path / "mine"
     assert pin_revision(str(tmp_path / "mine")) == str(tmp_path / "mine")
 

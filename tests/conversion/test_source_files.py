@@ -50,6 +50,8 @@ from modeling_vitcls.conversion.weight_rules import ConversionError
 from scripts.tools.random_weights import randomize_weights
 
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 LIMIT = 1e-5  # DESIGN.md
 HEAD = {"head.weight": (LABELS, 192), "head.bias": (LABELS,)}
 
@@ -220,7 +222,6 @@ def save(content: Any, file: Path) -> Path:
     return file
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("name", FILES)
 def test_files_are_converted_exactly(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -269,7 +270,6 @@ def test_files_are_converted_exactly(
     assert (unused in report["notes"]) is (name == "dino_full.pth")
 
 
-@torch.no_grad()
 def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     """Two CLS tokens, images in 0..1 that are resized to a square, and a known family."""
     weights = FILES["tips.npz"][2]()
@@ -292,7 +292,6 @@ def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
         FileSource.from_file(save(weights, tmp_path / "unknown.pth"))
 
 
-@torch.no_grad()
 def test_dinov3_is_exact_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
     """Both variants are exact: as the authors run the weights, and as timm and transformers do."""
     weights = build_dinov3_weights()
@@ -318,7 +317,6 @@ def test_dinov3_is_exact_with_stored_and_with_computed_periods(tmp_path: Path) -
         assert report["image_size"] == (16 * PATCH, 16 * PATCH)
 
 
-@torch.no_grad()
 def test_a_fine_tuned_mae_pools_then_normalizes_then_classifies(tmp_path: Path) -> None:
     """The mean of the patches, then the norm, then the classifier."""
     extra = {
@@ -344,7 +342,6 @@ def test_a_fine_tuned_mae_pools_then_normalizes_then_classifies(tmp_path: Path) 
     torch.testing.assert_close(model(images).logits, expected, atol=LIMIT, rtol=LIMIT)
 
 
-@torch.no_grad()
 def test_rectangular_patches_of_gray_images_are_converted_exactly() -> None:
     shapes = {"patch_embed.proj.weight": (192, 1, PATCH, 2 * PATCH)}
     weights = build_vit_weights(extra=shapes)
@@ -396,7 +393,6 @@ FLAX_FILES: dict[str, Callable[[], Weights]] = {
 }
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("name", FLAX_FILES)
 def test_npz_files_of_big_vision_are_converted_exactly(name: str, tmp_path: Path) -> None:
     weights = FLAX_FILES[name]()
@@ -434,7 +430,6 @@ def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> Non
 # Files that timm reads ----------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def test_a_file_with_weights_of_a_timm_model_is_exact(tmp_path: Path) -> None:
     """timm:NAME@FILE; timm itself reads the authors' parameter names."""
     name = "eva02_tiny_patch14_224.mim_in22k"
@@ -563,7 +558,6 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("file", "key", "prefix", "other"),
     [

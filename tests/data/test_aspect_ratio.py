@@ -50,11 +50,11 @@ def build_edge_images() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def cropping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cropping_checkpoint(module_path: Path) -> Path:
     """Return a checkpoint whose processor crops, as after the conversion of most timm models."""
     config = build_tiny_config(num_labels=2, id2label={0: "yes", 1: "no"})
     model = ViTCLSForImageClassification(config)
-    return save_with_processor(model, tmp_path_factory.mktemp("crop"), ViTCLSImageProcessor(**CROP))
+    return save_with_processor(model, module_path / "crop", ViTCLSImageProcessor(**CROP))
 
 
 @pytest.mark.parametrize("image_size", [None, (32, 48)])

@@ -22,21 +22,17 @@ from modeling_vitcls.publishing.published_files import list_published_files
 from modeling_vitcls.runtime.files import read_json
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 def train(folder: Path, dataset: Path, **flags: Any) -> Path:
     """Fine-tune a tiny model for two steps."""
     return run_to_folder(build_tiny_options(folder, dataset, max_steps=2, batch_size=8, **flags))
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(module_path: Path) -> Path:
     """Return a folder with 60 photos without splits, `train`, and a model of them, `run`."""
-    root = tmp_path_factory.mktemp("photos")
-    write_photos(root / "train", range(30))
-    train(root / "run", root / "train")
-    return root
+    write_photos(module_path / "train", range(30))
+    train(module_path / "run", module_path / "train")
+    return module_path
 
 
 def run_evaluate(tmp_path: Path, model: Path, dataset: Path, *flags: str) -> dict[str, Any]:

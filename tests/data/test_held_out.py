@@ -24,9 +24,6 @@ from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 def get_names(part: Any) -> set[str]:
     return set(part.images.get_names())
 

@@ -24,8 +24,8 @@ from modeling_vitcls.data.sources import load_splits
 
 
 @pytest.fixture(scope="module")
-def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_two_colors(tmp_path_factory.mktemp("colors"), 10)
+def color_images(module_path: Path) -> Path:
+    return write_two_colors(module_path / "colors", 10)
 
 
 def list_all(data: Any) -> list[tuple[Any, Any]]:

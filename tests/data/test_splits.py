@@ -28,9 +28,6 @@ from modeling_vitcls.data.splits import (
 from modeling_vitcls.training.summary import describe_class_sizes, describe_splits
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Any:
     """Return options that continue a run that did not finish."""

@@ -29,12 +29,11 @@ FILES = [f"{index}.png" for index in range(NUM_IMAGES)]
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(module_path: Path) -> Path:
     """Return a folder with different images 0.png, 1.png, ..."""
-    folder = tmp_path_factory.mktemp("photos")
     for index, name in enumerate(FILES):
-        Image.new("RGB", (8, 8), (20 * index, 10, 200)).save(folder / name)
-    return folder
+        Image.new("RGB", (8, 8), (20 * index, 10, 200)).save(module_path / name)
+    return module_path
 
 
 def write_csv(

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, randomize
+from helpers.tiny_models import build_images, build_random, build_tiny_config
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.export.exportable import NamedOutputsModel, load_exportable_model
 
 
 def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
-    source = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
+    source = build_random(ViTCLSModel).bfloat16()
     source.save_pretrained(tmp_path)
     model, processor, _ = load_exportable_model(str(tmp_path))
     assert model.dtype == torch.float32

@@ -16,9 +16,9 @@ from helpers.tiny_models import (
     BLOCKS,
     LAYOUTS,
     build_images,
+    build_random,
     build_tiny_config,
     raises_one_line,
-    randomize,
     save_with_processor,
 )
 from PIL import Image
@@ -208,7 +208,7 @@ def test_the_preprocessing_of_a_graph_of_one_size_makes_this_size(resize: str) -
 
 
 def test_a_graph_has_the_distances_of_the_model(tmp_path: Path) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(id2label=NAMES)))
+    model = build_random(ViTCLSForImageClassification, id2label=NAMES)
     random = np.random.default_rng(0)
     features = {token: random.normal(size=(60, 16)) for token in ((-1, "cls"), (-2, "mean"))}
     statistics = ClassStatistics.fit(features, np.arange(60) % 3, model.config.num_labels)
@@ -236,18 +236,19 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+def exported(module_path: Path) -> tuple[Any, Path]:
     """Return the model "tokens" and its ONNX file.
 
     The weights are in a second file, like those of a large model.
     """
-    folder = tmp_path_factory.mktemp("exported")
     model_class, fields, _ = MODELS["tokens"]
-    model = checkpoint(folder / "model", model_class, id2label=NAMES, **fields)
-    output = folder / "new" / "folder" / "mine.onnx"
+    model = checkpoint(module_path / "model", model_class, id2label=NAMES, **fields)
+    output = module_path / "new" / "folder" / "mine.onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "MAX_ONNX_WEIGHTS", 2 * model.num_parameters())  # bytes
-        assert run_in_process("export.py", "--model", folder / "model", "--output", output) == 0
+        assert (
+            run_in_process("export.py", "--model", module_path / "model", "--output", output) == 0
+        )
     return model, output
 
 

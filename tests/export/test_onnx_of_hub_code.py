@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, each_layout, randomize
+from helpers.tiny_models import (
+    build_images,
+    build_random,
+    each_layout,
+)
 
 from modeling_vitcls import ViTCLSForImageClassification
 
@@ -22,7 +26,7 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(
     tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     """The example has one image; docs/exporting.md."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**layout)))
+    model = build_random(ViTCLSForImageClassification, **layout)
     file = tmp_path / "model.onnx"
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     torch.onnx.export(model, (build_images(1),), file, dynamic_shapes=shapes)
@@ -53,7 +57,7 @@ def test_models_with_gated_tokens_are_exported_as_they_are(
     added: dict[str, Any], tmp_path: Path
 ) -> None:
     """Their parameters require gradients, and so would the attention bias."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(**added).eval()
+    model = build_random(ViTCLSForImageClassification).adapt(**added).eval()
     file = tmp_path / "model.onnx"
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     torch.onnx.export(model, (build_images(1),), file, dynamic_shapes=shapes)
@@ -65,5 +69,5 @@ def test_models_with_gated_tokens_are_exported_as_they_are(
 
 
 def test_outside_of_an_export_the_logits_have_both_names() -> None:
-    outputs = randomize(ViTCLSForImageClassification(build_tiny_config()))(build_images())
+    outputs = build_random(ViTCLSForImageClassification)(build_images())
     assert outputs.cls_logits is outputs.logits

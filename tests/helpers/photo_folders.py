@@ -55,7 +55,7 @@ def write_digits(folder: Path, digit: int, choice: slice) -> None:
 def write_two_colors(root: Path, number: int) -> Path:
     """Write dark and bright images, one class each, in different sizes and modes."""
     for name, red, green, blue in (("dusk", 20, 20, 90), ("noon", 250, 240, 120)):
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         for index in range(number):
             color = (red, green, blue + 5 * index)
             image = Image.new("RGB", (20 + index, 40 - index), color)

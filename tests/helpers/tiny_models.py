@@ -1,7 +1,7 @@
 """Small models, random weights and images, and a check for one-line errors."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,6 +121,11 @@ def randomize(model: Model, seed: int = 0) -> Model:
     return model.eval()
 
 
+def build_random(model_class: Callable[[ViTCLSConfig], Model], **fields: Any) -> Model:
+    """Return a tiny model with random parameters, in eval mode; `fields` are of its configuration."""
+    return randomize(model_class(build_tiny_config(**fields)))
+
+
 def save_both(model: Any, folder: Path, processor: Any) -> Path:
     """Save a model and its image processor; return the folder."""
     model.save_pretrained(folder)
@@ -133,11 +138,15 @@ def save_with_processor(model: PreTrainedModel, folder: Path, processor: Any = N
     return save_both(randomize(model), folder, processor or ViTCLSImageProcessor(size=32))
 
 
-def save_classifier(folder: Path) -> Path:
-    """Save a tiny classifier with a register token and its image processor; return the folder."""
-    return save_with_processor(
-        ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder
-    )
+def save_classifier(folder: Path, *names: str, **fields: Any) -> Path:
+    """Save a tiny classifier with a register token and its image processor; return the folder.
+
+    Without `names`, it has three labels.
+    """
+    if names:
+        fields |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
+    config = build_tiny_config(**{"num_register_tokens": 1} | fields)
+    return save_with_processor(ViTCLSForImageClassification(config), folder)
 
 
 def build_images(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.local_hub import LocalHub
 from helpers.model_folders import write_results
-from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_random, raises_one_line
 from huggingface_hub import constants
 
 from modeling_vitcls import ViTCLSForImageClassification
@@ -79,7 +79,7 @@ def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
     assert found.license_link == "LICENCE.txt"
 
     output = tmp_path / "out"
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(output)
+    build_random(ViTCLSForImageClassification).save_pretrained(output)
     found.copy_to(output)
     write_results(output, {"provenance": found.to_dict()})
     (output / "license_plates.pkl").write_text("")
@@ -96,7 +96,7 @@ def test_missing_metadata_stays_unknown(tmp_path: Path, card: str) -> None:
 
 @pytest.mark.parametrize("record", [5, {"name": "x", "evil": 1}, {"license_files": 5}])
 def test_a_record_with_other_fields_is_one_line(tmp_path: Path, record: object) -> None:
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
+    build_random(ViTCLSForImageClassification).save_pretrained(tmp_path)
     write_results(tmp_path, {"provenance": record})
     with raises_one_line("cannot read the provenance", "results.json"):
         ModelFolder(tmp_path).provenance  # noqa: B018

@@ -52,8 +52,6 @@ from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 NUM_DIGITS = 1797
 WORKER = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run

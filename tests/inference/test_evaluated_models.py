@@ -15,8 +15,6 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.runtime.files import read_json
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 NAMES = ("cat", "dog", "fox")
 LABELS = {
     "id2label": dict(enumerate(NAMES)),

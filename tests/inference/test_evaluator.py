@@ -18,9 +18,6 @@ from modeling_vitcls.inference.image_pass import prepare_ahead
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:
     said: list[str] = []
     pictures = build_labeled_images("single", unreadable=UNREADABLE)

@@ -21,9 +21,6 @@ from modeling_vitcls.inference.inputs import (
 from modeling_vitcls.inference.options import PredictOptions
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

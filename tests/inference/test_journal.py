@@ -19,9 +19,6 @@ from modeling_vitcls.inference.predict import predict_images
 from modeling_vitcls.runtime import staging
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")

@@ -25,9 +25,6 @@ from modeling_vitcls.inference.metrics import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
     """Compute equation 3 of Guo et al. (2017) with 15 bins."""
     confidences, answers = (part.numpy() for part in logits.double().softmax(1).max(1))

@@ -15,8 +15,6 @@ from helpers.tiny_models import raises_one_line
 from modeling_vitcls.inference.outputs import Columns, print_table, write_tables
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 FIRST = {"index": pa.int64(), "image": pa.string()}
 LAST = {"error": pa.string()}
 

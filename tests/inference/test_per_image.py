@@ -18,9 +18,6 @@ from modeling_vitcls.inference.per_image import build_rows
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 def test_rows_equal_the_metrics_of_the_same_evaluation() -> None:
     evaluator = build_evaluator("single", build_accelerator())
     predictions = evaluator.predict(build_classifier("single"))

@@ -36,8 +36,6 @@ from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 NAMES = ["ant", "bee", "cat"]
 LABELS = {
     "id2label": dict(enumerate(NAMES)),

@@ -79,15 +79,15 @@ def train_two(config: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ddp(module_path: Path) -> Path:
     """Train on two CPU processes, each with the whole model."""
-    return train_two("ddp_cpu.yaml", tmp_path_factory.mktemp("ddp"))
+    return train_two("ddp_cpu.yaml", module_path / "ddp")
 
 
 @pytest.fixture(scope="module")
-def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fsdp2(module_path: Path) -> Path:
     """Train on two CPU processes, each with a shard of the weights."""
-    return train_two("fsdp2_cpu.yaml", tmp_path_factory.mktemp("fsdp2"))
+    return train_two("fsdp2_cpu.yaml", module_path / "fsdp2")
 
 
 # The files ----------------------------------------------------------------------------------------

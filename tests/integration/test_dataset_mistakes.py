@@ -10,8 +10,6 @@ from PIL import Image
 from modeling_vitcls.runtime.files import read_json
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
     "--image-size 32 --patch-size 16 --max-steps 1 --num-workers 0 --no-report --no-probe"

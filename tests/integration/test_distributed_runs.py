@@ -3,6 +3,8 @@
 The checks are in distributed_worker.py. They run once, in the same two processes.
 """
 
+from pathlib import Path
+
 import pytest
 from helpers import distributed_worker
 from helpers.distributed_worker import CHECKS, NUM_PROCESSES
@@ -12,22 +14,21 @@ from modeling_vitcls.runtime.files import read_json
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def report(module_path: Path) -> dict[str, str]:
     """Return check -> error, "" if it passed.
 
     The exit status is ignored: with torch 2.11, gloo threads sometimes abort a process that has
     finished.
     """
-    folder = tmp_path_factory.mktemp("distributed")
     run_together(
         distributed_worker.__file__,
-        folder,
-        log=folder / "log",
+        module_path,
+        log=module_path / "log",
         processes=NUM_PROCESSES,
         may_fail=True,
     )
-    assert (folder / "report.json").is_file(), (folder / "log.errors").read_text()[-4000:]
-    return read_json(folder / "report.json")
+    assert (module_path / "report.json").is_file(), (module_path / "log.errors").read_text()[-4000:]
+    return read_json(module_path / "report.json")
 
 
 @pytest.mark.slow

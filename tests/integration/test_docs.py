@@ -293,28 +293,27 @@ def test_the_study_in_the_docs_is_the_recipe() -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(module_path: Path) -> Path:
     """Return a folder with the images and the model that the pages use."""
-    folder = tmp_path_factory.mktemp("docs")
     for digit, name in ((0, "cat"), (7, "dog")):
-        write_digits(folder / "photos" / name, digit, slice(20))
-        write_digits(folder / "more" / name, digit, slice(20, 40))
-    shutil.copy(folder / "more" / "dog" / "0.png", folder / "photo.jpg")
-    write_classifier(folder / "runs" / "photos", ["cat", "dog"])
-    encoder = ViTCLSModel.from_pretrained(folder / "runs" / "photos")
-    encoder.save_pretrained(folder / "dino")
-    ViTCLSImageProcessor.from_pretrained(folder / "runs" / "photos").save_pretrained(
-        folder / "dino"
+        write_digits(module_path / "photos" / name, digit, slice(20))
+        write_digits(module_path / "more" / name, digit, slice(20, 40))
+    shutil.copy(module_path / "more" / "dog" / "0.png", module_path / "photo.jpg")
+    write_classifier(module_path / "runs" / "photos", ["cat", "dog"])
+    encoder = ViTCLSModel.from_pretrained(module_path / "runs" / "photos")
+    encoder.save_pretrained(module_path / "dino")
+    ViTCLSImageProcessor.from_pretrained(module_path / "runs" / "photos").save_pretrained(
+        module_path / "dino"
     )
     # instead of the study of the repository, which takes minutes
     study = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
     study["stages"]["finetune"]["max_steps"] = 2
     study["seeds"] = [0, 1]
-    shutil.copytree(ROOT / "scripts", folder / "scripts")
-    (folder / "scripts" / "studies" / "digits.yaml").write_text(
+    shutil.copytree(ROOT / "scripts", module_path / "scripts")
+    (module_path / "scripts" / "studies" / "digits.yaml").write_text(
         yaml.safe_dump(study), encoding="utf-8"
     )
-    return folder
+    return module_path
 
 
 def write_classifier(folder: Path, labels: list[str]) -> None:

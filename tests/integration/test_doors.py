@@ -78,8 +78,8 @@ Answer = dict[str, float] | str  # Label -> probability, or why there is none
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_odd_photos(tmp_path_factory.mktemp("odd"))
+def photos(module_path: Path) -> dict[str, Path]:
+    return write_odd_photos(module_path / "odd")
 
 
 @pytest.fixture(
@@ -88,19 +88,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def model(
     request: pytest.FixtureRequest,
     photos: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    module_path: Path,
 ) -> Path:
     """Return a folder of a classifier that tells distances and unknown photos.
 
     The extended one has learned a further class from some of the photos (`add-class`).
     """
-    folder = tmp_path_factory.mktemp("doors")
-    trained = save_trained_model(folder / "trained")
+    trained = save_trained_model(module_path / "trained")
     if request.param == "trained":
         return trained
     added = [(str(file), "moth") for name, file in photos.items() if name.startswith("exif")]
-    add_class(trained, added, folder / "extended")
-    return folder / "extended"
+    add_class(trained, added, module_path / "extended")
+    return module_path / "extended"
 
 
 def save_trained_model(folder: Path) -> Path:

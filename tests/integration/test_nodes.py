@@ -47,16 +47,16 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def flags(module_path: Path) -> list[str]:
     """Return the flags of a run of 12 steps on generated photographs, without the output folder."""
-    photos = write_photos(tmp_path_factory.mktemp("photos") / "photos", range(20))
+    photos = write_photos(module_path / "photos", range(20))
     return [*FLAGS.split(), "--dataset", str(photos)]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(flags: list[str], module_path: Path) -> Path:
     """Return the folder of a run of two agents that was not interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = module_path / "run"
     agents = start_agents(flags, folder)
     for agent in agents:
         output = agent.communicate(timeout=240)[0]

@@ -7,14 +7,11 @@ import pytest
 import torch
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import build_tiny_config, randomize, save_both
+from helpers.tiny_models import build_random, save_both
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-LABELS = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "num_labels": 2}
 TRAINING = (
     "--model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
     "--image-size 32 --patch-size 8 --max-steps 2 --batch-size 4 --num-workers 0"
@@ -28,22 +25,21 @@ def save_nan_model(model: Any, weight: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photos(tmp_path_factory.mktemp("photos"), range(8))
+def photos(module_path: Path) -> Path:
+    return write_photos(module_path / "photos", range(8))
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS)))
-    return save_nan_model(
-        model, "classifier.weight", tmp_path_factory.mktemp("models") / "classifier"
-    )
+def classifier(module_path: Path) -> Path:
+    labels = {"id2label": {0: "cat", 1: "dog"}, "num_labels": 2}
+    model = build_random(ViTCLSForImageClassification, **labels)
+    return save_nan_model(model, "classifier.weight", module_path / "classifier")
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = randomize(ViTCLSModel(build_tiny_config()))
-    return save_nan_model(model, "layernorm.weight", tmp_path_factory.mktemp("models") / "encoder")
+def encoder(module_path: Path) -> Path:
+    model = build_random(ViTCLSModel)
+    return save_nan_model(model, "layernorm.weight", module_path / "encoder")
 
 
 def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:

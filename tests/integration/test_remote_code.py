@@ -67,10 +67,10 @@ class LoadedCheckpoints:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(module_path: Path) -> Path:
     """Return a file with images and pixel values."""
     generator = torch.Generator().manual_seed(SEED)
-    file = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
+    file = module_path / "inputs.safetensors"
     save_file(
         {
             "pixel_values": torch.rand(2, 3, 16, 24, generator=generator),
@@ -93,37 +93,33 @@ def build_random_model(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(module_path: Path) -> Path:
     """Return a folder with all checkpoints."""
-    folder = tmp_path_factory.mktemp("saved")
     for name in CHECKPOINTS:
-        build_random_model(name).save_pretrained(folder / name)
-        vitcls.ViTCLSImageProcessor(size={"height": 16, "width": 24}).save_pretrained(folder / name)
-    return folder
+        build_random_model(name).save_pretrained(module_path / name)
+        vitcls.ViTCLSImageProcessor(size={"height": 16, "width": 24}).save_pretrained(
+            module_path / name
+        )
+    return module_path
 
 
 @pytest.fixture(scope="module")
-def package(
-    saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory
-) -> LoadedCheckpoints:
+def package(saved: Path, inputs: Path, module_path: Path) -> LoadedCheckpoints:
     """Load the checkpoints with the classes of the package."""
-    target = tmp_path_factory.mktemp("package")
-    main(str(inputs), target, torch.get_num_threads(), list_sources(saved))
-    return read_answers(target)
+    main(str(inputs), module_path / "package", torch.get_num_threads(), list_sources(saved))
+    return read_answers(module_path / "package")
 
 
 @pytest.fixture(scope="module")
-def first(saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedCheckpoints:
+def first(saved: Path, inputs: Path, module_path: Path) -> LoadedCheckpoints:
     """Load the checkpoints in a process without the package."""
-    return load_in_child(list_sources(saved), inputs, tmp_path_factory)
+    return load_in_child(saved, inputs, module_path / "first")
 
 
 @pytest.fixture(scope="module")
-def second(
-    first: LoadedCheckpoints, inputs: Path, tmp_path_factory: pytest.TempPathFactory
-) -> LoadedCheckpoints:
+def second(first: LoadedCheckpoints, inputs: Path, module_path: Path) -> LoadedCheckpoints:
     """Load the checkpoints that the first process saved in another process."""
-    return load_in_child(list_sources(first.folder), inputs, tmp_path_factory)
+    return load_in_child(first.folder, inputs, module_path / "second")
 
 
 @pytest.fixture(params=GENERATIONS)
@@ -132,20 +128,17 @@ def child(request: pytest.FixtureRequest) -> LoadedCheckpoints:
     return request.getfixturevalue(request.param)
 
 
-def load_in_child(
-    sources: list[str], inputs: Path, folders: pytest.TempPathFactory
-) -> LoadedCheckpoints:
+def load_in_child(saved: Path, inputs: Path, target: Path) -> LoadedCheckpoints:
     """Run load_without_package.py in a separate process with an empty cache."""
-    home = folders.mktemp("home")
-    target = folders.mktemp("target")
+    target.mkdir()
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("HF_", "TRANSFORMERS_"))
     }
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    words = ["-I", CHILD, inputs, target, torch.get_num_threads(), *sources]
-    run_python(*words, environment=environment, cwd=home)
+    environment |= {"HF_HOME": str(target / "home"), "HF_HUB_OFFLINE": "1"}
+    words = ["-I", CHILD, inputs, target, torch.get_num_threads(), *list_sources(saved)]
+    run_python(*words, environment=environment, cwd=target)
     return read_answers(target)
 
 

@@ -181,29 +181,28 @@ def get_resumed_step(output: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(module_path: Path) -> Path:
     """Write 36 noise images for training and 10 for testing; one is unreadable."""
-    folder = tmp_path_factory.mktemp("pictures")
     noise = random.Random(0)
     for index in range(23):
         for name, brightest in (("dusk", 120), ("noon", 255)):
-            place = folder / ("train" if index < 18 else "test") / name
+            place = module_path / ("train" if index < 18 else "test") / name
             place.mkdir(parents=True, exist_ok=True)
             pixels = bytes(noise.randrange(brightest) for _ in range(3 * 20 * 24))
             Image.frombytes("RGB", (20, 24), pixels).save(place / f"{index}.png")
-    broken = folder / "train" / "noon" / "5.png"
+    broken = module_path / "train" / "noon" / "5.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    return folder
+    return module_path
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def uninterrupted(module_path: Path) -> Callable[[str], Path]:
     """Return a function: flags -> folder of an uninterrupted run."""
     folders: dict[str, Path] = {}
 
     def folder_of(flags: str) -> Path:
         if flags not in folders:
-            folder = tmp_path_factory.mktemp("whole") / "model"
+            folder = module_path / "model"
             finish(folder, flags)
             folders[flags] = folder
         return folders[flags]

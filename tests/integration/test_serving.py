@@ -32,16 +32,15 @@ SIZES = ((40, 30), (24, 56), (32, 32), (8, 90))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(module_path: Path) -> Path:
     """Return a folder with the page's program and a model."""
-    folder = tmp_path_factory.mktemp("served")
     blocks = read_blocks(ROOT / "docs" / "serving.md")
     source = next(block.text for block in blocks if block.language == "python")
-    (folder / "serve.py").write_text(source)
+    (module_path / "serve.py").write_text(source)
     model = ViTCLSForImageClassification(build_tiny_config(num_labels=3))
     processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    save_with_processor(model, folder / "runs" / "photos", processor)
-    return folder
+    save_with_processor(model, module_path / "runs" / "photos", processor)
+    return module_path
 
 
 @pytest.fixture(scope="module")

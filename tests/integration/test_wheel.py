@@ -28,17 +28,22 @@ def run(*command: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(module_path: Path) -> Path:
     """Build the wheel of a copy of the tracked files."""
-    folder = tmp_path_factory.mktemp("wheel")
     files = run("git", "ls-files", "-z", cwd=REPOSITORY).split("\0")
     for name in filter(None, files):
         if not name.startswith("tests/") and (REPOSITORY / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "source" / name).write_bytes((REPOSITORY / name).read_bytes())
+            (module_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (module_path / "source" / name).write_bytes((REPOSITORY / name).read_bytes())
     # as a release does
-    run("make", "dist", f"PYTHON={sys.executable}", f"DIST={folder}", cwd=folder / "source")
-    (file,) = folder.glob("*.whl")
+    run(
+        "make",
+        "dist",
+        f"PYTHON={sys.executable}",
+        f"DIST={module_path}",
+        cwd=module_path / "source",
+    )
+    (file,) = module_path.glob("*.whl")
     return file
 
 

@@ -17,6 +17,7 @@ import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.tiny_models import (
     build_images,
+    build_random,
     build_tiny_config,
     get_largest_difference,
     raises_one_line,
@@ -37,6 +38,8 @@ from modeling_vitcls import (
 from modeling_vitcls.model.positions_vitcls import resize_patch_kernel
 from modeling_vitcls.model.token_layout_vitcls import COUNT_FIELDS
 
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 # Name -> class that saves, class that loads.
 LOADERS = {
@@ -73,11 +76,10 @@ GROUPS = {"cls": "cls_token", "distillation": "distillation_token", "registers":
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids=LOADERS)
-@torch.no_grad()
 def test_adapted_models_keep_their_tokens_and_resample_their_patches(
     saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path
 ) -> None:
-    old = randomize(saver(build_tiny_config(**FIELDS)))
+    old = build_random(saver, **FIELDS)
     new = adapt_with_loader(old, loader, tmp_path, gate_new_tokens=False, **change)
 
     assert type(new) is saver
@@ -153,9 +155,8 @@ def resample(
     return maps.permute(0, 2, 3, 1).reshape(1, -1, positions.shape[-1])
 
 
-@torch.no_grad()
 def test_the_source_model_is_unchanged() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS)))
+    model = build_random(ViTCLSForImageClassification, **FIELDS)
     before = copy.deepcopy(model.state_dict())
     config = model.config.to_dict()
     changed = model.adapt(**CHANGES["everything"])
@@ -167,7 +168,7 @@ def test_the_source_model_is_unchanged() -> None:
 
 
 def test_nothing_changes_without_a_change(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS)))
+    model = build_random(ViTCLSForImageClassification, **FIELDS)
     assert model.adapt(**FIELDS_THAT_ADAPT) is model
     model.save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
@@ -185,9 +186,7 @@ FIELDS_THAT_ADAPT = {
 
 
 def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
-    model = (
-        randomize(ViTCLSForImageClassification(build_tiny_config())).requires_grad_(False).train()
-    )
+    model = build_random(ViTCLSForImageClassification).requires_grad_(False).train()
     changed = model.adapt(
         num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True
     )
@@ -206,11 +205,8 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
 
 
 @pytest.mark.parametrize("positions", ["patches", "cls", "all"])
-@torch.no_grad()
 def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
-    model = randomize(
-        ViTCLSForImageClassification(build_tiny_config(position_embedding_tokens=positions))
-    )
+    model = build_random(ViTCLSForImageClassification, position_embedding_tokens=positions)
     larger = model.adapt(
         num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1, gate_new_tokens=False
     )
@@ -229,7 +225,7 @@ def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
 
 
 def test_distillation_tokens_are_multiplied_so_that_their_mean_stays() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_distillation_tokens=2)))
+    model = build_random(ViTCLSForImageClassification, num_distillation_tokens=2)
     with raises_one_line("num_distillation_tokens=3", "mean of the 2", "Choose 4"):
         model.adapt(num_distillation_tokens=3)
     logits = [
@@ -240,7 +236,7 @@ def test_distillation_tokens_are_multiplied_so_that_their_mean_stays() -> None:
 
 def test_a_new_distillation_head_starts_as_the_classifier() -> None:
     for fields in ({}, {"head_type": "mlp"}):
-        model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).adapt(
+        model = build_random(ViTCLSForImageClassification, **fields).adapt(
             num_distillation_tokens=1
         )
         classifier = model.classifier.state_dict()
@@ -248,17 +244,14 @@ def test_a_new_distillation_head_starts_as_the_classifier() -> None:
         assert classifier.keys() == head.keys()
         assert all(torch.equal(weight, head[name]) for name, weight in classifier.items())
     # 32 inputs
-    wide = randomize(ViTCLSForImageClassification(build_tiny_config(pooling="cls_mean")))
+    wide = build_random(ViTCLSForImageClassification, pooling="cls_mean")
     assert wide.adapt(num_distillation_tokens=1).distillation_classifier.weight.shape == (3, 16)
 
 
 @pytest.mark.parametrize("loader", [ViTCLSForImageClassification, AutoModelForImageClassification])
-@torch.no_grad()
 def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None:
     """Each pooling is possible only with the tokens that change together with it."""
-    without = randomize(
-        ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean"))
-    )
+    without = build_random(ViTCLSForImageClassification, num_cls_tokens=0, pooling="mean")
     without.save_pretrained(tmp_path / "without")
     gained = loader.from_pretrained(tmp_path / "without", num_cls_tokens=1, pooling="cls")
 
@@ -287,7 +280,7 @@ def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None
 def test_a_configuration_object_adapts_the_model_and_is_not_changed(
     loader: Any, tmp_path: Path
 ) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
+    model = build_random(ViTCLSModel)
     model.save_pretrained(tmp_path)
     config = build_tiny_config(num_register_tokens=2, image_size=48)
     before = config.to_dict()
@@ -300,7 +293,7 @@ def test_a_configuration_object_adapts_the_model_and_is_not_changed(
 
 
 def test_impossible_changes_are_errors(tmp_path: Path) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(tasks={"age": 2})))
+    model = build_random(ViTCLSModel, tasks={"age": 2})
     model.save_pretrained(tmp_path)
     load = partial(ViTCLSModel.from_pretrained, tmp_path)
     for adapt, change, *words in (
@@ -329,7 +322,7 @@ def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]
     columns = size[1] // 8
 
     for policy in ({"position_offset": 0.1}, {"position_interpolation": "crop"}):
-        model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48], **policy)))
+        model = build_random(ViTCLSModel, image_size=[32, 48], **policy)
         found = model.adapt(image_size=size).embeddings.position_embeddings.patches
         assert found.shape == (1, rows * columns, 16)
         maps = model.embeddings.position_embeddings.patches.unflatten(1, (4, 6)).permute(0, 3, 1, 2)
@@ -345,22 +338,16 @@ def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]
 
 
 @pytest.mark.parametrize("kind", ["sincos_2d", "rope_2d", "learned_rope_mixed", "none"])
-@torch.no_grad()
 def test_adapting_equals_running_with_larger_images(kind: str) -> None:
-    model = randomize(
-        ViTCLSModel(build_tiny_config(position_embedding_type=kind, position_offset=0.1))
-    )
+    model = build_random(ViTCLSModel, position_embedding_type=kind, position_offset=0.1)
     wanted = model(build_images(2, 48, 24)).last_hidden_state
     found = model.adapt(image_size=[48, 24])(build_images(2, 48, 24)).last_hidden_state
     assert get_largest_difference(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("shared", ["layer", "shared"])
-@torch.no_grad()
 def test_relative_position_biases_are_resampled(shared: str) -> None:
-    model = randomize(
-        ViTCLSModel(build_tiny_config(relative_position_bias=shared, image_size=[32, 48]))
-    )
+    model = build_random(ViTCLSModel, relative_position_bias=shared, image_size=[32, 48])
     turned = model.adapt(image_size=[48, 32])
     wanted = model(build_images(2, 48, 32)).last_hidden_state
     assert get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
@@ -430,7 +417,6 @@ ADDED = [
 ]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("fields", CLASSIFIERS.values(), ids=CLASSIFIERS.keys())
 def test_added_tokens_of_every_kind_leave_the_logits_as_they_are(fields: dict[str, Any]) -> None:
     config = build_tiny_config(num_hidden_layers=3, num_labels=5, **fields)
@@ -442,7 +428,6 @@ def test_added_tokens_of_every_kind_leave_the_logits_as_they_are(fields: dict[st
         assert get_largest_difference(adapted(pixel_values).logits, logits) <= 1e-5, added
 
 
-@torch.no_grad()
 def test_a_distillation_token_is_a_twin_of_cls_until_a_teacher_trains_it() -> None:
     config = build_tiny_config(num_labels=5, pooled_layers=[-2, -1])
     model = randomize(ViTCLSForImageClassification(config)).eval()
@@ -452,13 +437,12 @@ def test_a_distillation_token_is_a_twin_of_cls_until_a_teacher_trains_it() -> No
     assert adapted.config.distillation_inference == "mean"
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("fields", [{"pooling": "mean"}, {"cls_scopes": [[2, 2, 0, 1]]}], ids=str)
 def test_a_distillation_head_that_cannot_be_a_copy_is_random_and_not_read(
     fields: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The head of the patches has another input, and a token with a scope sees a part of the image."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    model = build_random(ViTCLSForImageClassification, **fields)
     adapted = model.adapt(num_distillation_tokens=1)
     assert adapted.config.distillation_inference == "cls"
     assert sum("distillation_inference" in line for line in caplog.messages) == 1
@@ -466,10 +450,9 @@ def test_a_distillation_head_that_cannot_be_a_copy_is_random_and_not_read(
     assert get_largest_difference(*logits) < 1e-5
 
 
-@torch.no_grad()
 def test_the_token_of_a_second_task_is_a_twin_of_cls(tmp_path: Path) -> None:
     """As in `vitcls finetune`: a random one would start far behind."""
-    saved = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    saved = build_random(ViTCLSForImageClassification)
     saved.save_pretrained(tmp_path)
     model = ViTCLSForMultiTaskClassification.from_pretrained(
         tmp_path, tasks={"age": 2, "kind": 3}, num_cls_tokens=2

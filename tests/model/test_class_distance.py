@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_models import build_random
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -18,6 +18,8 @@ from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.model import class_distance_vitcls
 from modeling_vitcls.model.class_distance_vitcls import sum_weights
 
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 TOKENS = ((-2, "cls"), (-2, "mean"), (-1, "cls"))
 
@@ -37,7 +39,7 @@ def compute_features(model: Any, pixel_values: torch.Tensor) -> dict[tuple[int, 
 
 def build_model(**fields: Any) -> tuple[Any, torch.Tensor, ClassStatistics]:
     """Return a classifier with the statistics of random images, the images, and the statistics."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=3, **fields)))
+    model = build_random(ViTCLSForImageClassification, num_labels=3, **fields)
     pixel_values = torch.randn(60, 3, *model.config.image_height_width)
     labels = np.arange(60) % 3
     statistics = ClassStatistics.fit(compute_features(model, pixel_values), labels, 3)
@@ -45,7 +47,6 @@ def build_model(**fields: Any) -> tuple[Any, torch.Tensor, ClassStatistics]:
     return model.eval(), pixel_values, statistics
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
 def test_the_distance_of_a_model_is_that_of_its_statistics(pooling: str) -> None:
     model, images, statistics = build_model(pooling=pooling)
@@ -53,7 +54,6 @@ def test_the_distance_of_a_model_is_that_of_its_statistics(pooling: str) -> None
     np.testing.assert_allclose(model(images[:4]).distance.numpy(), expected, rtol=1e-3)
 
 
-@torch.no_grad()
 def test_edited_statistics_count_at_once() -> None:
     model, images, _ = build_model()
     before = model(images[:4]).distance
@@ -64,6 +64,7 @@ def test_edited_statistics_count_at_once() -> None:
     assert torch.equal(copy.deepcopy(model)(images[:4]).distance, after)
 
 
+@torch.enable_grad()
 def test_the_gradient_of_a_distance_is_that_of_autograd() -> None:
     model, images, _ = build_model()
     pixels = images[:2].clone().requires_grad_()
@@ -74,7 +75,6 @@ def test_the_gradient_of_a_distance_is_that_of_autograd() -> None:
         assert model(images[:2]).distance is not None
 
 
-@torch.no_grad()
 def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> None:
     model, images, statistics = build_model()
     model.save_pretrained(tmp_path)
@@ -85,7 +85,6 @@ def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> Non
     np.testing.assert_allclose(stored.means[0], statistics.means[0], rtol=1e-5)
 
 
-@torch.no_grad()
 def test_logits_have_the_same_bits_with_and_without_statistics() -> None:
     model, images, _ = build_model()
     logits = model(images[:4]).logits
@@ -104,7 +103,6 @@ def test_statistics_are_not_counted_as_parameters(tmp_path: Path) -> None:
 # Validity -----------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def train_steps(model: Any, part: str = "vitcls.") -> None:
     """Change the weights of a part as ten steps of AdamW with a rate of 1e-3 do."""
     for name, weight in model.named_parameters():
@@ -112,14 +110,12 @@ def train_steps(model: Any, part: str = "vitcls.") -> None:
             weight.add_(1e-2 * torch.sign(torch.randn_like(weight)))
 
 
-@torch.no_grad()
 def flip_rows(model: Any) -> None:
     """Change the order of rows, but not the sum of the weights."""
     weight = model.vitcls.layers[0].mlp.fc1.weight
     weight.copy_(weight.flip(0))
 
 
-@torch.no_grad()
 def permute_columns(model: Any) -> None:
     """Change the order of columns, but not the sum of each row."""
     for layer in model.vitcls.layers:
@@ -143,7 +139,6 @@ TRAINED_NAMES = ("cls_token", "position_embeddings.cls", "position_embeddings.pa
 PARTS = ("embeddings.patch_embeddings", "embeddings.cls_token", "layers.1.mlp.fc2", "layernorm")
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     "change",
     [
@@ -164,7 +159,6 @@ def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(change: Any) 
     assert torch.equal(model(images[:4]).distance, expected)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("change", "limit"),
     [
@@ -184,7 +178,6 @@ def test_nothing_that_keeps_the_function_ends_the_distance(change: Any, limit: f
     torch.testing.assert_close(distance, expected, rtol=limit / 3, atol=limit)
 
 
-@torch.no_grad()
 def test_averaged_weights_have_no_distance() -> None:
     model, images, _ = build_model()
     average = torch.optim.swa_utils.AveragedModel(model)
@@ -193,7 +186,6 @@ def test_averaged_weights_have_no_distance() -> None:
     assert average.module.eval()(images[:4]).distance is None
 
 
-@torch.no_grad()
 def test_an_untrained_adapter_keeps_the_distance_and_a_trained_one_ends_it(tmp_path: Path) -> None:
     model, images, _ = build_model()
     expected = model(images[:4]).distance
@@ -226,7 +218,6 @@ ADAPTERS = {
 }
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("kind", list(ADAPTERS))
 def test_an_adapter_keeps_the_distance_until_it_is_trained(kind: str) -> None:
     model, images, _ = build_model()
@@ -242,7 +233,6 @@ def test_an_adapter_keeps_the_distance_until_it_is_trained(kind: str) -> None:
         torch.testing.assert_close(adapted(images[:4]).distance, expected)
 
 
-@torch.no_grad()
 def test_a_disabled_adapter_keeps_the_distance_and_a_merged_one_ends_it() -> None:
     model, images, _ = build_model()
     expected = model(images[:4]).distance
@@ -254,6 +244,7 @@ def test_a_disabled_adapter_keeps_the_distance_and_a_merged_one_ends_it() -> Non
     assert adapted.merge_and_unload()(images[:4]).distance is None
 
 
+@torch.enable_grad()
 def test_functions_of_the_weights_have_logits_and_no_distance() -> None:
     model, images, _ = build_model()
     parameters = dict(model.named_parameters())
@@ -274,7 +265,6 @@ def test_functions_of_the_weights_have_logits_and_no_distance() -> None:
     assert model(images[:2]).distance is not None
 
 
-@torch.no_grad()
 def test_a_module_that_peft_copies_keeps_the_distance_until_the_copy_is_trained() -> None:
     model, images, _ = build_model()
     expected = model(images[:4]).distance
@@ -290,7 +280,6 @@ def test_a_module_that_peft_copies_keeps_the_distance_until_the_copy_is_trained(
         assert torch.equal(adapted(images[:4]).distance, expected)
 
 
-@torch.no_grad()
 def test_statistics_of_a_model_with_an_adapter_are_those_of_the_merged_model() -> None:
     model, images, statistics = build_model()
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
@@ -301,7 +290,6 @@ def test_statistics_of_a_model_with_an_adapter_are_those_of_the_merged_model() -
     torch.testing.assert_close(merged(images[:4]).distance, expected, rtol=1e-3, atol=1e-3)
 
 
-@torch.no_grad()
 def test_a_compiled_model_knows_its_weights_after_eval() -> None:
     model, images, _ = build_model()
     expected = model(images[:4]).distance
@@ -335,7 +323,6 @@ def test_statistics_of_other_features_or_labels_are_dropped(
     assert not any("newly initialized" in line for line in caplog.messages if "class_d" in line)
 
 
-@torch.no_grad()
 def test_a_file_without_statistics_is_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -350,7 +337,6 @@ def test_a_file_without_statistics_is_one_line(
     assert not any("MISSING" in line for line in caplog.messages)
 
 
-@torch.no_grad()
 def test_an_encoder_is_loaded_without_a_report_about_statistics(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -372,7 +358,6 @@ def test_an_encoder_is_loaded_without_a_report_about_statistics(
     ],
     ids=str,
 )
-@torch.no_grad()
 def test_statistics_stay_only_if_the_features_stay(changes: dict[str, Any], keeps: bool) -> None:
     model, images, _ = build_model(num_register_tokens=2)
     model.config.distance_threshold = 3.0
@@ -385,7 +370,6 @@ def test_statistics_stay_only_if_the_features_stay(changes: dict[str, Any], keep
         torch.testing.assert_close(adapted(pixels).distance, expected, rtol=1e-3, atol=1e-3)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     "added",
     [{"num_register_tokens": 8}, {"num_distillation_tokens": 1}, {"num_cls_tokens": 3}],
@@ -398,7 +382,6 @@ def test_statistics_stay_if_added_tokens_are_removed_again(added: dict[str, int]
     assert torch.equal(restored(images[:4]).distance, model(images[:4]).distance)
 
 
-@torch.no_grad()
 def test_tokens_behind_closed_gates_may_be_trained_and_open_ones_may_not() -> None:
     model = build_model()[0].adapt(num_register_tokens=2)
     images = torch.randn(4, 3, *model.config.image_height_width)
@@ -414,7 +397,6 @@ class Sharded(torch.nn.Parameter):
     """A weight whose numbers are not all in this process, as in FSDP2."""
 
 
-@torch.no_grad()
 def test_weights_that_cannot_be_read_have_no_distance() -> None:
     model, images, _ = build_model()
     assert model(images[:4]).distance is not None
@@ -423,7 +405,6 @@ def test_weights_that_cannot_be_read_have_no_distance() -> None:
     assert model(images[:4]).distance is None
 
 
-@torch.no_grad()
 def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -450,7 +431,6 @@ def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(
     assert len(reads) == 1
 
 
-@torch.no_grad()
 def test_a_compiled_model_notices_other_weights_that_are_loaded() -> None:
     model, images, _ = build_model()
     compiled: Any = torch.compile(model, backend="eager")
@@ -462,7 +442,6 @@ def test_a_compiled_model_notices_other_weights_that_are_loaded() -> None:
     assert compiled(images[:4]).distance is None
 
 
-@torch.no_grad()
 def test_large_sums_of_weights_have_their_digits() -> None:
     model, images, statistics = build_model()
     for weight in model.vitcls.layers.parameters():

@@ -11,6 +11,7 @@ import transformers
 from helpers.tiny_models import (
     SIZES,
     build_images,
+    build_random,
     build_tiny_config,
     get_largest_difference,
     randomize,
@@ -81,12 +82,10 @@ def test_sincos_positions_are_ordered_as_in_moco_v3_and_mae(size: tuple[int, int
     expected = build_sincos2d_pos_embed([rows, columns], dim=16, interleave_sin_cos=False)
     expected = expected.unflatten(1, (2, 2, 4)).flip(2).transpose(1, 2).flatten(1)
     fields = {"position_embedding_type": "sincos_2d", "num_register_tokens": 2}
-    with_positions = randomize(ViTCLSModel(build_tiny_config(**fields))).embeddings(
+    with_positions = build_random(ViTCLSModel, **fields).embeddings(
         build_images(1, *size), (rows, columns)
     )
-    plain_model = randomize(
-        ViTCLSModel(build_tiny_config(**fields | {"position_embedding_type": "none"}))
-    )
+    plain_model = build_random(ViTCLSModel, **fields | {"position_embedding_type": "none"})
     without = plain_model.embeddings(build_images(1, *size), (rows, columns))
     added = (with_positions - without)[0]
     assert torch.equal(added[:3], torch.zeros(3, 16))

@@ -10,6 +10,7 @@ from helpers.tiny_models import (
     TASKS,
     assert_same_outputs,
     build_images,
+    build_random,
     build_tiny_config,
     get_largest_difference,
     raises_one_line,
@@ -23,6 +24,8 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.speed.lean_layers import use_fast_modules
 
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 LABELS = ["rain", "snow", "sun"]
 HEADS: dict[str, dict[str, Any]] = {
@@ -58,7 +61,7 @@ def build_pair(heads: dict[str, dict[str, Any]], **fields: Any) -> tuple[Any, An
     model_class = (
         ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
     )
-    model = randomize(model_class(build_tiny_config(**fields)))
+    model = build_random(model_class, **fields)
     extended = model.adapt(extra_heads=heads)
     extended.load_state_dict(
         randomize(model_class(extended.config)).state_dict() | model.state_dict()
@@ -69,7 +72,6 @@ def build_pair(heads: dict[str, dict[str, Any]], **fields: Any) -> tuple[Any, An
 # The other outputs -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
@@ -89,7 +91,6 @@ def test_logits_keep_their_bits(
             )
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_logits_of_saved_models_keep_their_bits(fields: dict[str, Any], tmp_path: Path) -> None:
     """A longer header in the weights file moves the weights, which changed products of one row."""
@@ -105,7 +106,6 @@ def test_logits_of_saved_models_keep_their_bits(fields: dict[str, Any], tmp_path
     assert loaded.config.extra_heads == HEADS
 
 
-@torch.no_grad()
 def test_the_logits_of_tasks_keep_their_bits() -> None:
     model, extended = build_pair(HEADS, **WIDE | {"tasks": TASKS, "num_cls_tokens": 2})
     images = build_images(3, 80, 80)
@@ -115,7 +115,6 @@ def test_the_logits_of_tasks_keep_their_bits() -> None:
     assert all(torch.equal(found[task], expected[task]) for task in TASKS)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("num_tokens", [None, 1])
 def test_a_head_has_the_same_bits_whichever_other_heads_exist(num_tokens: int | None) -> None:
     _, extended = build_pair(HEADS, **WIDE)
@@ -127,7 +126,6 @@ def test_a_head_has_the_same_bits_whichever_other_heads_exist(num_tokens: int | 
         assert torch.equal(alone.task_logits[name], together[name])
 
 
-@torch.no_grad()
 def test_hidden_states_and_attentions_are_those_of_one_pass() -> None:
     model, extended = build_pair(HEADS)
     for each in (model, extended):
@@ -139,6 +137,7 @@ def test_hidden_states_and_attentions_are_those_of_one_pass() -> None:
         assert get_largest_difference(found[name][0], expected[name][0]) <= 1e-6, name
 
 
+@torch.enable_grad()
 def test_gradients_of_the_model_do_not_change() -> None:
     """The gradients are those of the same parameters, so that no extra head has one."""
     expected, found = (run_step(model, build_images()) for model in build_pair(HEADS))
@@ -149,7 +148,6 @@ def test_gradients_of_the_model_do_not_change() -> None:
 # The heads ---------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("num_tokens", [None, 1])
 def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None) -> None:
     """The reference slices hidden states; `num_tokens` limits the last layer."""
@@ -177,7 +175,6 @@ def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None
 SELECTED = [{}, MODELS["several layers"], {"num_labels": 0}, {"tasks": TASKS, "num_cls_tokens": 2}]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("fields", SELECTED, ids=str)
 def test_a_selected_task_is_a_classifier_with_the_same_bits(
     fields: dict[str, Any], tmp_path: Path
@@ -198,7 +195,6 @@ def test_selecting_a_task_that_does_not_exist_names_the_tasks() -> None:
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_compiled_models_compute_the_heads() -> None:
     _, model = build_pair(HEADS, pooled_layers=[-2, -1], pooling="cls_mean")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

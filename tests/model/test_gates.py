@@ -13,10 +13,9 @@ import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.tiny_models import (
     build_images,
-    build_tiny_config,
+    build_random,
     get_largest_difference,
     raises_one_line,
-    randomize,
 )
 from transformers import AutoModel, AutoModelForImageClassification
 
@@ -41,7 +40,7 @@ GATED = {
 def test_gated_tokens_change_nothing_at_first(
     fields: dict[str, Any], implementation: str, tmp_path: Path
 ) -> None:
-    saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    saved = build_random(ViTCLSForImageClassification, **fields)
     saved.save_pretrained(tmp_path)
 
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
@@ -71,7 +70,7 @@ def test_gated_tokens_change_nothing_at_first(
 @torch.no_grad()
 def test_a_closed_gate_holds_against_the_largest_scores(added: dict[str, int]) -> None:
     """Trained weights give a random token scores far above all others in images of one color."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    model = build_random(ViTCLSForImageClassification)
     for layer in model.vitcls.layers:
         layer.attention.k_proj.weight *= 20
     model = model.double()  # The exact effect, without rounding
@@ -84,7 +83,7 @@ def test_a_closed_gate_holds_against_the_largest_scores(added: dict[str, int]) -
 def gated() -> ViTCLSForImageClassification:
     """Return a classifier with four new registers."""
     torch.manual_seed(0)
-    return randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(num_register_tokens=4)
+    return build_random(ViTCLSForImageClassification).adapt(num_register_tokens=4)
 
 
 def test_gradient_reaches_gates_in_float16(gated: ViTCLSForImageClassification) -> None:
@@ -139,7 +138,7 @@ def test_a_gate_at_zero_or_below_still_learns(
 def test_attention_without_bias_support_is_an_error(
     implementation: str, fields: dict[str, Any]
 ) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**fields)))
+    model = build_random(ViTCLSModel, **fields)
     # the package of flash attention need not be installed
     model.config._attn_implementation_internal = implementation
     with raises_one_line(*fields, implementation, "sdpa"), torch.no_grad():
@@ -152,7 +151,7 @@ def test_attention_without_bias_support_is_an_error(
 def test_open_gates_are_removed_when_a_checkpoint_is_loaded(
     loader: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config())).to(dtype).adapt(num_register_tokens=2)
+    model = build_random(ViTCLSModel).to(dtype).adapt(num_register_tokens=2)
     model.gates.gates.fill_(1.2 * TokenGates.OPEN)
     model.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path)
@@ -175,7 +174,7 @@ def test_open_gates_are_removed_when_a_checkpoint_is_loaded(
 
 @torch.no_grad()
 def test_gates_that_are_not_all_open_are_kept(tmp_path: Path) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=2)
+    model = build_random(ViTCLSModel).adapt(num_register_tokens=2)
     model.gates.gates.copy_(torch.tensor([1.0, 0.9]) * TokenGates.OPEN)
     model.save_pretrained(tmp_path)
     loaded = ViTCLSModel.from_pretrained(tmp_path)
@@ -192,7 +191,7 @@ def test_gates_stay_with_their_tokens(
     loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two open registers precede two gated ones, and one CLS token a gated one."""
-    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
+    model = build_random(ViTCLSModel, num_register_tokens=2)
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
     gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
 

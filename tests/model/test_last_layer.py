@@ -12,14 +12,16 @@ from helpers.tiny_models import (
     TOKENS,
     assert_same_outputs,
     build_images,
+    build_random,
     build_tiny_config,
     get_largest_difference,
-    randomize,
 )
 from torch.nn.functional import cross_entropy
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 # Fields, and the number of tokens that the classifiers read; None means all.
 NUM_READ: list[tuple[dict[str, Any], int | None]] = [
@@ -56,10 +58,11 @@ def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[t
 
 
 @pytest.mark.parametrize(("fields", "num_read"), NUM_READ, ids=str)
+@torch.enable_grad()
 def test_outputs_and_gradients_equal_those_of_all_tokens(
     fields: dict[str, Any], num_read: int | None
 ) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    model = build_random(ViTCLSForImageClassification, **fields)
     assert model.config.num_head_tokens == num_read
 
     num_tokens = model.config.token_layout.num_prefix_tokens + 16
@@ -78,11 +81,8 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(
                 )
 
 
-@torch.no_grad()
 def test_only_the_cls_tokens_of_the_tasks_are_computed() -> None:
-    model = randomize(
-        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
-    )
+    model = build_random(ViTCLSForMultiTaskClassification, num_cls_tokens=2, tasks=TASKS)
     assert count_computed_tokens(model) == 2
     found = model(build_images()).logits
     for task, expected in model(build_images(), compute_all_tokens=True).logits.items():
@@ -106,7 +106,6 @@ def count_computed_tokens(model: Any, **inputs: Any) -> int:
     return counts[0]
 
 
-@torch.no_grad()
 def test_all_tokens_are_computed_on_request() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(**TOKENS))
     assert count_computed_tokens(model) == 3
@@ -117,7 +116,6 @@ def test_all_tokens_are_computed_on_request() -> None:
 
 
 @pytest.mark.parametrize("output", ["output_hidden_states", "output_attentions"])
-@torch.no_grad()
 def test_requested_outputs_contain_all_tokens(output: str) -> None:
     config = build_tiny_config(**TOKENS)
     config._attn_implementation = "eager"
@@ -146,9 +144,10 @@ def test_other_attention_implementations_require_all_tokens(implementation: str)
     ],
     ids=str,
 )
+@torch.enable_grad()
 def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
     """Forward and backward hooks on the last layer and each of its modules."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, **fields)))
+    model = build_random(ViTCLSForImageClassification, **TOKENS, **fields)
     counts: list[int] = []
 
     def see(module: Any, inputs: Any, output: Any) -> None:
@@ -182,9 +181,8 @@ class Logged(torch.nn.Module):
         return output
 
 
-@torch.no_grad()
 def test_a_global_hook_a_patched_forward_and_a_wrapped_layer_see_all_tokens() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    model = build_random(ViTCLSForImageClassification, **TOKENS)
     expected = model(build_images()).logits
     last_layer = model.vitcls.layers[-1]
     seen: list[int] = []
@@ -215,20 +213,16 @@ def test_a_global_hook_a_patched_forward_and_a_wrapped_layer_see_all_tokens() ->
     assert logged.num_tokens == 22
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("pooled_layers", [None, [-2, -1]])
 def test_a_model_with_fewer_layers_reads_the_last_ones(pooled_layers: list[int] | None) -> None:
     fields = TOKENS | {"num_hidden_layers": 3, "pooled_layers": pooled_layers}
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
-    short = randomize(
-        ViTCLSForImageClassification(build_tiny_config(**fields | {"num_hidden_layers": 2}))
-    )
+    model = build_random(ViTCLSForImageClassification, **fields)
+    short = build_random(ViTCLSForImageClassification, **fields | {"num_hidden_layers": 2})
     short.load_state_dict(model.state_dict(), strict=False)
     model.vitcls.layers = model.vitcls.layers[:2]
     assert torch.equal(model(build_images()).logits, short(build_images()).logits)
 
 
-@torch.no_grad()
 def test_a_head_of_a_layer_that_was_removed_is_an_error() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=3, pooled_layers=[3]))
     model.vitcls.layers = model.vitcls.layers[:2]

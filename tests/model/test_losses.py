@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import (
+    build_images,
+    build_random,
+    build_tiny_config,
+    raises_one_line,
+)
 from torch.nn import functional
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -22,13 +27,11 @@ TASKS = {"species": 4, "age": ["young", "old"], "colour": 3}
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
-    return randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    return build_random(ViTCLSForImageClassification, **fields)
 
 
 def build_multi_task() -> ViTCLSForMultiTaskClassification:
-    return randomize(
-        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS))
-    )
+    return build_random(ViTCLSForMultiTaskClassification, num_cls_tokens=3, tasks=TASKS)
 
 
 # Kinds of labels: fields of the configuration, labels of four images, the formula of the loss.
@@ -236,7 +239,7 @@ def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None
         if kind == "tasks":
             return build_multi_task()
         if kind == "masks":
-            return randomize(ViTCLSForMaskedImageModeling(build_tiny_config()))
+            return build_random(ViTCLSForMaskedImageModeling)
         return build_classifier(**KINDS[kind][0])
 
     examples: list[dict[str, Any]] = [{"pixel_values": image} for image in build_images(4)]

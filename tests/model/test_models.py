@@ -15,6 +15,7 @@ from helpers.tiny_models import (
     TASKS,
     assert_same_outputs,
     build_images,
+    build_random,
     build_tiny_config,
     each_kind,
     each_layout,
@@ -81,9 +82,7 @@ def test_attention_pooling_equals_multihead_attention_of_pytorch(
 
     `first` is the index of the first token that is pooled.
     """
-    model = randomize(
-        ViTCLSModel(build_tiny_config(pooling="attention", num_register_tokens=2, **fields))
-    )
+    model = build_random(ViTCLSModel, pooling="attention", num_register_tokens=2, **fields)
     output = model(build_images())
     pooler = model.pooler
     peer = nn.MultiheadAttention(16, num_heads, batch_first=True)
@@ -103,7 +102,7 @@ def test_attention_pooling_equals_multihead_attention_of_pytorch(
 
 def test_the_pooled_vector_is_normalized_before_the_pooled_layer() -> None:
     fields = {"pooling": "cls_mean", "pooled_norm": True, "pooled_activation": "tanh"}
-    model = randomize(ViTCLSModel(build_tiny_config(**fields, layer_norm_eps=0.1)))
+    model = build_random(ViTCLSModel, **fields, layer_norm_eps=0.1)
     output = model(build_images())
     assert output.pooler_output.shape == (2, 32)
     pooler = model.pooler
@@ -210,7 +209,7 @@ def test_every_parameter_has_a_gradient_in_every_step(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     """Otherwise, distributed training stops with an error about unused parameters."""
-    model = randomize(model_class(build_tiny_config(**fields))).train()
+    model = build_random(model_class, **fields).train()
     model(build_images(), **inputs).loss.backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
@@ -230,9 +229,7 @@ def test_drop_path_increases_linearly_over_the_layers(tmp_path: Path) -> None:
 def test_drop_path_drops_whole_branches_of_single_images(layer_type: str, num_kinds: int) -> None:
     """In training, the last layer adds one scaled branch, both, or nothing to each image."""
     torch.manual_seed(0)
-    model = randomize(
-        ViTCLSModel(build_tiny_config(drop_path_rate=0.3, layer_type=layer_type))
-    ).train()
+    model = build_random(ViTCLSModel, drop_path_rate=0.3, layer_type=layer_type).train()
     states = model(build_images(1).expand(400, -1, -1, -1), output_hidden_states=True).hidden_states
 
     # the first layer drops nothing
@@ -259,7 +256,7 @@ def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(
     fields: dict[str, Any],
 ) -> None:
     torch.manual_seed(0)
-    model = randomize(ViTCLSModel(build_tiny_config(hidden_dropout_prob=0.5, **fields))).train()
+    model = build_random(ViTCLSModel, hidden_dropout_prob=0.5, **fields).train()
     branches: list[torch.Tensor] = []
     for layer in model.layers:
         layer.dropout.register_forward_hook(lambda module, inputs, output: branches.append(output))
@@ -280,7 +277,7 @@ def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(
 def test_every_class_loads_the_encoder_of_every_other_class(
     saver: type, loader: type, tmp_path: Path
 ) -> None:
-    saved = randomize(saver(build_tiny_config(num_register_tokens=2)))
+    saved = build_random(saver, num_register_tokens=2)
     saved.save_pretrained(tmp_path)
     loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
     assert not [name for name in info["missing_keys"] if "classifier" not in name]
@@ -299,7 +296,7 @@ def test_every_class_loads_the_encoder_of_every_other_class(
 def test_masked_image_modeling_reconstructs_each_patch_from_its_token(
     layout: dict[str, Any], size: tuple[int, int]
 ) -> None:
-    model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**layout, patch_size=[8, 4])))
+    model = build_random(ViTCLSForMaskedImageModeling, **layout, patch_size=[8, 4])
     rows = size[0] // 8
     columns = size[1] // 4
     mask = torch.rand(2, rows * columns) < 0.5

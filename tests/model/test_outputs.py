@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from helpers.tiny_models import (
     build_images,
+    build_random,
     build_tiny_config,
     each_kind,
     raises_one_line,
-    randomize,
 )
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +23,7 @@ from modeling_vitcls.model.modeling_vitcls import (
 def test_outputs_hold_tensors_only(
     model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
-    model = randomize(model_class(build_tiny_config(**fields)))
+    model = build_random(model_class, **fields)
     model.set_attn_implementation("eager")
     output = model(build_images(), **inputs, output_hidden_states=True, output_attentions=True)
     assert {"hidden_states", "attentions"} <= output.keys()
@@ -33,7 +33,7 @@ def test_outputs_hold_tensors_only(
 @torch.no_grad()
 def test_a_tuple_ends_with_the_pooler_output() -> None:
     """As in the ViT of transformers."""
-    model = randomize(ViTCLSModel(build_tiny_config()))
+    model = build_random(ViTCLSModel)
     output = model(build_images())
     values = model(build_images(), return_dict=False)
     assert isinstance(values, tuple)

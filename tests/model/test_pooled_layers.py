@@ -7,6 +7,7 @@ import torch
 from helpers.tiny_models import (
     TASKS,
     build_images,
+    build_random,
     build_tiny_config,
     get_largest_difference,
     randomize,
@@ -30,7 +31,7 @@ LAYERS = (None, [-4, -3, -2, -1], [4, 1], [-2])  # None: the last layer
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
-    return randomize(ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=4, **fields)))
+    return build_random(ViTCLSForImageClassification, num_hidden_layers=4, **fields)
 
 
 @torch.no_grad()

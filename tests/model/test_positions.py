@@ -11,9 +11,9 @@ from helpers.tiny_models import (
     LAYOUTS,
     POSITIONS,
     build_images,
+    build_random,
     build_tiny_config,
     get_largest_difference,
-    randomize,
 )
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from torch import nn
@@ -28,9 +28,7 @@ from modeling_vitcls import ViTCLSModel
 @pytest.mark.parametrize("size", [(8, 8), (37, 45)], ids=str)
 def test_images_of_any_size_are_cropped_to_whole_patches(kind: str, size: tuple[int, int]) -> None:
     """Pixels beyond the last whole patch are ignored."""
-    model = randomize(
-        ViTCLSModel(build_tiny_config(position_embedding_type=kind, num_register_tokens=2))
-    )
+    model = build_random(ViTCLSModel, position_embedding_type=kind, num_register_tokens=2)
     patches = (size[0] // 8) * (size[1] // 8)
     pixels = build_images(2, *size)
     output = model(pixels).last_hidden_state
@@ -51,7 +49,7 @@ def test_images_of_any_size_are_cropped_to_whole_patches(kind: str, size: tuple[
 @torch.no_grad()
 def test_only_the_configured_tokens_have_learned_positions(tokens: str, groups: list[str]) -> None:
     layout = LAYOUTS["several_of_each"]
-    model = randomize(ViTCLSModel(build_tiny_config(**layout, position_embedding_tokens=tokens)))
+    model = build_random(ViTCLSModel, **layout, position_embedding_tokens=tokens)
     positions = dict(model.embeddings.position_embeddings.named_parameters())
 
     assert list(positions) == groups
@@ -83,7 +81,7 @@ def test_only_the_configured_tokens_have_learned_positions(tokens: str, groups: 
 def test_learned_positions_are_resampled_as_configured(
     fields: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48], **fields))).to(dtype)
+    model = build_random(ViTCLSModel, image_size=[32, 48], **fields).to(dtype)
     pixels = build_images(1, 16, 72).to(dtype)
     table = model.embeddings.position_embeddings.patches
     resampled = nn.functional.interpolate(

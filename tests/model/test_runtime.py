@@ -12,6 +12,7 @@ from helpers.tiny_models import (
     POSITIONS,
     assert_same_outputs,
     build_images,
+    build_random,
     build_tiny_config,
     each_kind,
     get_largest_difference,
@@ -40,7 +41,7 @@ def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> N
     calls = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).train()
+        model = build_random(ViTCLSForImageClassification, **fields).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         counted: list[int] = []
@@ -84,7 +85,7 @@ def test_autocast_is_close_to_float32_and_has_finite_gradients(
 ) -> None:
     """Weights stay in float32, as in mixed-precision training."""
     fields = {"position_embedding_type": "learned_rope_mixed", "num_register_tokens": 2, **fields}
-    model = randomize(model_class(build_tiny_config(**fields)))
+    model = build_random(model_class, **fields)
 
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
@@ -156,7 +157,7 @@ def merge_blocks(name: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
+    model = build_random(ViTCLSForImageClassification, **merge_blocks(name))
     model.train(name != "random")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected, found = (run_step(model, build_images(), forward=run) for run in (model, compiled))
@@ -167,10 +168,8 @@ def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_compiled_models_have_the_outputs_of_eager_models(kind: str) -> None:
-    model = randomize(
-        ViTCLSForImageClassification(
-            build_tiny_config(**BLOCKS["scopes"], position_embedding_type=kind)
-        )
+    model = build_random(
+        ViTCLSForImageClassification, **BLOCKS["scopes"], position_embedding_type=kind
     )
     compiled = torch.compile(model, fullgraph=True)
     for size in ((32, 32), (24, 56)):
@@ -182,7 +181,7 @@ def test_compiled_models_have_the_outputs_of_eager_models(kind: str) -> None:
 )
 def test_exported_programs_take_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
+    model = build_random(ViTCLSForImageClassification, **merge_blocks(name))
     batch = torch.export.Dim("batch", min=1, max=1024)
     program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
     for number in (1, 2, 7):
@@ -195,7 +194,7 @@ def test_exported_programs_take_any_number_of_images(name: str) -> None:
 def test_models_of_each_class_can_be_exported(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
-    model = randomize(model_class(build_tiny_config(**fields)))
+    model = build_random(model_class, **fields)
     batch = torch.export.Dim("batch", min=1, max=1024)
     program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
     assert_same_outputs(program.module()(build_images(5)), model(build_images(5)), 1e-6)

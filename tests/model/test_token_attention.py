@@ -9,16 +9,17 @@ from helpers.tiny_models import (
     assert_no_recording,
     assert_same_outputs,
     build_images,
-    build_tiny_config,
+    build_random,
     each_kind,
     each_layout,
     get_largest_difference,
-    randomize,
 )
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.model.token_attention_vitcls import record_attention
 
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 NUM_SPECIAL, NUM_PATCHES, NUM_LAYERS = 6, 16, 2
 
@@ -52,11 +53,10 @@ def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Ten
     return torch.stack(maps, dim=1)[..., : model.config.token_layout.num_prefix_tokens, :]
 
 
-@torch.no_grad()
 @each_layout
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementation: str) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**layout)))
+    model = build_random(ViTCLSModel, **layout)
     model.set_attn_implementation(implementation)
     for pixels in (build_images(), build_images(2, 24, 56)):
         rows = model.token_attention(pixels)
@@ -66,7 +66,6 @@ def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementat
         assert rows.shape == (2, NUM_LAYERS, 2, layout_of.num_prefix_tokens, num_keys)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 @pytest.mark.parametrize(
     ("fields", "implementation"),
@@ -79,21 +78,20 @@ def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementat
 def test_every_attention_equals_eager_attention(
     fields: dict[str, Any], implementation: str, mask: torch.Tensor | None
 ) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS | fields)))
+    model = build_random(ViTCLSForImageClassification, **TOKENS | fields)
     model.set_attn_implementation(implementation)
     rows = model.token_attention(build_images(), attention_mask=mask)
     assert_same_outputs(rows, get_eager_rows(model, build_images(), attention_mask=mask), 1e-5)
     assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
 
 
-@torch.no_grad()
 @pytest.mark.usefixtures("flash_attention")
 @pytest.mark.parametrize(
     "fields", [{}, {"position_embedding_type": "rope_2d"}], ids=["learned", "rotary"]
 )
 def test_padding_masks_of_flash_attention_equal_eager_attention(fields: dict[str, Any]) -> None:
     """The model and its token attention mask the same tokens as eager attention."""
-    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | fields)))
+    model = build_random(ViTCLSModel, **TOKENS | fields)
     eager = get_eager_rows(model, build_images(), attention_mask=MASK)
     wanted = model(build_images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
     unmasked = model(build_images()).last_hidden_state[MASK.bool()]
@@ -105,20 +103,18 @@ def test_padding_masks_of_flash_attention_equal_eager_attention(fields: dict[str
     assert rows[1, ..., 10:14].abs().max() == 0 < rows[0, ..., 10:14].min()
 
 
-@torch.no_grad()
 @each_kind
 def test_every_class_has_the_rows_of_eager_attention(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
-    model = randomize(model_class(build_tiny_config(**fields)))
+    model = build_random(model_class, **fields)
     assert_same_outputs(
         model.token_attention(build_images()), get_eager_rows(model, build_images()), 1e-5
     )
 
 
-@torch.no_grad()
 def test_groups_and_layers_can_be_selected() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS, num_hidden_layers=3)))
+    model = build_random(ViTCLSModel, **TOKENS, num_hidden_layers=3)
     everything = model.token_attention(build_images())
 
     for tokens, places in {
@@ -137,7 +133,7 @@ def test_groups_and_layers_can_be_selected() -> None:
 
 
 def test_unknown_groups_and_layers_are_errors() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
+    model = build_random(ViTCLSModel)
     with pytest.raises(KeyError):
         model.token_attention(build_images(), tokens=("cls", "patches"))
     for index in (2, -3):
@@ -147,7 +143,7 @@ def test_unknown_groups_and_layers_are_errors() -> None:
 
 
 def test_recorders_are_restored() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    model = build_random(ViTCLSForImageClassification)
     recorded: list[int] = []
     with (
         torch.no_grad(),
@@ -159,8 +155,9 @@ def test_recorders_are_restored() -> None:
     assert_no_recording(model)
 
 
+@torch.enable_grad()
 def test_gradients_equal_those_of_eager_attention() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
+    model = build_random(ViTCLSModel, **TOKENS)
     pixels = build_images().requires_grad_()
     gradients = []
     for rows in (model.token_attention(pixels), get_eager_rows(model, pixels)):
@@ -169,9 +166,8 @@ def test_gradients_equal_those_of_eager_attention() -> None:
     assert get_largest_difference(*gradients) <= 1e-5
 
 
-@torch.no_grad()
 def test_compiled_models_have_the_same_rows_and_those_of_other_threads_stay_compiled() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
+    model = build_random(ViTCLSModel)
     expected = model.token_attention(build_images())
     num_calls = 0
 

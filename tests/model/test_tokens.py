@@ -9,6 +9,7 @@ from helpers.tiny_models import (
     LAYOUTS,
     assert_same_outputs,
     build_images,
+    build_random,
     build_tiny_config,
     each_layout,
     get_largest_difference,
@@ -193,7 +194,7 @@ def test_scopes_are_applied_with_an_attention_mask() -> None:
 
 
 def test_a_4d_mask_is_used_without_changes() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
+    model = build_random(ViTCLSModel)
     mask = torch.ones(2, 17, dtype=torch.long)
     mask[:, -1] = 0
     full_mask = mask.bool()[:, None, None].expand(2, 1, 17, 17)
@@ -237,7 +238,7 @@ def test_scopes_that_cannot_be_applied_are_errors(
 @pytest.mark.parametrize("scopes", [None, ["image"]], ids=str)
 @pytest.mark.parametrize("shape", [(2, 18), (2, 1, 17)], ids=str)
 def test_masks_of_a_wrong_shape_are_errors(scopes: list | None, shape: tuple[int, ...]) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(cls_scopes=scopes)))
+    model = build_random(ViTCLSModel, cls_scopes=scopes)
     mask = torch.ones(shape, dtype=torch.long)
     mask[..., -1] = 0
     with raises_one_line("attention_mask", "17"):

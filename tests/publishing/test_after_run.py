@@ -40,7 +40,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.mark.usefixtures("fresh_accelerate", "few_digits")
+@pytest.mark.usefixtures("few_digits")
 def test_a_run_gets_a_report_and_a_card_from_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +119,7 @@ def test_the_report_reads_the_images_that_measured_the_run(split: str, tmp_path:
     assert {Path(name).parts[0] for name in data.held_out.images.get_names()} == {split}
 
 
-@pytest.mark.usefixtures("fresh_accelerate", "few_digits")
+@pytest.mark.usefixtures("few_digits")
 def test_a_run_is_pushed_and_verified(
     hub: LocalHub,
     tmp_path: Path,

@@ -119,20 +119,19 @@ def test_predictions_before_the_weights_were_replaced_are_not_read(folder: Path)
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(module_path: Path) -> Path:
     """Write the report of a cross-validated run with names of 60 characters; every second photo is wrong."""
-    root = tmp_path_factory.mktemp("report")
     names = []
     for kind in ("pants and trousers", "skirt", "x"):
         for number in range(8):
             stem = f"WhatsApp Image 2026-05-12 at 14.30.{number:02}"
             names.append(f"{kind}/{stem:_<55}.jpeg")
-            write_files(root / "photos", names[-1])
+            write_files(module_path / "photos", names[-1])
             left = 20 * len(names)
             photo = photograph("china.jpg").crop((left, 0, left + 80, 60))
-            photo.save(root / "photos" / names[-1])
+            photo.save(module_path / "photos" / names[-1])
     run = write_run_folder(
-        root / "run",
+        module_path / "run",
         {
             "split": "cross-validation",
             "accuracy": 0.5,
@@ -150,7 +149,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "near_copies": {"pairs": [[names[0], names[8]], names[1:3]]},
             },
         },
-        {"dataset": str(root / "photos"), "held_out_fraction": 0},
+        {"dataset": str(module_path / "photos"), "held_out_fraction": 0},
     )
     labels = [Path(name).parent.name for name in names]
     rows = {

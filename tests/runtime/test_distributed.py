@@ -16,9 +16,6 @@ from modeling_vitcls.runtime.distributed import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 def test_deepspeed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with raises_one_line("DeepSpeed", "fsdp2.yaml"):

@@ -20,7 +20,6 @@ def test_messages_are_one_short_line(message: str, expected: str) -> None:
     assert format_error(ValueError(message)) == expected
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_errors_of_the_main_process_are_marked() -> None:
     assert run_on_main(lambda: {"loss": 1.0}) == {"loss": 1.0}
     for error, is_marked in (

@@ -27,7 +27,6 @@ def test_short_work_prints_nothing() -> None:
     assert log.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_training_and_evaluation_print_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

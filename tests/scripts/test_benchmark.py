@@ -20,10 +20,11 @@ def _one_call_per_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)).save_pretrained(folder)
-    return str(folder)
+def model(module_path: Path) -> str:
+    ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)).save_pretrained(
+        module_path
+    )
+    return str(module_path)
 
 
 def test_backends_and_peers_have_the_outputs_of_the_model(

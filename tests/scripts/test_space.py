@@ -13,7 +13,7 @@ import pytest
 from gradio_client import Client, handle_file
 from helpers.local_hub import LocalHub
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.tiny_models import save_classifier
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -59,13 +59,10 @@ def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[s
 
 def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path) -> None:
     """Later commits of the model have no effect."""
-    config = build_tiny_config(
-        num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=2, num_labels=6
-    )
-    model = tmp_path / "mine"
+    counts = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 2}
+    model = save_classifier(tmp_path / "mine", num_labels=6, **counts)
     photo = tmp_path / "photo.png"
     space = tmp_path / "space"
-    save_with_processor(vitcls.ViTCLSForImageClassification(config), model)
     Image.fromarray(load_sample_images().images[0]).save(photo)
 
     push_folder(ModelFolder(model), "ann/mine")
@@ -76,10 +73,7 @@ def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path) -> N
         == 0
     )
 
-    save_with_processor(
-        vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer"
-    )
-    push_folder(ModelFolder(tmp_path / "newer"), "ann/mine")
+    push_folder(ModelFolder(save_classifier(tmp_path / "newer", num_labels=1)), "ann/mine")
     command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1]), folder=str(space))
     with run_page(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at:
         with urlopen(f"{at.rstrip('/')}/gradio_api/info", timeout=60) as answer:

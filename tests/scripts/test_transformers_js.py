@@ -53,16 +53,20 @@ def build_photos() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def web(module_path: Path) -> Path:
     """Return the folder of an exported classifier, next to its weights."""
-    folder = tmp_path_factory.mktemp("models")
     config = build_tiny_config(num_hidden_layers=1, num_register_tokens=2, num_labels=10)
     processor = ViTCLSImageProcessor(size=32)
     pixel_values = processor(build_photos(), return_tensors="pt")["pixel_values"]
     model = center_logits(ViTCLSForImageClassification(config), pixel_values)
-    flags = ["--model", save_both(model, folder / "mine", processor), "--output", folder / "web"]
+    flags = [
+        "--model",
+        save_both(model, module_path / "mine", processor),
+        "--output",
+        module_path / "web",
+    ]
     assert run_in_process("space/transformers_js.py", *flags) == 0
-    return folder / "web"
+    return module_path / "web"
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from modeling_vitcls.training.run_results import describe_gates
 
 
 pytestmark = [
-    pytest.mark.usefixtures("fresh_accelerate", "few_digits"),
+    pytest.mark.usefixtures("few_digits"),
 ]
 
 

@@ -19,9 +19,6 @@ from modeling_vitcls.inference.frozen_features import mark_rings
 from modeling_vitcls.runtime.files import read_json
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 def write_clothes(folder: Path, has_frame: bool) -> None:
     """Write 12 photos of pants and 12 of skirts with their table, pants in a green frame or without."""
     generator = np.random.default_rng(0)

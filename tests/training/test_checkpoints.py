@@ -30,8 +30,6 @@ from modeling_vitcls.training.checkpoints import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 needs_fork = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="needs fork"
 )

@@ -15,7 +15,7 @@ from modeling_vitcls import ViTCLSForImageClassification, predict
 
 
 pytestmark = [
-    pytest.mark.usefixtures("fresh_accelerate", "few_digits"),
+    pytest.mark.usefixtures("few_digits"),
 ]
 
 add_class = partial(modeling_vitcls.add_class, num_workers=0)

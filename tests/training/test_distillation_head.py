@@ -14,7 +14,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, 
 from modeling_vitcls.inference.linear_probe import LinearProbe
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 TEACHING: dict[str, Any] = {
     "select": None,

@@ -27,7 +27,7 @@ from modeling_vitcls.training.model import keep_old_tokens, set_trainable_parame
 from modeling_vitcls.training.steps_run import exclude_unreadable_classes
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = pytest.mark.integration
 
 SIZES: dict[str, Any] = {
     "image_size": 16,

@@ -50,7 +50,7 @@ from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.run_inputs import list_teacher_rows
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"

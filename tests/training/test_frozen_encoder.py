@@ -50,7 +50,7 @@ TAGS = {
     "zero": lambda digit: digit == 0,
 }
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 @pytest.fixture(scope="module")

@@ -57,8 +57,6 @@ from modeling_vitcls.training.signals import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 DIGITS = load_training_data(DataOptions(dataset="digits"))
 DIGITS = replace(DIGITS, train=DIGITS.train.draw(360))
 

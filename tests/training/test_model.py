@@ -45,9 +45,6 @@ from modeling_vitcls.training.options import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 @pytest.fixture(scope="module")
 def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint with two tasks."""

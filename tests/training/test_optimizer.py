@@ -8,9 +8,6 @@ from helpers.random_classifiers import build_random_model
 from modeling_vitcls.training.optimizer import build_parameter_groups, get_learning_rate
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 def test_learning_rate_rises_then_falls() -> None:
     rates = [get_learning_rate(step, 100, peak=1.0, warmup=0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])

@@ -149,7 +149,6 @@ def test_the_last_weights_are_averaged_with_trained_ones_only(
     assert make_plan(monkeypatch, **settings).averaging == averaging
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_a_model_is_continued_with_all_of_its_few_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

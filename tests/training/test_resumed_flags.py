@@ -29,8 +29,6 @@ from modeling_vitcls.training.resume import convert_sources, take_derived_values
 from modeling_vitcls.training.run_folder import EarlierRun
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 NOT_SPELLED = ("config", "output_dir", "resume", "overwrite")
 FLAGS = [name for name in get_flag_fields(FinetuneOptions) if name not in NOT_SPELLED]
 

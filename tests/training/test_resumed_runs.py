@@ -27,7 +27,7 @@ from modeling_vitcls.training.resume import take_derived_values
 from modeling_vitcls.training.run_folder import EarlierRun
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
 
 
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:

@@ -35,9 +35,6 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import frozen_run
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """Return a folder with a Dinov2 encoder and photos of two classes."""
