@@ -21,8 +21,9 @@ from ..inference.class_statistics import ClassStatistics
 from ..inference.evaluator import build_predictions
 from ..inference.frozen_features import Features
 from ..inference.linear_probe import Folds, describe_layers, split_folds, stack_tokens
-from ..inference.per_image import build_rows, find_nearest_images
+from ..inference.per_image import build_rows
 from ..runtime.errors import format_name_list, warn_on_first_process
+from ..training.heads import find_nearest_images
 from .extend import Addition, OldModel, append_head, build_result, check_has_one_label
 from .options import AddClassOptions
 

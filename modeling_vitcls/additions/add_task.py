@@ -105,7 +105,10 @@ def predict_left_out(head: FrozenHead, weight: np.ndarray, bias: np.ndarray) -> 
     if head.held_out is not None:
         logits = stack_tokens(head.held_out.get_tokens(), head.tokens) @ weight.T + bias
         return build_predictions(head.labels, replace(head.held_out, logits=logits))
-    return None if head.probe.estimate_ is None else head.predict_out_of_fold()
+    estimate = head.probe.estimate_
+    if estimate is None:
+        return None
+    return build_predictions(head.labels, head.predict_out_of_fold(), estimate=estimate)
 
 
 def check_name(name: str, config: ViTCLSConfig) -> None:

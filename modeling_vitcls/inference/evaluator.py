@@ -6,7 +6,6 @@ The pass over the images is in image_pass.py, the metrics are in metrics.py, and
 evaluates a saved model and writes the results.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +19,8 @@ from ..data.labels import LabelSpace, OneLabel, PerTask
 from ..model.heads_vitcls import IGNORED_LABEL
 from .frozen_features import Features, pool_layers
 from .image_pass import ImageOutputs, ImagePass
-from .intervals import compute_proportion_interval
-from .metrics import NOTHING_MEASURED, MetricValues, measure, select_scalars
+from .intervals import Estimate, compute_proportion_interval
+from .metrics import NOTHING_MEASURED, MetricValues, measure, round_floats, select_scalars
 from .near_copies import KnownScenes
 from .prediction_rows import DEFAULT_THRESHOLD
 from .stated_result import state_result
@@ -59,10 +58,14 @@ class Predictions:
 
 
 def build_predictions(
-    label_space: LabelSpace, outputs: ImageOutputs, threshold: float = DEFAULT_THRESHOLD
+    label_space: LabelSpace,
+    outputs: ImageOutputs,
+    threshold: float = DEFAULT_THRESHOLD,
+    estimate: Estimate | None = None,
 ) -> Predictions:
     """Measure logits (metrics.py). The arguments are as in `measure`.
 
+    An estimate that is corrected for the choice among candidates replaces what is counted.
     In the metrics, numbers come before lists and dicts, and the first number is the metric for
     comparing models. `num_unreadable_images` is the number of unreadable images, which `num_images`
     excludes. Floats are rounded to six decimals.
@@ -70,7 +73,10 @@ def build_predictions(
     outputs = replace(outputs, features=None)  # They would stay in memory with the predictions
     values = measure(label_space, outputs.logits, outputs.labels, threshold)
     unreadable = {"num_unreadable_images": outputs.num_unreadable}
-    metrics = round_floats(select_scalars(values) | unreadable | values)
+    metrics = select_scalars(values) | unreadable | values
+    if estimate is not None:
+        metrics |= estimate.to_metrics()
+    metrics = round_floats(metrics)
     if isinstance(label_space, OneLabel):
         outputs = outputs.take(outputs.labels != IGNORED_LABEL)
         # Without the logits of two heads, which follow the returned ones
@@ -176,14 +182,3 @@ class Evaluator(ImagePass):
         if heads[1] is None or not has_one_label or heads[1].shape != outputs.logits.shape:
             return outputs.logits
         return torch.cat([outputs.logits, *heads], dim=1)
-
-
-def round_floats(value: Any) -> Any:
-    """Round all floats to six decimals, also in nested lists and dicts; NaN is not a result: None."""
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [round_floats(item) for item in value]
-    if isinstance(value, dict):
-        return {name: round_floats(item) for name, item in value.items()}
-    return value

@@ -42,8 +42,8 @@ from .class_statistics import (
     expand_rows,
 )
 from .confidence import extrapolate_temperature, measure_spread
-from .evaluator import round_floats
 from .intervals import Estimate
+from .metrics import round_floats
 from .targets import find_target
 
 

@@ -7,12 +7,14 @@ The labels are in the format of data/labels.py. Undefined values (0 / 0) are Non
 (evaluator.py) and frozen runs compute the logits.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import expit, softmax
 from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -20,7 +22,6 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from ..data.labels import LabelKind, LabelSpace, PerTask, SeveralLabels
 from ..model.heads_vitcls import IGNORED_LABEL
 from .intervals import compute_proportion_interval
-from .targets import find_target
 
 
 MAX_MATRIX_CLASSES = 200  # Maximum number of classes for which a confusion matrix is computed
@@ -260,9 +261,12 @@ def compute_class_metrics(names: Sequence[str], counts: Sequence[list[int]]) -> 
 
 
 def compute_mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Average the log losses of images in double precision."""
-    losses = find_target(labels).compute_losses(logits.astype(np.float64), labels)
-    return float(losses.mean())
+    """Average the log losses of images in double precision: of one label [N], or of a mask [N, L]."""
+    scores = torch.from_numpy(logits).double()
+    targets = torch.from_numpy(labels)
+    if labels.ndim == 2:
+        return float(F.binary_cross_entropy_with_logits(scores, targets.double()))
+    return float(F.cross_entropy(scores, targets.long()))
 
 
 def compute_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -284,3 +288,14 @@ def compute_mean(values: list[float | None]) -> float | None:
     """Average the values that are not None; the result is None if all are."""
     defined_values = [value for value in values if value is not None]
     return sum(defined_values) / len(defined_values) if defined_values else None
+
+
+def round_floats(value: Any) -> Any:
+    """Round all floats to six decimals, also in nested lists and dicts; NaN is not a result: None."""
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [round_floats(item) for item in value]
+    if isinstance(value, dict):
+        return {name: round_floats(item) for name, item in value.items()}
+    return value

@@ -17,63 +17,21 @@ of the model's weights, because predictions of other weights must not be used.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sklearn.neighbors import NearestNeighbors
 
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import warn_on_first_process
 from ..runtime.files import check_parquet_size, write_atomically
-from .class_statistics import Token
 from .evaluator import Predictions
-from .frozen_features import Features
-from .linear_probe import stack_tokens
 
 
 METADATA_KEY = b"vitcls"
-NUM_NEAREST_IMAGES = 3
-
-
-def find_nearest_images(
-    images: np.ndarray,
-    features: Features,
-    tokens: Sequence[Token],
-    held_out: Features | None = None,
-) -> dict[int, list[str]]:
-    """Find the training images that explain predictions: the nearest ones, by image index.
-
-    The similarity is the cosine of the features that the classifier reads.
-
-    Args:
-        images: indices of the predicted images. They are held out or, without those, training images.
-        features: of the training images.
-        tokens: that the classifier reads.
-        held_out: features of the held-out images.
-
-    Returns:
-        The names of the nearest images, the nearest first.
-    """
-    if not len(images):
-        return {}
-    own = stack_tokens(features.get_tokens(), tokens)
-    others = features if held_out is None else held_out
-    others = others.take(np.isin(others.indices, images))
-    # Among the training images, the nearest one is the image itself, so one more is needed.
-    num_nearest = min(NUM_NEAREST_IMAGES + (held_out is None), len(own))
-    neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)
-    nearest = neighbors.kneighbors(stack_tokens(others.get_tokens(), tokens), return_distance=False)
-    found = {}
-    for index, columns in zip(others.indices.tolist(), nearest, strict=True):
-        if held_out is None:
-            columns = columns[features.indices[columns] != index]
-        found[index] = features.names[columns[:NUM_NEAREST_IMAGES]].tolist()
-    return found
 
 
 def build_rows(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
-from ..inference.evaluator import Predictions, round_floats
-from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks
+from ..inference.evaluator import Predictions, build_predictions
+from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks, round_floats
 from ..inference.near_copies import describe_scenes
 from .calibration import Calibration, describe_fold_calibration, measure_errors
 from .frozen_encoder import (
@@ -151,9 +151,11 @@ def measure_head(model: Any, head: FrozenHead) -> MeasuredHead:
     """
     calibration = describe_fold_calibration(head.probe)
     if head.held_out is not None:
-        predictions = head.predict_held_out(model)
+        predictions = build_predictions(head.labels, head.predict_held_out(model))
         return MeasuredHead(head, measure_errors(calibration, predictions), predictions)
-    if head.probe.estimate_ is None:
+    estimate = head.probe.estimate_
+    if estimate is None:
         return MeasuredHead(head, calibration, None)
     # The out-of-fold probabilities contain the temperature already, so there is no error before it.
-    return MeasuredHead(head, calibration, head.predict_out_of_fold())
+    predictions = build_predictions(head.labels, head.predict_out_of_fold(), estimate=estimate)
+    return MeasuredHead(head, calibration, predictions)

@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from sklearn.base import clone
+from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..data.labels import LabelSpace, PerTask
 from ..inference.class_statistics import Token, expand_rows
-from ..inference.evaluator import Predictions, build_predictions, round_floats
 from ..inference.frozen_features import Features
 from ..inference.linear_probe import (
     MIN_DISTANCE_IMAGES,
@@ -29,8 +29,10 @@ from ..inference.linear_probe import (
     describe_candidate,
     stack_tokens,
 )
-from ..inference.per_image import find_nearest_images
 from ..inference.stated_result import format_percent
+
+
+NUM_NEAREST_IMAGES = 3
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,8 @@ class FrozenHead:
     features: Features
     held_out: Features | None
 
-    def predict_out_of_fold(self) -> Predictions:
-        """Predict the training images with classifiers that were not fitted to them.
-
-        The accuracy is corrected for the choice among the candidates.
-        """
+    def predict_out_of_fold(self) -> Features:
+        """Predict the training images with classifiers that were not fitted to them: logits [N, L]."""
         probe = self.probe
         assert probe.estimate_ is not None, "there are folds"
         num_labels = len(self.labels.names)
@@ -147,12 +146,10 @@ class FrozenHead:
         features = self.features.take(known)
         # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
         logits = probe.target_.to_logits(probabilities[known]).astype(np.float32)
-        predictions = build_predictions(self.labels, replace(features, logits=logits))
-        predictions.metrics.update(round_floats(probe.estimate_.to_metrics()))
-        return predictions
+        return replace(features, logits=logits)
 
     @torch.no_grad()
-    def predict_held_out(self, model: Any) -> Predictions:
+    def predict_held_out(self, model: Any) -> Features:
         """Predict the held-out images: only the heads of the model run, not the encoder."""
         features = self.held_out
         assert features is not None, "there are held-out images"
@@ -160,7 +157,7 @@ class FrozenHead:
         for tokens in self.probe.candidate_.heads[1:]:
             second_logits = apply_head(model.distillation_classifier, features, tokens)
             logits = model.combine_heads(logits, second_logits)
-        return build_predictions(self.labels, replace(features, logits=logits.cpu().numpy()))
+        return replace(features, logits=logits.cpu().numpy())
 
     def find_nearest_images(self, images: np.ndarray) -> dict[int, list[str]]:
         """Find the training images that explain predictions: the nearest ones, by image index.
@@ -192,6 +189,42 @@ class FrozenHead:
         """Get the classifier of the task in a model."""
         layer: nn.Linear = model.classifiers[f"task_{self.task}"] if self.task else model.classifier
         return layer
+
+
+def find_nearest_images(
+    images: np.ndarray,
+    features: Features,
+    tokens: Sequence[Token],
+    held_out: Features | None = None,
+) -> dict[int, list[str]]:
+    """Find the training images that explain predictions: the nearest ones, by image index.
+
+    The similarity is the cosine of the features that the classifier reads.
+
+    Args:
+        images: indices of the predicted images. They are held out or, without those, training images.
+        features: of the training images.
+        tokens: that the classifier reads.
+        held_out: features of the held-out images.
+
+    Returns:
+        The names of the nearest images, the nearest first.
+    """
+    if not len(images):
+        return {}
+    own = stack_tokens(features.get_tokens(), tokens)
+    others = features if held_out is None else held_out
+    others = others.take(np.isin(others.indices, images))
+    # Among the training images, the nearest one is the image itself, so one more is needed.
+    num_nearest = min(NUM_NEAREST_IMAGES + (held_out is None), len(own))
+    neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)
+    nearest = neighbors.kneighbors(stack_tokens(others.get_tokens(), tokens), return_distance=False)
+    found = {}
+    for index, columns in zip(others.indices.tolist(), nearest, strict=True):
+        if held_out is None:
+            columns = columns[features.indices[columns] != index]
+        found[index] = features.names[columns[:NUM_NEAREST_IMAGES]].tolist()
+    return found
 
 
 def apply_head(head: nn.Module, features: Features, tokens: Sequence[Token]) -> torch.Tensor:

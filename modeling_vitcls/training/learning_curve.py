@@ -14,8 +14,8 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from ..inference.class_statistics import ClassStatistics
-from ..inference.evaluator import round_floats
 from ..inference.linear_probe import FEW_IMAGES, NUM_FOLDS, split_folds, stack_tokens
+from ..inference.metrics import round_floats
 from .heads import FrozenHead
 
 

@@ -15,7 +15,7 @@ from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images
 from ..data.workers import explain_worker_errors
-from ..inference.evaluator import Evaluator
+from ..inference.evaluator import Evaluator, build_predictions
 from ..inference.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics
 from ..inference.token_names import read_gates
@@ -259,7 +259,10 @@ def start_steps(
         measured = [head for head in frozen.heads.values() if head.held_out is not None]
         if measured:
             metric = inputs.selection_metric
-            values = [head.predict_held_out(encoder.model).metrics[metric] for head in measured]
+            values = [
+                build_predictions(head.labels, head.predict_held_out(encoder.model)).metrics[metric]
+                for head in measured
+            ]
             start["before_steps"] = {metric: compute_mean(values)}
         if "" in frozen.heads and measured:
             # Pairs, because the keys of JSON are texts
