@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .conversion.from_timm import convert_from_timm
     from .conversion.from_transformers import convert_from_transformers
     from .conversion.to_transformers import convert_to_transformers
-    from .inference.linear_probe import LinearProbe
+    from .frozen.linear_probe import LinearProbe
     from .inference.predictor import Predictor
     from .model.configuration_vitcls import ViTCLSConfig
     from .model.image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil

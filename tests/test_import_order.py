@@ -20,6 +20,8 @@ ORDER = (
     ("hub",),
     ("conversion", "data"),
     ("inference",),
+    ("frozen",),
+    ("evaluation",),
     ("analysis", "training"),
     ("additions", "publishing", "export"),
     ("cli",),

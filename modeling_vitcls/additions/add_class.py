@@ -1,6 +1,6 @@
 """`vitcls add-class`: more classes of a classifier, each a row of the classifier (see extend.py).
 
-To add a class, no images of the old classes are needed (inference/class_statistics.py): its row is
+To add a class, no images of the old classes are needed (frozen/class_statistics.py): its row is
 the mean of its images, multiplied by the precision matrix that the old classes share.
 """
 
@@ -16,14 +16,14 @@ from ..data.in_memory import get_title
 from ..data.labels import LabelSpace, get_label_space
 from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, read_splits
+from ..evaluation.evaluator import build_predictions
+from ..evaluation.per_image import build_rows
+from ..frozen.class_statistics import ClassStatistics
+from ..frozen.features import Features
+from ..frozen.heads import find_nearest_images
+from ..frozen.linear_probe import Folds, describe_layers, split_folds, stack_tokens
 from ..hub.local_paths import strip_folders
-from ..inference.class_statistics import ClassStatistics
-from ..inference.evaluator import build_predictions
-from ..inference.frozen_features import Features
-from ..inference.linear_probe import Folds, describe_layers, split_folds, stack_tokens
-from ..inference.per_image import build_rows
 from ..runtime.errors import format_name_list, warn_on_first_process
-from ..training.heads import find_nearest_images
 from .extend import Addition, OldModel, append_head, build_result, check_has_one_label
 from .options import AddClassOptions
 

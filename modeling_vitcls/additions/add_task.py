@@ -8,15 +8,15 @@ from threadpoolctl import threadpool_limits
 
 from ..data.splits import divide_images, load_undivided_images
 from ..data.splits_table import list_encoder_rows
+from ..evaluation.evaluator import Predictions, build_predictions, count_repeats
+from ..evaluation.per_image import build_rows
+from ..frozen.heads import FrozenHead
+from ..frozen.linear_probe import LinearProbe, describe_candidate, stack_tokens
 from ..hub.local_paths import strip_folders
-from ..inference.evaluator import Predictions, build_predictions, count_repeats
-from ..inference.linear_probe import LinearProbe, describe_candidate, stack_tokens
-from ..inference.per_image import build_rows
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
 from ..runtime.errors import warn_on_first_process
-from ..training.heads import FrozenHead
 from .extend import Addition, OldModel, append_head, build_result, check_has_one_label
 from .options import AddTaskOptions
 
@@ -105,10 +105,9 @@ def predict_left_out(head: FrozenHead, weight: np.ndarray, bias: np.ndarray) -> 
     if head.held_out is not None:
         logits = stack_tokens(head.held_out.get_tokens(), head.tokens) @ weight.T + bias
         return build_predictions(head.labels, replace(head.held_out, logits=logits))
-    estimate = head.probe.estimate_
-    if estimate is None:
+    if head.probe.estimate_ is None:
         return None
-    return build_predictions(head.labels, head.predict_out_of_fold(), estimate=estimate)
+    return build_predictions(head.labels, head.predict_out_of_fold())
 
 
 def check_name(name: str, config: ViTCLSConfig) -> None:

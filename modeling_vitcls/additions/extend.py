@@ -27,6 +27,20 @@ from rich.console import Console
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
 from ..data.splits_table import build_splits_table, read_splits, write_splits
+from ..evaluation.evaluate import set_up_evaluation
+from ..evaluation.evaluator import Predictions, describe_repeats
+from ..evaluation.per_image import write_rows
+from ..frozen.class_statistics import Token
+from ..frozen.features import OWN_POOLING, FeatureLayout, Features, FrozenPass
+from ..frozen.linear_probe import NUM_LAST_LAYERS
+from ..frozen.scenes import (
+    KnownScenes,
+    describe_scenes,
+    keep_together,
+    measure_limit,
+    read_scenes,
+    write_scenes,
+)
 from ..hub.connection import silence_transformers
 from ..hub.model_files import (
     ADDITION_FLAGS_FILE,
@@ -39,22 +53,8 @@ from ..hub.model_files import (
     hash_weights,
 )
 from ..hub.model_folder import ModelFolder, dump_flags, open_vitcls
-from ..inference.class_statistics import Token
-from ..inference.evaluate import set_up_evaluation
-from ..inference.evaluator import Predictions, describe_repeats
-from ..inference.frozen_features import OWN_POOLING, FeatureLayout, Features, FrozenPass
 from ..inference.intervals import compute_proportion_interval
-from ..inference.linear_probe import NUM_LAST_LAYERS
 from ..inference.metric_tables import format_small_percent
-from ..inference.near_copies import (
-    KnownScenes,
-    describe_scenes,
-    keep_together,
-    measure_limit,
-    read_scenes,
-    write_scenes,
-)
-from ..inference.per_image import write_rows
 from ..inference.speed import count_flops
 from ..inference.stated_result import state_addition
 from ..model.image_processing_vitcls import ViTCLSImageProcessor

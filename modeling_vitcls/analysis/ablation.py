@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..frozen.targets import Target
 from ..inference.image_pass import ImageBatch, pass_over_images
 from ..inference.intervals import (
     Interval,
@@ -29,7 +30,6 @@ from ..inference.intervals import (
     compute_prediction_limit,
     compute_proportion_interval,
 )
-from ..inference.targets import Target
 from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL

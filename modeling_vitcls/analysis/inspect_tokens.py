@@ -18,10 +18,10 @@ from ..data.evaluation_data import EvaluationData
 from ..data.images import DatasetImages, LabeledImages
 from ..data.labels import UNLABELED, LabelSpace, get_label_space
 from ..data.options import DataOptions
+from ..evaluation.evaluate import load_data
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
 from ..hub.model_folder import ModelFolder
-from ..inference.evaluate import load_data
 from ..inference.inputs import list_records
 from ..inference.load_model import choose_batch_size, load_model
 from ..runtime.distributed import choose_precision

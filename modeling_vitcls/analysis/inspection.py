@@ -19,8 +19,8 @@ import torch
 
 from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, LabelSpace
+from ..frozen.targets import Target
 from ..inference.image_pass import ImageBatch, prepare_batches, read_pixels
-from ..inference.targets import Target
 from ..inference.token_names import read_gates
 from ..model.heads_vitcls import IGNORED_LABEL
 from .ablation import (

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from ..data.labels import is_multi_label
-from ..inference.targets import OneLabelTarget, SeveralLabelsTarget, Target
+from ..frozen.targets import OneLabelTarget, SeveralLabelsTarget, Target
 from ..inference.token_names import get_token_names
 from ..model.configuration_vitcls import ViTCLSConfig
 

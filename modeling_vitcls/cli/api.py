@@ -116,7 +116,7 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
         >>> results["num_images"]
         40
     """
-    from ..inference.evaluate import evaluate_checkpoint
+    from ..evaluation.evaluate import evaluate_checkpoint
 
     return evaluate_checkpoint(
         build_options(EvaluateOptions, model=model, dataset=dataset, **flags)

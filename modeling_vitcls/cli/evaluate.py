@@ -2,7 +2,7 @@
 
     vitcls evaluate --model runs/digits --dataset digits
 
-The evaluation is implemented in modeling_vitcls/inference/evaluate.py.
+The evaluation is implemented in modeling_vitcls/evaluation/evaluate.py.
 """
 
 from ..inference.options import EvaluateOptions
@@ -13,6 +13,6 @@ OPTIONS_CLASS = EvaluateOptions
 
 def run(options: EvaluateOptions) -> None:
     """Evaluate the model, and print the results."""
-    from ..inference.evaluate import evaluate_checkpoint
+    from ..evaluation.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(options)

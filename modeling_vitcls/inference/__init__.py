@@ -1,16 +1,10 @@
-"""Evaluation, prediction and feature extraction with saved models, on any number of processes.
+"""Prediction and feature extraction with saved models, on any number of processes.
 
     options.py          flags of `vitcls evaluate` and `vitcls predict`
     load_model.py       loading of a model, its image processor and the number of images per batch
     metrics.py          metrics for each kind of labels
     image_pass.py       one pass of images through a model, for everything in this list that needs outputs
     cuda_graphs.py      passes of one shape, repeated by a GPU without Python
-    evaluator.py        metrics of a model on labeled images
-    evaluate.py         the command `vitcls evaluate`
-    per_image.py        the file of `vitcls evaluate --per-image`
-    frozen_features.py  features of a frozen encoder
-    linear_probe.py     a classifier of frozen features, of class means (class_statistics.py)
-    confidence.py       calibrated probabilities
     inputs.py           images for prediction, decoded in advance by threads
     prediction_rows.py  pixels -> rows of labels, probabilities or features
     journal.py          rows that are kept while they are computed, and the images that they are of

@@ -5,7 +5,7 @@
     ClassDistance.forward    tokens -> distance [B] to the nearest class
     ClassDistance.check      weights -> whether the statistics belong to them
 
-inference/class_statistics.py fits the statistics. They belong to one encoder: after any change of
+frozen/class_statistics.py fits the statistics. They belong to one encoder: after any change of
 its weights, distances mean nothing. The fingerprint of these weights is therefore stored next to the
 statistics, and compared with the present weights before a distance is returned.
 """

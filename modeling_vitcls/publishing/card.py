@@ -22,10 +22,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from ..frozen.linear_probe import describe_candidate
 from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
-from ..inference.linear_probe import describe_candidate
 from ..inference.metric_tables import (
     build_class_tables,
     build_metric_rows,

@@ -5,7 +5,7 @@
     draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with the images
 
 These results exist only for classifiers with one label per image. `read_predictions`
-(inference/per_image.py) makes the rows; their images are found in the data of the run by name.
+(evaluation/per_image.py) makes the rows; their images are found in the data of the run by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from PIL import Image
 from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
+from ..frozen.border import describe_border
 from ..inference.metrics import MetricValues, count_predictions
 from ..inference.stated_result import Measurement, describe_classes
-from ..training.border import describe_border
 
 
 MAX_WRONG_IMAGES = 12

@@ -5,13 +5,11 @@
     plan.py             what a run is: frozen or with steps, and why
     resume.py           what a resumed run takes from its start, and compares with it
     summary.py          the first lines of a run: its images, its model and what it is
-    frozen_run.py       a run without steps
+    frozen_run.py       a run without steps, of what is in frozen/
     steps_run.py        a run with steps; class_statistics_of_runs.py measures its classes afterwards
     outcome.py          what a run of either kind has made and measured
     run_results.py      results.json, and the last lines of a run
     options.py          flags of the command
-    frozen_encoder.py   features of the frozen encoder, and scenes; heads.py fits classifiers to them
-    learning_curve.py   would more photos help?
     teacher.py          classifier whose predictions train a distillation token
     loop.py             training loop; reporter.py prints, and signals.py stops it
     checkpoints.py      checkpoints on disk, written completely or not at all

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..inference.confidence import fit_temperature
-from ..inference.evaluator import Evaluator, Predictions
-from ..inference.linear_probe import LinearProbe, describe_inference
+from ..evaluation.evaluator import Evaluator, Predictions
+from ..frozen.confidence import fit_temperature
+from ..frozen.linear_probe import LinearProbe, describe_inference
 from ..inference.metrics import compute_calibration_error
 from .distributed_state import reshard
 

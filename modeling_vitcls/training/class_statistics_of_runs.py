@@ -6,12 +6,12 @@ import numpy as np
 
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
-from ..inference.class_statistics import KNOWN_RECALL, ClassStatistics, Token
-from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
-from ..inference.linear_probe import MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
-from ..inference.near_copies import KnownScenes
+from ..frozen.class_statistics import KNOWN_RECALL, ClassStatistics, Token
+from ..frozen.encoder import ignore_message
+from ..frozen.features import FeatureLayout, Features, FrozenPass
+from ..frozen.linear_probe import MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
+from ..frozen.scenes import KnownScenes
 from ..model.modeling_vitcls import count_output_tokens
-from .frozen_encoder import ignore_message
 from .run_inputs import RunInputs
 
 

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
-from ..inference.evaluator import Predictions, build_predictions
-from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks, round_floats
-from ..inference.near_copies import describe_scenes
-from .calibration import Calibration, describe_fold_calibration, measure_errors
-from .frozen_encoder import (
+from ..evaluation.evaluator import Predictions, build_predictions
+from ..frozen.curve import describe_learning_curve, measure_learning_curve
+from ..frozen.encoder import (
     MAX_START_IMAGES,
     EncodedImages,
     describe_frozen,
@@ -18,8 +16,10 @@ from .frozen_encoder import (
     join_texts,
     warn_about_unreadable_classes,
 )
-from .heads import FrozenHead, describe_class_weights, describe_threshold
-from .learning_curve import describe_learning_curve, measure_learning_curve
+from ..frozen.heads import FrozenHead, describe_class_weights, describe_threshold
+from ..frozen.scenes import describe_scenes
+from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks, round_floats
+from .calibration import Calibration, describe_fold_calibration, measure_errors
 from .outcome import Outcome, list_measurements
 from .plan import RunPlan
 from .reporter import Reporter

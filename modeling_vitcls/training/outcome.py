@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.splits import TrainingData
-from ..inference.evaluator import Predictions
+from ..evaluation.evaluator import Predictions
+from ..frozen.scenes import KnownScenes
 from ..inference.intervals import MIN_CORRECTED_IMAGES
 from ..inference.metrics import MetricValues
-from ..inference.near_copies import KnownScenes
 from ..inference.stated_result import Measurement
 
 

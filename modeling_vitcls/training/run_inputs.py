@@ -12,17 +12,17 @@ from ..conversion.open_model import is_preset
 from ..data.sources import Splits, load_on_main
 from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, list_encoder_rows
+from ..frozen.encoder import FrozenEncoder
+from ..frozen.features import FrozenPass, has_searchable_pooling
 from ..hub.loading import pin_revision
 from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
-from ..inference.frozen_features import FrozenPass, has_searchable_pooling
 from ..inference.metrics import SELECTION_METRICS
 from ..inference.speed import count_flops
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.system import describe_device
 from .defaults import resolve_defaults
-from .frozen_encoder import FrozenEncoder
 from .model import (
     InitialModel,
     build_model,

@@ -4,7 +4,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from ..inference.evaluator import count_repeats, describe_repeats
+from ..evaluation.evaluator import count_repeats, describe_repeats
 from ..inference.metrics import METRICS, get_task_metrics
 from ..inference.stated_result import Measurement, describe_classes
 from ..runtime.system import describe_device, get_versions

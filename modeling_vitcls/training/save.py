@@ -11,6 +11,8 @@ import pandas as pd
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.splits_table import write_splits
+from ..evaluation.per_image import build_rows, write_rows
+from ..frozen.scenes import write_scenes
 from ..hub.connection import silence_transformers
 from ..hub.model_files import (
     CONFIG_FILE,
@@ -20,8 +22,6 @@ from ..hub.model_files import (
     hash_weights,
 )
 from ..hub.provenance import find_provenance
-from ..inference.near_copies import write_scenes
-from ..inference.per_image import build_rows, write_rows
 from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, describe_error, format_error

@@ -15,8 +15,14 @@ from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images
 from ..data.workers import explain_worker_errors
-from ..inference.evaluator import Evaluator, build_predictions
-from ..inference.linear_probe import ABSENT_CLASS_MARGIN
+from ..evaluation.evaluator import Evaluator, build_predictions
+from ..frozen.encoder import (
+    EncodedImages,
+    describe_frozen,
+    ignore_message,
+    warn_about_unreadable_classes,
+)
+from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics
 from ..inference.token_names import read_gates
 from ..runtime.distributed import configure_layer_sharding, run_on_main
@@ -25,12 +31,6 @@ from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import distribute_like, reshard, scatter_model
-from .frozen_encoder import (
-    EncodedImages,
-    describe_frozen,
-    ignore_message,
-    warn_about_unreadable_classes,
-)
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .losses import build_objective
 from .optimizer import average_with_start, build_parameter_groups

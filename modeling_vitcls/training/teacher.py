@@ -31,8 +31,8 @@ from transformers.image_utils import pil_torch_interpolation_mapping
 from ..data.batches import Normalizer
 from ..data.cells import normalize_name
 from ..data.labels import LabelSpace
+from ..evaluation.evaluator import Evaluator, build_predictions
 from ..hub.loading import get_external_model_folder, load_timm_model
-from ..inference.evaluator import Evaluator, build_predictions
 from ..inference.image_pass import find_finite
 from ..inference.metrics import MetricValues
 from ..model.configuration_vitcls import ViTCLSConfig

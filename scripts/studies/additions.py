@@ -28,8 +28,8 @@ from photos import (
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.conversion.open_model import open_model
-from modeling_vitcls.inference.class_statistics import ClassStatistics, TokenFeatures
-from modeling_vitcls.inference.linear_probe import stack_tokens
+from modeling_vitcls.frozen.class_statistics import ClassStatistics, TokenFeatures
+from modeling_vitcls.frozen.linear_probe import stack_tokens
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from photos import (
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import ViTCLSForImageClassification, finetune
-from modeling_vitcls.inference.class_statistics import TokenFeatures
+from modeling_vitcls.frozen.class_statistics import TokenFeatures
+from modeling_vitcls.frozen.linear_probe import LinearProbe, stack_tokens
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
-from modeling_vitcls.inference.linear_probe import LinearProbe, stack_tokens
 from modeling_vitcls.runtime.files import read_json, write_json
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from modeling_vitcls import Predictor
-from modeling_vitcls.inference.class_statistics import TokenFeatures
-from modeling_vitcls.inference.linear_probe import NUM_LAST_LAYERS
+from modeling_vitcls.frozen.class_statistics import TokenFeatures
+from modeling_vitcls.frozen.linear_probe import NUM_LAST_LAYERS
 
 
 @dataclass(frozen=True)

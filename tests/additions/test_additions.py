@@ -36,8 +36,8 @@ from modeling_vitcls import (
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits_table import write_splits
+from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_weights
-from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.runtime.files import read_json, write_json
 
 

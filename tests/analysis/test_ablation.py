@@ -26,8 +26,8 @@ from modeling_vitcls.analysis.ablation import (
     predict_labels,
 )
 from modeling_vitcls.analysis.token_use import TokenUse
+from modeling_vitcls.frozen.targets import OneLabelTarget
 from modeling_vitcls.inference.image_pass import ImageBatch
-from modeling_vitcls.inference.targets import OneLabelTarget
 
 
 PIXELS = build_images(6)

@@ -320,7 +320,7 @@ def test_a_frozen_run_that_is_interrupted_starts_again_with_the_same_command(
 ) -> None:
     flags = [*"--model model --trainable head".split(), "--no-report"]
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_vitcls.inference.linear_probe.LinearProbe.fit", interrupt)
+        patch.setattr("modeling_vitcls.frozen.linear_probe.LinearProbe.fit", interrupt)
         assert run_here(*FINETUNE, *flags) == 128 + signal.SIGINT
     assert run_here(*FINETUNE, *flags) == 0
 

@@ -18,8 +18,8 @@ from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import describe_divided_groups, describe_leaks
 from modeling_vitcls.data.splits_table import read_splits
+from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
 

@@ -37,8 +37,8 @@ from modeling_vitcls.export.exporter import export_model, fit_processor
 from modeling_vitcls.export.onnx_file import OnnxGraph
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size
+from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_files, hash_weights
-from modeling_vitcls.inference.class_statistics import ClassStatistics
 
 
 LIMIT = 1e-4

@@ -30,8 +30,8 @@ from modeling_vitcls import (
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint
-from modeling_vitcls.inference.evaluator import Evaluator
+from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
+from modeling_vitcls.evaluation.evaluator import Evaluator
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
 

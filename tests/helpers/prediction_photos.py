@@ -1,4 +1,4 @@
-"""Predictions of the photographs of tests/inference/conftest.py."""
+"""Predictions of the photographs of tests/conftest.py."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

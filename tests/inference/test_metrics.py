@@ -15,7 +15,7 @@ from torch import nn
 from torchmetrics.functional.classification import multilabel_average_precision
 
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
-from modeling_vitcls.inference.evaluator import build_predictions
+from modeling_vitcls.evaluation.evaluator import build_predictions
 from modeling_vitcls.inference.image_pass import ImageOutputs
 from modeling_vitcls.inference.metrics import (
     METRICS,

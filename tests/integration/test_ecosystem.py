@@ -31,8 +31,8 @@ from modeling_vitcls import (
     ViTCLSImageProcessorPil,
     ViTCLSModel,
 )
+from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_weights
-from modeling_vitcls.inference.class_statistics import ClassStatistics
 
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}

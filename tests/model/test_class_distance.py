@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from helpers.tiny_models import build_random
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.model import class_distance_vitcls
 from modeling_vitcls.model.class_distance_vitcls import sum_weights
 

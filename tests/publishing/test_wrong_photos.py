@@ -14,9 +14,9 @@ from sklearn.metrics import confusion_matrix
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
+from modeling_vitcls.evaluation.per_image import read_predictions
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.metric_tables import build_class_tables
-from modeling_vitcls.inference.per_image import read_predictions
 from modeling_vitcls.inference.stated_result import Measurement
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (

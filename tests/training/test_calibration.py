@@ -15,8 +15,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.frozen.confidence import fit_temperature
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
-from modeling_vitcls.inference.confidence import fit_temperature
 from modeling_vitcls.training.calibration import describe_fold_calibration
 
 

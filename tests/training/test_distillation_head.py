@@ -11,7 +11,7 @@ from helpers.tiny_options import build_tiny_options, prepare_setup, run_to_folde
 from scipy.special import softmax
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.inference.linear_probe import LinearProbe
+from modeling_vitcls.frozen.linear_probe import LinearProbe
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")

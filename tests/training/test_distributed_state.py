@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.inference.linear_probe import ABSENT_CLASS_MARGIN
+from modeling_vitcls.frozen.linear_probe import ABSENT_CLASS_MARGIN
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.distributed_state import (
     gather_state,

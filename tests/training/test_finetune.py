@@ -40,8 +40,8 @@ from modeling_vitcls import (
     verify_unchanged,
 )
 from modeling_vitcls.data.batches import Normalizer
+from modeling_vitcls.evaluation.evaluator import Evaluator
 from modeling_vitcls.hub.model_files import hash_weights
-from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.checkpoints import CheckpointStore

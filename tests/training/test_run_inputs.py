@@ -22,7 +22,7 @@ from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import describe_missing_classes
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint
+from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.model import resolve_initial_model

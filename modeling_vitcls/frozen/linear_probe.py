@@ -31,6 +31,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_array
 from sklearn.utils.multiclass import check_classification_targets
 
+from ..inference.intervals import Estimate
+from ..inference.metrics import round_floats
 from ..runtime.progress import track
 from .class_statistics import (
     KNOWN_RECALL,
@@ -42,8 +44,6 @@ from .class_statistics import (
     expand_rows,
 )
 from .confidence import extrapolate_temperature, measure_spread
-from .intervals import Estimate
-from .metrics import round_floats
 from .targets import find_target
 
 

@@ -33,12 +33,12 @@ from modeling_vitcls import (
     predict,
 )
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint
-from modeling_vitcls.inference.linear_probe import LinearProbe
-from modeling_vitcls.inference.near_copies import NUM_MIRRORED
+from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
+from modeling_vitcls.frozen.heads import describe_class_weights
+from modeling_vitcls.frozen.linear_probe import LinearProbe
+from modeling_vitcls.frozen.scenes import NUM_MIRRORED
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import save
-from modeling_vitcls.training.heads import describe_class_weights
 
 
 WIDTH = 32  # of the tiny models

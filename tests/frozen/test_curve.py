@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy.stats import linregress
 
-from modeling_vitcls.inference.linear_probe import LinearProbe
-from modeling_vitcls.training.learning_curve import (
+from modeling_vitcls.frozen.curve import (
     describe_learning_curve,
     measure_learning_curve,
 )
+from modeling_vitcls.frozen.linear_probe import LinearProbe
 
 
 CLS = (-1, "cls")

@@ -3,7 +3,7 @@
     images -> encode: geometry, features, scenes -> EncodedImages -> the run divides the images
     training and held-out images -> fit: classifiers (heads.py), which choose layers and tokens -> FrozenModel
 
-The features are described in inference/frozen_features.py. A frozen run saves the classifiers, fitted to
+The features are described in frozen/features.py. A frozen run saves the classifiers, fitted to
 every label, and their temperatures come from the images that each fold leaves out. Steps start from
 them instead of random ones (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
 """
@@ -27,23 +27,23 @@ from ..data.labels import LabelSpace
 from ..data.sampling import draw_numbers
 from ..data.splits import TrainingData
 from ..data.splits_table import get_keys
-from ..inference.frozen_features import OWN_POOLING, FeatureLayout, Features, FrozenPass
-from ..inference.linear_probe import (
+from ..model.heads_vitcls import build_pooler
+from ..runtime.distributed import run_on_main
+from ..runtime.errors import format_name_list
+from .border import describe_border, measure_border
+from .features import OWN_POOLING, FeatureLayout, Features, FrozenPass
+from .heads import FrozenHead, Heads, describe_choice, split_tasks
+from .linear_probe import (
     NUM_LAST_LAYERS,
     LinearProbe,
     describe_inference,
 )
-from ..inference.near_copies import (
+from .scenes import (
     KnownScenes,
     find_pairs,
     keep_together,
     measure_limit,
 )
-from ..model.heads_vitcls import build_pooler
-from ..runtime.distributed import run_on_main
-from ..runtime.errors import format_name_list
-from .border import describe_border, measure_border
-from .heads import FrozenHead, Heads, describe_choice, split_tasks
 
 
 # Maximum number of training images, drawn at random, for the classifiers of a run with steps. They
@@ -71,7 +71,7 @@ class EncodedImages:
         features: of the readable ones, in this order.
         sample: the first of them, with rings if a classifier may read patches.
         groups: [N] of all images; photos of a scene are in one.
-        scenes: record of the scenes (inference/near_copies.py).
+        scenes: record of the scenes (frozen/scenes.py).
         max_distance: of photos of a scene, from `measure_limit`.
         geometry: record of the choice of the geometry.
         processor: image processor with this geometry.

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, log_softmax, logit, softmax
 
+from ..inference.intervals import Estimate, estimate_after_choice, estimate_average_precision
+from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from .class_statistics import ClassStatistics, Token, TokenFeatures, build_label_scores
 from .confidence import fit_line, fit_temperature
-from .intervals import Estimate, estimate_after_choice, estimate_average_precision
-from .prediction_rows import DEFAULT_THRESHOLD
 
 
 MIN_LABEL_IMAGES = 2  # A label is learned from this many images with it and without it

@@ -6,7 +6,7 @@ import torch
 from scipy.special import expit, softmax
 from sklearn.linear_model import LogisticRegression
 
-from modeling_vitcls.inference.confidence import fit_line, fit_temperature
+from modeling_vitcls.frozen.confidence import fit_line, fit_temperature
 
 
 NUM_LABELS = 6

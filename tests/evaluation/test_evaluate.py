@@ -44,8 +44,8 @@ from modeling_vitcls import (
     predict,
 )
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
-from modeling_vitcls.inference import evaluate as evaluate_module
-from modeling_vitcls.inference.evaluate import (
+from modeling_vitcls.evaluation import evaluate as evaluate_module
+from modeling_vitcls.evaluation.evaluate import (
     evaluate_checkpoint,
 )
 from modeling_vitcls.inference.options import EvaluateOptions

@@ -16,15 +16,21 @@ from rich.console import Console
 from torch import nn
 
 from ..data.labels import LabelSpace, OneLabel, PerTask
+from ..frozen.features import Features, pool_layers
+from ..frozen.scenes import KnownScenes
+from ..frozen.targets import TARGETS, Target
+from ..inference.image_pass import ImageOutputs, ImagePass
+from ..inference.intervals import Estimate, compute_proportion_interval
+from ..inference.metrics import (
+    NOTHING_MEASURED,
+    MetricValues,
+    measure,
+    round_floats,
+    select_scalars,
+)
+from ..inference.prediction_rows import DEFAULT_THRESHOLD
+from ..inference.stated_result import state_result
 from ..model.heads_vitcls import IGNORED_LABEL
-from .frozen_features import Features, pool_layers
-from .image_pass import ImageOutputs, ImagePass
-from .intervals import Estimate, compute_proportion_interval
-from .metrics import NOTHING_MEASURED, MetricValues, measure, round_floats, select_scalars
-from .near_copies import KnownScenes
-from .prediction_rows import DEFAULT_THRESHOLD
-from .stated_result import state_result
-from .targets import TARGETS, Target
 
 
 @dataclass(frozen=True)

@@ -30,20 +30,20 @@ from ..data.labels import (
 from ..data.options import DataOptions
 from ..data.sources import load_on_main
 from ..data.splits_table import read_splits, select_task
+from ..frozen.scenes import read_scenes
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
+from ..inference.load_model import load_for_inference
+from ..inference.metric_tables import build_class_tables, build_metric_rows, format_name
+from ..inference.options import EvaluateOptions
+from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.flags import spell_flags
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator, describe_repeats
-from .load_model import load_for_inference
-from .metric_tables import build_class_tables, build_metric_rows, format_name
-from .near_copies import read_scenes
-from .options import EvaluateOptions
 from .per_image import build_rows, write_rows
-from .prediction_rows import DEFAULT_THRESHOLD
 
 
 EVALUATION_BATCH_SIZE = 64  # Default number of images per process and forward pass on GPUs

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from modeling_vitcls.data.labels import OneLabel
-from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
-from modeling_vitcls.inference.linear_probe import split_folds
-from modeling_vitcls.inference.near_copies import compute_limit, describe_scenes, keep_together
+from modeling_vitcls.frozen.features import FeatureLayout, Features
+from modeling_vitcls.frozen.linear_probe import split_folds
+from modeling_vitcls.frozen.scenes import compute_limit, describe_scenes, keep_together
 
 
 WIDTH = 48

@@ -2,7 +2,7 @@
 
     features, labels -> Heads.fit: choice, by cross-validation -> refit: all images -> freeze: FrozenHead of each task
 
-The choice is made in inference/linear_probe.py. Each of several tasks has a classifier of its own, of
+The choice is made in frozen/linear_probe.py. Each of several tasks has a classifier of its own, of
 the same features.
 """
 
@@ -20,16 +20,16 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..data.labels import LabelSpace, PerTask
-from ..inference.class_statistics import Token, expand_rows
-from ..inference.frozen_features import Features
-from ..inference.linear_probe import (
+from ..inference.stated_result import format_percent
+from .class_statistics import Token, expand_rows
+from .features import Features
+from .linear_probe import (
     MIN_DISTANCE_IMAGES,
     Candidate,
     LinearProbe,
     describe_candidate,
     stack_tokens,
 )
-from ..inference.stated_result import format_percent
 
 
 NUM_NEAREST_IMAGES = 3

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ..inference.image_pass import ImageOutputs, ImagePass
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
 from .class_statistics import Token
-from .image_pass import ImageOutputs, ImagePass
 
 
 OWN_POOLING = "own"  # Tokens of a candidate that reads the output of the model's pooler

@@ -37,7 +37,7 @@ from ..hub.model_files import SCENES_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import explain_damage, format_name_list
-from .frozen_features import FeatureLayout, Features
+from .features import FeatureLayout, Features
 
 
 NUM_MIRRORED = 8  # Photos whose mirror images pass the encoder

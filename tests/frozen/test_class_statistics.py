@@ -6,7 +6,7 @@ from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import LedoitWolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from modeling_vitcls.inference.class_statistics import ClassStatistics, build_label_scores
+from modeling_vitcls.frozen.class_statistics import ClassStatistics, build_label_scores
 
 
 CLS, MEAN = (-1, "cls"), (-1, "mean")

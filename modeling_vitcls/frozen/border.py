@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..inference.frozen_features import Features, mark_rings
+from .features import Features, mark_rings
 from .heads import FrozenHead
 
 

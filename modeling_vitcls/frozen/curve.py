@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from ..inference.class_statistics import ClassStatistics
-from ..inference.linear_probe import FEW_IMAGES, NUM_FOLDS, split_folds, stack_tokens
 from ..inference.metrics import round_floats
+from .class_statistics import ClassStatistics
 from .heads import FrozenHead
+from .linear_probe import FEW_IMAGES, NUM_FOLDS, split_folds, stack_tokens
 
 
 SHARES = (0.25, 0.5, 0.75, 1.0)

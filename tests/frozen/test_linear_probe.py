@@ -13,7 +13,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from modeling_vitcls.inference.linear_probe import LinearProbe
+from modeling_vitcls.frozen.linear_probe import LinearProbe
 from modeling_vitcls.runtime import progress
 
 

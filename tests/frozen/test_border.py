@@ -15,7 +15,7 @@ from helpers.source_checkpoints import save_large_encoder
 from PIL import Image, ImageOps
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.inference.frozen_features import mark_rings
+from modeling_vitcls.frozen.features import mark_rings
 from modeling_vitcls.runtime.files import read_json
 
 

@@ -1,0 +1,15 @@
+"""The classifier on a frozen encoder: what a few photos are enough for.
+
+    features.py          features of CLS and of the patches, of one or more layers
+    scenes.py            shots of one scene, which no fold divides
+    encoder.py           one pass over the images of a run; the scenes, and what the classifiers are fitted to
+    class_statistics.py  means and covariances of classes
+    linear_probe.py      a classifier of them, chosen and measured by cross-validation
+    targets.py           one label per image, or several
+    confidence.py        calibrated probabilities
+    heads.py             the classifier of each task, in the model
+    border.py            does the classifier read the border?
+    curve.py             would more photos help?
+
+Predictions are measured in evaluation/, and a run is in training/frozen_run.py.
+"""
