@@ -59,9 +59,9 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
             f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
         )
     features, scenes, scenes_record = old.keep_scenes_together(images, features, label_space)
-    known_scenes = dict(old.known_scenes)
-    if "" in known_scenes:
-        known_scenes[""] = known_scenes[""].join(scenes)
+    trained_scenes = dict(old.trained_scenes)
+    if "" in trained_scenes:
+        trained_scenes[""] = trained_scenes[""].join(scenes)
 
     threshold = model.config.distance_threshold
     all_statistics = statistics.extend(
@@ -90,7 +90,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         "labels": names,
         "reads": f"means of the {describe_layers(layers)}",
         "dataset": strip_folders(get_title(options.dataset)),
-        "near_copies": scenes_record,
+        "scenes": scenes_record,
     }
     rows = None
     folds = split_folds(features.labels, features.groups, min_classes=1)
@@ -114,7 +114,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
                 f"no result measures {format_name_list([names[label] for label in unmeasured])}, "
                 "because the class has one image or one group. Add images"
             )
-    return Addition(extended, record, {"train": images}, known_scenes, rows)
+    return Addition(extended, record, {"train": images}, trained_scenes, rows)
 
 
 def load_new_images(

@@ -8,7 +8,7 @@ from threadpoolctl import threadpool_limits
 
 from ..data.splits import divide_images, load_undivided_images
 from ..data.splits_table import list_encoder_rows
-from ..evaluation.evaluator import Predictions, build_predictions, count_repeats
+from ..evaluation.evaluator import Predictions, build_predictions, count_in_trained_scenes
 from ..evaluation.per_image import build_rows
 from ..frozen.heads import FrozenHead
 from ..frozen.linear_probe import LinearProbe, describe_candidate, stack_tokens
@@ -70,7 +70,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         **choice,
         "dataset": strip_folders(data.name),
         "label_column": list(label_space.columns),
-        "near_copies": scenes_record,
+        "scenes": scenes_record,
     }
 
     head = FrozenHead(options.name, probe, tokens, label_space, features, held_out)
@@ -80,8 +80,8 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         rows = build_rows(predictions, head.find_nearest_images(predictions.list_wrong()))
         record["result"] = build_result("accuracy", predictions)
         if held_out is None and probe.estimate_ is not None:
-            corrected = probe.estimate_.to_metrics()  # For the choice
-            record["result"] |= corrected | {"num_folds": probe.num_folds_}
+            # Corrected for the choice
+            record["result"] |= probe.estimate_.to_metrics() | {"num_folds": probe.num_folds_}
         if num_seen := data.count_seen(list_encoder_rows(old.folder)):
             del record["result"]["accuracy_interval"]
             warn_on_first_process(
@@ -89,12 +89,14 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
                 f"{options.model}, so the accuracy is higher than for new images"
             )
         if data.held_out_split is not None:  # The splits of a dataset may divide scenes
-            record["repeats"] = count_repeats(scenes.recognize(held_out), predictions)
+            record["in_trained_scenes"] = count_in_trained_scenes(
+                scenes.recognize(held_out), predictions
+            )
 
     extended = append_head(old.model, options.name, tokens, label_space.names, weight, bias)
     parts = {"train": data.train, "test": data.held_out}
-    known_scenes = {**old.known_scenes, options.name: scenes}
-    return Addition(extended, record, parts, known_scenes, rows)
+    trained_scenes = {**old.trained_scenes, options.name: scenes}
+    return Addition(extended, record, parts, trained_scenes, rows)
 
 
 def predict_left_out(head: FrozenHead, weight: np.ndarray, bias: np.ndarray) -> Predictions | None:

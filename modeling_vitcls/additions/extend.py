@@ -28,13 +28,13 @@ from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
 from ..data.splits_table import build_splits_table, read_splits, write_splits
 from ..evaluation.evaluate import set_up_evaluation
-from ..evaluation.evaluator import Predictions, describe_repeats
+from ..evaluation.evaluator import Predictions, describe_in_trained_scenes
 from ..evaluation.per_image import write_rows
 from ..frozen.class_statistics import Token
 from ..frozen.features import OWN_POOLING, FeatureLayout, Features, FrozenPass
 from ..frozen.linear_probe import NUM_LAST_LAYERS
 from ..frozen.scenes import (
-    KnownScenes,
+    TrainedScenes,
     describe_scenes,
     keep_together,
     measure_limit,
@@ -78,14 +78,14 @@ class Addition:
         extended: the old model with another head, the last of its extra heads.
         record: of the addition, for results.json.
         parts: its images by split. The outputs of both models are compared with the first part.
-        known_scenes: recognizes the photos that trained the model and each added task (near_copies.py).
+        trained_scenes: recognizes the photos that trained the model and each added task (frozen/scenes.py).
         rows: of predictions.parquet, about the images that were left out; None if none could be.
     """
 
     extended: Any
     record: dict[str, Any]
     parts: dict[str, LabeledImages]
-    known_scenes: dict[str, KnownScenes]
+    trained_scenes: dict[str, TrainedScenes]
     rows: pd.DataFrame | None
 
 
@@ -95,7 +95,7 @@ class OldModel:
 
     Attributes:
         folder, model, processor: the model.
-        known_scenes: recognizes the photos that trained it.
+        trained_scenes: recognizes the photos that trained it.
         staging: hidden folder, whose files move to the output folder.
         flags: of the command.
         pass_arguments: of a pass of labeled images through the model (`ImagePass`).
@@ -105,7 +105,7 @@ class OldModel:
     folder: ModelFolder
     model: Any
     processor: ViTCLSImageProcessor
-    known_scenes: dict[str, KnownScenes]
+    trained_scenes: dict[str, TrainedScenes]
     staging: Path
     flags: dict[str, Any]
     pass_arguments: dict[str, Any]
@@ -114,7 +114,7 @@ class OldModel:
     @property
     def layout(self) -> FeatureLayout:
         """The features that a head may read, and in which the run of the model compared scenes."""
-        known = self.known_scenes.get("")
+        known = self.trained_scenes.get("")
         if known is None or OWN_POOLING in known.layout.widths:
             return FeatureLayout.for_extra_heads(self.model.config, NUM_LAST_LAYERS)
         # The same with further layers and tokens, if the run was allowed to read them
@@ -130,7 +130,7 @@ class OldModel:
 
     def keep_scenes_together(
         self, images: LabeledImages, features: Features, label_space: LabelSpace
-    ) -> tuple[Features, KnownScenes, dict[str, Any]]:
+    ) -> tuple[Features, TrainedScenes, dict[str, Any]]:
         """Group the photos of a scene: another shot of a left-out photo would recognize it.
 
         How near these photos are is known from the run of the model, or measured.
@@ -143,7 +143,7 @@ class OldModel:
         def run_pass(part: LabeledImages, processor: Any) -> Features:
             return self.compute_features(part, label_space, processor=processor)
 
-        known = self.known_scenes.get("")
+        known = self.trained_scenes.get("")
         limit = 0.0
         if known is not None and known.layout == features.layout:
             limit = known.max_distance
@@ -152,7 +152,7 @@ class OldModel:
         features, record = keep_together(features, limit, label_space)
         if text := describe_scenes(record):
             warn_on_first_process(text)
-        return features, KnownScenes.of(features, limit), record
+        return features, TrainedScenes.of(features, limit), record
 
     def write(self, addition: Addition) -> dict[str, Any]:
         """Write the extended model with its certificate and records, and return the record.
@@ -218,7 +218,7 @@ def build_old_model(options: AdditionOptions, staging: Path) -> OldModel:
         folder=folder,
         model=model,
         processor=processor,
-        known_scenes=read_scenes(folder),
+        trained_scenes=read_scenes(folder),
         staging=staging,
         flags=to_flags(options),
         pass_arguments=pass_arguments,
@@ -320,8 +320,8 @@ def write_records(
     if folder.results and (folder.path / RECIPE_FILE).is_file():
         shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
     (staging / ADDITION_FLAGS_FILE).write_text(dump_flags(old.flags), encoding="utf-8")
-    if addition.known_scenes:
-        write_scenes(addition.known_scenes, staging, weights_hash)
+    if addition.trained_scenes:
+        write_scenes(addition.trained_scenes, staging, weights_hash)
     if addition.rows is not None:
         write_rows(staging / PREDICTIONS_FILE, addition.rows, weights_hash)
 
@@ -347,7 +347,7 @@ def describe_addition(record: dict[str, Any], certificate: dict[str, Any]) -> st
     lines = {
         "reads": record["reads"],
         "result": state_addition(record),
-        "repeats": describe_repeats(record.get("repeats", {})),
+        "scenes": describe_in_trained_scenes(record.get("in_trained_scenes", {})),
     }
     if "num_unknown" in record:
         lines["unknown"] = (

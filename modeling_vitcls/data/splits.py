@@ -110,7 +110,7 @@ def divide_images(
     reason = SINGLE_GROUPS
     if groups is not None:
         train = replace(train, groups=np.asarray(groups))
-        reason = "the photos of each class nearly repeat one another, as shots of one scene"
+        reason = "the photos of each class are shots of one scene"
     train_indices = np.arange(len(train))
     selection = None
     selection_name = ""

@@ -42,7 +42,7 @@ from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.flags import spell_flags
 from ..runtime.system import describe_device, get_versions
-from .evaluator import Evaluator, describe_repeats
+from .evaluator import Evaluator, describe_in_trained_scenes
 from .per_image import build_rows, write_rows
 
 
@@ -103,7 +103,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         console,
         task=options.task,
         threshold=DEFAULT_THRESHOLD if options.threshold is None else options.threshold,
-        known_scenes=read_scenes(folder).get(options.task or ""),
+        trained_scenes=read_scenes(folder).get(options.task or ""),
     )
     seconds = time.perf_counter() - start_time
 
@@ -224,5 +224,5 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
         for row in cells:
             table.add_row(*map(escape, row))
         console.print(table)
-    if text := describe_repeats(results.get("repeats", {})):
+    if text := describe_in_trained_scenes(results.get("in_trained_scenes", {})):
         console.print(text, style="bold yellow", markup=False)

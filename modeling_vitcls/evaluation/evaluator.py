@@ -17,7 +17,7 @@ from torch import nn
 
 from ..data.labels import LabelSpace, OneLabel, PerTask
 from ..frozen.features import Features, pool_layers
-from ..frozen.scenes import KnownScenes
+from ..frozen.scenes import TrainedScenes
 from ..frozen.targets import TARGETS, Target
 from ..inference.image_pass import ImageOutputs, ImagePass
 from ..inference.intervals import Estimate, compute_proportion_interval
@@ -79,10 +79,8 @@ def build_predictions(
     outputs = replace(outputs, features=None)  # They would stay in memory with the predictions
     values = measure(label_space, outputs.logits, outputs.labels, threshold)
     unreadable = {"num_unreadable_images": outputs.num_unreadable}
-    metrics = select_scalars(values) | unreadable | values
-    if estimate is not None:
-        metrics |= estimate.to_metrics()
-    metrics = round_floats(metrics)
+    corrected = estimate.to_metrics() if estimate else {}
+    metrics = round_floats(select_scalars(values) | unreadable | values | corrected)
     if isinstance(label_space, OneLabel):
         outputs = outputs.take(outputs.labels != IGNORED_LABEL)
         # Without the logits of two heads, which follow the returned ones
@@ -90,30 +88,30 @@ def build_predictions(
     return Predictions(label_space, outputs, metrics, threshold)
 
 
-def count_repeats(names: Sequence[str], predictions: Predictions) -> dict[str, Any]:
-    """Count photos that nearly repeat a training photo, by their names, and the others that are right."""
+def count_in_trained_scenes(names: Sequence[str], predictions: Predictions) -> dict[str, Any]:
+    """Count photos of scenes that trained the model, by their names, and the others that are right."""
     outputs = predictions.outputs
-    is_near = np.isin(outputs.names, names)  # Photos without a label have no row
+    is_known = np.isin(outputs.names, names)  # Photos without a label have no row
     record: dict[str, Any] = {
-        "names": outputs.names[is_near].tolist(),
+        "names": outputs.names[is_known].tolist(),
         "num_images": len(outputs.names),
     }
     if isinstance(predictions.label_space, PerTask):
         return record
-    others = outputs.indices[~is_near]
+    others = outputs.indices[~is_known]
     return record | {
         "num_others": len(others),
         "num_right": len(np.setdiff1d(others, predictions.list_wrong())),
     }
 
 
-def describe_repeats(record: Mapping[str, Any]) -> str | None:
-    """Say how many photos nearly repeat a training photo, and how many others are right."""
+def describe_in_trained_scenes(record: Mapping[str, Any]) -> str | None:
+    """Say how many photos are of scenes that trained the model, and how many others are right."""
     names = record.get("names")
     if not names:
         return None
     text = (
-        f"{len(names):,} of {record['num_images']:,} photos nearly repeat photos that trained the "
+        f"{len(names):,} of {record['num_images']:,} photos are of scenes that trained the "
         f"model, such as {names[0]}, so the result is no estimate for new photos"
     )
     if number := record.get("num_others"):
@@ -145,7 +143,7 @@ class Evaluator(ImagePass):
         console: Console | None = None,
         task: str | None = None,
         threshold: float = DEFAULT_THRESHOLD,
-        known_scenes: KnownScenes | None = None,
+        trained_scenes: TrainedScenes | None = None,
     ) -> Predictions:
         """Measure a model on the device in evaluation mode, and keep the logits.
 
@@ -155,7 +153,7 @@ class Evaluator(ImagePass):
             console: shows the progress (runtime/progress.py).
             task: an added task, which is measured instead of the classifier.
             threshold: probability from which one of several labels is predicted.
-            known_scenes: photos that nearly repeat one of these training photos count as `repeats`.
+            trained_scenes: photos of these scenes are counted as `in_trained_scenes`.
 
         Raises:
             ValueError: if all images are unreadable, if more than `MAX_UNREADABLE_IMAGES` images
@@ -163,19 +161,20 @@ class Evaluator(ImagePass):
         """
 
         def compute(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-            outputs: Any = model(pixel_values, output_hidden_states=known_scenes is not None)
+            outputs: Any = model(pixel_values, output_hidden_states=trained_scenes is not None)
             logits = outputs.task_logits[task] if task else self.select_logits(outputs)
             computed = {"logits": logits}
-            if known_scenes is not None:
-                computed["features"] = pool_layers(model.vitcls, outputs, known_scenes.layout)
+            if trained_scenes is not None:
+                computed["features"] = pool_layers(model.vitcls, outputs, trained_scenes.layout)
             return computed
 
         outputs = self.collect(model, compute, console)
         predictions = build_predictions(self.label_space, outputs, threshold)
-        if known_scenes is not None:
-            features = Features(layout=known_scenes.layout, **vars(outputs))
-            near = known_scenes.recognize(features)
-            predictions.metrics["repeats"] = count_repeats(near, predictions)
+        if trained_scenes is not None:
+            features = Features(layout=trained_scenes.layout, **vars(outputs))
+            predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(
+                trained_scenes.recognize(features), predictions
+            )
         return predictions
 
     def select_logits(self, outputs: Any) -> torch.Tensor:

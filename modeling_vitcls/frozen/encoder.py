@@ -39,7 +39,7 @@ from .linear_probe import (
     describe_inference,
 )
 from .scenes import (
-    KnownScenes,
+    TrainedScenes,
     find_pairs,
     keep_together,
     measure_limit,
@@ -103,14 +103,14 @@ class FrozenModel:
     Attributes:
         heads: the classifier of each task.
         record: what was chosen, for results.json.
-        known_scenes: recognizes photos of the scenes that trained it.
-        repeats: names of the held-out photos of such a scene.
+        trained_scenes: recognizes photos of the scenes that trained it.
+        in_trained_scenes: names of the held-out photos of such a scene.
     """
 
     heads: dict[str, FrozenHead]
     record: dict[str, Any]
-    known_scenes: KnownScenes
-    repeats: list[str]
+    trained_scenes: TrainedScenes
+    in_trained_scenes: list[str]
 
 
 @dataclass(frozen=True)
@@ -356,23 +356,25 @@ class FrozenEncoder:
             others = self.compute_features(data.held_out, missing, images.processor, warn)
             held_out = held_out.join(others)
         held_out = held_out.take(np.argsort(held_out.indices))
-        repeats = []
+        in_trained_scenes = []
         if len(held_out.names):
             pairs, _ = find_pairs(train, images.max_distance, held_out)
-            repeats = np.unique(held_out.names[pairs[:, 0]]).tolist()
+            in_trained_scenes = np.unique(held_out.names[pairs[:, 0]]).tolist()
 
         frozen = heads.freeze(train, held_out)
         record = heads.build_record(frozen) | images.geometry
         self.set_choice(record)
         seconds = round(images.seconds + time.perf_counter() - start_time, 1)
-        record |= {"seconds": seconds, "near_copies": images.scenes}
+        record |= {"seconds": seconds, "scenes": images.scenes}
         if images.sample.rings is not None:
             sample = images.sample.take(np.isin(images.sample.indices, train.indices))
             config = self.model.config
             size = get_output_size(self.processor, config.image_height_width)
             tasks = split_tasks(sample, self.label_space)
             record["border"] = measure_border(frozen, tasks, config.get_grid_size(size))
-        return FrozenModel(frozen, record, KnownScenes.of(train, images.max_distance), repeats)
+        return FrozenModel(
+            frozen, record, TrainedScenes.of(train, images.max_distance), in_trained_scenes
+        )
 
     def fit_heads(self, features: Features) -> Heads:
         """Choose and fit the classifiers of the tasks, with the settings of the user."""

@@ -1,8 +1,8 @@
-"""Photos that nearly repeat another one: several shots of one scene, found by a frozen encoder.
+"""Scenes: photos that are near one another in the features of a frozen encoder, such as shots of one thing.
 
     features -> measure_limit -> keep_together -> groups, so that no fold divides a scene
-                                 find_pairs    -> held-out photos that repeat training photos
-                                 KnownScenes, beside the model -> evaluated photos that do
+                                 find_pairs    -> held-out photos of training scenes
+                                 TrainedScenes, beside the model -> evaluated photos that do
 
 Classifiers recognize a scene that they were trained on, whatever its label: sixteen objects with
 five shots each and random labels had an accuracy of 100 % in folds that divide them.
@@ -191,8 +191,8 @@ def keep_together(
     record = {
         "num_photos": num_photos,
         "are_alike": max_distance == 0,
-        "num_near": int(is_kept.sum()),
-        "num_groups": len(np.unique(scenes[is_kept])),
+        "num_joined": int(is_kept.sum()),
+        "num_scenes": len(np.unique(scenes[is_kept])),
         "divided_classes": [
             label_space.names[label] for label in np.unique(labels[is_whole_class])
         ],
@@ -203,8 +203,8 @@ def keep_together(
 
 
 @dataclass(frozen=True)
-class KnownScenes:
-    """Recognizes photos that nearly repeat one that trained a model.
+class TrainedScenes:
+    """Recognizes photos of the scenes that trained a model.
 
     Attributes:
         max_distance: from `measure_limit`.
@@ -218,24 +218,24 @@ class KnownScenes:
     codes: np.ndarray
 
     @classmethod
-    def of(cls, features: Features, max_distance: float) -> "KnownScenes":
+    def of(cls, features: Features, max_distance: float) -> "TrainedScenes":
         """Encode the photos that trained a model."""
         return cls(max_distance, features.layout, encode_photos(features))
 
-    def join(self, other: "KnownScenes") -> "KnownScenes":
+    def join(self, other: "TrainedScenes") -> "TrainedScenes":
         """Add photos whose features have the same layout."""
         assert other.layout == self.layout, "equal features are compared"
         return replace(self, codes=np.concatenate([self.codes, other.codes]))
 
     def recognize(self, features: Features) -> list[str]:
-        """Name the photos that nearly repeat a stored one."""
+        """Name the photos that are near a stored one."""
         _, distances = pairwise_distances_argmin_min(encode_photos(features), self.codes)
         limit = 2 * NUM_PROJECTIONS * CODE_SCALE**2 * self.max_distance
         return features.names[distances**2 < limit].tolist()  # type: ignore[no-any-return]
 
 
 def write_scenes(
-    known: Mapping[str, KnownScenes], folder: Path, weights_hash: Mapping[str, str]
+    known: Mapping[str, TrainedScenes], folder: Path, weights_hash: Mapping[str, str]
 ) -> None:
     """Write the file of a model with these weights.
 
@@ -246,7 +246,7 @@ def write_scenes(
     np.savez(folder / SCENES_FILE, record=json.dumps([weights_hash, tasks]), **codes)
 
 
-def read_scenes(folder: ModelFolder) -> dict[str, KnownScenes]:
+def read_scenes(folder: ModelFolder) -> dict[str, TrainedScenes]:
     """Read the file of a model; empty without one of these weights."""
     file = folder.path / SCENES_FILE
     if not file.is_file():
@@ -256,7 +256,7 @@ def read_scenes(folder: ModelFolder) -> dict[str, KnownScenes]:
         if weights_hash != folder.weights_sha256:
             return {}
         return {
-            task: KnownScenes(max_distance, FeatureLayout(**layout), arrays[f"codes_{task}"])
+            task: TrainedScenes(max_distance, FeatureLayout(**layout), arrays[f"codes_{task}"])
             for task, (max_distance, layout) in tasks.items()
         }
 
@@ -271,7 +271,7 @@ def encode_photos(features: Features) -> np.ndarray:
 
 
 def describe_scenes(record: Mapping[str, Any]) -> str | None:
-    """Say how many photos nearly repeat another one, or that it is unknown; None if there are few."""
+    """Say how many photos are of one scene with another, or that it is unknown; None if there are few."""
     lines = []
     if record["are_alike"]:
         lines.append(
@@ -279,15 +279,15 @@ def describe_scenes(record: Mapping[str, Any]) -> str | None:
             "distinguished, and none is kept together. If these are shots of one scene, the result is too good: name "
             "scenes with sub-folders or `group_column`"
         )
-    if record["num_near"] > MIN_SHARE * record["num_photos"]:
+    if record["num_joined"] > MIN_SHARE * record["num_photos"]:
         lines.append(
-            f"{record['num_near']:,} of {record['num_photos']:,} photos nearly repeat another one, in "
-            f"{record['num_groups']:,} groups; each group is kept together"
+            f"{record['num_joined']:,} of {record['num_photos']:,} photos are shots of "
+            f"{record['num_scenes']:,} scenes; each scene is kept together"
         )
     if classes := record["divided_classes"]:
         lines.append(
-            f"all photos of {format_name_list(classes)} nearly repeat one another and cannot be kept "
-            "together, so the result only holds for further shots of one scene. Add photos of others"
+            f"all photos of {format_name_list(classes)} are shots of one scene and cannot be kept "
+            "together, so the result only holds for further shots of it. Add photos of others"
         )
     if number := record.get("num_not_compared"):
         lines.append(
@@ -296,7 +296,7 @@ def describe_scenes(record: Mapping[str, Any]) -> str | None:
     if number := record["num_contradictions"]:
         first, second = record["pairs"][0]
         lines.append(
-            f"{number:,} pairs of photos that nearly repeat one another have two labels, such as "
+            f"{number:,} pairs of photos of one scene have two labels, such as "
             f"{first} and {second}. Check their labels"
         )
     return "\n".join(lines) or None

@@ -266,7 +266,7 @@ def compute_mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     targets = torch.from_numpy(labels)
     if labels.ndim == 2:
         return float(F.binary_cross_entropy_with_logits(scores, targets.double()))
-    return float(F.cross_entropy(scores, targets.long()))
+    return float(F.cross_entropy(scores, targets))
 
 
 def compute_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:

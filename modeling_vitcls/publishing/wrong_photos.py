@@ -76,7 +76,7 @@ def summarize_predictions(
         "method": measured.method,
         "classes": describe_classes(results, sizes.iloc[0] / sizes.iloc[-1]),
         "curve": results.get("learning_curve"),
-        "pairs": frozen.get("near_copies", {}).get("pairs", []),
+        "pairs": frozen.get("scenes", {}).get("pairs", []),
         "border": describe_border(frozen.get("border")),
         "is_cross_validated": measured.num_folds > 0,
         "num_images": len(rows),

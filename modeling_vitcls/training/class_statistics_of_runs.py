@@ -10,7 +10,7 @@ from ..frozen.class_statistics import KNOWN_RECALL, ClassStatistics, Token
 from ..frozen.encoder import ignore_message
 from ..frozen.features import FeatureLayout, Features, FrozenPass
 from ..frozen.linear_probe import MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
-from ..frozen.scenes import KnownScenes
+from ..frozen.scenes import TrainedScenes
 from ..model.modeling_vitcls import count_output_tokens
 from .run_inputs import RunInputs
 
@@ -18,7 +18,7 @@ from .run_inputs import RunInputs
 MAX_STATISTICS_IMAGES = 5000  # Maximum number of images for the statistics of a trained model
 
 
-def store_statistics(inputs: RunInputs, data: TrainingData) -> KnownScenes | None:
+def store_statistics(inputs: RunInputs, data: TrainingData) -> TrainedScenes | None:
     """Store class statistics in a trained model, from one pass over some of its training images.
 
     An image is unknown if it is farther away than most images that the model was not trained on.
@@ -43,7 +43,7 @@ def store_statistics(inputs: RunInputs, data: TrainingData) -> KnownScenes | Non
     if inputs.frozen_encoder is None:
         return None
     limit = inputs.frozen_encoder.measure_limit(images, features, inputs.processor)
-    return KnownScenes.of(features, limit)
+    return TrainedScenes.of(features, limit)
 
 
 def compute_labeled_features(inputs: RunInputs, images: LabeledImages) -> Features:

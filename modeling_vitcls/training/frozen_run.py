@@ -109,8 +109,8 @@ def run_frozen(
         predictions=predictions,
         seconds=frozen.record["seconds"],
         nearest_images=nearest_images,
-        known_scenes=frozen.known_scenes,
-        repeats=frozen.repeats,
+        trained_scenes=frozen.trained_scenes,
+        in_trained_scenes=frozen.in_trained_scenes,
         missing_reason=explain_missing_result(images.scenes),
         results=results,
         lines=lines,
@@ -119,13 +119,13 @@ def run_frozen(
 
 def explain_missing_result(scenes: Mapping[str, Any]) -> str:
     """Say why no fold could measure a classifier, given the record of the scenes."""
-    if not scenes["num_near"]:
+    if not scenes["num_joined"]:
         return (
             "cross-validation requires two images, in different groups, of two labels. Add images"
         )
     first, second = scenes["pairs"][0]
     return (
-        f"{scenes['num_near']:,} photos nearly repeat another one, such as {first} and {second}, and too few "
+        f"{scenes['num_joined']:,} photos share a scene with another one, such as {first} and {second}, and too few "
         "scenes measure one another. Add photos of another scene to each label"
     )
 
@@ -157,5 +157,7 @@ def measure_head(model: Any, head: FrozenHead) -> MeasuredHead:
     if estimate is None:
         return MeasuredHead(head, calibration, None)
     # The out-of-fold probabilities contain the temperature already, so there is no error before it.
-    predictions = build_predictions(head.labels, head.predict_out_of_fold(), estimate=estimate)
-    return MeasuredHead(head, calibration, predictions)
+    out_of_fold = head.predict_out_of_fold()
+    return MeasuredHead(
+        head, calibration, build_predictions(head.labels, out_of_fold, estimate=estimate)
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.splits import TrainingData
 from ..evaluation.evaluator import Predictions
-from ..frozen.scenes import KnownScenes
+from ..frozen.scenes import TrainedScenes
 from ..inference.intervals import MIN_CORRECTED_IMAGES
 from ..inference.metrics import MetricValues
 from ..inference.stated_result import Measurement
@@ -55,8 +55,8 @@ class Outcome:
         seconds: duration of the fit or of the steps.
         nearest_images: names of the nearest training images of each wrong prediction, by its index.
         num_unreadable: number of training images that were replaced with others.
-        known_scenes: recognizes photos that nearly repeat a training photo, if the encoder can.
-        repeats: names of the held-out photos that do.
+        trained_scenes: recognizes photos of the scenes that trained the model, if the encoder can.
+        in_trained_scenes: names of the held-out photos that do.
         missing_reason: why nothing could measure the model.
         results: further fields of results.json, such as the number of steps.
         lines: to print about the frozen model and the calibration.
@@ -72,8 +72,8 @@ class Outcome:
     seconds: float
     nearest_images: dict[int, list[str]] | None = None
     num_unreadable: int = 0
-    known_scenes: KnownScenes | None = None
-    repeats: Sequence[str] = ()
+    trained_scenes: TrainedScenes | None = None
+    in_trained_scenes: Sequence[str] = ()
     missing_reason: str = (
         "no image was held out. Set `held_out_fraction`, such as 0.2 (with few images per class, the "
         "default is 0)"

@@ -4,7 +4,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from ..evaluation.evaluator import count_repeats, describe_repeats
+from ..evaluation.evaluator import count_in_trained_scenes, describe_in_trained_scenes
 from ..inference.metrics import METRICS, get_task_metrics
 from ..inference.stated_result import Measurement, describe_classes
 from ..runtime.system import describe_device, get_versions
@@ -57,18 +57,18 @@ def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -
             for name in [each for each in metrics if each.endswith("_interval")]:
                 del metrics[name]
         results["num_images_of_encoder"] = num_seen
-    if repeats := find_repeats(outcome):
-        results["repeats"] = repeats
+    if record := find_in_trained_scenes(outcome):
+        results["in_trained_scenes"] = record
     return results
 
 
-def find_repeats(outcome: Outcome) -> dict[str, Any]:
-    """Count held-out photos that nearly repeat a training photo, and the others that are right."""
-    if not outcome.repeats:
+def find_in_trained_scenes(outcome: Outcome) -> dict[str, Any]:
+    """Count held-out photos of scenes that trained the model, and the others that are right."""
+    if not outcome.in_trained_scenes:
         return {}
     if outcome.predictions is None:  # Several tasks have no common predictions
-        return {"names": outcome.repeats, "num_images": outcome.metrics["num_images"]}
-    return count_repeats(outcome.repeats, outcome.predictions)
+        return {"names": outcome.in_trained_scenes, "num_images": outcome.metrics["num_images"]}
+    return count_in_trained_scenes(outcome.in_trained_scenes, outcome.predictions)
 
 
 MIN_OPEN_GATE = 0.1  # With gates below it, tokens change nothing that could be measured
@@ -93,7 +93,7 @@ def print_result(outcome: Outcome, plan: RunPlan, reporter: Reporter) -> None:
     reporter.print_lines(
         {
             "result": describe_result(outcome) + describe_start(outcome, options.model),
-            "repeats": describe_repeats(find_repeats(outcome)),
+            "scenes": describe_in_trained_scenes(find_in_trained_scenes(outcome)),
             "gates": describe_gates(outcome.results.get("gates")),
             "classes": describe_classes(outcome.metrics, outcome.data.train.class_ratio),
             "steps": steps_text,

@@ -78,8 +78,8 @@ def save_output(
                 write_splits(
                     pd.concat([outcome.data.build_splits_table(), inputs.encoder_rows]), folder
                 )
-                if outcome.known_scenes is not None:
-                    write_scenes({"": outcome.known_scenes}, folder, weights_hash)
+                if outcome.trained_scenes is not None:
+                    write_scenes({"": outcome.trained_scenes}, folder, weights_hash)
                 if outcome.predictions is not None:
                     rows = build_rows(outcome.predictions, outcome.nearest_images)
                     write_rows(folder / PREDICTIONS_FILE, rows, weights_hash)

@@ -101,7 +101,7 @@ def run_steps(
     model = loop.state.model.eval()
     has_excluded = exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
-    predictions = calibration = nearest_images = heads_text = known_scenes = None
+    predictions = calibration = nearest_images = heads_text = trained_scenes = None
     has_one_label = data.label_space.kind == "single_label_classification"
     if has_one_label and len(data.held_out):
         calibration, predictions, heads_text = calibrate(inputs.model, model, held_out, selection)
@@ -112,7 +112,7 @@ def run_steps(
     reshard(model)
     # After the measurement, which a distance to the classes would only slow down.
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
-        known_scenes = store_statistics(inputs, data)
+        trained_scenes = store_statistics(inputs, data)
     if "nearest_images" in start and predictions is not None:
         nearest = dict(start["nearest_images"])
         nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
@@ -133,8 +133,8 @@ def run_steps(
         nearest_images=nearest_images,
         seconds=seconds,
         num_unreadable=len(loop.unreadable_images.indices),
-        known_scenes=known_scenes,
-        repeats=start.get("repeats", ()),
+        trained_scenes=trained_scenes,
+        in_trained_scenes=start.get("in_trained_scenes", ()),
         results=build_step_results(loop, plan, data, start=start, saved_step=step, seconds=seconds),
         lines={
             "heads": heads_text,
@@ -235,7 +235,7 @@ def start_steps(
         What only the start can say, for checkpoints: what `measure_initial_classifier` returns and, of
         the frozen model, the groups of the images with their scenes ("groups"), the record of what was
         chosen ("frozen"), the metric of the held-out images ("before_steps"), those of a scene that
-        trains ("repeats"), and the nearest training images of each ("nearest_images").
+        trains ("in_trained_scenes"), and the nearest training images of each ("nearest_images").
     """
     encoder = inputs.frozen_encoder
     if checkpoint is not None:
@@ -254,7 +254,7 @@ def start_steps(
         start |= {
             "frozen": frozen.record,
             "groups": images.groups.tolist(),
-            "repeats": frozen.repeats,
+            "in_trained_scenes": frozen.in_trained_scenes,
         }
         measured = [head for head in frozen.heads.values() if head.held_out is not None]
         if measured:

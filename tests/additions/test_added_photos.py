@@ -103,8 +103,11 @@ def test_held_out_photos_of_a_dataset_that_repeat_training_photos_are_counted(
     for label, scene in (("cups", 10), ("pens", 11), ("cups", 60), ("pens", 61)):
         write_shots(tmp_path / "photos/test" / label, scene, [5])
     record = add_task(encoder, tmp_path / "photos", "kind", tmp_path / "task")
-    assert record["repeats"]["names"] == ["test/cups/IMG_105.png", "test/pens/IMG_115.png"]
-    assert "2 of 4 photos nearly repeat photos that trained" in capsys.readouterr().out
+    assert record["in_trained_scenes"]["names"] == [
+        "test/cups/IMG_105.png",
+        "test/pens/IMG_115.png",
+    ]
+    assert "2 of 4 photos are of scenes that trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -130,14 +133,14 @@ def test_photos_that_repeat_training_photos_are_known_after_additions(
     add_task(tmp_path / "class", tmp_path / "task photos", "light", tmp_path / "task")
     for label, scene in (("cups", 10), ("vase", 40), ("vase", 60)):
         write_shots(tmp_path / "more" / label, scene, [5])
-    repeats = evaluate(tmp_path / "task", tmp_path / "more", num_workers=0)["repeats"]
-    assert repeats["names"] == ["cups/IMG_105.png", "vase/IMG_405.png"]
-    assert repeats["num_others"] == 1
+    known = evaluate(tmp_path / "task", tmp_path / "more", num_workers=0)["in_trained_scenes"]
+    assert known["names"] == ["cups/IMG_105.png", "vase/IMG_405.png"]
+    assert known["num_others"] == 1
     reset_accelerate()
     for label, scene in (("dusk", 50), ("noon", 10)):
         write_shots(tmp_path / "lights" / label, scene, [5])
     results = evaluate(tmp_path / "task", tmp_path / "lights", task="light", num_workers=0)
-    assert results["repeats"]["names"] == ["dusk/IMG_505.png"]
+    assert results["in_trained_scenes"]["names"] == ["dusk/IMG_505.png"]
 
 
 # What is written ----------------------------------------------------------------------------------

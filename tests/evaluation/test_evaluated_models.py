@@ -60,7 +60,7 @@ def test_a_frozen_run_is_evaluated_whatever_its_pooler(
     assert run_here("finetune", "--model", tmp_path / "encoder", "--dataset", photos, *flags) == 0
     others = write_photos(tmp_path / "others", range(6, 8), *NAMES)
     assert run_evaluation(tmp_path / "run", others, "--output", tmp_path / "results.json") == 0
-    assert read_json(tmp_path / "results.json")["repeats"]["num_images"] == 6
+    assert read_json(tmp_path / "results.json")["in_trained_scenes"]["num_images"] == 6
 
 
 def test_labels_with_the_same_name_are_not_evaluated(

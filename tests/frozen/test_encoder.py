@@ -418,7 +418,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     generator = np.random.default_rng(0)
     for name, edge in (("left", slice(8)), ("right", slice(-8, None))):
-        # Different scenes: photos of the same noise would be near copies, which measure nothing
+        # Different scenes: photos of the same noise would be one scene, which measures nothing
         scenes = generator.integers(0, 200, (40, 4, 12), dtype=np.uint8)
         pixels = np.kron(scenes, np.ones((1, 8, 8), np.uint8))
         pixels[:, :, edge] = 255

@@ -1,4 +1,4 @@
-"""Near copies among features whose scenes are known."""
+"""Scenes among features whose scenes are known."""
 
 from dataclasses import replace
 
@@ -29,12 +29,12 @@ def build_features(values: np.ndarray, labels: np.ndarray) -> Features:
 
 
 @pytest.mark.parametrize("num_groups", [200, 90])
-def test_photos_without_near_copies_have_the_folds_of_their_own_groups(num_groups: int) -> None:
+def test_photos_of_different_scenes_have_the_folds_of_their_own_groups(num_groups: int) -> None:
     rng = np.random.default_rng(0)
     features = build_features(rng.normal(size=(200, WIDTH)), rng.integers(2, size=200))
     features = replace(features, groups=np.arange(200) % num_groups)
     joined, record = keep_together(features, 0.1, LABELS)
-    assert record["num_near"] == record["num_groups"] == record["num_contradictions"] == 0
+    assert record["num_joined"] == record["num_scenes"] == record["num_contradictions"] == 0
     assert describe_scenes(record) is None
     before, after = (split_folds(features.labels, each.groups) for each in (features, joined))
     assert len(before) == 10

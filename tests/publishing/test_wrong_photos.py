@@ -146,7 +146,7 @@ def report(module_path: Path) -> Path:
             },
             "frozen": {
                 "num_folds": 5,
-                "near_copies": {"pairs": [[names[0], names[8]], names[1:3]]},
+                "scenes": {"pairs": [[names[0], names[8]], names[1:3]]},
             },
         },
         {"dataset": str(module_path / "photos"), "held_out_fraction": 0},

@@ -261,8 +261,8 @@ def test_shots_of_one_object_do_not_measure_each_other(
     assert results["accuracy_interval"][0] < 0.5
     assert results["accuracy"] < 0.75
     printed = capsys.readouterr().out
-    assert "80 of 80 photos nearly repeat another one, in " in printed
-    first, second = results["frozen"]["near_copies"]["pairs"][0]
+    assert "80 of 80 photos are shots of " in printed
+    first, second = results["frozen"]["scenes"]["pairs"][0]
     assert {Path(first).parent.name, Path(second).parent.name} == {"cups", "pens"}
     assert "pens/WhatsApp.png" in (first, second)
     assert f"have two labels, such as {first} and {second}" in printed
@@ -319,10 +319,10 @@ def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what(
     write_bursts(sources / "photos")
     write_shots(sources / "photos/vase", scene=40)
     results = finetune(sources, "vit", "photos", "run")
-    assert results["frozen"]["near_copies"]["divided_classes"] == ["vase"]
+    assert results["frozen"]["scenes"]["divided_classes"] == ["vase"]
     counts = {row["name"]: row["images"] for row in results["per_class"]}
     assert counts == {"cups": 40, "pens": 40, "vase": 5}
-    assert "all photos of vase nearly repeat one another" in capsys.readouterr().out
+    assert "all photos of vase are shots of one scene" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [(), ("--max-steps", "1")], ids=["frozen", "steps"])
@@ -334,12 +334,10 @@ def test_photos_of_a_test_folder_that_repeat_training_photos_are_named_and_the_o
         write_shots(sources / "photos/test" / name, scene, [5])
         write_shots(sources / "photos/test" / name, 40 + scene, [5])
     results = finetune(sources, "vit", "photos", "run", *flags)
-    near = results["repeats"]["names"]
+    near = results["in_trained_scenes"]["names"]
     assert [Path(name).name for name in near] == ["IMG_05.png", "IMG_15.png"]
     printed = capsys.readouterr().out
-    assert (
-        f"2 of 4 photos nearly repeat photos that trained the model, such as {near[0]}" in printed
-    )
+    assert f"2 of 4 photos are of scenes that trained the model, such as {near[0]}" in printed
     rows = pd.read_parquet(sources / "run/predictions.parquet")
     others = rows[~rows["image"].isin(near)]
     num_right = (others["label"] == others["prediction"]).sum()
@@ -378,14 +376,14 @@ def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the
     reset_accelerate()
     capsys.readouterr()
     results = evaluate(sources / "run", sources / "more")
-    repeats = results["repeats"]
+    known = results["in_trained_scenes"]
     names = {f"{('cups', 'pens')[scene % 2]}/IMG_{scene}5.png" for scene in range(10, 16)}
-    assert {*repeats["names"]} == names | {"cups/WhatsApp.jpg"}
-    assert repeats["num_images"] == results["num_images"] == 9
-    assert repeats["num_others"] == 2
+    assert {*known["names"]} == names | {"cups/WhatsApp.jpg"}
+    assert known["num_images"] == results["num_images"] == 9
+    assert known["num_others"] == 2
     printed = capsys.readouterr().out
-    assert "7 of 9 photos nearly repeat photos that trained the model" in printed
-    assert f"The others: {repeats['num_right']} of 2 right (95%: " in printed
+    assert "7 of 9 photos are of scenes that trained the model" in printed
+    assert f"The others: {known['num_right']} of 2 right (95%: " in printed
 
 
 def test_a_photo_of_one_color_joins_no_scene(
@@ -395,7 +393,7 @@ def test_a_photo_of_one_color_joins_no_scene(
     Image.new("RGB", (140, 100)).save(sources / "photos/cups/lens cap.png")
     results = finetune(sources, "vit", "photos", "run")
     assert results["accuracy_interval"][0] < 0.5
-    assert "80 of 81 photos nearly repeat another one" in capsys.readouterr().out
+    assert "80 of 81 photos are shots of " in capsys.readouterr().out
 
 
 def test_two_photos_alone_have_a_sentence_and_no_number(
@@ -410,7 +408,7 @@ def test_two_photos_alone_have_a_sentence_and_no_number(
     assert "not evaluated" in printed
     assert "--held-out-fraction" not in printed  # It could hold out nothing
     assert "no result measures classes with one image: dusk, noon. Add images" in printed
-    assert "nearly repeat" not in printed
+    assert "shots of" not in printed
 
 
 def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help(
@@ -427,11 +425,14 @@ def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help(
         (sources / "tags.csv").write_text("\n".join(rows))
         return finetune(sources, "vit", "tags.csv", output, "--label-separator", "|")
 
-    near = run("few", range(2))["frozen"]["near_copies"]
+    near = run("few", range(2))["frozen"]["scenes"]
     printed = capsys.readouterr().out
     first = near["pairs"][0][0]
-    assert near["num_near"] == 10
-    assert f"not evaluated, because 10 photos nearly repeat another one, such as {first}" in printed
+    assert near["num_joined"] == 10
+    assert (
+        f"not evaluated, because 10 photos share a scene with another one, such as {first}"
+        in printed
+    )
 
     assert run("more", range(4))["num_images"] == 20
     assert "not evaluated" not in capsys.readouterr().out
@@ -444,8 +445,8 @@ def test_classes_that_are_one_scene_each_have_a_sentence_and_no_number(
         write_shots(sources / "scenes" / name, scene, range(12))
     assert "accuracy" not in finetune(sources, "vit", "scenes", "run")
     printed = capsys.readouterr().out
-    assert "24 of 24 photos nearly repeat another one, in 2 groups" in printed
-    assert "not evaluated, because 24 photos nearly repeat another one, such as " in printed
+    assert "24 of 24 photos are shots of 2 scenes" in printed
+    assert "not evaluated, because 24 photos share a scene with another one, such as " in printed
 
 
 def test_classes_that_are_one_scene_each_cannot_be_held_out_and_the_error_says_why(
@@ -454,7 +455,7 @@ def test_classes_that_are_one_scene_each_cannot_be_held_out_and_the_error_says_w
     for scene, name in enumerate(("vase", "bowl")):
         write_shots(sources / "scenes" / name, scene, range(12))
     with raises_one_line(
-        "no image can be held out, because the photos of each class nearly repeat"
+        "no image can be held out, because the photos of each class are shots of one scene"
     ):
         modeling_vitcls.finetune(
             sources / "vit", sources / "scenes", sources / "run", held_out_fraction=0.25
@@ -479,6 +480,6 @@ def test_shots_of_one_scene_in_all_classes_are_not_joined_and_a_line_says_so(
     """As for digits, which are alike to an encoder of photographs."""
     for name, first in (("on", 0), ("off", 6)):
         write_shots(sources / "lamp" / name, 0, range(first, first + 6))
-    near = finetune(sources, "vit", "lamp", "run")["frozen"]["near_copies"]
-    assert near["num_near"] == 0
+    near = finetune(sources, "vit", "lamp", "run")["frozen"]["scenes"]
+    assert near["num_joined"] == 0
     assert "similar features for too many of these photos" in capsys.readouterr().out
