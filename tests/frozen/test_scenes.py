@@ -69,9 +69,9 @@ def test_photos_that_are_alike_are_no_shots_of_one_scene(width: float, is_told_a
     assert (limit > 0) == is_told_apart
 
 
-@pytest.mark.parametrize("num_things, num_near", [(8, 40), (1, 3)])
+@pytest.mark.parametrize("num_things, num_joined", [(8, 40), (1, 3)])
 def test_shots_of_a_camera_in_the_hand_are_near_in_a_set_of_scenes(
-    num_things: int, num_near: int
+    num_things: int, num_joined: int
 ) -> None:
     """Of five shots of a thing, two are farther from the others than shots of a burst."""
     values = np.eye(40, WIDTH)
@@ -83,4 +83,4 @@ def test_shots_of_a_camera_in_the_hand_are_near_in_a_set_of_scenes(
     mirrored = build_features(values + 0.07 * np.eye(40, WIDTH)[:, ::-1], features.labels)
     limit = compute_limit(features, features, mirrored)
     _, record = keep_together(features, limit, LABELS)
-    assert record["num_near"] == num_near
+    assert record["num_joined"] == num_joined
