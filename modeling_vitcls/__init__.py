@@ -90,7 +90,7 @@ IMPORT_STRUCTURE = {
     "conversion.from_timm": ("convert_from_timm",),
     "conversion.from_transformers": ("convert_from_transformers",),
     "conversion.to_transformers": ("convert_to_transformers",),
-    "inference.linear_probe": ("LinearProbe",),
+    "frozen.linear_probe": ("LinearProbe",),
     "inference.predictor": ("Predictor",),
     "model.image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),
     "model.modeling_vitcls": (

@@ -14,6 +14,7 @@ from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from modeling_vitcls.evaluation.evaluator import Evaluator
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.runtime.errors import warn_on_first_process
 
