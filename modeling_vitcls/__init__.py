@@ -40,8 +40,7 @@ if TYPE_CHECKING:
         ViTCLSPreTrainedModel,
     )
     from .model.token_layout_vitcls import TokenLayout
-    from .speed.cpu_kernels import use_plain_modules
-    from .speed.lean_layers import use_fast_modules
+    from .speed.lean_layers import use_fast_modules, use_plain_modules
 
 __all__ = [
     "LinearProbe",
@@ -102,8 +101,7 @@ IMPORT_STRUCTURE = {
         "ViTCLSPreTrainedModel",
     ),
     "model.token_layout_vitcls": ("TokenLayout",),
-    "speed.cpu_kernels": ("use_plain_modules",),
-    "speed.lean_layers": ("use_fast_modules",),
+    "speed.lean_layers": ("use_fast_modules", "use_plain_modules"),
 }
 MODULE_BY_NAME = {name: module for module, names in IMPORT_STRUCTURE.items() for name in names}
 

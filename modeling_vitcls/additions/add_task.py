@@ -52,7 +52,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
 
     # A classifier on CLS does not compute the patches of the last layer. A head on them would
     # compute this layer again for all tokens: about 8% of a forward pass instead of 2%.
-    has_patches = count_output_tokens(old.model.vitcls, None, {}) is None
+    has_patches = count_output_tokens(old.model.vitcls, {}) is None
     probe = LinearProbe(pooling=None if has_patches else "cls")
     readable = {
         (layer, kind): values

@@ -18,6 +18,7 @@ from torch import nn
 from ..inference.image_pass import ImageOutputs, ImagePass
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
+from ..speed.lean_layers import use_fast_modules
 from .class_statistics import Token
 
 
@@ -150,7 +151,7 @@ class FrozenPass(ImagePass):
 
     def __call__(self, model: nn.Module, console: Console | None = None) -> Features:
         """Compute and return the features, with a classifier or an encoder."""
-        encoder = getattr(model, "vitcls", model)
+        encoder = use_fast_modules(getattr(model, "vitcls", model), frozen=True)
         outputs = self.collect(encoder, partial(self.compute, model), console)
         return Features(layout=self.layout, **vars(outputs))
 

@@ -17,6 +17,8 @@ from ..model.modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from ..runtime.system import has_bfloat16
+from ..speed.lean_layers import use_fast_modules
 
 
 # 8 images with 196 patches. Larger batches need more memory on a CPU and are not faster.
@@ -64,6 +66,8 @@ def load_for_inference(
             "Fine-tune the model first, or write features with `vitcls predict --features cls`"
         )
     model = load_model(folder, use_head)
+    if device.type == "cpu" and not has_bfloat16(device):
+        model.float()  # Half precision would take several times as long
     processor = folder.load_processor()
     image_size = get_output_size(processor, config.image_height_width)
     if resize is not None:
@@ -78,7 +82,7 @@ def has_classifier(config: ViTCLSConfig) -> bool:
 
 
 def load_model(folder: ModelFolder, use_head: bool | None = None) -> Any:
-    """Load a model in evaluation mode.
+    """Load a model to be read, in evaluation mode with frozen weights.
 
     Args:
         folder: The model.
@@ -90,11 +94,12 @@ def load_model(folder: ModelFolder, use_head: bool | None = None) -> Any:
     """
     config = folder.config
     if not (has_classifier(config) if use_head is None else use_head):
-        return folder.load(ViTCLSModel, add_pooling_layer=False)
-    model_class: Any = (
-        ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
-    )
-    return folder.load(model_class)
+        model = folder.load(ViTCLSModel, add_pooling_layer=False)
+    elif config.tasks:
+        model = folder.load(ViTCLSForMultiTaskClassification)
+    else:
+        model = folder.load(ViTCLSForImageClassification)
+    return use_fast_modules(model, frozen=True)
 
 
 def choose_batch_size(

@@ -18,7 +18,7 @@ modules with faster ones: `use_fast_modules(model)`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -494,6 +494,30 @@ class ViTCLSLayer(GradientCheckpointingLayer):
         mlp_output = self.mlp(self.layernorm_after(hidden_states))
         branch = self.drop_path(self.layer_scale2(self.dropout(mlp_output)))
         return hidden_states + branch
+
+
+class ViTCLSLayers(nn.ModuleList):
+    """The layers of a model, one after another."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inputs: Sequence[Any],
+        read_layers: Collection[int],
+        **kwargs: Any,
+    ) -> dict[int, Tensor]:
+        """Collect the outputs [B, N, D] of the layers in `read_layers`, from 1; 0 is the input.
+
+        Args:
+            hidden_states: [B, N, D].
+            inputs: the attention mask, position embeddings and number of tokens of each layer.
+        """
+        states = {0: hidden_states}
+        for index, layer in enumerate(self):
+            hidden_states = layer(hidden_states, *inputs[index], **kwargs)
+            if index + 1 in read_layers:
+                states[index + 1] = hidden_states
+        return states
 
 
 def build_layer_scale(config: ViTCLSConfig) -> nn.Module:

@@ -392,6 +392,8 @@ def list_states(encoder: nn.Module) -> list[Any]:
 
 def read_state(weight: Tensor) -> tuple[Any, ...]:
     """Read the memory of a weight and the number of its edits."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.is_inference():
+    if type(weight) not in (Tensor, nn.Parameter):
         return (id(weight),)
-    return weight.data_ptr(), weight._version, weight.stride()
+    # Tensors of inference mode do not count their edits, so each pass may have other ones.
+    version = object() if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.stride()

@@ -43,6 +43,7 @@ from .blocks_vitcls import (
     ViTCLSAttention,
     ViTCLSEmbeddings,
     ViTCLSLayer,
+    ViTCLSLayers,
     build_norm,
     has_user_hooks,
 )
@@ -290,7 +291,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         self.relative_position_bias = RelativePositionBias(config) if has_position_bias else None
         self.gates = TokenGates(config) if config.gated_tokens else None
 
-        self.layers = nn.ModuleList(
+        self.layers = ViTCLSLayers(
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
         )
@@ -345,50 +346,39 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             )
 
         # Image processors return float32, also for a model in half precision.
-        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        patch_embeddings = self.embeddings.patch_embeddings
+        pixel_values = pixel_values.to(patch_embeddings.projection.weight.dtype)
+        grid_size = patch_embeddings.get_grid_size(pixel_values)
         hidden_states = self.embeddings(pixel_values, grid_size, bool_masked_pos)  # [B, N, D]
 
         # None, a value for all layers, or a list with one value per layer
         mask = position_embeddings = None
         # Without a mask, attention is faster. On a GPU, a small model takes as long as Python does,
         # so the default model also skips the call that would return None.
-        if (
-            attention_mask is not None
-            or self.relative_position_bias is not None
-            or self.gates is not None
-            or self.config.cls_scopes
-        ):
+        mask_modules = (self.relative_position_bias, self.gates)
+        if attention_mask is not None or any(mask_modules) or self.config.cls_scopes:
             mask = build_attention_mask(
-                config=self.config,
-                hidden_states=hidden_states,
-                attention_mask=attention_mask,
-                grid_size=grid_size,
-                relative_position_bias=self.relative_position_bias,
-                gates=self.gates,
+                self.config, hidden_states, attention_mask, grid_size, *mask_modules
             )
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)
 
         pooled_layers = self.pooled_layer_indices if self.pooler is not None else []
-        layer_tokens: dict[int, Tensor] = {}
         num_layers = len(self.layers)
-        last_read = max([*pooled_layers, *output_layers], default=1)
-        if last_read > num_layers:
+        read_layers = {num_layers, *pooled_layers, *output_layers}
+        if max(read_layers) > num_layers:
             raise ValueError(
-                f"the heads read layer {last_read}, but the model has {num_layers} layers. Set "
+                f"the heads read layer {max(read_layers)}, but the model has {num_layers} layers. Set "
                 "config.pooled_layers, or remove the heads that read it"
             )
-        for index, layer in enumerate(self.layers, start=1):
-            is_last = index == num_layers
-            inputs = (
-                hidden_states,
-                select_layer_value(mask, index),
-                select_layer_value(position_embeddings, index),
-            )
-            hidden_states = layer(*inputs, num_output_tokens if is_last else None, **kwargs)
-            if is_last or index in pooled_layers or index in output_layers:
-                layer_tokens[index] = self.normalize(hidden_states)  # [B, N, D]
+        # A person may have replaced the list
+        layers = self.layers if isinstance(self.layers, ViTCLSLayers) else ViTCLSLayers(self.layers)
+        values = (mask, position_embeddings, [None] * (num_layers - 1) + [num_output_tokens])
+        columns = [each if isinstance(each, list) else [each] * num_layers for each in values]
+        inputs = list(zip(*columns, strict=True))
+        # The input of the last layer is for `compute_all_tokens`.
+        states = layers(hidden_states, inputs, {*read_layers, num_layers - 1}, **kwargs)
+        layer_tokens = {index: self.normalize(states[index]) for index in sorted(read_layers)}
 
         pooler_output = None
         if self.pooler is not None:
@@ -409,8 +399,10 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         if num_output_tokens is not None and num_layers in output_layers:
             # The last layer again, as the first pass stays as it is: a product of more rows could
             # be rounded differently.
-            output.compute_all_tokens = lambda: self.normalize(  # type: ignore[misc]
-                layer(*inputs, **kwargs)
+            output.compute_all_tokens = (
+                lambda: self.normalize(  # type: ignore[misc]
+                    layers[-1](states[num_layers - 1], *inputs[-1][:2], **kwargs)
+                )
             )
         return output
 
@@ -426,11 +418,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Return a new model for another configuration, with a pooler if this model has one."""
         return type(self)(config, add_pooling_layer=self.pooler is not None)
-
-
-def select_layer_value(values: Any, index: int) -> Any:
-    """Select the value of the layer at `index`, from 1, in a list; any other value as it is."""
-    return values[index - 1] if isinstance(values, list) else values
 
 
 # Classifiers --------------------------------------------------------------------------------------
@@ -533,7 +520,6 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        compute_all_tokens: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
@@ -545,7 +531,6 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
         Args:
             labels, num_items_in_batch: as in `compute_classification_loss`.
-            compute_all_tokens: as in `count_output_tokens`. Default: `config.compute_all_tokens`.
             pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
         distance_layers = self.distance_layers
@@ -555,13 +540,13 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
-            num_output_tokens=count_output_tokens(self.vitcls, compute_all_tokens, kwargs),
+            num_output_tokens=count_output_tokens(self.vitcls, kwargs),
             output_layers={*self.extra_heads.layers, *distance_layers, *distillation_layers},
             **kwargs,
         )
         distance = None
-        if self.class_distance is not None and distance_layers:
-            distance = self.class_distance(outputs.layer_tokens)
+        if distance_layers:
+            distance = self.class_distance(outputs.layer_tokens)  # type: ignore[misc]
 
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
@@ -656,7 +641,6 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         pixel_values: Tensor,
         labels: dict[str, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        compute_all_tokens: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSMultiTaskOutput:
         """Classify images for every task.
@@ -664,7 +648,6 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         Args:
             labels: dict that maps task names to class indices [B]. Tasks may be omitted. Labels of
                 -100 are ignored.
-            compute_all_tokens: as in `count_output_tokens`. Default: `config.compute_all_tokens`.
 
         Raises:
             ValueError: if a task is unknown, or if a label is not a class index of the task.
@@ -673,7 +656,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
-            num_output_tokens=count_output_tokens(self.vitcls, compute_all_tokens, kwargs),
+            num_output_tokens=count_output_tokens(self.vitcls, kwargs),
             output_layers={*pooled_layers, *self.extra_heads.layers},
             **kwargs,
         )
@@ -728,53 +711,39 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         return losses
 
 
-def count_output_tokens(
-    encoder: ViTCLSModel, compute_all_tokens: bool | None, kwargs: Mapping[str, Any]
-) -> int | None:
+def count_output_tokens(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
     """Count how many special tokens the last layer computes for a classifier; None for all.
 
     The last layer computes only the tokens that the heads read; the logits do not change. It
-    computes all tokens if `compute_all_tokens` or `config.compute_all_tokens` is True, if hidden
-    states or attentions are requested, or if others may read them: hooks, recorders and patched
-    `forward` methods of the encoder, its last layer, final norm or pooler, and layers of a person.
+    computes all tokens if `config.compute_all_tokens` is True, if hidden states or attentions are
+    requested, or if others may read them: hooks, recorders and patched `forward` methods of the
+    encoder, its last layer, final norm or pooler, and layers of a person.
     """
     config = encoder.config
-    if compute_all_tokens is None:
-        compute_all_tokens = config.compute_all_tokens
     # Without labels, the logits are the pooler output of the encoder, to the bit
-    if compute_all_tokens or not config.num_labels:
+    if config.compute_all_tokens or not config.num_labels:
         return None
     if any(
-        kwargs.get(name, getattr(config, name, False))
+        kwargs.get(name, getattr(config, name))
         for name in ("output_hidden_states", "output_attentions")
     ):
         return None
 
     last_layer: Any = encoder.layers[-1]
-    is_ours = isinstance(last_layer, ViTCLSLayer) and isinstance(
-        last_layer.attention, ViTCLSAttention
-    )
-    if not is_ours or last_layer.attention.recorder is not None or has_global_hooks():
+    # If this version of PyTorch cannot tell whether all modules have hooks, assume them.
+    has_global_hooks = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
+    is_ours = isinstance(last_layer, ViTCLSLayer)
+    # Another attention module has no recorder
+    if not is_ours or getattr(last_layer.attention, "recorder", True) or has_global_hooks():
         return None
 
-    readers = [encoder, encoder.layers, encoder.layernorm, *last_layer.modules()]
-    if encoder.pooler is not None:
+    readers = [encoder, encoder.layers]
+    for part in (last_layer, encoder.layernorm, encoder.pooler):
         # torch.compile before 2.11 traces no += here
-        readers = [*readers, *encoder.pooler.modules()]
-    if any(map(is_read_by_others, readers)):
+        readers = readers if part is None else [*readers, *part.modules()]
+    if any("forward" in vars(reader) or has_user_hooks(reader) for reader in readers):
         return None
     return config.num_head_tokens
-
-
-def has_global_hooks() -> bool:
-    """Check for hooks on all modules; if this version of PyTorch cannot tell, assume them."""
-    check = getattr(nn.modules.module, "_has_any_global_hook", None)
-    return check is None or bool(check())
-
-
-def is_read_by_others(module: nn.Module | None) -> bool:
-    """Check whether a module has a patched `forward` or a hook, but for transformers' and DDP's."""
-    return module is not None and ("forward" in vars(module) or has_user_hooks(module))
 
 
 # Masked image modeling ----------------------------------------------------------------------------
@@ -896,8 +865,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
     ) -> Tensor:
         """Return the feature map of a stage with hidden states [B, N, D]."""
         is_last_stage = stage == self.stage_names[-1]
-        if self.layernorm is not None and (self.config.apply_layernorm or is_last_stage):
-            hidden_states = self.layernorm(hidden_states)
+        if self.config.apply_layernorm or is_last_stage:
+            hidden_states = self.normalize(hidden_states)
         patches: Tensor = hidden_states[:, self.config.token_layout.patches]
         if not self.config.reshape_hidden_states:
             return torch.cat([hidden_states[:, :1], patches], dim=1)

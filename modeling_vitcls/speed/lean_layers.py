@@ -1,260 +1,297 @@
-"""Layers that leave out Python, on any device: they call operations instead of modules.
+"""Layers that call operations instead of modules, on any device, and weights that are prepared once.
 
-    use_fast_modules(model)     ViTCLSLayer -> LeanLayer, and the CPU kernels
-    use_plain_modules(model)    restores the plain classes (cpu_kernels.py)
+    use_fast_modules(model)                 ViTCLSLayers -> LeanLayers
+    use_fast_modules(model, frozen=True)    the same, and passes without gradients use frozen weights
+    use_plain_modules(model)                restores the plain class
 
-A GPU computes a small model faster than Python calls its modules. Queries, keys and values are one
-product on GPUs, and for small inputs on CPUs; each pass joins their weights anew. The plain class
-computes what is unusual: hooks, replaced parts, other attention functions, compiled programs. The
-switches of cpu_kernels.py turn lean layers off, too.
-
-What is gained (docs/speed.md): on an NVIDIA H200 in bfloat16, a forward pass of a ViT-S with one
-image takes 0.80 of the time of plain layers, a training step with 64 images 0.77. A CUDA graph
-leaves nothing of the first gain: it starts all kernels without Python, and a lean pass has 150 of
-them, a plain one 151. The gain remains for training, and for inference without a graph.
+A GPU, and a CPU with a small model, computes faster than Python calls modules. Queries, keys and
+values are one product, as are the two inputs of a gated MLP: a pass joins their weights. Frozen
+weights are joined, cast to the precision of the pass and packed for the CPU (cpu_kernels.py) once,
+instead of in every pass. The plain class computes what is unusual: hooks, replaced parts and
+functions, other attention functions, compiled programs. docs/speed.md lists the speedups.
 """
 
-from itertools import repeat
-from operator import contains
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.activations import GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..model.attention_masks_vitcls import get_matmul_dtype
 from ..model.blocks_vitcls import (
+    ViTCLSAttention,
     ViTCLSGLU,
     ViTCLSLayer,
+    ViTCLSLayers,
     ViTCLSMLP,
-    ViTCLSPatchEmbeddings,
 )
-from ..model.positions_vitcls import PositionEmbeddings, rotate_patches
-from ..model.variants_vitcls import ATTENTION_CLASSES
+from ..model.positions_vitcls import rotate_patches
 from .cpu_kernels import (
-    CPUMLP,
-    KERNEL_CLASSES,
-    CPUAttention,
-    CPULinear,
-    FastModule,
-    Model,
+    attend,
     can_use_cpu_kernels,
+    count_dispatch_modes,
     has_hooks,
-    has_plain_parameters,
     must_be_plain,
-    sdpa_attention,
+    pack_weight,
+    select_linear,
 )
 
 
-class LeanLayer(FastModule, ViTCLSLayer):
-    """ViTCLSLayer that calls operations instead of modules.
+Model = TypeVar("Model", bound=nn.Module)
 
-    Attributes:
-        usual: what `is_usual_layer` found out in an earlier pass. It is neither copied nor pickled.
-    """
-
-    usual: tuple[Any, list[Any]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled."""
-        return {name: value for name, value in vars(self).items() if name != "usual"}
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_embeddings: PositionEmbeddings | None = None,
-        num_tokens: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Tensor:
-        """Apply attention, then the MLP, and return all tokens or only the first `num_tokens`."""
-        if must_be_plain() or not is_usual_layer(self, kwargs):
-            return super().forward(
-                hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs
-            )
-        # A lookup in a dict is ten times as fast as an attribute, which nn.Module searches in Python.
-        modules: Any = self._modules
-        attention, mlp = modules["attention"], modules["mlp"]
-        has_kernels = has_cpu_kernels(hidden_states)
-        arguments = (attention_mask, position_embeddings, num_tokens)
-
-        inputs = normalize(modules["layernorm_before"], hidden_states)
-        if has_kernels:
-            branch, _ = attention.forward(inputs, *arguments)
-        else:
-            branch = attend(attention, inputs, *arguments)
-        branch = skip_identity(modules["layer_scale1"], branch)
-        if num_tokens is not None:
-            hidden_states = hidden_states[:, :num_tokens]
-        hidden_states = hidden_states + skip_identity(modules["drop_path"], branch)
-
-        inputs = normalize(modules["layernorm_after"], hidden_states)
-        branch = mlp.forward(inputs) if has_kernels else compute_mlp(mlp, inputs)
-        branch = skip_identity(modules["layer_scale2"], branch)
-        return hidden_states + skip_identity(modules["drop_path"], branch)
-
-
-FAST_CLASSES = {**KERNEL_CLASSES, ViTCLSLayer: LeanLayer}
-# Classes whose linear layers and convolutions are replaced; in other classes, they may be a person's.
-OWNERS = (
-    ViTCLSLayer,
-    *ATTENTION_CLASSES.values(),
-    ViTCLSMLP,
-    ViTCLSGLU,
-    ViTCLSPatchEmbeddings,
+# The linear layers of each product
+ATTENTION_LINEARS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
+MLP_LINEARS: dict[type[nn.Module], tuple[tuple[str, ...], ...]] = {
+    ViTCLSMLP: (("fc1",), ("fc2",)),
+    ViTCLSGLU: (("gate_proj", "up_proj"), ("down_proj",)),
+}
+# Functions that are not called, although people replace them in a class
+REPLACEABLE = (
+    (ViTCLSLayer, "forward"),
+    (ViTCLSAttention, "forward"),
+    (ViTCLSAttention, "attend"),
+    (ViTCLSAttention, "project_qkv"),
+    (ViTCLSMLP, "forward"),
+    (ViTCLSGLU, "forward"),
+    (GELUActivation, "forward"),
+    (nn.Dropout, "forward"),
+    (nn.Linear, "forward"),
+    (nn.LayerNorm, "forward"),
 )
+USUAL_FUNCTIONS = [getattr(owner, name) for owner, name in REPLACEABLE]
+# Attributes of modules that change what a layer computes, and may change between passes
+WATCHED = {
+    ViTCLSLayer: ("forward", "training", "gradient_checkpointing"),
+    ViTCLSAttention: (
+        "forward",
+        "attend",
+        "project_qkv",
+        "get_attention_function",
+        "recorder",
+        "config",
+    ),
+    nn.Dropout: ("forward", "training", "p"),
+}
+# The only ones that usual layers have
+USUAL_ATTRIBUTES = {"training", "gradient_checkpointing", "config", "p"}
+# Arguments without an effect on layers with SDPA
+IGNORED_ARGUMENTS = {"num_items_in_batch", "output_hidden_states", "output_attentions"}
+
+Product = tuple[Tensor, Tensor | None]  # Weight [out, in] and bias [out]
 
 
-def use_fast_modules(model: Model) -> Model:
-    """Replace modules inside ViTCLS layers with faster ones in place, and return the model.
+class LayerParts(NamedTuple):
+    """The modules of a usual layer; lists are without identities."""
+
+    layer: ViTCLSLayer
+    attention: ViTCLSAttention
+    mlp: nn.Module
+    query_modules: list[nn.Module]  # The norm of queries, if there is one, and so on
+    key_modules: list[nn.Module]
+    attention_modules: list[nn.Module]
+    attention_branch: list[nn.Module]  # Layer scale and drop path
+    mlp_modules: list[nn.Module]
+    mlp_branch: list[nn.Module]
+
+
+class Plan(NamedTuple):
+    """What an earlier pass found out about usual layers."""
+
+    layers: list[LayerParts]
+    weights: list[Any]
+    biases: list[Any]
+    groups: list[slice]  # The weights of each product, four per layer
+    # What a pass reads to find out whether all of this is still true
+    containers: list[dict[str, Any]]  # `_modules` and `_parameters`
+    classed: list[nn.Module]  # Modules whose class matters
+    watched: tuple[list[dict[str, Any]], list[str]]  # `vars` of a module, and a name
+    state: list[Any]
+
+
+class FrozenWeights(NamedTuple):
+    """The products of all layers in one precision, and what they were prepared from."""
+
+    state: list[int]
+    sources: list[Tensor]  # Kept, as other tensors could otherwise get their addresses
+    products: list[Product]
+
+
+# Installing ---------------------------------------------------------------------------------------
+def use_fast_modules(model: Model, frozen: bool = False) -> Model:
+    """Make the layers of a model faster in place, and return the model.
 
     Parameters, state dicts, hooks and `isinstance` checks stay as they are; outputs agree up to
     rounding errors. `use_plain_modules` undoes it. With VITCLS_CPU_KERNELS=0, nothing changes.
 
     Args:
         model: any model that contains ViTCLS layers.
+        frozen: whether the model is only read, in one process. Without gradients, its layers then
+            use copies of the weights, in the precision of `torch.autocast` or else of the model.
+            They are made in the next pass, and again after the weights have changed. PyTorch does
+            not count edits of `parameter.data` in place: after such an edit, call this function
+            again. `model.train()` ends it.
 
     Examples:
         >>> from modeling_vitcls import ViTCLSModel, use_fast_modules, use_plain_modules
-        >>> model = use_fast_modules(ViTCLSModel.from_pretrained("runs/photos"))
-        >>> type(use_plain_modules(model).layers[0].mlp).__name__
-        'ViTCLSMLP'
+        >>> model = use_fast_modules(ViTCLSModel.from_pretrained("runs/photos"), frozen=True)
+        >>> type(use_plain_modules(model).layers).__name__
+        'ViTCLSLayers'
     """
     if not can_use_cpu_kernels():
         return model
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            # FSDP and device maps look for layers by class name.
-            module._no_split_modules = {*(module._no_split_modules or ()), LeanLayer.__name__}
-        if type(module) in OWNERS:
-            for child in module.children():
-                if type(child) in (nn.Linear, nn.Conv2d):
-                    child.__class__ = FAST_CLASSES[type(child)]
-            module.__class__ = FAST_CLASSES.get(type(module), type(module))
+        if type(module) is ViTCLSLayers:
+            module.__class__ = LeanLayers
+        if type(module) is LeanLayers:
+            module.frozen_weights = {} if frozen else None
     return model
 
 
-# Number of multiplications [..., in] x [in, in] from which CPUs use the CPU kernels.
-MIN_MULTIPLICATIONS_OF_KERNELS = 400_000
+def use_plain_modules(model: Model) -> Model:
+    """Undo `use_fast_modules` in place, and return the model.
 
-
-def has_cpu_kernels(inputs: Tensor) -> bool:
-    """Check whether CPU kernels compute inputs [..., in]: on CPUs, unless these are too small."""
-    return inputs.is_cpu and (
-        inputs.numel() * inputs.shape[-1] >= MIN_MULTIPLICATIONS_OF_KERNELS
-        or inputs.dtype != torch.float32
-        or torch.is_autocast_enabled("cpu")
-    )
-
-
-def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
-    """Check that a layer has no hooks or replaced parts, and no attention but SDPA.
-
-    This runs in every layer of every pass, hence the loops of `map`.
+    Examples:
+        >>> from modeling_vitcls import ViTCLSModel, use_plain_modules
+        >>> model = use_plain_modules(ViTCLSModel.from_pretrained("runs/photos"))
     """
-    modules: Any = layer._modules
-    attention, mlp = modules["attention"], modules["mlp"]
-    parts = [*modules.values(), *attention._modules.values(), *mlp._modules.values()]
-    # Every new hook has a new number. If none is new, what was found before is still true.
-    state = (RemovableHandle.next_id, parts, [*map(type, parts)])
-    if layer.usual is None or layer.usual[0] != state:
-        is_usual = has_usual_parts(layer) and not has_hooks(parts)
-        layer.usual = (state, [*map(vars, parts)]) if is_usual else None
-    return (
-        layer.usual is not None
-        and not any(map(contains, layer.usual[1], repeat("forward")))
-        and kwargs.keys() <= {"num_items_in_batch"}  # Trainer's number of labels, for the loss
-        and attention.recorder is None
-        and attention.get_attention_function() is sdpa_attention
-        and not (layer.training and modules["dropout"].p)
-    )
+    for module in model.modules():
+        if type(module) is LeanLayers:
+            module.__class__ = ViTCLSLayers
+            for name in ("plan", "frozen_weights"):
+                vars(module).pop(name, None)
+    return model
 
 
-def has_usual_parts(layer: LeanLayer) -> bool:
-    """Check that the parts of a layer that are not called have the usual classes and parameters."""
-    attention, mlp = layer.attention, layer.mlp
-    linears: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    if type(mlp) is CPUMLP:
-        linears += mlp.fc1, mlp.fc2
-    return (
-        type(attention) is CPUAttention
-        and type(mlp) in (CPUMLP, ViTCLSGLU)
-        and {*map(type, linears)} == {CPULinear}
-        and all(map(has_plain_parameters, linears))
-        and type(layer.dropout) is nn.Dropout
-    )
+# Layers -------------------------------------------------------------------------------------------
+class LeanLayers(ViTCLSLayers):
+    """ViTCLSLayers that call operations instead of modules.
+
+    Attributes:
+        plan: what an earlier pass found out about the layers; copies find it out themselves.
+        frozen_weights: the frozen weights by precision; None if the layers are not frozen. Copies
+            prepare their own.
+    """
+
+    plan: Plan | None = None
+    frozen_weights: dict[torch.dtype, FrozenWeights] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled."""
+        is_frozen = self.frozen_weights is not None
+        return vars(self) | {"plan": None, "frozen_weights": {} if is_frozen else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore copied or pickled layers, as plain ones where kernels cannot be used."""
+        super().__setstate__(state)
+        if not can_use_cpu_kernels():
+            use_plain_modules(self)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, as in PyTorch; layers that train are not frozen."""
+        if mode:
+            self.frozen_weights = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the layers, as in PyTorch, and forget the copies of their weights."""
+        if self.frozen_weights is not None:
+            self.frozen_weights = {}
+        return super()._apply(fn, recurse)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inputs: Sequence[Sequence[Any]],
+        read_layers: Collection[int],
+        **kwargs: Any,
+    ) -> dict[int, Tensor]:
+        """Apply the layers as `ViTCLSLayers` does."""
+        plan = None if must_be_plain() else find_plan(self, kwargs)
+        products = None if plan is None else find_products(self, plan, hidden_states)
+        if plan is None or products is None:
+            return super().forward(hidden_states, inputs, read_layers, **kwargs)
+
+        kernels = select_linear(products[0][0].is_mkldnn)
+        states = {0: hidden_states}
+        for index, parts in enumerate(plan.layers, start=1):
+            layer_input = hidden_states
+            hidden_states = run_layer(
+                parts,
+                kernels,
+                products[4 * index - 4 : 4 * index],
+                layer_input,
+                *inputs[index - 1],
+            )
+            # The hooks with which transformers records hidden states
+            for hook in parts.layer._forward_hooks.values():
+                hook(parts.layer, (layer_input,), hidden_states)
+            if index in read_layers:
+                states[index] = hidden_states
+        return states
 
 
-def attend(
-    attention: CPUAttention,
-    inputs: Tensor,
-    attention_mask: Any,
-    position_embeddings: PositionEmbeddings | None,
-    num_queries: int | None,
+def run_layer(
+    parts: LayerParts,
+    kernels: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+    products: list[Product],
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_embeddings: Any,
+    num_tokens: int | None,
 ) -> Tensor:
-    """Attend, [B, N, D] -> [B, n, D], as `ViTCLSAttention.forward`."""
-    modules: Any = attention._modules
-    parameters = [modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]
-    weights = [each.get("weight") for each in parameters]
-    biases = [each.get("bias") for each in parameters]
-    if not can_be_joined(weights, biases):
-        output, _ = attention.forward(inputs, attention_mask, position_embeddings, num_queries)
-        return output
+    """Apply attention, then the MLP, as `ViTCLSLayer` does."""
+    linear, linear_with_gelu = kernels
+    qkv, projection, mlp_input, mlp_output = products
+    attention, mlp = parts.attention, parts.mlp
+    modules: Any = parts.layer._modules  # Attributes are slower, as nn.Module searches in Python
 
-    # Joined in every pass: a copy that is kept could become stale.
-    bias = None if biases[0] is None else torch.cat(biases)
-    qkv = nn.functional.linear(inputs, torch.cat(weights), bias)  # [B, N, 3 * heads * head_dim]
-    qkv = qkv.view(*inputs.shape[:-1], 3, -1, attention.head_dim)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim] each
-    if num_queries is not None:
-        query = query[:, :, :num_queries]
-        attention_mask = None if attention_mask is None else attention_mask[:, :, :num_queries]
-    query, key = skip_identity(modules["q_norm"], query), skip_identity(modules["k_norm"], key)
+    # Attention
+    states = linear(normalize(modules["layernorm_before"], hidden_states), *qkv)
+    batch, num_keys, _ = states.shape
+    states = states.view(batch, num_keys, 3, -1, attention.head_dim)
+    query, key, value = states.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim] each
+    if num_tokens is not None:
+        hidden_states = hidden_states[:, :num_tokens]
+        query = query[:, :, :num_tokens]
+        attention_mask = None if attention_mask is None else attention_mask[:, :, :num_tokens]
+    for norm in parts.query_modules:
+        query = norm.forward(query)
+    for norm in parts.key_modules:
+        key = norm.forward(key)
     if position_embeddings is not None:
         query, key = rotate_patches(query, key, position_embeddings)
-
     dropout = attention.attention_dropout if attention.training else 0.0
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, scale=attention.scaling
-    )
-    output = output.transpose(1, 2).flatten(2)  # [B, n, heads * head_dim]
-    return apply_linear(modules["o_proj"], skip_identity(modules["norm"], output))
+    branch = attend(query, key, value, attention_mask, attention.scaling, dropout).flatten(2)
+    for norm in parts.attention_modules:
+        branch = norm.forward(branch)
+    branch = linear(branch, *projection)
+    for module in parts.attention_branch:
+        branch = module.forward(branch)
+    hidden_states = hidden_states + branch
 
-
-def can_be_joined(weights: list[Any], biases: list[Any]) -> bool:
-    """Check that queries, keys and values have plain weights of one shape, and all or no biases.
-
-    This is checked in every pass, because people replace parameters between passes.
-    """
-    return (
-        {*map(type, weights)} == {nn.Parameter}
-        and weights[0].shape == weights[1].shape == weights[2].shape
-        and len({*map(type, biases)}) == 1
-    )
-
-
-def compute_mlp(mlp: nn.Module, inputs: Tensor) -> Tensor:
-    """Apply an MLP, [B, N, D] -> [B, N, D]; the usual one without calls of its modules."""
-    if type(mlp) is not CPUMLP:
-        return mlp.forward(inputs)
-    modules: Any = mlp._modules
-    activations = modules["activation_fn"].forward(apply_linear(modules["fc1"], inputs))
-    return apply_linear(modules["fc2"], skip_identity(modules["norm"], activations))
-
-
-def skip_identity(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Apply a module unless it is the identity."""
-    return inputs if type(module) is nn.Identity else module.forward(inputs)
-
-
-def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Apply a linear layer."""
-    parameters: Any = module._parameters
-    if len(parameters) != 2:  # MAML replaces parameters with tensors
-        return module.forward(inputs)
-    return nn.functional.linear(inputs, parameters["weight"], parameters["bias"])
+    # MLP
+    inputs = normalize(modules["layernorm_after"], hidden_states)
+    activation: Any = mlp._modules["activation_fn"]
+    if type(mlp) is ViTCLSGLU:
+        gates, values = linear(inputs, *mlp_input).chunk(2, dim=-1)
+        branch = activation.forward(gates) * values
+    elif type(activation) is GELUActivation and activation.act is nn.functional.gelu:
+        branch = linear_with_gelu(inputs, *mlp_input)
+    else:
+        branch = activation.forward(linear(inputs, *mlp_input))
+    for norm in parts.mlp_modules:
+        branch = norm.forward(branch)
+    branch = linear(branch, *mlp_output)
+    for module in parts.mlp_branch:
+        branch = module.forward(branch)
+    if torch.is_grad_enabled():
+        return hidden_states + branch
+    return hidden_states.add_(branch)  # Not the input of the layer, which others may keep
 
 
 def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
@@ -264,3 +301,183 @@ def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
         return norm.forward(inputs)
     weight, bias = parameters["weight"], parameters["bias"]
     return torch.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
+
+
+# Conditions ---------------------------------------------------------------------------------------
+def find_plan(layers: LeanLayers, kwargs: dict[str, Any]) -> Plan | None:
+    """Find the parts of layers that are usual: no hooks, nothing replaced, and SDPA as attention."""
+    plan = layers.plan
+    # A replica of DataParallel has the plan of its model, but `_modules` of its own.
+    if (
+        plan is None
+        or plan.containers[0] is not layers._modules
+        or not is_same(read_state(plan.containers, plan.classed, plan.watched), plan.state)
+    ):
+        plan = layers.plan = build_plan(layers)
+    is_usual = (
+        plan is not None
+        and [getattr(owner, name) for owner, name in REPLACEABLE] == USUAL_FUNCTIONS
+        and plan.layers[0].attention.get_attention_function() is sdpa_attention_forward
+        and all(kwargs[name] is None for name in kwargs.keys() - IGNORED_ARGUMENTS)
+    )
+    return plan if is_usual else None
+
+
+def read_state(
+    containers: list[Any], classed: list[Any], watched: tuple[list[Any], list[str]]
+) -> list[Any]:
+    """Read what changes if a part, its class, an attribute or a hook does, in every pass.
+
+    Every new hook has a new number. If none is new, there is still none.
+    """
+    return [
+        RemovableHandle.next_id,
+        *chain.from_iterable(map(dict.values, containers)),
+        *map(type, classed),
+        *map(dict.get, *watched),
+    ]
+
+
+def is_same(found: list[Any], expected: list[Any]) -> bool:
+    """Check that lists have the same objects, without comparing the values of tensors."""
+    return len(found) == len(expected) and all(map(is_, found, expected))
+
+
+def build_plan(layers: LeanLayers) -> Plan | None:
+    """Collect the parts of layers; None if they are unusual."""
+    containers: list[dict[str, Any]] = [layers._modules]
+    classed: list[nn.Module] = []
+    layer_parts: list[LayerParts] = []
+    linears: list[Any] = []
+    groups: list[slice] = []
+    for layer in layers:
+        if type(layer) is not ViTCLSLayer or type(layer.attention) is not ViTCLSAttention:
+            return None
+        attention, mlp = layer.attention, layer.mlp
+        if type(mlp) not in MLP_LINEARS or type(layer.dropout) is not nn.Dropout:
+            return None
+        # Monte Carlo dropout trains this part of the layer alone
+        if layer.dropout.training and layer.dropout.p:
+            return None
+        if layer.training and layer.gradient_checkpointing:
+            return None
+        containers += [layer._modules, attention._modules, mlp._modules]
+        classed += [layer, attention, mlp, layer.dropout]
+        layer_parts.append(
+            LayerParts(
+                layer=layer,
+                attention=attention,
+                mlp=mlp,
+                query_modules=skip_identities(attention.q_norm),
+                key_modules=skip_identities(attention.k_norm),
+                attention_modules=skip_identities(attention.norm),
+                attention_branch=skip_identities(layer.layer_scale1, layer.drop_path),
+                mlp_modules=skip_identities(mlp.norm),
+                mlp_branch=skip_identities(layer.layer_scale2, layer.drop_path),
+            )
+        )
+        for owner, products in ((attention, ATTENTION_LINEARS), (mlp, MLP_LINEARS[type(mlp)])):
+            for names in products:
+                groups.append(slice(len(linears), len(linears) + len(names)))
+                linears += [getattr(owner, name) for name in names]
+
+    parts = [*chain.from_iterable(map(dict.values, containers))]
+    watched = [
+        (vars(part), name) for part in parts for name in WATCHED.get(type(part), ("forward",))
+    ]
+    parameters = [linear._parameters for linear in linears]
+    weights = [each.get("weight") for each in parameters]
+    biases = [each.get("bias") for each in parameters]
+    is_usual = (
+        {*map(type, linears)} == {nn.Linear}
+        # Not quantized, sharded, or replaced by tensors, as in MAML; a bias may be None
+        and {*map(len, parameters)} == {2}
+        and {*map(type, weights)} == {nn.Parameter}
+        and {*map(type, biases)} <= {nn.Parameter, type(None)}
+        and len({id(each.attention.config) for each in layer_parts}) == 1
+        and not any(
+            attributes.get(name) for attributes, name in watched if name not in USUAL_ATTRIBUTES
+        )
+        and not has_hooks(parts)
+    )
+    if not is_usual:
+        return None
+    containers += parameters
+    classed += linears
+    owners, names = map(list, zip(*watched, strict=True))
+    return Plan(
+        layers=layer_parts,
+        weights=weights,
+        biases=biases,
+        groups=groups,
+        containers=containers,
+        classed=classed,
+        watched=(owners, names),
+        state=read_state(containers, classed, (owners, names)),
+    )
+
+
+def skip_identities(*modules: nn.Module) -> list[nn.Module]:
+    """List the modules that are not the identity."""
+    return [module for module in modules if type(module) is not nn.Identity]
+
+
+# Weights ------------------------------------------------------------------------------------------
+def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Product] | None:
+    """Take the frozen products of the layers, or join them for this pass; None if unusual."""
+    frozen = layers.frozen_weights
+    if frozen is None or torch.is_grad_enabled() or count_dispatch_modes():
+        return join_weights(plan)
+
+    sources = [each for each in plan.weights + plan.biases if each is not None]
+    try:
+        versions = [each._version for each in sources]
+    except RuntimeError:  # Tensors of inference mode do not count their edits
+        return join_weights(plan)
+    state = [
+        *versions,
+        *map(id, sources),
+        *map(Tensor.data_ptr, sources),
+        # Another view of the same memory, in place of `parameter.data`
+        *map(Tensor.numel, plan.weights),
+        *map(Tensor.is_contiguous, plan.weights),
+    ]
+    dtype = get_matmul_dtype(inputs)
+    found = frozen.get(dtype)
+    if found is not None and found.state == state:
+        return found.products
+
+    with torch.inference_mode(False), torch.no_grad():
+        products = join_weights(plan)
+        # While a CUDA graph is recorded, nothing is computed that could be kept.
+        if products is None or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return products
+        # Of one image, so that the bits do not depend on the size of the first batch
+        num_rows = inputs.shape[1]
+        products = [
+            (pack_weight(weight.to(dtype), num_rows), None if bias is None else bias.to(dtype))
+            for weight, bias in products
+        ]
+    kept = [*sources, *(each.detach() for each in sources)]
+    frozen[dtype] = FrozenWeights(state, kept, products)
+    return products
+
+
+def join_weights(plan: Plan) -> list[Product] | None:
+    """Join the weights and the biases of each product; None if the weights have several shapes."""
+    products: list[Product] = []
+    for group in plan.groups:
+        weights, biases = plan.weights[group], plan.biases[group]
+        if len(weights) == 1:
+            products.append((weights[0], biases[0]))
+            continue
+        if any(weight.shape != weights[0].shape for weight in weights):
+            return None
+        bias = None
+        if any(each is not None for each in biases):
+            size = len(weights[0])
+            bias = torch.cat(
+                [weights[0].new_zeros(size) if each is None else each for each in biases]
+            )
+        products.append((torch.cat(weights), bias))
+    return products

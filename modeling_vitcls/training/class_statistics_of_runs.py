@@ -60,6 +60,6 @@ def select_tokens(model: Any, features: Features) -> dict[Token, np.ndarray]:
     tokens = features.get_tokens()
     # A classifier on CLS skips the patches of the last layer, so at inference they have no
     # distance.
-    if count_output_tokens(model.vitcls, None, {}) is not None:
+    if count_output_tokens(model.vitcls, {}) is not None:
         del tokens[-1, "mean"]
     return tokens

@@ -72,7 +72,8 @@ def save_output(
                 # Read back from disk: the trained model may be sharded or have LoRA layers, and
                 # this is what others will load.
                 device = inputs.model.device
-                saved_model = use_fast_modules(model_class.from_pretrained(folder)).to(device)
+                saved_model = model_class.from_pretrained(folder).to(device)
+                use_fast_modules(saved_model, frozen=True)
                 record["inference"] = measure_inference_speed(saved_model, device)
                 write_json(folder / RESULTS_FILE, results | record)
                 write_splits(

@@ -159,6 +159,15 @@ def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(change: Any) 
     assert torch.equal(model(images[:4]).distance, expected)
 
 
+def test_a_change_in_inference_mode_ends_the_distance() -> None:
+    """Tensors that are made in inference mode do not count their edits."""
+    with torch.inference_mode():
+        model, images, _ = build_model()
+        assert model(images[:4]).distance is not None
+        model.vitcls.layers[0].mlp.fc1.weight.mul_(1.01)
+        assert model(images[:4]).distance is None
+
+
 @pytest.mark.parametrize(
     ("change", "limit"),
     [

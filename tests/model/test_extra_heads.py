@@ -81,14 +81,13 @@ def test_logits_keep_their_bits(
     model, extended = (each.to(dtype) for each in build_pair(HEADS, **WIDE | fields))
     for each in (model, extended):
         if has_kernels:
-            use_fast_modules(each)
+            use_fast_modules(each, frozen=True)
     for batch_size in (1, 3, 16):
         images = build_images(batch_size, 80, 80).to(dtype)
         for num_tokens in {None, model.config.num_head_tokens}:
-            logits = model(images, compute_all_tokens=num_tokens is None).logits
-            assert torch.equal(
-                extended(images, compute_all_tokens=num_tokens is None).logits, logits
-            )
+            for each in (model, extended):
+                each.config.compute_all_tokens = num_tokens is None
+            assert torch.equal(extended(images).logits, model(images).logits)
 
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
@@ -118,11 +117,10 @@ def test_the_logits_of_tasks_keep_their_bits() -> None:
 @pytest.mark.parametrize("num_tokens", [None, 1])
 def test_a_head_has_the_same_bits_whichever_other_heads_exist(num_tokens: int | None) -> None:
     _, extended = build_pair(HEADS, **WIDE)
-    together = extended(build_images(3, 80, 80), compute_all_tokens=num_tokens is None).task_logits
+    extended.config.compute_all_tokens = num_tokens is None
+    together = extended(build_images(3, 80, 80)).task_logits
     for name, head in HEADS.items():
-        alone = extended.adapt(extra_heads={name: head})(
-            build_images(3, 80, 80), compute_all_tokens=num_tokens is None
-        )
+        alone = extended.adapt(extra_heads={name: head})(build_images(3, 80, 80))
         assert torch.equal(alone.task_logits[name], together[name])
 
 
@@ -164,7 +162,8 @@ def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None
         "indoors": [tokens[2][:, 0]],
         "objects": [tokens[2][:, 3:].mean(1)],
     }
-    found = model(build_images(), compute_all_tokens=num_tokens is None).task_logits
+    model.config.compute_all_tokens = num_tokens is None
+    found = model(build_images()).task_logits
 
     assert found.keys() == inputs.keys()
     for name, vectors in inputs.items():

@@ -70,9 +70,9 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(
         model.set_attn_implementation(implementation)
         for mask in (None, MASK) if fields.items() >= TOKENS.items() else (None,):
             found = compute_losses_and_gradients(model, attention_mask=mask)
-            wanted = compute_losses_and_gradients(
-                model, attention_mask=mask, compute_all_tokens=True
-            )
+            model.config.compute_all_tokens = True
+            wanted = compute_losses_and_gradients(model, attention_mask=mask)
+            model.config.compute_all_tokens = False
             assert count_computed_tokens(model, attention_mask=mask) == (num_read or num_tokens)
             assert_same_outputs(found[0], wanted[0], 1e-5)
             for one, other in zip(found[1], wanted[1], strict=True):
@@ -85,7 +85,8 @@ def test_only_the_cls_tokens_of_the_tasks_are_computed() -> None:
     model = build_random(ViTCLSForMultiTaskClassification, num_cls_tokens=2, tasks=TASKS)
     assert count_computed_tokens(model) == 2
     found = model(build_images()).logits
-    for task, expected in model(build_images(), compute_all_tokens=True).logits.items():
+    model.config.compute_all_tokens = True
+    for task, expected in model(build_images()).logits.items():
         assert get_largest_difference(found[task], expected) <= 1e-5 * expected.abs().max().item()
 
 
@@ -109,10 +110,8 @@ def count_computed_tokens(model: Any, **inputs: Any) -> int:
 def test_all_tokens_are_computed_on_request() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(**TOKENS))
     assert count_computed_tokens(model) == 3
-    assert count_computed_tokens(model, compute_all_tokens=True) == 22
     model.config.compute_all_tokens = True
     assert count_computed_tokens(model) == 22
-    assert count_computed_tokens(model, compute_all_tokens=False) == 3
 
 
 @pytest.mark.parametrize("output", ["output_hidden_states", "output_attentions"])

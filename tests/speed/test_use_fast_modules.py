@@ -1,6 +1,7 @@
-"""Models are plain when they are built, and `use_fast_modules` changes only modules of this package."""
+"""Models are plain when they are built, and `use_fast_modules` changes only layers of this package."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
-    ViTCLSPreTrainedModel,
     use_fast_modules,
     use_plain_modules,
 )
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.speed import lean_layers
-from modeling_vitcls.speed.cpu_kernels import FastModule
+from modeling_vitcls.speed.lean_layers import LeanLayers
 
 
 def build_model(**fields: Any) -> Any:
@@ -31,26 +30,74 @@ def list_classes(model: nn.Module) -> list[type[nn.Module]]:
 
 
 def has_fast_modules(model: nn.Module) -> bool:
-    return any(isinstance(module, FastModule) for module in model.modules())
+    return any(isinstance(module, LeanLayers) for module in model.modules())
+
+
+@torch.no_grad()
+def build_frozen_model() -> Any:
+    """Build a model whose weights a pass has frozen."""
+    model = use_fast_modules(build_model(), frozen=True)
+    model(build_images())
+    assert model.vitcls.layers.frozen_weights
+    return model
 
 
 def test_models_are_plain_when_built_and_loaded_and_those_of_the_commands_are_fast(
     tmp_path: Path,
 ) -> None:
-    model = build_model()
-    assert not has_fast_modules(model)
-    use_fast_modules(model).save_pretrained(tmp_path)
-    assert not has_fast_modules(ViTCLSForImageClassification.from_pretrained(tmp_path))
+    model = build_frozen_model()
+    weights = copy.deepcopy(model.state_dict())
+    model.save_pretrained(tmp_path)
+    loaded = ViTCLSForImageClassification.from_pretrained(tmp_path)
+    assert not has_fast_modules(build_model())
+    assert not has_fast_modules(loaded)
     assert has_fast_modules(ModelFolder(tmp_path).load(ViTCLSForImageClassification))
+    assert list(loaded.state_dict()) == list(weights) == list(build_model().state_dict())
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
 
 
 def test_plain_modules_come_back() -> None:
     model = build_model(mlp_type="swiglu")
     classes = list_classes(model)
-    assert use_fast_modules(model) is model
+    attributes = list(vars(model.vitcls.layers))
+    assert use_fast_modules(model, frozen=True) is model
     assert list_classes(model) != classes
     assert use_plain_modules(model) is model
     assert list_classes(model) == classes
+    assert list(vars(model.vitcls.layers)) == attributes
+
+
+def test_training_ends_frozen_weights_and_a_cast_forgets_them() -> None:
+    model = build_frozen_model().double()
+    assert model.vitcls.layers.frozen_weights == {}
+    assert model.train().vitcls.layers.frozen_weights is None
+    assert build_frozen_model().eval().vitcls.layers.frozen_weights
+    adapted = build_frozen_model().adapt(num_register_tokens=1)
+    assert not has_fast_modules(adapted)
+
+
+def test_frozen_weights_are_made_once_for_each_precision() -> None:
+    model = build_frozen_model()
+    frozen = model.vitcls.layers.frozen_weights
+    first = frozen[torch.float32]
+    with torch.no_grad():
+        model(build_images())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(build_images())
+    assert frozen[torch.float32] is first
+    assert {weight.dtype for weight, _ in frozen[torch.bfloat16].products} == {torch.bfloat16}
+    assert len(frozen) == 2
+
+
+def test_the_environment_keeps_models_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_frozen_model()
+    monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
+    assert not has_fast_modules(use_fast_modules(build_model(), frozen=True))
+    assert not has_fast_modules(copy.deepcopy(model))
+    assert not has_fast_modules(pickle.loads(pickle.dumps(model)))
+    monkeypatch.setenv("VITCLS_CPU_KERNELS", "1")
+    assert has_fast_modules(copy.deepcopy(model))
 
 
 class Wrapped(nn.Module):
@@ -65,32 +112,20 @@ class Wrapped(nn.Module):
         return self.mlp(states) * self.gate(states)
 
 
-class Ranker(ViTCLSPreTrainedModel):
-    """A model of a person with a ViT of this package."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.classifier = ViTCLSForImageClassification(config)
-        self.score = nn.Linear(3, 1)
-        self.post_init()
-
-
-def test_linear_layers_of_a_person_keep_their_class() -> None:
-    ranker: Any = Ranker(build_tiny_config())
-    layer = ranker.classifier.vitcls.layers[0]
-    layer.mlp = Wrapped(layer.mlp)
-    use_fast_modules(ranker)
-    assert has_fast_modules(layer.mlp.mlp)
-    assert type(layer.mlp.gate) is nn.Linear
-    assert type(ranker.score) is nn.Linear
+@pytest.mark.parametrize("replaces_list", [False, True])
+def test_layers_of_a_person_are_computed_as_they_are(replaces_list: bool) -> None:
+    plain = build_model()
+    layers = plain.vitcls.layers
+    layers[0].mlp = Wrapped(layers[0].mlp)
+    if replaces_list:
+        plain.vitcls.layers = nn.ModuleList(layers[:1])
+    fast = use_fast_modules(copy.deepcopy(plain), frozen=True)
+    assert list_classes(fast.vitcls.layers[0]) == list_classes(layers[0])
+    assert_equal_in_float32(run_step(fast, build_images()), run_step(plain, build_images()))
 
 
-@pytest.mark.parametrize("min_size", [0, 10**9], ids=["cpu_kernels", "lean_layers"])
 @torch.no_grad()
-def test_another_function_for_sdpa_is_called(
-    min_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lean_layers, "MIN_MULTIPLICATIONS_OF_KERNELS", min_size)
+def test_another_function_for_sdpa_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
     seen: list[Any] = []
 
@@ -98,31 +133,26 @@ def test_another_function_for_sdpa_is_called(
         seen.append(module)
         return original(module, *args, **kwargs)
 
-    model = use_fast_modules(build_model())
+    model = build_frozen_model()
     expected = model(build_images()).logits
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
     torch.testing.assert_close(model(build_images()).logits, expected)
     assert len(seen) == model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("min_size", [0, 10**9], ids=["cpu_kernels", "lean_layers"])
-def test_fast_weights_are_used(min_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in code of MAML, tensors take the place of parameters."""
-    monkeypatch.setattr(lean_layers, "MIN_MULTIPLICATIONS_OF_KERNELS", min_size)
-    models = build_model(), use_fast_modules(build_model())
-    for model in models:
-        model(build_images())
-        layer = model.vitcls.layers[0]
-        for module in (layer.attention.q_proj, layer.mlp.fc1, layer.layernorm_before):
-            for name in ("weight", "bias"):
-                value = 2 * module._parameters.pop(name).detach()
-                setattr(module, name, value)
-    plain, fast = (run_step(model, build_images()) for model in models)
-    assert_equal_in_float32(fast, plain)
+@torch.no_grad()
+def test_eager_attention_and_recorders_are_used() -> None:
+    model = build_frozen_model()
+    expected = model.token_attention(build_images())
+    model.set_attn_implementation("eager")
+    maps = model(build_images(), output_attentions=True).attentions
+    assert len(maps) == model.config.num_hidden_layers
+    torch.testing.assert_close(torch.stack(maps, dim=1)[..., :1, :], expected)
 
 
-def test_quantizers_find_the_linear_layers_of_a_model_as_it_is_built() -> None:
-    model = build_model()
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_quantizers_find_the_linear_layers(is_fast: bool) -> None:
+    model = build_frozen_model() if is_fast else build_model()
     num_linear = sum(type(module) is nn.Linear for module in model.modules())
     assert num_linear == 6 * model.config.num_hidden_layers + 1
     torch.fx.symbolic_trace(model.vitcls.layers[0].mlp)
