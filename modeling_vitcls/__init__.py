@@ -135,3 +135,4 @@ def is_cli_process() -> bool:
 
 if not is_cli_process():
     __getattr__("ViTCLSConfig").register_auto_classes()
+    importlib.import_module(".inference.pipelines", __name__).register_pipelines()

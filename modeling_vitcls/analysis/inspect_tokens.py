@@ -24,7 +24,7 @@ from ..hub.local_paths import get_title
 from ..hub.model_folder import ModelFolder
 from ..inference.inputs import list_records
 from ..inference.load_model import choose_batch_size, load_model
-from ..runtime.distributed import choose_precision
+from ..runtime.distributed import resolve_precision
 from ..runtime.progress import track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
 from .options import InspectOptions
@@ -45,9 +45,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(folder).to(device)
     processor = folder.load_processor()
-    precision: str = options.mixed_precision
-    if precision == "auto":
-        precision = choose_precision(device, model.config)
+    precision = resolve_precision(options.mixed_precision, device, model.config)
     batch_size = choose_batch_size(
         options.batch_size,
         model.config,

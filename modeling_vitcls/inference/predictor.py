@@ -27,7 +27,7 @@ from ..data.labels import get_heads
 from ..data.trained_images import read_trained_keys
 from ..hub.loading import pin_revision
 from ..model.image_processing_vitcls import SOURCE_TYPES
-from ..runtime.distributed import choose_precision
+from ..runtime.distributed import build_autocast, resolve_precision
 from ..runtime.flags import check_types
 from ..runtime.own_state import own_state
 from .cuda_graphs import GraphedFunction
@@ -62,7 +62,6 @@ FLAGS = (
     "num_workers",
 )
 PREDICTION_BATCH_SIZE = 32  # Default number of images per forward pass on GPUs
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGE_COLUMNS = ("image", "bytes", "path")  # Column names of images in Ray, Spark and `datasets`
 
 
@@ -139,12 +138,9 @@ class Predictor:
         else:
             self.columns = FeatureColumns(self.model, options.features, options.feature_dtype)
 
-        self.precision: str = options.mixed_precision
-        if self.precision == "auto":  # Unless `accelerate launch` sets it
-            automatic = choose_precision(device, self.model.config)
-            self.precision = os.environ.get("ACCELERATE_MIXED_PRECISION", automatic)
-        dtype = AUTOCAST_DTYPES.get(self.precision)
-        self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+        config = self.model.config
+        self.precision = resolve_precision(options.mixed_precision, device, config)
+        self.autocast = build_autocast(self.precision, device, config)
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_cores = max(1, min(8, (os.cpu_count() or 1) // num_processes))
         self.num_workers = num_cores if options.num_workers is None else options.num_workers

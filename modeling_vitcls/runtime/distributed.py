@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
 # Minimum width of a model for which `mixed_precision='auto'` selects bf16 on a CPU: ViT-Ti's.
 # Narrower models are also faster in bf16, but they take little time, and float32 is more exact.
 MIN_BFLOAT16_WIDTH = 192
+# Values of `mixed_precision`, and their dtype under autocast
+PRECISIONS = {"auto": None, "no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_accelerator(
@@ -140,6 +143,27 @@ def choose_precision(device: torch.device, config: ViTCLSConfig) -> str:
     """Choose "bf16" if the device has it and the model is large enough to gain much, else "no"."""
     is_large_enough = device.type != "cpu" or config.hidden_size >= MIN_BFLOAT16_WIDTH
     return "bf16" if has_bfloat16(device) and is_large_enough else "no"
+
+
+def resolve_precision(setting: str, device: torch.device, config: ViTCLSConfig) -> str:
+    """Resolve "auto" without an accelerator: what `accelerate launch` sets, or else the fastest."""
+    if setting != "auto":
+        return setting
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", choose_precision(device, config))
+
+
+def build_autocast(
+    setting: str, device: torch.device, config: ViTCLSConfig
+) -> Callable[[], torch.autocast]:
+    """Build a function that returns a context for passes in a precision ("auto": the fastest).
+
+    Raises:
+        ValueError: if the precision is unknown.
+    """
+    if setting not in PRECISIONS:
+        raise ValueError(f"mixed_precision is {setting!r}: set one of {', '.join(PRECISIONS)}")
+    dtype = PRECISIONS.get(resolve_precision(setting, device, config))
+    return partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
 
 
 def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:

@@ -322,11 +322,16 @@ def test_threads_that_share_a_predictor_get_the_rows_of_predict(
         assert (row["distance"] or np.nan) == pytest.approx(expected, rel=1e-4, nan_ok=True), name
 
 
-def test_a_predictor_keeps_its_precision(model: Path, photos: dict[str, Path]) -> None:
+def test_predictors_and_pipelines_keep_their_precision(
+    model: Path, photos: dict[str, Path]
+) -> None:
     """accelerate has one precision per process, that of the last command."""
     plain = photos["plain.png"]
-    expected = predict(model, plain, mixed_precision="bf16")
-    predictor = Predictor(model, mixed_precision="bf16")
-    exact = predict(model, plain, mixed_precision="no")
+    expected = predict(model, plain, top_k=TOP_K, mixed_precision="bf16")
+    predictor = Predictor(model, top_k=TOP_K, mixed_precision="bf16")
+    classify = transformers.pipeline("image-classification", str(model), mixed_precision="bf16")
+    exact = predict(model, plain, top_k=TOP_K, mixed_precision="no")
     assert predictor(plain) == expected
-    assert expected != exact
+    answer = {each["label"]: each["score"] for each in classify(str(plain))}
+    assert answer == pytest.approx(read_answer(expected[0]), abs=TOLERANCE)
+    assert answer != pytest.approx(read_answer(exact[0]), abs=TOLERANCE)
