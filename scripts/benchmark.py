@@ -11,11 +11,11 @@
     python scripts/benchmark.py --work inference step --backends torch compiled --markdown speed.md
     OMP_NUM_THREADS=1 python scripts/benchmark.py --host-time --work inference step
 
-    torch        PyTorch with the CPU kernels of this package        fp32, bf16
+    torch        this package, as `vitcls predict` opens the model   fp32, bf16 (autocast)
     compiled     torch.compile                                       fp32, bf16
     onnx         onnxruntime (CPU)                                   fp32
     openvino     OpenVINO (CPU), which reads the ONNX file           fp32, bf16
-    timm, transformers    the plain ViT of the same size             fp32, bf16
+    timm, transformers    the plain ViT of the same size             fp32, bf16 (weights)
 
 In each round, all rows are measured one after the other, and every other round runs in reverse
 order. A ratio is the median of the ratios in each round, because the load of the machine affects
@@ -226,11 +226,12 @@ def load_model(settings: BenchmarkOptions, folder: Path) -> Any:
     A preset gets random weights.
     """
     if settings.host_time:
-        return use_fast_modules(randomize_weights(ViTCLSForImageClassification(HOST_TIME_CONFIG)))
-    loaded, _, source_folder = load_exportable_model(settings.model)
-    model: Any = randomize_weights(loaded) if source_folder is None else loaded
-    model.save_pretrained(folder)
-    return use_fast_modules(model)
+        model: Any = randomize_weights(ViTCLSForImageClassification(HOST_TIME_CONFIG))
+    else:
+        loaded, _, source_folder = load_exportable_model(settings.model)
+        model = randomize_weights(loaded) if source_folder is None else loaded
+        model.save_pretrained(folder)
+    return use_fast_modules(model, frozen=True)
 
 
 def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:
@@ -248,19 +249,15 @@ def build_inference_engines(
     model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path
 ) -> Engines:
     """Yield, for each engine, a function that computes the outputs for images [B, C, H, W]."""
-    # in inference mode, operators reach the counter of kernels before they are split into kernels
-    without_gradients = torch.no_grad if settings.host_time else torch.inference_mode
     for name, precision in list_engines(settings):
-        ours, engine = build_engine(name, precision, model, settings.device, folder)
+        weights = "fp32" if name == "torch" else precision
+        ours, engine = build_engine(name, precision, weights, model, settings.device, folder)
         batch = images if name in PACKAGES else images.to(DTYPES[precision])
-        with torch.inference_mode():
-            difference = compare_outputs(
-                engine(batch[:NUM_CHECKED_IMAGES]), ours(images[:NUM_CHECKED_IMAGES].cpu())
-            )
-        yield name, precision, without_gradients()(partial(engine, batch)), difference
+        difference = compare_outputs(engine, batch, ours, images)
+        yield name, precision, torch.no_grad()(partial(engine, batch)), difference
         if settings.cuda_graphs and name not in (*PACKAGES, "compiled"):
             graphed = GraphedFunction(engine, batch.device)
-            function = torch.inference_mode()(partial(graphed, batch))
+            function = torch.no_grad()(partial(graphed, batch))
             yield f"{name}{GRAPH}", precision, function, difference
 
 
@@ -274,27 +271,18 @@ def build_step_engines(
     for name, precision in list_engines(settings):
         if name in PACKAGES:
             continue
-        ours, engine = build_engine(name, "fp32", model, settings.device, folder)
-        autocast = partial(
-            torch.autocast, images.device.type, torch.bfloat16, enabled=precision == "bf16"
-        )
-        with torch.inference_mode(), autocast():
-            outputs = engine(images[:NUM_CHECKED_IMAGES])
-        with torch.inference_mode():
-            difference = compare_outputs(outputs, ours(images[:NUM_CHECKED_IMAGES].cpu()))
+        ours, engine = build_engine(name, precision, "fp32", model, settings.device, folder)
+        difference = compare_outputs(engine, images, ours, images)
         optimizer = torch.optim.AdamW(engine.train().parameters(), lr=1e-5, fused=True)
-        yield name, precision, partial(take_step, engine, optimizer, images, autocast), difference
+        yield name, precision, partial(take_step, engine, optimizer, images), difference
 
 
-def take_step(
-    engine: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, autocast: Any
-) -> None:
+def take_step(engine: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> None:
     """Take one training step with fixed labels."""
-    with autocast():
-        logits = engine(images).float().flatten(1)
-        loss = nn.functional.cross_entropy(
-            logits, torch.arange(len(images), device=images.device) % logits.shape[1]
-        )
+    logits = engine(images).float().flatten(1)
+    loss = nn.functional.cross_entropy(
+        logits, torch.arange(len(images), device=images.device) % logits.shape[1]
+    )
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -313,9 +301,12 @@ def list_engines(settings: BenchmarkOptions) -> list[tuple[str, str]]:
 
 
 def build_engine(
-    name: str, precision: str, model: Any, device: str, folder: Path
+    name: str, precision: str, weights: str, model: Any, device: str, folder: Path
 ) -> tuple[nn.Module, nn.Module]:
-    """Return a vitcls model on the CPU, and the engine that must have the same outputs."""
+    """Return a vitcls model on the CPU, and the engine that must have the same outputs.
+
+    If the weights have another precision than the products, this is autocast.
+    """
     if name in PACKAGES:
         return FirstOutput(model), FirstOutput(open_exported_graph(name, precision, folder))
     ours = model
@@ -327,7 +318,9 @@ def build_engine(
         ours = convert_from_transformers(engine)
     else:
         engine = copy.deepcopy(model)
-    engine = FirstOutput(nn.Module.to(engine, device, DTYPES[precision]))
+    engine = FirstOutput(nn.Module.to(engine, device, DTYPES[weights]))
+    if weights != precision:
+        engine.forward = torch.autocast(device, DTYPES[precision])(engine.forward)
     if name == "compiled":
         engine.compile()
     return FirstOutput(ours).eval(), engine.eval()
@@ -402,9 +395,14 @@ def build_transformers_vit(config: ViTCLSConfig) -> PreTrainedModel:
     return randomize_weights(ViTForImageClassification(ViTConfig(**sizes)))
 
 
-def compare_outputs(outputs: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest absolute difference, divided by the largest absolute expected value."""
-    return ((outputs.float().cpu() - expected).abs().max() / expected.abs().max()).item()
+@torch.no_grad()
+def compare_outputs(
+    engine: nn.Module, batch: torch.Tensor, ours: nn.Module, images: torch.Tensor
+) -> float:
+    """Return the largest difference of two engines, divided by the largest expected value."""
+    outputs = engine(batch[:NUM_CHECKED_IMAGES]).float().cpu()
+    expected = ours(images[:NUM_CHECKED_IMAGES].cpu())
+    return ((outputs - expected).abs().max() / expected.abs().max()).item()
 
 
 # Measurement --------------------------------------------------------------------------------------
