@@ -55,7 +55,7 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     # A class with this name in other code, such as remote code, may compute something else.
     if name not in CONVERTIBLE_CLASSES or not type(model).__module__.startswith("transformers."):
         raise ConversionError(
-            f"{name} cannot be converted. Convert a class of transformers that docs/coverage.md "
+            f"{name} cannot be converted. Convert a class of transformers that docs/converting.md "
             "lists, such as the encoder inside the model"
         )
     convertible_class = CONVERTIBLE_CLASSES[name]

@@ -240,7 +240,7 @@ def check_timm_architecture(name: str) -> None:
 
     if not is_model_in_modules(name, TIMM_MODULES):
         similar = difflib.get_close_matches(name, list_models(module=list(TIMM_MODULES)), n=1)
-        hint = f"Did you mean {similar[0]}?" if similar else "docs/coverage.md lists all of them"
+        hint = f"Did you mean {similar[0]}?" if similar else "docs/converting.md lists all of them"
         raise ConversionError(f"timm:{name} is not a plain ViT of timm. {hint}")
 
 
@@ -260,7 +260,7 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
             f"{architecture or type(config).__name__} cannot be converted. Use a plain ViT that "
-            "docs/coverage.md lists"
+            "docs/converting.md lists"
         )
     return getattr(transformers, name)
 

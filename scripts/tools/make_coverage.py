@@ -1,7 +1,6 @@
-"""Determine which plain ViTs convert exactly, and write the table in docs/coverage.md.
+"""Determine which plain ViTs convert exactly, and write the tables of docs/converting.md.
 
-    python scripts/tools/make_coverage.py                       # docs/coverage.md
-    python scripts/tools/make_coverage.py --output other.md
+    python scripts/tools/make_coverage.py
 
 Every architecture is built with random weights and two layers, converted, and compared with the
 converted model at two image sizes. An architecture converts exactly if all tokens and logits of the
@@ -9,7 +8,6 @@ two models differ by at most 1e-5 in float32. For other architectures of timm, t
 error message of the conversion.
 """
 
-import argparse
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,11 @@ from modeling_vitcls.conversion.timm_modules import get_class_name
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
-OUTPUT = Path(__file__).parents[2] / "docs" / "coverage.md"
+PAGE = Path(__file__).parents[2] / "docs" / "converting.md"
+MARKS = (
+    "<!-- coverage: from here on, scripts/tools/make_coverage.py writes -->\n",
+    "<!-- end of coverage -->\n",
+)
 # timm modules whose models have a single resolution and global attention.
 TIMM_MODULES = (
     "vision_transformer",
@@ -77,44 +79,15 @@ UNSUPPORTED_FEATURES = {
         "position embeddings are resampled with aligned corners",
     ),
 }
-HEADER = """# Coverage of other projects' ViTs
-
-`python scripts/tools/make_coverage.py` writes this page. The script builds every architecture with random
-weights and two layers, and converts the model. An architecture is converted exactly if all tokens
-and logits match those of the source model to within 1e-5 of the largest value in float32, at the
-native size and at a non-square size.
-
-The versions are timm {timm} and transformers {transformers}.
-
-The timm table lists all modules whose models have a single resolution and global attention, except
-`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE and LingBot-Vision (arXiv
-2607.05247) are sets of weights for architectures of the module `eva`. Neither library contains
-ViT-5, so there is no reference implementation for a ViT-5 preset.
-
-Of transformers, these are not supported: windows or several resolutions (Swin, SAM, ViTDet), videos
-(VideoMAE, TimeSformer), merged patches or batches of several image sizes (GLM, Pixtral, Idefics 3,
-SmolVLM, MiniCPM, Molmo 2, Kimi K2.5), text inputs (ViLT, UDOP), a learned rotary position of the CLS
-token (MLCD), and the parts that YOLOS, SegGPT, MGP-STR, DPT and Granite Docling add to a ViT.
-
-Sapiens2: the authors' code computes rotary positions in bfloat16 by default. transformers, timm and
-the converted model compute them in float32, which changes the outputs by up to 4.2e-3. Files in the
-authors' format are not supported; use `transformers:ID`. DINOv3: the authors' files store rotary
-periods that are rounded to bfloat16, and timm and transformers compute the periods in float32
-([Converting checkpoints](converting.md)).
-
-"""
 
 
 def main() -> None:
-    """Write docs/coverage.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    output = parser.parse_args().output
+    """Write the tables between the marks of docs/converting.md."""
     logging.set_verbosity_error()
-    text = HEADER.format(timm=timm.__version__, transformers=transformers.__version__)
-    output.write_text(
-        f"{text}{format_timm_section()}\n\n{format_transformers_section()}\n", encoding="utf-8"
-    )
+    start, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    tables = f"\n{format_timm_section()}\n\n{format_transformers_section()}\n\n"
+    end = rest.partition(MARKS[1])[2]
+    PAGE.write_text(f"{start}{MARKS[0]}{tables}{MARKS[1]}{end}", encoding="utf-8")
 
 
 # timm ---------------------------------------------------------------------------------------------
@@ -130,7 +103,7 @@ def format_timm_section() -> str:
         difference for rows in results.values() for difference, _ in rows if difference is not None
     ]
     lines = [
-        "## timm\n",
+        f"### timm {timm.__version__}\n",
         f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures convert "
         f"exactly. The largest difference is {max(exact_differences):.1e}.\n",
         "| module | architectures | exact | reasons for inexact conversions |",
@@ -203,8 +176,8 @@ def format_transformers_section() -> str:
     differences = {name: measure_transformers_class(name) for name in CONVERTIBLE_CLASSES}
     names = ", ".join(f"`{name}`" for name in sorted(differences))
     return (
-        f"## transformers\n\n{len(differences)} classes convert exactly. The largest difference is "
-        f"{max(differences.values()):.1e}.\n\n{names}"
+        f"### transformers {transformers.__version__}\n\n{len(differences)} classes convert exactly. "
+        f"The largest difference is {max(differences.values()):.1e}.\n\n{names}"
     )
 
 

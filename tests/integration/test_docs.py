@@ -154,9 +154,7 @@ def read_flags(name: str) -> frozenset[str]:
 
 def read_own_flags(page: Path) -> str:
     """Return the prose of a page without flags of other programs and flags that were removed."""
-    if page.name == "decisions.md":
-        return ""
-    text = read_prose(page)
+    text = read_prose(page).partition("\n## What was removed")[0]
     if page.name == "coming-from.md":  # the first column of its first table
         text = re.sub(r"^(\| (?:`--|–).*?) \| .*$", r"\1", text, flags=re.MULTILINE)
     return text
