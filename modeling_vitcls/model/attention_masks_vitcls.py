@@ -248,7 +248,7 @@ class TokenGates(nn.Module):
     """Learned gates that scale the attention to added tokens; initially, they are almost closed.
 
     Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the
-    scores of key j. A closed gate has g = 1e-20, because the exp(s_j) of a random token may be far
+    scores of key j. A closed gate has g = 1e-30, because the exp(s_j) of a random token may be far
     above the sum of all others: with g = 1e-7, four registers of a trained ViT-S changed the logits
     of images of one color by up to 0.01. The parameter `gates` is made for optimizers such as Adam,
     whose steps do not depend on the scale of the gradient:
@@ -267,7 +267,7 @@ class TokenGates(nn.Module):
     SCALE = 50.0
     OPEN = 1.0 / SCALE  # Value of the parameter for g = 1
     CLOSED = 0.0  # Initial value of the parameter
-    SMALLEST = 1e-20  # Added to g, so that log(g) is finite; has no effect on g = 1 in float32
+    SMALLEST = 1e-30  # Added to g, so that log(g) is finite; has no effect on g = 1 in float32
     # Added in float16, which has no smaller numbers: no gradient would reach a gate below it
     SMALLEST_HALF = 2.0**-24
 
@@ -282,7 +282,7 @@ class TokenGates(nn.Module):
 
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
         """Scale the attention to each gated token: add log(g) to the mask, or to the list of masks."""
-        require_additive_mask(self.config, "gated_tokens")
+        require_additive_mask(self.config, "gated_tokens (unless gate_new_tokens=False is set)")
         values = detach_in_export(self.get_gate_values())
         if get_matmul_dtype(hidden_states) == torch.float16:
             values = values + self.SMALLEST_HALF

@@ -105,9 +105,8 @@ class ClassDistance(nn.Module):
             pooler(layer_tokens[layer])
             for layer, pooler in zip(self.layers, self.poolers, strict=True)
         ]
-        device = (
-            "cpu" if pooled[0].is_meta else pooled[0].device.type
-        )  # FLOPs are counted on "meta"
+        # FLOPs are counted on "meta"
+        device = "cpu" if pooled[0].is_meta else pooled[0].device.type
         squares = []
         # The distance is a difference of large numbers, for which bfloat16 has too few digits.
         with torch.autocast(device, enabled=False):

@@ -10,7 +10,7 @@ can be counted. Unlike the losses of transformers, they do not set `config.probl
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from .configuration_vitcls import ViTCLSConfig
 
 
 IGNORED_LABEL = -100
+# Index of the last layer for readers of its patches: other classifiers need only its special tokens
+ALL_TOKENS = -1
 
 
 # Poolers ------------------------------------------------------------------------------------------
@@ -173,58 +175,45 @@ class ExtraHeads(nn.ModuleDict):
     extra heads.
 
     Attributes:
-        layers: indices, from 1, of the layers that the heads read.
+        layers: indices, from 1, of the layers that the heads read, and perhaps `ALL_TOKENS`.
+        poolers: the layer and the pooling of each part of what a head reads.
         added_classes: names of the heads whose logits are further classes of the classifier.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
-        self.config = config
         # Here and not in `forward`, because torch.compile does not trace the checks of `ExtraHead`
         heads = config.get_extra_heads()
         self.added_classes = list(config.get_added_classes())
-        self.pooled_layers = {
-            name: config.resolve_layers(head.pooled_layers) for name, head in heads.items()
-        }
-        self.layers = sorted({layer for layers in self.pooled_layers.values() for layer in layers})
-        self.poolers = {
-            name: [TokenPooler(config, pooling) for pooling in head.layer_poolings]
-            for name, head in heads.items()
-        }
+        self.layers: set[int] = set()
+        self.poolers: dict[str, list[tuple[int, TokenPooler]]] = {}
 
         for name, head in heads.items():
+            layers = config.resolve_layers(head.pooled_layers)
+            self.layers.update(layers)
+            self.poolers[name] = []
+            for layer, pooling in zip(layers, head.layer_poolings, strict=True):
+                if layer == config.num_hidden_layers and pooling != "cls":
+                    layer = ALL_TOKENS
+                    self.layers.add(layer)
+                self.poolers[name].append((layer, TokenPooler(config, pooling)))
+
             size = sum(config.compute_pooled_size(pooling, 1) for pooling in head.layer_poolings)
             # nn.ModuleDict has methods `keys` and `values`
             self[f"task_{name}"] = nn.Linear(size, len(head.labels))
         self.requires_grad_(False)
 
-    def forward(
-        self, layer_tokens: Mapping[int, Tensor], compute_all_tokens: Callable[[], Tensor] | None
-    ) -> dict[str, Tensor]:
+    def forward(self, layer_tokens: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Compute the logits [B, labels] of each head.
 
         Every head is computed alone, so its logits do not depend on which other heads exist.
 
         Args:
             layer_tokens: layer index -> tokens [B, N, D] after the final norm.
-            compute_all_tokens: function that returns all tokens of the last layer, if
-                `layer_tokens` contains only the tokens that the other classifiers read; None
-                otherwise.
         """
         logits: dict[str, Tensor] = {}
-        all_tokens = None
-        last_layer = self.config.num_hidden_layers
         for name, poolers in self.poolers.items():
-            pooled = []
-            for layer, pooler in zip(self.pooled_layers[name], poolers, strict=True):
-                tokens = layer_tokens[layer]
-                reads_patches = pooler.pooling != "cls"
-                if layer == last_layer and compute_all_tokens is not None and reads_patches:
-                    # a second pass of the last layer, at most once for all heads
-                    all_tokens = compute_all_tokens() if all_tokens is None else all_tokens
-                    tokens = all_tokens
-                pooled.append(pooler(tokens))
-
+            pooled = [pooler(layer_tokens[layer]) for layer, pooler in poolers]
             logits[name] = self[f"task_{name}"](torch.cat(pooled, dim=-1))
         return logits
 

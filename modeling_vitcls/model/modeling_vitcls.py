@@ -50,6 +50,7 @@ from .blocks_vitcls import (
 from .class_distance_vitcls import ClassDistance
 from .configuration_vitcls import ViTCLSConfig
 from .heads_vitcls import (
+    ALL_TOKENS,
     IGNORED_LABEL,
     AttentionPooler,
     ExtraHeads,
@@ -90,9 +91,6 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     grid_size: ClassVar[tuple[int, int] | None] = None  # Number of patch rows and columns
     # Layer -> tokens after the final norm: the last, `output_layers`, and what the pooler reads
     layer_tokens: ClassVar[Mapping[int, Tensor]] = {}
-    # Function that returns all tokens of the last layer after the final norm; None if
-    # `last_hidden_state` has them
-    compute_all_tokens: ClassVar[Callable[[], Tensor] | None] = None
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -198,17 +196,17 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         """Initialize weights (truncated normal), biases (0) and tokens (`config.token_init`)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
-            init.trunc_normal_(module.weight, mean=0.0, std=std)
+            init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, ViTCLSEmbeddings):
             for tokens in module.get_special_tokens().values():
                 TOKEN_INITS[self.config.token_init](tokens, std)
             if module.mask_token is not None:
-                init.trunc_normal_(module.mask_token, mean=0.0, std=std)
+                init.trunc_normal_(module.mask_token, std=std)
         elif isinstance(module, LearnedPositionEmbeddings | AttentionPooler):
             for parameter in module.parameters(recurse=False):
-                init.trunc_normal_(parameter, mean=0.0, std=std)
+                init.trunc_normal_(parameter, std=std)
         elif isinstance(module, LayerScale):
             init.constant_(module.lambda1, module.init_value)
         elif isinstance(module, MixedRotaryEmbeddings):
@@ -259,7 +257,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
 
 TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
-    "trunc_normal": lambda tokens, std: init.trunc_normal_(tokens, mean=0.0, std=std),
+    "trunc_normal": lambda tokens, std: init.trunc_normal_(tokens, std=std),
     "near_zero": lambda tokens, std: init.normal_(tokens, std=1e-6),
     "zeros": lambda tokens, std: init.zeros_(tokens),
 }
@@ -326,8 +324,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 the image size.
             output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the
                 final norm are returned as `layer_tokens` (index -> [B, N, D]), and so are the
-                last layer's and those in `config.pooled_layers`. If `num_output_tokens` limits the last
-                layer, `compute_all_tokens()` computes it again for all tokens.
+                last layer's and those in `config.pooled_layers`. The index -1 is the last layer
+                with all tokens: if `num_output_tokens` limits it, it is computed again.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
         Raises:
@@ -376,8 +374,13 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         values = (mask, position_embeddings, [None] * (num_layers - 1) + [num_output_tokens])
         columns = [each if isinstance(each, list) else [each] * num_layers for each in values]
         inputs = list(zip(*columns, strict=True))
-        # The input of the last layer is for `compute_all_tokens`.
         states = layers(hidden_states, inputs, {*read_layers, num_layers - 1}, **kwargs)
+        if ALL_TOKENS in output_layers:
+            # The last layer again, as the first pass stays as it is: a product of more rows could
+            # be rounded differently.
+            states[ALL_TOKENS] = states[num_layers]
+            if num_output_tokens is not None:
+                states[ALL_TOKENS] = layers[-1](states[num_layers - 1], *inputs[-1][:2], **kwargs)
         layer_tokens = {index: self.normalize(states[index]) for index in sorted(read_layers)}
 
         pooler_output = None
@@ -396,14 +399,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             grid_size=grid_size,
             layer_tokens=layer_tokens,
         )
-        if num_output_tokens is not None and num_layers in output_layers:
-            # The last layer again, as the first pass stays as it is: a product of more rows could
-            # be rounded differently.
-            output.compute_all_tokens = (
-                lambda: self.normalize(  # type: ignore[misc]
-                    layers[-1](states[num_layers - 1], *inputs[-1][:2], **kwargs)
-                )
-            )
         return output
 
     @property
@@ -562,7 +557,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             # The graph would have the same output twice.
             cls_logits = None
 
-        task_logits = self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens)
+        task_logits = self.extra_heads(outputs.layer_tokens)
         added_logits = [task_logits.pop(name) for name in self.extra_heads.added_classes]
         if added_logits:
             # a larger product would change the bits of the others
@@ -684,7 +679,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             loss=loss,
             losses=losses,
             logits=logits,
-            task_logits=self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens) or None,
+            task_logits=self.extra_heads(outputs.layer_tokens) or None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -848,10 +843,16 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         # Since transformers 5.12, the decorator sets this itself; older versions need it here.
         kwargs["output_hidden_states"] = True
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
+        # There are fewer if a person has shortened `layers`.
+        stages = dict(zip(self.stage_names, outputs.hidden_states, strict=False))
+        if missing := sorted(set(self.out_features) - set(stages)):
+            raise ValueError(
+                f"out_features has {missing[0]}, but the model has {len(self.layers)} layers. Set "
+                "out_features of the backbone"
+            )
         feature_maps = [
-            self.get_feature_map(hidden_states, stage, outputs.grid_size)
-            for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
-            if stage in self.out_features
+            self.get_feature_map(stages[stage], stage, outputs.grid_size)
+            for stage in self.out_features
         ]
         return BackboneOutput(
             # Annotated as a tuple of length one
@@ -874,9 +875,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         feature_map: Tensor = patches.transpose(1, 2).unflatten(2, grid_size).contiguous()
         return feature_map
 
-    def new_like(self, config: ViTCLSConfig) -> Self:
-        """Return a newly initialized backbone for another configuration."""
-        return type(self)(config)
+    new_like = ViTCLSPreTrainedModel.new_like
 
 
 ViTCLSModel.register_for_auto_class("AutoModel")

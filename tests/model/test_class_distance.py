@@ -38,48 +38,48 @@ def compute_features(model: Any, pixel_values: torch.Tensor) -> dict[tuple[int, 
 
 
 def build_model(**fields: Any) -> tuple[Any, torch.Tensor, ClassStatistics]:
-    """Return a classifier with the statistics of random images, the images, and the statistics."""
+    """Return a classifier with the statistics of random images, four images, and the statistics."""
     model = build_random(ViTCLSForImageClassification, num_labels=3, **fields)
     pixel_values = torch.randn(60, 3, *model.config.image_height_width)
     labels = np.arange(60) % 3
     statistics = ClassStatistics.fit(compute_features(model, pixel_values), labels, 3)
     statistics.set_in_model(model)
-    return model.eval(), pixel_values, statistics
+    return model.eval(), pixel_values[:4], statistics
 
 
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
 def test_the_distance_of_a_model_is_that_of_its_statistics(pooling: str) -> None:
     model, images, statistics = build_model(pooling=pooling)
-    expected = statistics.compute_distances(compute_features(model, images[:4]))
-    np.testing.assert_allclose(model(images[:4]).distance.numpy(), expected, rtol=1e-3)
+    expected = statistics.compute_distances(compute_features(model, images))
+    np.testing.assert_allclose(model(images).distance.numpy(), expected, rtol=1e-3)
 
 
 def test_edited_statistics_count_at_once() -> None:
     model, images, _ = build_model()
-    before = model(images[:4]).distance
+    before = model(images).distance
     model.class_distance.means_0[0].add_(1)
     model.class_distance.counts[1] = 2
-    after = model(images[:4]).distance
+    after = model(images).distance
     assert not torch.allclose(after, before)
-    assert torch.equal(copy.deepcopy(model)(images[:4]).distance, after)
+    assert torch.equal(copy.deepcopy(model)(images).distance, after)
 
 
 @torch.enable_grad()
 def test_the_gradient_of_a_distance_is_that_of_autograd() -> None:
     model, images, _ = build_model()
-    pixels = images[:2].clone().requires_grad_()
-    found = torch.func.grad(lambda pixels: model(pixels).distance.sum())(images[:2])
+    pixels = images.clone().requires_grad_()
+    found = torch.func.grad(lambda pixels: model(pixels).distance.sum())(images)
     model(pixels).distance.sum().backward()
     torch.testing.assert_close(found, pixels.grad)
     with torch.inference_mode():
-        assert model(images[:2]).distance is not None
+        assert model(images).distance is not None
 
 
 def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> None:
     model, images, statistics = build_model()
     model.save_pretrained(tmp_path)
     loaded = ViTCLSForImageClassification.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(images[:4]).distance, model(images[:4]).distance)
+    assert torch.equal(loaded(images).distance, model(images).distance)
     stored = ClassStatistics.from_model(loaded)
     assert stored is not None
     np.testing.assert_allclose(stored.means[0], statistics.means[0], rtol=1e-5)
@@ -87,9 +87,9 @@ def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> Non
 
 def test_logits_have_the_same_bits_with_and_without_statistics() -> None:
     model, images, _ = build_model()
-    logits = model(images[:4]).logits
+    logits = model(images).logits
     model.class_distance = None
-    outputs = model(images[:4])
+    outputs = model(images)
     assert torch.equal(outputs.logits, logits)
     assert outputs.distance is None
 
@@ -150,13 +150,13 @@ PARTS = ("embeddings.patch_embeddings", "embeddings.cls_token", "layers.1.mlp.fc
 )
 def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(change: Any) -> None:
     model, images, _ = build_model()
-    expected = model(images[:4]).distance
+    expected = model(images).distance
     state = copy.deepcopy(model.state_dict())
     change(model)
     # the model stays in evaluation mode: some loops train there
-    assert model(images[:4]).distance is None
+    assert model(images).distance is None
     model.load_state_dict(state)
-    assert torch.equal(model(images[:4]).distance, expected)
+    assert torch.equal(model(images).distance, expected)
 
 
 def test_a_change_in_inference_mode_ends_the_distance() -> None:
@@ -181,9 +181,9 @@ def test_a_change_in_inference_mode_ends_the_distance() -> None:
 )
 def test_nothing_that_keeps_the_function_ends_the_distance(change: Any, limit: float) -> None:
     model, images, _ = build_model()
-    expected = model(images[:4]).distance
+    expected = model(images).distance
     assert expected is not None
-    distance = change(model).eval()(images[:4]).distance
+    distance = change(model).eval()(images).distance
     torch.testing.assert_close(distance, expected, rtol=limit / 3, atol=limit)
 
 
@@ -192,25 +192,25 @@ def test_averaged_weights_have_no_distance() -> None:
     average = torch.optim.swa_utils.AveragedModel(model)
     train_steps(model)
     average.update_parameters(model)
-    assert average.module.eval()(images[:4]).distance is None
+    assert average.module.eval()(images).distance is None
 
 
 def test_an_untrained_adapter_keeps_the_distance_and_a_trained_one_ends_it(tmp_path: Path) -> None:
     model, images, _ = build_model()
-    expected = model(images[:4]).distance
+    expected = model(images).distance
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
     adapted: Any = peft.get_peft_model(model, config)
-    assert torch.equal(adapted(images[:4]).distance, expected)
+    assert torch.equal(adapted(images).distance, expected)
 
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             weight.normal_(std=0.1)
-    assert adapted(images[:4]).distance is None
+    assert adapted(images).distance is None
     adapted.save_pretrained(tmp_path)
     fresh, _, _ = build_model()
     fresh.load_state_dict(adapted.unload().state_dict())
-    assert torch.equal(fresh(images[:4]).distance, expected)
-    assert peft.PeftModel.from_pretrained(fresh, tmp_path)(images[:4]).distance is None
+    assert torch.equal(fresh(images).distance, expected)
+    assert peft.PeftModel.from_pretrained(fresh, tmp_path)(images).distance is None
 
 
 ADAPTERS = {
@@ -230,27 +230,27 @@ ADAPTERS = {
 @pytest.mark.parametrize("kind", list(ADAPTERS))
 def test_an_adapter_keeps_the_distance_until_it_is_trained(kind: str) -> None:
     model, images, _ = build_model()
-    expected = model(images[:4]).distance
+    expected = model(images).distance
     adapted: Any = peft.get_peft_model(model, ADAPTERS[kind]).eval()
-    torch.testing.assert_close(adapted(images[:4]).distance, expected)
+    torch.testing.assert_close(adapted(images).distance, expected)
 
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.add_(0.01 * torch.randn_like(weight))
-    assert adapted(images[:4]).distance is None
+    assert adapted(images).distance is None
     with adapted.disable_adapter():
-        torch.testing.assert_close(adapted(images[:4]).distance, expected)
+        torch.testing.assert_close(adapted(images).distance, expected)
 
 
 def test_a_disabled_adapter_keeps_the_distance_and_a_merged_one_ends_it() -> None:
     model, images, _ = build_model()
-    expected = model(images[:4]).distance
+    expected = model(images).distance
     config = peft.FourierFTConfig(target_modules=["q_proj"], n_frequency=10, scaling=1000.0)
     adapted: Any = peft.get_peft_model(model, config).eval()
-    assert adapted(images[:4]).distance is None
+    assert adapted(images).distance is None
     with adapted.disable_adapter():
-        torch.testing.assert_close(adapted(images[:4]).distance, expected)
-    assert adapted.merge_and_unload()(images[:4]).distance is None
+        torch.testing.assert_close(adapted(images).distance, expected)
+    assert adapted.merge_and_unload()(images).distance is None
 
 
 @torch.enable_grad()
@@ -259,34 +259,34 @@ def test_functions_of_the_weights_have_logits_and_no_distance() -> None:
     parameters = dict(model.named_parameters())
 
     def compute_outputs(weights: Any) -> Any:
-        outputs = torch.func.functional_call(model, weights, (images[:2],))
+        outputs = torch.func.functional_call(model, weights, (images,))
         assert outputs.distance is None  # a distance to other weights would mislead
         return outputs.logits
 
     gradients = torch.func.grad(lambda weights: compute_outputs(weights).sum())(parameters)
-    model(images[:2]).logits.sum().backward()
+    model(images).logits.sum().backward()
     assert model.classifier.weight.grad is not None
     torch.testing.assert_close(gradients["classifier.weight"], model.classifier.weight.grad)
 
     ensemble = {name: torch.stack([each, each]) for name, each in parameters.items()}
     logits = torch.vmap(compute_outputs)(ensemble)
-    torch.testing.assert_close(logits[1], model(images[:2]).logits, rtol=1e-4, atol=1e-5)
-    assert model(images[:2]).distance is not None
+    torch.testing.assert_close(logits[1], model(images).logits, rtol=1e-4, atol=1e-5)
+    assert model(images).distance is not None
 
 
 def test_a_module_that_peft_copies_keeps_the_distance_until_the_copy_is_trained() -> None:
     model, images, _ = build_model()
-    expected = model(images[:4]).distance
+    expected = model(images).distance
     config = peft.LoraConfig(
         target_modules=["q_proj", "v_proj"], r=2, modules_to_save=["vitcls.embeddings"]
     )
     adapted: Any = peft.get_peft_model(model, config).eval()
-    assert torch.equal(adapted(images[:4]).distance, expected)
+    assert torch.equal(adapted(images).distance, expected)
 
     adapted.base_model.model.vitcls.embeddings.cls_token.normal_()
-    assert adapted(images[:4]).distance is None
+    assert adapted(images).distance is None
     with adapted.disable_adapter():
-        assert torch.equal(adapted(images[:4]).distance, expected)
+        assert torch.equal(adapted(images).distance, expected)
 
 
 def test_statistics_of_a_model_with_an_adapter_are_those_of_the_merged_model() -> None:
@@ -294,19 +294,19 @@ def test_statistics_of_a_model_with_an_adapter_are_those_of_the_merged_model() -
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
     adapted: Any = peft.get_peft_model(model, config).eval()
     statistics.set_in_model(adapted.base_model.model)
-    expected = adapted(images[:4]).distance
+    expected = adapted(images).distance
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(images[:4]).distance, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(merged(images).distance, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_compiled_model_knows_its_weights_after_eval() -> None:
     model, images, _ = build_model()
-    expected = model(images[:4]).distance
+    expected = model(images).distance
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(images[:4]).distance, expected)
+    torch.testing.assert_close(compiled(images).distance, expected)
     train_steps(model)
     model.train().eval()
-    assert compiled(images[:4]).distance is None
+    assert compiled(images).distance is None
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_statistics_of_other_features_or_labels_are_dropped(
     loaded = ViTCLSForImageClassification.from_pretrained(tmp_path, **changes)
     assert loaded.class_distance is None
     assert loaded.config.distance_threshold is None
-    assert loaded(images[:4]).distance is None
+    assert loaded(images).distance is None
     assert sum("class_statistics" in line for line in caplog.messages) == 1
     assert not any("newly initialized" in line for line in caplog.messages if "class_d" in line)
 
@@ -340,7 +340,7 @@ def test_a_file_without_statistics_is_one_line(
     others = {name: each for name, each in weights.items() if "class_distance" not in name}
     model.save_pretrained(tmp_path, state_dict=others)
     loaded = ViTCLSForImageClassification.from_pretrained(tmp_path)
-    assert loaded(images[:4]).distance is None
+    assert loaded(images).distance is None
     (line,) = [line for line in caplog.messages if "class statistics" in line]
     assert "the file lacks them" in line
     assert not any("MISSING" in line for line in caplog.messages)
@@ -374,7 +374,7 @@ def test_statistics_stay_only_if_the_features_stay(changes: dict[str, Any], keep
     assert (adapted.class_distance is not None) is keeps
     assert (adapted.config.distance_threshold is not None) is keeps
     if keeps:
-        pixels = F.interpolate(images[:4], adapted.config.image_height_width)
+        pixels = F.interpolate(images, adapted.config.image_height_width)
         expected = model(pixels).distance
         torch.testing.assert_close(adapted(pixels).distance, expected, rtol=1e-3, atol=1e-3)
 
@@ -388,7 +388,7 @@ def test_statistics_stay_if_added_tokens_are_removed_again(added: dict[str, int]
     model, images, _ = build_model()
     removed = dict.fromkeys(added, 0) | {"num_cls_tokens": 1}
     restored = model.adapt(**added).adapt(**removed)
-    assert torch.equal(restored(images[:4]).distance, model(images[:4]).distance)
+    assert torch.equal(restored(images).distance, model(images).distance)
 
 
 def test_tokens_behind_closed_gates_may_be_trained_and_open_ones_may_not() -> None:
@@ -402,16 +402,24 @@ def test_tokens_behind_closed_gates_may_be_trained_and_open_ones_may_not() -> No
     assert model.adapt(num_register_tokens=0).class_distance is None
 
 
+def test_a_change_in_inference_mode_ends_the_distance_of_a_model_that_was_built_there() -> None:
+    with torch.inference_mode():
+        model, images, _ = build_model()
+        assert model(images).distance is not None
+        model.vitcls.layernorm.weight.mul_(1.5)
+        assert model(images).distance is None
+
+
 class Sharded(torch.nn.Parameter):
     """A weight whose numbers are not all in this process, as in FSDP2."""
 
 
 def test_weights_that_cannot_be_read_have_no_distance() -> None:
     model, images, _ = build_model()
-    assert model(images[:4]).distance is not None
+    assert model(images).distance is not None
     layer = model.vitcls.layers[0].mlp.fc1
     layer.weight = Sharded(layer.weight.detach().clone())
-    assert model(images[:4]).distance is None
+    assert model(images).distance is None
 
 
 def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(
@@ -425,10 +433,10 @@ def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(
         return sum_weights(*args)
 
     monkeypatch.setattr(class_distance_vitcls, "sum_weights", count_reads)
-    model(images[:4])
+    model(images)
     model.train()
     model.eval()
-    model(images[:4])
+    model(images)
     assert not reads  # they were read when the statistics were stored
 
     model.train()
@@ -436,19 +444,19 @@ def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(
     model.eval()
     assert not reads
     for _ in range(3):
-        assert model(images[:4]).distance is None
+        assert model(images).distance is None
     assert len(reads) == 1
 
 
 def test_a_compiled_model_notices_other_weights_that_are_loaded() -> None:
     model, images, _ = build_model()
     compiled: Any = torch.compile(model, backend="eager")
-    assert compiled(images[:4]).distance is not None
+    assert compiled(images).distance is not None
     other, _, _ = build_model()
     train_steps(other)
     weights = {name: each for name, each in other.state_dict().items() if "class_d" not in name}
     model.load_state_dict(weights, strict=False)
-    assert compiled(images[:4]).distance is None
+    assert compiled(images).distance is None
 
 
 def test_large_sums_of_weights_have_their_digits() -> None:
@@ -456,5 +464,5 @@ def test_large_sums_of_weights_have_their_digits() -> None:
     for weight in model.vitcls.layers.parameters():
         weight.abs_().add_(1)
     statistics.set_in_model(model)
-    assert model(images[:4]).distance is not None
+    assert model(images).distance is not None
     assert model.class_distance.fingerprint.max() > 2**32

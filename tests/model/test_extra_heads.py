@@ -84,9 +84,9 @@ def test_logits_keep_their_bits(
             use_fast_modules(each, frozen=True)
     for batch_size in (1, 3, 16):
         images = build_images(batch_size, 80, 80).to(dtype)
-        for num_tokens in {None, model.config.num_head_tokens}:
+        for compute_all_tokens in (True, False):
             for each in (model, extended):
-                each.config.compute_all_tokens = num_tokens is None
+                each.config.compute_all_tokens = compute_all_tokens
             assert torch.equal(extended(images).logits, model(images).logits)
 
 
@@ -114,10 +114,10 @@ def test_the_logits_of_tasks_keep_their_bits() -> None:
     assert all(torch.equal(found[task], expected[task]) for task in TASKS)
 
 
-@pytest.mark.parametrize("num_tokens", [None, 1])
-def test_a_head_has_the_same_bits_whichever_other_heads_exist(num_tokens: int | None) -> None:
+@pytest.mark.parametrize("compute_all_tokens", [True, False])
+def test_a_head_has_the_same_bits_whichever_other_heads_exist(compute_all_tokens: bool) -> None:
     _, extended = build_pair(HEADS, **WIDE)
-    extended.config.compute_all_tokens = num_tokens is None
+    extended.config.compute_all_tokens = compute_all_tokens
     together = extended(build_images(3, 80, 80)).task_logits
     for name, head in HEADS.items():
         alone = extended.adapt(extra_heads={name: head})(build_images(3, 80, 80))
@@ -146,9 +146,9 @@ def test_gradients_of_the_model_do_not_change() -> None:
 # The heads ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_tokens", [None, 1])
-def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None) -> None:
-    """The reference slices hidden states; `num_tokens` limits the last layer."""
+@pytest.mark.parametrize("compute_all_tokens", [True, False])
+def test_heads_read_the_normalized_tokens_of_their_layers(compute_all_tokens: bool) -> None:
+    """The reference slices hidden states."""
     _, model = build_pair(HEADS, num_register_tokens=2)
     hidden_states = model(build_images(), output_hidden_states=True).hidden_states
     tokens = [model.vitcls.layernorm(states) for states in hidden_states]
@@ -162,7 +162,7 @@ def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None
         "indoors": [tokens[2][:, 0]],
         "objects": [tokens[2][:, 3:].mean(1)],
     }
-    model.config.compute_all_tokens = num_tokens is None
+    model.config.compute_all_tokens = compute_all_tokens
     found = model(build_images()).task_logits
 
     assert found.keys() == inputs.keys()

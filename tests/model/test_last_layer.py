@@ -3,6 +3,7 @@
 It computes all tokens if others can read them.
 """
 
+import pickle
 from typing import Any
 
 import pytest
@@ -15,10 +16,16 @@ from helpers.tiny_models import (
     build_random,
     build_tiny_config,
     get_largest_difference,
+    raises_one_line,
 )
 from torch.nn.functional import cross_entropy
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -76,9 +83,8 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(
             assert count_computed_tokens(model, attention_mask=mask) == (num_read or num_tokens)
             assert_same_outputs(found[0], wanted[0], 1e-5)
             for one, other in zip(found[1], wanted[1], strict=True):
-                assert get_largest_difference(one, other) <= 1e-5 * max(
-                    1.0, other.abs().max().item()
-                )
+                limit = 1e-5 * max(1.0, other.abs().max().item())
+                assert get_largest_difference(one, other) <= limit
 
 
 def test_only_the_cls_tokens_of_the_tasks_are_computed() -> None:
@@ -227,3 +233,21 @@ def test_a_head_of_a_layer_that_was_removed_is_an_error() -> None:
     model.vitcls.layers = model.vitcls.layers[:2]
     with pytest.raises(ValueError, match="the heads read layer 3, but the model has 2 layers"):
         model(build_images())
+
+
+def test_a_backbone_with_fewer_layers_has_the_maps_of_these_layers() -> None:
+    backbone = build_random(ViTCLSBackbone, num_hidden_layers=3, out_features=["stage1"])
+    (expected,) = backbone(build_images()).feature_maps
+    backbone.layers = backbone.layers[:2]
+    assert torch.equal(backbone(build_images()).feature_maps[0], expected)
+    backbone.out_features = ["stage1", "stage3"]
+    with raises_one_line("stage3", "2 layers"):
+        backbone(build_images())
+
+
+def test_an_output_with_all_tokens_of_the_last_layer_can_be_pickled() -> None:
+    model = build_random(ViTCLSModel)
+    expected = model(build_images(), num_output_tokens=1, output_layers=[-1])
+    assert expected.last_hidden_state.shape[1] == 1
+    loaded = pickle.loads(pickle.dumps(expected))
+    assert torch.equal(loaded.layer_tokens[-1], model(build_images()).last_hidden_state)
