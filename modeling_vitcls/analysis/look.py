@@ -1,6 +1,6 @@
-"""Draw one sheet per photo: `vitcls look`, and the function `look`.
+"""Show one sheet per photo: `vitcls look`, and the function `look`.
 
-PATHS -> measure_photo (photo.py) -> draw_sheet (sheet.py) -> image files
+PATHS -> measure_photo (photo.py) -> build_sheet (sheet.py) -> HTML (pages.py) or an image (sheet_image.py)
 """
 
 from itertools import chain, count
@@ -23,8 +23,10 @@ from ..model.field_checks_vitcls import to_pair
 from ..model.image_processing_vitcls import image_to_tensor, read_image
 from ..runtime.files import write_atomically
 from .options import LookOptions
+from .pages import render
 from .photo import measure_photo
-from .sheet import draw_sheet
+from .sheet import Sheet, build_sheet
+from .sheet_image import draw_sheet
 from .token_use import find_token_use
 
 
@@ -43,10 +45,10 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     model_name = get_title(options.model)
     measurements = measure_photo(model, processor, photo, find_token_use(model))
     title = " · ".join(filter(None, (model_name, name)))
-    sheet = draw_sheet(measurements, title, is_trained_image(image, trained_keys))
+    sheet = build_sheet(measurements, is_trained_image(image, trained_keys))
     if options.output is not None:
-        save_image(sheet, choose_file(options.output, Path(name).stem or "sheet", True, []))
-    return sheet
+        save_sheet(sheet, title, choose_file(options.output, Path(name).stem or "sheet", True, []))
+    return draw_sheet(sheet, title)
 
 
 def write_sheets(options: LookOptions, output: Path) -> None:
@@ -76,9 +78,8 @@ def write_sheets(options: LookOptions, output: Path) -> None:
             )
             continue
         file = choose_file(output, Path(name).stem, is_single, written)
-        is_trained = is_trained_image(source, trained_keys)
-        title = f"{model_name} · {Path(name).name}"
-        save_image(draw_sheet(measurements, title, is_trained), file)
+        sheet = build_sheet(measurements, is_trained_image(source, trained_keys))
+        save_sheet(sheet, f"{model_name} · {Path(name).name}", file)
         written.append(file)
         print(f"saved {file}")
     if not written:
@@ -102,27 +103,28 @@ def load_adjusted_model(options: LookOptions) -> tuple[Any, Any, frozenset[int]]
 
 
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:
-    """Choose the file for a sheet: `output`, `output`-STEM, or STEM.png in the folder `output`.
+    """Choose the file for a sheet: `output`, `output`-STEM, or STEM.html in the folder `output`.
 
     A number is appended if the command has already written a sheet with this name.
     """
     is_folder = not output.suffix
     if is_single and not is_folder:
         return output
-    file = output / f"{stem}.png" if is_folder else output.with_stem(f"{output.stem}-{stem}")
+    file = output / f"{stem}.html" if is_folder else output.with_stem(f"{output.stem}-{stem}")
     numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
     # The sheets of one command never replace each other, but they replace the sheets of an earlier
     # command.
     return next(each for each in chain([file], numbered) if each not in written)
 
 
-def save_image(image: Image.Image, file: Path) -> None:
-    """Write an image file in the format of its suffix."""
+def save_sheet(sheet: Sheet, title: str, file: Path) -> None:
+    """Write a sheet as an HTML page or as an image, by the suffix of the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    suffix = file.suffix.lower()
     with write_atomically(file) as temporary_file:
-        image.save(
-            temporary_file,
-            format=Image.registered_extensions()[file.suffix.lower()],
-            optimize=True,
-            quality=90,
-        )
+        if suffix == ".html":
+            page = render("look.html.j2", title=title, sheet=sheet)
+            temporary_file.write_text(page, encoding="utf-8")
+        else:
+            kind = Image.registered_extensions()[suffix]
+            draw_sheet(sheet, title).save(temporary_file, format=kind, optimize=True, quality=90)

@@ -1,6 +1,6 @@
 """Attention to patches as maps, and maps and photos as images.
 
-    rows [..., key] -> extract_patch_maps [..., gh, gw] -> choose_scale -> overlay, a picture
+    rows [..., key] -> extract_patch_maps [..., gh, gw] -> choose_scale -> draw_map, overlay: pictures
                                                                              |
     photo, visible region (data/aspect_ratio.py) -> draw_region, the part of the photo under the map
 
@@ -67,6 +67,11 @@ def overlay(image: Image.Image, values: torch.Tensor, scale: ScalarMappable) -> 
     gray = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]
     blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
     return to_picture(blended)
+
+
+def draw_map(values: torch.Tensor, scale: ScalarMappable) -> Image.Image:
+    """Draw a map [gh, gw], one pixel for each patch."""
+    return to_picture(scale.to_rgba(values.numpy())[:, :, :3])
 
 
 def to_picture(colors: np.ndarray) -> Image.Image:

@@ -51,7 +51,7 @@ class InspectOptions(ImageOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LookOptions(Options):
-    """Draw one sheet per photo: attention by head and layer, and features and norms of the patches.
+    """Show one sheet per photo: attention by head and layer, and features and norms of the patches.
 
     The photos are image files or folders.
     """
@@ -62,8 +62,8 @@ class LookOptions(Options):
     paths: tuple[str, ...] = ()
     """Image files or folders (including subfolders)."""
     output: Path | None = None
-    """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
-    to the file name. The command writes `look.png` by default."""
+    """HTML or image file for the sheet, or a folder for HTML files. For several photos, the name of each
+    photo is appended to the file name. The command writes `look.html` by default."""
     image_size: int | tuple[int, int] | None = None
     """Image height and width in pixels; one number sets both. Default: the size of the image
     processor. Larger images have more patches and finer maps."""
@@ -77,11 +77,11 @@ class LookOptions(Options):
         check_value(
             self, "image_size", all(size is None or size >= 1 for size in sizes), "1 or more"
         )
-        suffixes = ("", ".png", ".jpg", ".jpeg", ".webp")
+        suffixes = ("", ".html", ".png", ".jpg", ".jpeg", ".webp")
         if self.output is not None and self.output.suffix.lower() not in suffixes:
             raise ValueError(
-                f"`output={str(self.output)!r}`: set a .png, .jpg or .webp file, or a folder "
-                "without a suffix"
+                f"`output={str(self.output)!r}`: set a .html, .png, .jpg or .webp file, or a "
+                "folder without a suffix"
             )
 
     def check_files(self) -> None:

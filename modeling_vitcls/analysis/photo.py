@@ -1,7 +1,7 @@
 """What a model predicts for one photo and from where, what its tokens attend to, and its patches.
 
     measurements = measure_photo(model, processor, photo, find_token_use(model))
-    draw_sheet(measurements, "mine")        # a PIL image (sheet.py)
+    build_sheet(measurements)               # texts and pictures (sheet.py)
     measurements.maps                       # [layer, head, token, row, column]
 
 Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.cm import ScalarMappable
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
@@ -25,7 +24,7 @@ from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
 from .attention import trace_attention
-from .maps import choose_scale, extract_patch_maps, to_upright_rgb
+from .maps import extract_patch_maps, to_upright_rgb
 from .removal import MAX_PARTS, compute_scores, draw_masks, fit_effects, hide_parts
 from .token_use import TokenUse
 
@@ -110,20 +109,6 @@ class PhotoMeasurements:
     norms: torch.Tensor
     colors: torch.Tensor
     explained_variance: list[list[float]]
-
-    @property
-    def main_map(self) -> tuple[torch.Tensor, ScalarMappable]:
-        """The map of the page, with its colors: of the first label, or the attention of the first token."""
-        if self.attributions:
-            values = self.attributions[0].values
-            return values, choose_scale(values, is_signed=True)
-        attention = self.maps[self.token_layers[0] - 1, :, 0].mean(dim=0)
-        return attention, choose_scale(attention)
-
-    def name_attention(self) -> str:
-        """Say whose attention the map of the first token is, and whether a classifier reads the token."""
-        unread = "" if self.are_read[0] else ", which this classifier does not read"
-        return f"attention of {self.token_names[0]}{unread}"
 
 
 def measure_photo(

@@ -5,35 +5,22 @@ write_page("report.html", "my model", inspection, photos)
 
 inspection.py      measurements of many images, and photos
 sheet.py           the sheet of each photo
-report.html.j2     text and tables
-page.css           style of every page
+report.html.j2     text and tables (pages.py)
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-from PIL import Image
-
-from ..inference.stated_result import format_percent
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .inspection import Inspection
-from .maps import draw_region, overlay, to_picture
+from .pages import render
 from .sheet import ShownPhoto
 
 
-TEMPLATE_FOLDER = Path(__file__).parent
 NUM_LARGE_WRONG_IMAGES = 6  # As many fit on the first screen
-THUMBNAIL_SIDE = 200  # Longer side of the images next to the name of a photo, in pixels
-MAX_EXACT_SIDE = 96  # Images with longer sides are compressed with a loss
-# Kinds of photos (`select_images`) and their names in the report.
-KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typical": "typical"}
 
 
 def write_page(
@@ -62,26 +49,15 @@ def write_page(
     Raises:
         OSError: if the file cannot be written.
     """
-    # Names of classes and files come from other people's data, so they are escaped. A misspelled
-    # name in a template is an error and not an empty place.
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["data_url"] = encode_data_url
-    environment.filters["percent"] = format_percent
-    text = environment.get_template("report.html.j2").render(
-        style=Markup((TEMPLATE_FOLDER / "page.css").read_text(encoding="utf-8")),
+    text = render(
+        "report.html.j2",
         title=title,
         source=source,
         commit=commit,
         version=__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         inspection=inspection,
-        photos=[build_photo_row(photo) for photo in photos],
+        photos=photos,
         predictions=predictions,
         class_tables=class_tables or {},
         effects=list_effects(inspection),
@@ -90,36 +66,6 @@ def write_page(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(Path(file)) as partial_file:
         partial_file.write_text(text, encoding="utf-8")
-
-
-# The page -----------------------------------------------------------------------------------------
-
-
-def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
-    """Build the images of a photo, and the texts next to them.
-
-    The images show what the model sees, what decides or what the first token reads,
-    and the features of the patches; the last one is the sheet.
-    """
-    measurements = photo.measurements
-    visible_part = draw_region(measurements.image, measurements.visible_region, THUMBNAIL_SIDE)
-    map_name = measurements.name_attention()
-    if measurements.attributions:
-        map_name = "what the prediction loses without each part"
-    features = to_picture(measurements.colors[measurements.patch_layer - 1].numpy())
-    pictures = {
-        "what the model sees": visible_part,
-        map_name: overlay(visible_part, *measurements.main_map),
-        "patch features": features.resize(visible_part.size, Image.Resampling.NEAREST),
-    }
-    return {
-        "name": photo.name,
-        "caption": photo.caption,
-        "kind": KINDS.get(photo.kind or ""),
-        "pictures": pictures,
-        "has_map": bool(measurements.attributions),
-        "sheet": photo.sheet,
-    }
 
 
 def list_effects(inspection: Inspection) -> list[dict[str, str]]:
@@ -151,10 +97,3 @@ def list_effects(inspection: Inspection) -> list[dict[str, str]]:
             }
         )
     return rows
-
-
-def encode_data_url(image: Image.Image) -> str:
-    """Encode an image as a data URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, "webp", quality=80, lossless=max(image.size) <= MAX_EXACT_SIDE)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -204,7 +204,7 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         image: a path, encoded bytes, a PIL image, or an array or tensor of one image.
-        output: image file for the sheet. Default: the sheet is only returned.
+        output: HTML or image file for the sheet. Default: the sheet is only returned.
         flags: `image_size` and `resize`, as in `vitcls look`.
 
     Returns:

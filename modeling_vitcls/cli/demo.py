@@ -1,4 +1,4 @@
-"""`vitcls demo`: serve a web page that labels a photo and draws its sheet.
+"""`vitcls demo`: serve a web page that labels a photo and shows its sheet.
 
 vitcls demo --model runs/mine
 vitcls demo --model someone/their-model@COMMIT --port 8000
@@ -10,7 +10,7 @@ import os
 import socket
 import warnings
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,10 @@ from ..runtime.flags import Options
 
 
 HEIC_ENDINGS = (".heic", ".heif")
-# The sheet is as wide as the window, and scrolls on a phone, where its text would be too small.
+# The sheet is as wide as the window.
 CSS = """
 .gradio-container main .row { flex-direction: column; }
 .gradio-container main .column { width: 100%; }
-#sheet { overflow-x: auto; }
-#sheet * { justify-content: flex-start; }
-#sheet img { min-width: 900px; width: 100%; max-height: none; height: auto; }
 """
 # The limits of docs/serving.md
 MAX_FILE_SIZE = "20mb"
@@ -119,8 +116,9 @@ def build_page(options: DemoOptions) -> Any:
     """Load the model, and build the page as a `gradio.Interface`."""
     import gradio
 
+    from ..analysis.pages import render
     from ..analysis.photo import measure_photo
-    from ..analysis.sheet import draw_sheet
+    from ..analysis.sheet import build_sheet
     from ..analysis.token_use import find_token_use
     from ..data.trained_images import is_trained_image
     from ..hub.local_paths import get_title
@@ -143,20 +141,22 @@ def build_page(options: DemoOptions) -> Any:
             raise gradio.Error(row["error"], print_exception=False)
         answers = [read_answer(row, task) for task in tasks.values()]
         measured = measure_photo(predictor.model, predictor.processor, read_image(photo), use)
-        is_trained = is_trained_image(photo, predictor.trained_keys)
-        return [*answers, draw_sheet(measured, is_trained=is_trained)]
+        # The sheet has the numbers of the answer, whose pass may be of another precision
+        measured = replace(
+            measured,
+            predictions={
+                task or None: task_columns.read(row) for task, task_columns in tasks.items()
+            },
+            is_unknown=bool(row.get("unknown")),
+        )
+        sheet = build_sheet(measured, is_trained_image(photo, predictor.trained_keys))
+        return [*answers, render("demo.html.j2", sheet=sheet)]
 
     answers = [gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS) for task in tasks]
     # `gradio.Image` would refuse HEIC if the browser lacks the type, and decode the file itself, but
     # `vitcls predict` reads more formats and names what is wrong.
     photo_input = gradio.File(label="Photo", file_types=["image", *HEIC_ENDINGS], type="filepath")
-    sheet = gradio.Image(
-        label="Sheet",
-        show_label=False,
-        format="png",
-        buttons=["download", "fullscreen"],
-        elem_id="sheet",
-    )
+    sheet = gradio.HTML(elem_id="sheet")
     return gradio.Interface(
         answer,
         photo_input,

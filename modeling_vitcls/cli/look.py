@@ -1,6 +1,6 @@
-"""`vitcls look`: draw what a model sees in a photo, on one sheet.
+"""`vitcls look`: show what a model sees in a photo, on one sheet.
 
-    vitcls look photo.jpg --model runs/mine -o sheet.png
+    vitcls look photo.jpg --model runs/mine -o sheet.html
     vitcls look path/to/folder --model timm:vit_small_patch16_224 -o sheets --image-size 448
 
 The command is implemented in modeling_vitcls/analysis/look.py.
@@ -16,7 +16,7 @@ OPTIONS_CLASS = make_positional(LookOptions, "paths")
 
 
 def run(options: LookOptions) -> None:
-    """Draw the sheets, and print the names of the written files."""
+    """Write the sheets, and print the names of the written files."""
     from ..analysis.look import write_sheets
 
-    write_sheets(options, options.output or Path("look.png"))
+    write_sheets(options, options.output or Path("look.html"))

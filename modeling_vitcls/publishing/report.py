@@ -1,4 +1,4 @@
-"""The report of a model folder, and the sheet of its card.
+"""The report of a model folder, and the picture of its card.
 
     write_report(ModelFolder(Path("runs/mine")))    report.html and images/attention.png
 
@@ -12,7 +12,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ..analysis.inspection import inspect_images
 from ..analysis.report import write_page
@@ -45,7 +47,7 @@ BATCH_SIZE = 8
 
 
 def write_report(folder: ModelFolder) -> str | None:
-    """Write report.html and the card's sheet, and return the faults that the report names.
+    """Write report.html and the card's picture, and return the faults that the report names.
 
     The faults are one line, "" if there are none; without a report, the result is None. The report is
     about the last addition or, without one, about the run that wrote the folder. Errors are printed,
@@ -183,5 +185,10 @@ def draw_page(
     )
     sheet_file = folder.path / SAMPLE_IMAGES_FILE
     sheet_file.parent.mkdir(exist_ok=True)
-    shown[0].sheet.save(sheet_file, optimize=True)
+    sheet = shown[0].sheet
+    # The photo, its map and the features, side by side
+    strip = np.hstack(
+        [tile.picture.resize(sheet.shape, Image.Resampling.NEAREST) for tile in sheet.overview[:3]]
+    )
+    Image.fromarray(strip).save(sheet_file)
     return "; ".join(inspection.faults)

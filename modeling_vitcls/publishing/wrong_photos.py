@@ -22,7 +22,8 @@ from ..inference.metrics import MetricValues, count_predictions
 from ..inference.stated_result import Measurement, describe_classes
 
 
-MAX_WRONG_IMAGES = 12
+MAX_WRONG_IMAGES = 60
+NUM_WITH_NEAREST = 12  # The others are drawn alone, because photos of phones take long to decode
 THUMBNAIL_SIDE = 240  # Longer side of a wrong image, in pixels
 NEAREST_SIDE = 120  # Longer side of a nearest training image
 
@@ -116,10 +117,10 @@ def draw_wrong_photos(
         return image
 
     drawn = []
-    for row in rows:
+    for number, row in enumerate(rows):
         nearest = []
         for name in row.get("nearest_images", ()):
-            if name in photos:
+            if name in photos and number < NUM_WITH_NEAREST:
                 images, index = photos[name]
                 label = class_names[images.labels[index]]
                 nearest.append({"image": name, "label": label, "picture": draw(name, NEAREST_SIDE)})

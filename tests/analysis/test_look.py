@@ -18,8 +18,8 @@ from helpers.tiny_models import (
 )
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
+from playwright.sync_api import Browser
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -29,9 +29,9 @@ from modeling_vitcls import (
     look,
 )
 from modeling_vitcls.analysis import look as look_module
-from modeling_vitcls.analysis import sheet as sheet_module
-from modeling_vitcls.analysis.photo import PhotoMeasurements, measure_photo
-from modeling_vitcls.analysis.sheet import draw_sheet
+from modeling_vitcls.analysis import sheet_image
+from modeling_vitcls.analysis.photo import measure_photo
+from modeling_vitcls.analysis.sheet import Sheet, build_sheet
 from modeling_vitcls.analysis.token_use import find_token_use
 
 
@@ -55,23 +55,9 @@ def photo(tmp_path: Path) -> str:
     return str(tmp_path / "china.jpg")
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Collect the figures of the sheets that a test draws."""
-    figures: list[Figure] = []
-
-    def keep_figure(figure: Figure) -> FigureCanvasAgg:
-        figures.append(figure)
-        return FigureCanvasAgg(figure)
-
-    monkeypatch.setattr(sheet_module, "FigureCanvasAgg", keep_figure)
-    return figures
-
-
-def measure(model: Any, processor: Any = PROCESSOR) -> PhotoMeasurements:
-    return measure_photo(
-        randomize(model), processor, photograph("flower.jpg"), find_token_use(model)
-    )
+def show(model: Any, processor: Any = PROCESSOR) -> Sheet:
+    use = find_token_use(model)
+    return build_sheet(measure_photo(randomize(model), processor, photograph("flower.jpg"), use))
 
 
 def read_error(capsys: pytest.CaptureFixture[str]) -> str:
@@ -91,10 +77,10 @@ def test_a_folder_gives_one_sheet_per_photo_and_names_broken_files(
     write_files(tmp_path / "photos", "a/same.jpg", "b/same.jpg", content=Path(photo).read_bytes())
     write_files(tmp_path / "photos", "broken.png")
     assert run_here("look", tmp_path / "photos", "--model", model, "-o", tmp_path / "sheets") == 0
-    assert {file.name for file in (tmp_path / "sheets").iterdir()} == {"same.png", "same-2.png"}
+    assert {file.name for file in (tmp_path / "sheets").iterdir()} == {"same.html", "same-2.html"}
     assert "broken.png" in capsys.readouterr().err
     for sheet in (tmp_path / "sheets").iterdir():
-        assert Image.open(sheet).width == 1800
+        assert "same.jpg</h1>" in sheet.read_text(encoding="utf-8")
 
 
 def test_several_photos_do_not_overwrite_one_file(model: str, photo: str, tmp_path: Path) -> None:
@@ -132,61 +118,75 @@ def test_unusable_flags_are_reported_before_the_model_is_loaded(
 
 MANY_HEADS = {"hidden_size": 96, "num_attention_heads": 24, "num_hidden_layers": 3}
 LONG_NAMES = {"tasks": {"species": 4, "a_long_name_of_a_task": 2}, "num_cls_tokens": 2}
-MANY_TOKENS = {"num_register_tokens": 16, "num_distillation_tokens": 12}
+SEVERAL_TOKENS = {"num_register_tokens": 2, "num_distillation_tokens": 1}
 
 
 @pytest.mark.parametrize(
     "fields",
-    [LAYOUTS["no_cls"], MANY_HEADS, LONG_NAMES | MANY_TOKENS],
-    ids=["no_cls", "many_heads", "many_tokens"],
+    [LAYOUTS["no_cls"], MANY_HEADS, LONG_NAMES | SEVERAL_TOKENS],
+    ids=["no_cls", "many_heads", "several_tokens"],
 )
-def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
-    fields: dict[str, Any], drawn: list[Figure]
+def test_no_text_of_an_image_covers_a_tile_or_another_text_or_is_cut_off(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    figures: list[Figure] = []
+
+    def keep_figure(figure: Figure) -> FigureCanvasAgg:
+        figures.append(figure)
+        return FigureCanvasAgg(figure)
+
+    monkeypatch.setattr(sheet_image, "FigureCanvasAgg", keep_figure)
     model_class = (
         ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
     )
     # a part of the photo is hidden
     processor = ViTCLSImageProcessor(size=40, do_center_crop=True, crop_size=32)
-    draw_sheet(
-        measure(model_class(build_tiny_config(**fields)), processor), "model · " + "photo" * 30
+    sheet = show(model_class(build_tiny_config(**fields)), processor)
+    sheet_image.draw_sheet(sheet, "model · " + "photo" * 30)
+
+    (figure,) = figures
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    boxes = [text.get_window_extent().padded(-2) for text in texts]
+    for text in texts:
+        text.set_visible(False)
+    figure.canvas.draw()
+    picture = np.asarray(figure.canvas.buffer_rgba())  # without texts
+    for box in boxes:
+        assert box.x0 >= 0, box
+        assert box.x1 <= picture.shape[1], box
+        assert box.y0 >= 0, box
+        assert box.y1 <= len(picture), box
+        top = len(picture) - round(box.y1)
+        bottom = len(picture) - round(box.y0)
+        assert (picture[top:bottom, round(box.x0) : round(box.x1)] == 255).all(), box
+        assert box.count_overlaps(boxes) == 1, box  # only itself
+
+
+def test_every_tile_of_a_page_is_within_reach_and_names_are_text(
+    photo: str, tmp_path: Path, browser: Browser
+) -> None:
+    name = "蝴蝶 🐝 ผีเสื้อ, a name that is longer than its tile, <b>not bold</b>"
+    config = build_tiny_config(
+        id2label={0: name, 1: "x", 2: "y"}, num_hidden_layers=5, **SEVERAL_TOKENS
     )
-    for figure in drawn:
-        places = [figure, *figure.axes]
-        texts = [
-            text
-            for place in places
-            for text in place.get_children()
-            if isinstance(text, Text) and text.get_text()
-        ]
-        boxes = [text.get_window_extent().padded(-2) for text in texts]
-        for text in texts:
-            text.set_visible(False)
-        figure.canvas.draw()
-        picture = np.asarray(figure.canvas.buffer_rgba())  # without texts
-        for box in boxes:
-            assert box.x0 >= 0, box
-            assert box.x1 <= picture.shape[1], box
-            assert box.y0 >= 0, box
-            assert box.y1 <= len(picture), box
-            top = len(picture) - round(box.y1)
-            bottom = len(picture) - round(box.y0)
-            assert (picture[top:bottom, round(box.x0) : round(box.x1)] == 255).all(), box
-            assert box.count_overlaps(boxes) == 1, box  # only itself
+    model = randomize(ViTCLSForImageClassification(config))
+    folder = save_with_processor(model, tmp_path / "model", PROCESSOR)
+    assert run_here("look", photo, "--model", folder, "-o", tmp_path / "sheet.html") == 0
 
-
-@pytest.mark.filterwarnings("error")
-def test_names_in_any_script_are_drawn_or_marked(drawn: list[Figure]) -> None:
-    """The letter in a circle is in another font of matplotlib; the last name is in none."""
-    names = ["蝴蝶 🐝 ผีเสื้อ", "Ⓐ ants", "\U0010fff0"]
-    config = build_tiny_config(id2label=dict(enumerate(names)), pooling="mean")
-    draw_sheet(measure(ViTCLSForImageClassification(config)), "蝴蝶.jpg")
-    texts = [text for figure in drawn for text in figure.findobj(Text)]
-    families = {text.get_text(): text.get_fontfamily() for text in texts}
-    (circled,) = (own for text, own in families.items() if text.startswith("Ⓐ"))
-    assert "STIXGeneral" in circled
-    assert any(text.startswith("[10FFF0] ") for text in families)
-    assert {"sans-serif"} in map(set, families.values())
+    page = browser.new_page()
+    page.goto((tmp_path / "sheet.html").as_uri())
+    assert name in page.locator("main").inner_text()
+    for width in (390, 800, 1920):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        boxes = page.locator(".tile").evaluate_all(
+            "all => all.map(tile => [tile.getBoundingClientRect().right, tile.scrollWidth - tile.clientWidth])"
+        )
+        # 4 tiles on top, one for each label; of the 4 tokens, the mean, 2 heads and 5 layers; and patches
+        assert len(boxes) == 4 + 3 + 4 * (1 + 2 + 5) + 2 * 5
+        assert max(right for right, _ in boxes) <= width
+        assert {hidden for _, hidden in boxes} == {0}
+    page.close()
 
 
 def test_the_function_returns_the_image_of_the_command(
@@ -203,7 +203,8 @@ def test_the_function_returns_the_image_of_the_command(
 @pytest.fixture
 def measured_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `look` return the measurements instead of a sheet."""
-    monkeypatch.setattr(look_module, "draw_sheet", lambda measurements, *texts: measurements)
+    monkeypatch.setattr(look_module, "build_sheet", lambda measurements, is_trained: measurements)
+    monkeypatch.setattr(look_module, "draw_sheet", lambda measurements, title: measurements)
 
 
 @pytest.mark.usefixtures("measured_only")

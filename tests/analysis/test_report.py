@@ -93,10 +93,13 @@ def test_a_photo_opens_its_sheet(page: Page) -> None:
     expect(sheet).not_to_be_visible()
     photos.first.locator("summary").click()
     expect(sheet).to_be_visible()
-    assert sheet.evaluate("image => image.naturalWidth") == 1800
-    thumbnails = page.locator("#photos .pictures img")
-    widths = thumbnails.evaluate_all("images => images.map(image => image.naturalWidth)")
-    assert set(widths) == {200}
+    captions = photos.first.locator("summary .title")
+    expect(captions.first).to_be_visible()
+    # One pixel for each of the 4 x 4 patches
+    maps = sheet.locator(".map").evaluate_all("all => all.map(each => each.naturalWidth)")
+    assert {*maps} == {4}
+    closed = photos.nth(1).locator(".tile")
+    assert [tile.is_visible() for tile in closed.all()[:4]] == [True, True, True, False]
 
 
 def test_the_page_names_the_model_and_escapes_names(page: Page) -> None:

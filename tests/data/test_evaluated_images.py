@@ -14,7 +14,6 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
 
 from modeling_vitcls import evaluate, inspect_tokens
-from modeling_vitcls.analysis import sheet
 from modeling_vitcls.cli.demo import DemoOptions, build_page
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -169,7 +168,7 @@ def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
 
 
 def test_predictions_of_training_photos_are_said_to_measure_nothing(
-    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`predict`, `look` and the page recognize them under any name."""
     model = photos / "run"
@@ -187,17 +186,14 @@ def test_predictions_of_training_photos_are_said_to_measure_nothing(
     run_here("predict", "--model", tmp_path / "unlisted", *files)
     assert not caplog.text
 
-    titles: list[str] = []
-    draw = sheet.draw_header
-    monkeypatch.setattr(
-        sheet, "draw_header", lambda photo, title: titles.append(title) or draw(photo, title)
-    )
     page = build_page(DemoOptions(model=str(model)))
     (ask,) = {each.fn for each in page.fns.values() if each.api_name == "predict"}
+    sheets = []
     for file in files:
-        ask(str(file))
-        run_here("look", file, "--model", model, "-o", tmp_path / "sheet.png")
-    is_said = ["this photo trained the model" in title for title in titles]
+        sheets.append(ask(str(file))[-1])
+        run_here("look", file, "--model", model, "-o", tmp_path / "sheet.html")
+        sheets.append((tmp_path / "sheet.html").read_text(encoding="utf-8"))
+    is_said = ["this photo trained the model" in sheet for sheet in sheets]
     assert is_said == [True, True, False, False]
 
 

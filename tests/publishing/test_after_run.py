@@ -63,11 +63,12 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     assert "images/attention.png" in card
     assert "[report.html]" in card
     assert report.count('class="sheet"') == 2
-    # The card's image is the sheet of the report's first photo, which is compressed there.
-    (encoded,) = re.findall(r'class="sheet" src="data:image/webp;base64,([^"]+)"', report)[:1]
+    # The card's image begins with the report's first photo, which is compressed there.
+    (encoded,) = re.findall(r'class="tile"><img src="data:image/jpeg;base64,([^"]+)"', report)[:1]
     shown = np.asarray(Image.open(BytesIO(base64.b64decode(encoded))).convert("RGB"), float)
-    sheet = np.asarray(Image.open(folder / "images" / "attention.png").convert("RGB"), float)
-    assert np.abs(sheet - shown).mean() < 4
+    strip = np.asarray(Image.open(folder / "images" / "attention.png").convert("RGB"), float)
+    assert strip.shape[1] == 3 * shown.shape[1]
+    assert np.abs(strip[:, : shown.shape[1]] - shown).mean() < 4
 
     # The folder is all that publishing reads.
     for file in (folder / "README.md", folder / "report.html", *(folder / "images").iterdir()):

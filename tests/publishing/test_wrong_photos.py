@@ -74,7 +74,7 @@ def test_the_wrong_images_with_the_largest_losses_come_first(folder: Path) -> No
     rows = read_predictions(ModelFolder(folder))
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
     shown = [row["image"] for row in summarize_predictions(MEASURED, {}, rows)["wrong"]]
-    assert shown == wrong["image"].tolist()[:-13:-1]
+    assert shown == wrong["image"].tolist()[:-61:-1]
 
 
 def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) -> None:
@@ -161,7 +161,9 @@ def report(module_path: Path) -> Path:
         "nearest_images": [names[:3]] * len(names),
     }
     write_predictions(run, pd.DataFrame(rows))
-    assert write_report(ModelFolder(run)) is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_vitcls.publishing.report.NUM_MEASURED_IMAGES", 8)
+        assert write_report(ModelFolder(run)) is not None
     return run / "report.html"
 
 
@@ -182,6 +184,16 @@ def test_the_page_fits_with_long_names_and_open_sheets(page: Page) -> None:
         )
         assert len(rights) == 6
         assert max(rights) <= width
+        hidden = page.locator("figcaption span, .nearest span, .name").evaluate_all(
+            "all => all.map(each => each.scrollWidth - each.clientWidth)"
+        )
+        assert max(hidden) <= 0
+
+
+def test_the_page_shows_all_wrong_photos_and_says_what_it_measured(page: Page) -> None:
+    assert "These are 6 of 8; more are below" in page.locator("#wrong").inner_text()
+    assert page.locator("#wrong figure, #predictions figure").count() == 8
+    assert "measured on 8 of the 24 images" in page.locator("#about").inner_text()
 
 
 def test_the_page_says_what_to_check_and_how_each_class_did(page: Page) -> None:
@@ -206,6 +218,8 @@ def test_the_page_draws_what_more_photos_brought(page: Page) -> None:
     )
     texts = [f"{accuracy:.0%} with {number:,.0f} photos" for accuracy, number in points]
     assert plot.get_attribute("aria-label") == ", ".join(texts)
+    words = plot.locator("text").all_text_contents()
+    assert {"training photos", "right"} <= {*words}
     heights = plot.locator("circle").evaluate_all("all => all.map(each => each.cy.baseVal.value)")
     assert heights == sorted(heights, reverse=True)
 
