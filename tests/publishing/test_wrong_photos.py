@@ -225,7 +225,7 @@ def test_the_page_draws_what_more_photos_brought(page: Page) -> None:
 
 
 def test_the_page_shows_pairs_of_photos_that_nearly_repeat_each_other(page: Page) -> None:
-    pairs = page.locator("#copies figure").evaluate_all(
+    pairs = page.locator("#scenes figure").evaluate_all(
         "all => all.map(figure => [...figure.querySelectorAll('img')].map(each => each.alt))"
     )
     assert pairs == [["pants and trousers", "skirt"], ["pants and trousers"] * 2]
