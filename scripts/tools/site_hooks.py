@@ -96,9 +96,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return found[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
         if target in ("model_cards/studies", "model_cards"):
-            target = (
-                "docs/what-to-choose.md" if target.endswith("studies") else "model_cards/README.md"
-            )
+            target = "docs/evaluating.md" if target.endswith("studies") else "model_cards/README.md"
         relative = posixpath.relpath(to_site_path(target), posixpath.dirname(site_path) or ".")
         return f"{found[1]}{relative}{mark}{anchor}{found[3]}"
 

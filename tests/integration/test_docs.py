@@ -278,9 +278,7 @@ def test_links_of_the_package_page_are_absolute(
 
 def test_the_study_in_the_docs_is_the_recipe() -> None:
     blocks = [
-        block
-        for block in read_blocks(ROOT / "docs" / "what-to-choose.md")
-        if block.language == "yaml"
+        block for block in read_blocks(ROOT / "docs" / "evaluating.md") if block.language == "yaml"
     ]
     (shown,) = (yaml.safe_load(block.text) for block in blocks)
     recipe = yaml.safe_load(STUDY.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Studies: the grid of runs, the page, failed runs and resuming.
 
-`PROGRAM` replaces the `vitcls` command; blocks of docs/what-to-choose.md run real studies.
+`PROGRAM` replaces the `vitcls` command; blocks of docs/evaluating.md run real studies.
 """
 
 import sys
