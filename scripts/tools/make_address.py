@@ -25,7 +25,7 @@ CLONE = re.compile(r"git clone \S+")
 NO_ADDRESS = "<address>"
 EXPLANATION = re.compile(rf"^# {NO_ADDRESS}.*\n", re.MULTILINE)
 # more follow if there is an address
-BADGES = re.compile(r"^(\[!\[License.*\]\(docs/installation\.md#requirements\)).*$", re.MULTILINE)
+BADGES = re.compile(r"^(\[!\[License.*\]\(docs/quickstart\.md#requirements\)).*$", re.MULTILINE)
 
 
 def write_address(text: str, address: str | None) -> str:
