@@ -169,10 +169,19 @@ def load_splits(
     label_space, labels = read_labels(
         tables, columns, dataset, options.label_separator, options.label_names
     )
+    labeled = {
+        split: drop_unlabeled_images(
+            LabeledImages(images[split], labels[split]), f"{dataset}, split {split!r}", columns
+        )
+        for split in tables
+    }
+    tables = {split: table.select(labeled[split].images.rows) for split, table in tables.items()}
     groups, fact = choose_groups(tables, dataset, options.group_column)
     if not groups:
         used = (column, FOLDER_COLUMN, *columns)
-        fact = find_unused_groups(tables, list(chain(*labels.values())), dataset, used)
+        fact = find_unused_groups(
+            tables, list(chain(*(part.labels for part in labeled.values()))), dataset, used
+        )
     if fact is not None:
         facts["groups"] = fact
     examples = [", ".join(map(repr, names[:3])) for names in label_space.columns.values()]
@@ -182,15 +191,8 @@ def load_splits(
             f"{label_space.description}, from {', '.join(map(repr, columns))}, such as "
             f"{'; '.join(examples)}"
         )
-    labeled = {
-        split: drop_unlabeled_images(
-            LabeledImages(images[split], labels[split], groups.get(split)),
-            f"{dataset}, split {split!r}",
-            columns,
-        )
-        for split in tables
-    }
-    return Splits(name, label_space, labeled, facts)
+    grouped = {split: replace(part, groups=groups.get(split)) for split, part in labeled.items()}
+    return Splits(name, label_space, grouped, facts)
 
 
 def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:

@@ -109,6 +109,7 @@ def run_frozen(
         predictions=predictions,
         seconds=frozen.record["seconds"],
         nearest_images=nearest_images,
+        num_unreadable=features.num_unreadable,
         trained_scenes=frozen.trained_scenes,
         in_trained_scenes=frozen.in_trained_scenes,
         missing_reason=explain_missing_result(images.scenes),

@@ -54,7 +54,7 @@ class Outcome:
         predictions: content of predictions.parquet, if the images have no several tasks.
         seconds: duration of the fit or of the steps.
         nearest_images: names of the nearest training images of each wrong prediction, by its index.
-        num_unreadable: number of training images that were replaced with others.
+        num_unreadable: number of training images that could not be read.
         trained_scenes: recognizes photos of the scenes that trained the model, if the encoder can.
         in_trained_scenes: names of the held-out photos that do.
         missing_reason: why nothing could measure the model.

@@ -87,8 +87,8 @@ def print_result(outcome: Outcome, plan: RunPlan, reporter: Reporter) -> None:
         )
     if outcome.num_unreadable:
         reporter.warn(
-            f"{outcome.num_unreadable} training image(s) could not be read and were replaced with "
-            "other images"
+            f"{outcome.num_unreadable:,} of {len(outcome.data.train):,} training images could not be "
+            "read, and did not train the model"
         )
     reporter.print_lines(
         {

@@ -118,6 +118,7 @@ def run_steps(
         nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
 
     seconds = loop.get_training_seconds()
+    num_unreadable = len(loop.unreadable_images.indices)
     return Outcome(
         data=data,
         measured=list_measurements(
@@ -127,12 +128,12 @@ def run_steps(
         ),
         metrics=metrics,
         split=data.held_out_name,
-        num_training_images=len(data.train),
+        num_training_images=len(data.train) - num_unreadable,
         calibration=None if calibration is None else calibration.build_record(),
         predictions=predictions,
         nearest_images=nearest_images,
         seconds=seconds,
-        num_unreadable=len(loop.unreadable_images.indices),
+        num_unreadable=num_unreadable,
         trained_scenes=trained_scenes,
         in_trained_scenes=start.get("in_trained_scenes", ()),
         results=build_step_results(loop, plan, data, start=start, saved_step=step, seconds=seconds),

@@ -230,7 +230,7 @@ def test_unreadable_images_are_named_and_skipped(
     assert results["num_unreadable_training_images"] + results["num_unreadable_images"] == 2
     assert "noon/3.png" in output
     assert "dusk/2.png" in output
-    assert f"WARNING: {results['num_unreadable_training_images']} training image" in output
+    assert f"{results['num_unreadable_training_images']} of 36 training images could not" in output
     monkeypatch.setattr("modeling_vitcls.data.images.MAX_UNREADABLE_IMAGES", 1)
     with pytest.raises(RunStopped, match=r"more than 1 images cannot be read"):
         train(tmp_path / "strict", folder, epochs=2, max_steps=None, held_out_fraction=0.05)

@@ -122,7 +122,9 @@ def test_a_class_without_readable_images_is_named_and_never_predicted(
     assert max(row["probability_3"] for row in rows) < 1e-12
 
 
-def test_a_damaged_photo_is_counted_whatever_task_is_last(sources: Path) -> None:
+def test_a_damaged_photo_is_counted_whatever_task_is_last(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No fold can measure the last task, which has one image of each class."""
     write_files(sources, "my photos/ants/damaged.png", content=b"no photo")
     photos = sorted((sources / "my photos").rglob("*.png"))
@@ -131,8 +133,9 @@ def test_a_damaged_photo_is_counted_whatever_task_is_last(sources: Path) -> None
     (sources / "tasks.csv").write_text("\n".join(["image,insect,place", *rows]))
     results = finetune(sources, "vit", "tasks.csv", "run", "--label-column", "insect", "place")
     assert results["tasks"]["insect"]["num_unreadable_images"] == 1
-    assert results["num_unreadable_images"] == 1
+    assert results["num_unreadable_images"] == results["num_unreadable_training_images"] == 1
     assert results["num_images"] == 24
+    assert "1 of 25 training images could not be read" in capsys.readouterr().out
 
 
 def test_a_run_of_two_tasks_gets_a_report(sources: Path) -> None:
