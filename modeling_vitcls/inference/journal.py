@@ -121,6 +121,7 @@ class Journal:
             ValueError: unless `overwrite`, if the rows are of another model or other settings, or
                 the table is not as `predict` has written it.
         """
+        settings |= {"list of columns": self.schema.names}  # Of another version of this package
         written = self.read_table_record()["digests"]
         if self.table.exists() and not overwrite and compute_file_digest(self.table) not in written:
             raise ValueError(
@@ -144,7 +145,7 @@ class Journal:
     def read_table_record(self) -> dict[str, Any]:
         """Read which tables were written: the digests of the last two, and the images left out."""
         file = self.folder / TABLE_FILE
-        return read_json(file) if file.exists() else {"digests": [], "left_out": []}
+        return {"digests": [], "left_out": []} | (read_json(file) if file.exists() else {})
 
     # Rows -------------------------------------------------------------------------------------
 
@@ -196,7 +197,7 @@ class Journal:
         left = [row for group in by_content.values() for row in group if row.file.path not in paths]
         missing = [index for index in range(len(files)) if index not in rows]
         missing.sort(key=lambda index: files[index] in failed)
-        return Known(rows, missing, [row.image for row in left if row.image is not None])
+        return Known(rows, missing, [row.image for row in left if row.image])
 
     def check_is_complete(self, known: Known) -> None:
         """Raise ValueError if the table has images that are not in the input."""
@@ -244,6 +245,7 @@ class Journal:
                 group = range(len(records))[start : start + ROWS_PER_GROUP]
                 rows = [places[index][0].slice(places[index][1], 1) for index in group]
                 table = pa.Table.from_batches(rows, self.schema).select(columns)
+                table = table.combine_chunks()  # A chunk for each row would take kilobytes
                 names = [
                     records[index].name if index in known.rows else name
                     for index, name in zip(group, table["image"].to_pylist(), strict=True)
