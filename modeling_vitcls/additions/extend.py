@@ -307,6 +307,8 @@ def build_result(metric: str, predictions: Predictions, num_folds: int = 0) -> d
         "num_right": int(is_right.sum()),
         "num_groups": num_groups,
         "num_folds": num_folds,
+        "per_class": predictions.metrics["per_class"],
+        "confusion_matrix": predictions.metrics.get("confusion_matrix"),
     }
 
 

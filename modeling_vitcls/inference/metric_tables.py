@@ -73,9 +73,9 @@ def build_class_row(
     for key in ("precision", "f1", "average_precision"):
         if key in row:
             cells[METRICS[key].title] = format_value(key, row[key], num_images)
-    if "confusion_matrix" in metrics:
+    if matrix := metrics.get("confusion_matrix"):
         index = metrics["per_class"].index(row)
-        mistakes = [*metrics["confusion_matrix"][index]]
+        mistakes = [*matrix[index]]
         mistakes[index] = 0
         most = max(mistakes)
         other = metrics["per_class"][mistakes.index(most)]["name"]

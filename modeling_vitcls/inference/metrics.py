@@ -122,8 +122,11 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
     predictions = logits.argmax(axis=1)
     is_right = predictions == labels
     num_right = int(is_right.sum())
-    counts = count_predictions(names, labels, predictions)
-    per_class = counts["per_class"]
+    counts = [
+        np.bincount(each, minlength=num_classes).tolist()
+        for each in (labels[is_right], predictions, labels)
+    ]
+    per_class = compute_class_metrics(names, counts)
 
     values: MetricValues = {
         "accuracy": float(is_right.mean()),
@@ -149,20 +152,8 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
         "num_images": num_images,
         "num_right": num_right,
         "accuracy_interval": compute_proportion_interval(num_right, num_images),
+        "per_class": per_class,
     }
-    return values | counts
-
-
-def count_predictions(
-    names: Sequence[str], labels: np.ndarray, predictions: np.ndarray
-) -> MetricValues:
-    """Count the predicted classes [N] of images: `per_class` and `confusion_matrix`, as above."""
-    num_classes = len(names)
-    counts = [
-        np.bincount(each, minlength=num_classes).tolist()
-        for each in (labels[labels == predictions], predictions, labels)
-    ]
-    values: MetricValues = {"per_class": compute_class_metrics(names, counts)}
     if num_classes <= MAX_MATRIX_CLASSES:
         pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
         values["confusion_matrix"] = pairs.reshape(num_classes, num_classes).tolist()

@@ -23,10 +23,11 @@ from ..data.labels import UNLABELED, LabelSpace
 from ..data.options import read_data_options
 from ..data.splits import load_run_data, load_undivided_images
 from ..evaluation.per_image import read_predictions
-from ..hub.model_files import REPORT_FILE, SAMPLE_IMAGES_FILE
+from ..hub.model_files import REPORT_FILE, SAMPLE_IMAGES_FILE, WRONG_PHOTOS_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
 from ..inference.metric_tables import build_class_tables
+from ..inference.metrics import MetricValues
 from ..inference.stated_result import Measurement, read_addition
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.progress import track
@@ -35,8 +36,8 @@ from .wrong_photos import (
     choose_photos,
     draw_pictures,
     find_photos,
-    measure_rows,
     summarize_predictions,
+    write_wrong_photos,
 )
 
 
@@ -84,6 +85,7 @@ def write_run_page(folder: ModelFolder) -> str | None:
     rows = read_predictions(folder)
     predictions = None
     if rows is not None:
+        write_wrong_photos(folder.path / WRONG_PHOTOS_FILE, rows)
         num_folds = results["frozen"]["num_folds"] if is_cross_validated else 0
         measured = Measurement("", "accuracy", results, num_folds)
         predictions = summarize_predictions(measured, results, rows)
@@ -96,6 +98,7 @@ def write_run_page(folder: ModelFolder) -> str | None:
         photos=find_photos(data.held_out, data.train, data.selection),
         rows=rows,
         predictions=predictions,
+        metrics=results,
         label_space=data.label_space,
     )
 
@@ -108,6 +111,7 @@ def write_addition_page(folder: ModelFolder) -> str:
     rows = read_predictions(folder)
     predictions = None
     if rows is not None:
+        write_wrong_photos(folder.path / WRONG_PHOTOS_FILE, rows)
         measured = read_addition(record, format_name_list(names, 5))
         predictions = summarize_predictions(measured, record, rows)
     return draw_page(
@@ -119,6 +123,7 @@ def write_addition_page(folder: ModelFolder) -> str:
         photos=find_photos(*data.images_by_split.values()),
         rows=rows,
         predictions=predictions,
+        metrics=record.get("result", {}),
     )
 
 
@@ -131,6 +136,7 @@ def draw_page(
     photos: Photos,
     rows: Any,
     predictions: dict[str, Any] | None,
+    metrics: MetricValues,
     label_space: LabelSpace = UNLABELED,
 ) -> str:
     """Measure a model with images, write both files, and return the faults.
@@ -140,14 +146,13 @@ def draw_page(
         names: of their labels.
         photos: all photos that the page may show.
         rows, predictions: of photos that did not train what predicted them, and their summary.
+        metrics: of the run or the addition, with those of each class.
         label_space: of the images, if the model has their labels.
     """
     processor = folder.load_processor()
     chosen: Any = []
     # Without one label per image, there are no wrong photos to show, but results per label.
-    class_tables = build_class_tables(folder.results) if label_space.columns else {}
     if predictions is not None:
-        class_tables = build_class_tables(measure_rows(rows))
         predictions |= draw_pictures(predictions, photos, names, processor.bit_depth)
         # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.
         if predictions["is_cross_validated"]:
@@ -181,7 +186,7 @@ def draw_page(
         shown,
         source=source,
         predictions=predictions,
-        class_tables=class_tables,
+        class_tables=build_class_tables(metrics),
     )
     sheet_file = folder.path / SAMPLE_IMAGES_FILE
     sheet_file.parent.mkdir(exist_ok=True)

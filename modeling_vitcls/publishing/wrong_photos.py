@@ -1,5 +1,6 @@
 """The wrong predictions of a run or an addition for its report, from predictions.parquet.
 
+    write_wrong_photos(file, rows)                              all of them, as a table
     summary = summarize_predictions(measured, results, rows)    headline, counts, calibration, and the
                                                                 wrong images with the largest losses
     draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with the images
@@ -9,17 +10,20 @@ These results exist only for classifiers with one label per image. `read_predict
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
 from ..frozen.border import describe_border
-from ..inference.metrics import MetricValues, count_predictions
+from ..inference.outputs import write_csv
 from ..inference.stated_result import Measurement, describe_classes
+from ..runtime.files import write_atomically
 
 
 MAX_WRONG_IMAGES = 60
@@ -88,13 +92,17 @@ def summarize_predictions(
     }
 
 
-def measure_rows(rows: Any) -> MetricValues:
-    """Count the predictions of each class, as an evaluation does."""
-    names = sorted({*rows["label"], *rows["prediction"]})
-    labels, predictions = (
-        pd.Categorical(rows[column], names).codes.astype(int) for column in ("label", "prediction")
+def write_wrong_photos(file: Path, rows: Any) -> None:
+    """Write all wrong photos of the rows of `read_predictions` as CSV, the largest loss first."""
+    wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
+    table = wrong[["image", "label", "prediction"]].assign(
+        label_probability=np.exp(-wrong["loss"]), prediction_probability=wrong["confidence"]
     )
-    return count_predictions(names, labels, predictions)
+    if "nearest_images" in wrong:
+        table["nearest_image"] = wrong["nearest_images"].str[0]
+    columns = pa.Table.from_pandas(table, preserve_index=False)
+    with write_atomically(file) as temporary_file:
+        write_csv([columns], columns.schema, temporary_file)
 
 
 def draw_wrong_photos(

@@ -10,25 +10,25 @@ from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from playwright.sync_api import Browser, Page
-from sklearn.metrics import confusion_matrix
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.evaluation.per_image import read_predictions
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.metric_tables import build_class_tables
+from modeling_vitcls.inference.metrics import measure_one_label
 from modeling_vitcls.inference.stated_result import Measurement
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (
     draw_wrong_photos,
     find_photos,
-    measure_rows,
     summarize_predictions,
 )
 from modeling_vitcls.runtime.files import read_json
 
 
 NAMES = ["dusk", "noon", "x"]
+WRONG = {"pants and trousers, predicted as skirt", "x, predicted as skirt"}
 MEASURED = Measurement("", "accuracy", {"accuracy": 0.8, "num_images": 400})
 
 
@@ -121,8 +121,9 @@ def test_predictions_before_the_weights_were_replaced_are_not_read(folder: Path)
 @pytest.fixture(scope="module")
 def report(module_path: Path) -> Path:
     """Write the report of a cross-validated run with names of 60 characters; every second photo is wrong."""
+    kinds = ["pants and trousers", "skirt", "x"]
     names = []
-    for kind in ("pants and trousers", "skirt", "x"):
+    for kind in kinds:
         for number in range(8):
             stem = f"WhatsApp Image 2026-05-12 at 14.30.{number:02}"
             names.append(f"{kind}/{stem:_<55}.jpeg")
@@ -130,12 +131,13 @@ def report(module_path: Path) -> Path:
             left = 20 * len(names)
             photo = photograph("china.jpg").crop((left, 0, left + 80, 60))
             photo.save(module_path / "photos" / names[-1])
+    labels = np.repeat([0, 1, 2], 8)
+    predictions = np.where(np.arange(24) % 2, 1, labels)
     run = write_run_folder(
         module_path / "run",
         {
             "split": "cross-validation",
-            "accuracy": 0.5,
-            "num_images": len(names),
+            **measure_one_label(kinds, np.eye(3)[predictions], labels),
             "learning_curve": {
                 "num_images": [16, 32, 48, 64],
                 "accuracy": [0.59, 0.66, 0.76, 0.79],
@@ -151,13 +153,12 @@ def report(module_path: Path) -> Path:
         },
         {"dataset": str(module_path / "photos"), "held_out_fraction": 0},
     )
-    labels = [Path(name).parent.name for name in names]
     rows = {
         "image": names,
-        "label": labels,
-        "prediction": ["skirt" if index % 2 else label for index, label in enumerate(labels)],
+        "label": [kinds[label] for label in labels],
+        "prediction": [kinds[prediction] for prediction in predictions],
         "probabilities": [[0.1, 0.9, 0.0]] * len(names),
-        "loss": [2.3] * len(names),
+        "loss": [-np.log(0.1)] * len(names),
         "nearest_images": [names[:3]] * len(names),
     }
     write_predictions(run, pd.DataFrame(rows))
@@ -200,7 +201,7 @@ def test_the_page_says_what_to_check_and_how_each_class_did(page: Page) -> None:
     wrong = page.locator("#wrong")
     assert "First check whether each photo is in the right folder" in wrong.inner_text()
     alternatives = wrong.locator("figure > img").evaluate_all("all => all.map(each => each.alt)")
-    assert set(alternatives) == {"pants and trousers, predicted as skirt", "x, predicted as skirt"}
+    assert set(alternatives) == WRONG
     rows = page.locator("table").first.locator("tbody tr").all_inner_texts()
     assert [row.split("\t") for row in rows] == [
         ["pants and trousers", "4 of 8", "100%", "67%", "skirt (4)"],
@@ -242,16 +243,20 @@ def test_the_model_that_knows_a_photo_does_not_explain_a_mistake_about_it(page: 
     assert "outlier norms" not in page.locator("main").inner_text()
 
 
-def test_rows_are_counted_like_an_evaluation(folder: Path) -> None:
-    rows = read_predictions(ModelFolder(folder))
-    expected = confusion_matrix(rows["label"], rows["prediction"], labels=NAMES)
-    assert measure_rows(rows)["confusion_matrix"] == expected.tolist()
+def test_all_wrong_photos_are_in_a_table(report: Path) -> None:
+    table = pd.read_csv(report.with_name("wrong_photos.csv"))
+    assert table["image"].str.startswith(tuple(table["label"])).all()
+    assert set(table["label"] + ", predicted as " + table["prediction"]) == WRONG
+    assert table["label_probability"].tolist() == pytest.approx([0.1] * 8)
+    assert table["prediction_probability"].tolist() == [0.9] * 8
+    assert table["nearest_image"].str.startswith("pants").all()
 
 
 def test_of_200_classes_those_with_most_wrong_predictions_are_listed() -> None:
     names = [f"class {index:03}" for index in range(200)]
-    rows = pd.DataFrame({"label": names * 2, "prediction": names + names[:150] + names[:50]})
-    (table,) = build_class_tables(measure_rows(rows)).values()
+    predictions = np.r_[:200, :150, :50]
+    metrics = measure_one_label(names, np.eye(200)[predictions], np.r_[:200, :200])
+    (table,) = build_class_tables(metrics).values()
     assert [row["Class"] for row in table] == names[150:180]
     assert {row["Right"] for row in table} == {"1 of 2"}
     assert table[0]["Most often taken for"] == "class 000 (1)"
