@@ -125,7 +125,7 @@ def train(asked: FinetuneOptions) -> Path:
         save_output(folder, inputs, outcome, results)
         # After the folder is whole, because --resume needs the checkpoints until then.
         run_on_main(clean_up)
-        print_result(outcome, plan, reporter)
+        print_result(inputs.model.config, outcome, plan, reporter)
 
         end_processes(accelerator)
         return folder

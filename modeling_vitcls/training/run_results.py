@@ -7,8 +7,10 @@ from accelerate.state import AcceleratorState
 from ..evaluation.evaluator import count_in_trained_scenes, describe_in_trained_scenes
 from ..inference.metrics import METRICS, get_task_metrics
 from ..inference.stated_result import Measurement, describe_classes
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.system import describe_device, get_versions
 from .defaults import FINE_TUNING_EPOCHS
+from .options import FinetuneOptions
 from .outcome import Outcome
 from .plan import RunPlan
 from .reporter import Reporter
@@ -76,8 +78,8 @@ MIN_OPEN_GATE = 0.1  # With gates below it, tokens change nothing that could be 
 # Printed lines ------------------------------------------------------------------------------------
 
 
-def print_result(outcome: Outcome, plan: RunPlan, reporter: Reporter) -> None:
-    """Print the last lines of the run."""
+def print_result(config: ViTCLSConfig, outcome: Outcome, plan: RunPlan, reporter: Reporter) -> None:
+    """Print the last lines of the run, whose model has this configuration."""
     options = plan.options
     steps_text = None
     if plan.kind == "frozen" and options.trainable == "full":
@@ -95,6 +97,7 @@ def print_result(outcome: Outcome, plan: RunPlan, reporter: Reporter) -> None:
             "result": describe_result(outcome) + describe_start(outcome, options.model),
             "scenes": describe_in_trained_scenes(find_in_trained_scenes(outcome)),
             "gates": describe_gates(outcome.results.get("gates")),
+            "unread": describe_unread_tokens(config, options),
             "classes": describe_classes(outcome.metrics, outcome.data.train.class_ratio),
             "steps": steps_text,
             "saved": str(options.output_dir),
@@ -166,4 +169,27 @@ def describe_gates(gates: dict[str, float] | None) -> str | None:
     return (
         f"{text}, so the result is nearly as without these tokens. Set more epochs, a higher second value of "
         "`learning_rate`, or `gate_new_tokens=False`"
+    )
+
+
+def describe_unread_tokens(config: ViTCLSConfig, options: FinetuneOptions) -> str | None:
+    """Say how many of the CLS tokens that a person asked for the classifier reads; None if all.
+
+    The result says nothing about reading the others.
+    """
+    number = config.num_cls_tokens
+    if "num_cls_tokens" not in options.get_config_values() or config.tasks:
+        return None
+    num_read = number
+    if config.pooling in ("cls", "cls_mean"):
+        num_read = (
+            1 if config.cls_pooling == "first" else len(config.pooled_cls_tokens or range(number))
+        )
+    elif config.pooling != "attention" or config.attention_pool_tokens == "patches":
+        num_read = 0
+    if num_read == number:
+        return None
+    return (
+        f"the classifier reads {num_read} of the {number} CLS tokens, and the others act as registers. "
+        "Set `pooling='cls'` and `model_config={'cls_pooling': 'concat'}` to read all"
     )

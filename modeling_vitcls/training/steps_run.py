@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import closing
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images
 from ..data.workers import explain_worker_errors
-from ..evaluation.evaluator import Evaluator, build_predictions
+from ..evaluation.evaluator import Evaluator, Predictions, build_predictions
 from ..frozen.encoder import (
     EncodedImages,
     describe_frozen,
@@ -23,8 +24,10 @@ from ..frozen.encoder import (
     warn_about_unreadable_classes,
 )
 from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
+from ..inference.intervals import compute_bootstrap_interval
 from ..inference.metrics import compute_mean, get_task_metrics
-from ..inference.token_names import read_gates
+from ..inference.token_names import SINGLE_TOKEN_NAMES, read_gates
+from ..model.attention_masks_vitcls import list_gated_tokens
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
 from .calibration import calibrate
@@ -110,6 +113,13 @@ def run_steps(
     elif step != loop.state.step or plan.averaging or data.selection is not None or has_excluded:
         metrics = held_out(model)
     reshard(model)
+    tokens, tokens_text = {}, None
+    if (
+        "vitcls.gates.gates" in plan.new_tokens
+        and len(data.held_out)
+        and not inputs.model.config.tasks
+    ):
+        tokens, tokens_text = measure_tokens(inputs.model, model, held_out, predictions, plan)
     # After the measurement, which a distance to the classes would only slow down.
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
         trained_scenes = store_statistics(inputs, data)
@@ -136,10 +146,12 @@ def run_steps(
         num_unreadable=num_unreadable,
         trained_scenes=trained_scenes,
         in_trained_scenes=start.get("in_trained_scenes", ()),
-        results=build_step_results(loop, plan, data, start=start, saved_step=step, seconds=seconds),
+        results=build_step_results(loop, plan, data, start=start, saved_step=step, seconds=seconds)
+        | tokens,
         lines={
             "heads": heads_text,
             "calibration": None if calibration is None else calibration.text,
+            "without": tokens_text,
         },
     )
 
@@ -178,6 +190,65 @@ def build_step_results(
     if plan.averaging:
         results["average_with_start"] = plan.averaging
     return results
+
+
+@torch.no_grad()
+def measure_tokens(
+    model: Any,
+    prepared_model: nn.Module,
+    held_out: Evaluator,
+    predictions: Predictions | None,
+    plan: RunPlan,
+) -> tuple[dict[str, Any], str]:
+    """Measure what the new tokens of each group are worth: the same images with their gates closed.
+
+    An open gate is no evidence: noise at the rate of new tokens opens gates, too.
+
+    Args:
+        model, prepared_model: the trained model, and the same as Accelerate prepared it.
+        held_out: images that did not train it.
+        predictions: of these images, if there are any already.
+        plan: of the run.
+
+    Returns:
+        The field "tokens" of results.json, and a line for each group.
+    """
+    groups = [group for group, _ in list_gated_tokens(model.config)]
+    are_new = plan.new_tokens["vitcls.gates.gates"]
+    predictions = predictions or held_out.predict(prepared_model)
+    reshard(prepared_model)
+    gates = model.vitcls.gates.gates
+    trained = gates.clone()
+    record = {}
+    lines = []
+    for group in dict.fromkeys(compress(groups, are_new)):
+        is_kept = [
+            not is_new or each != group for each, is_new in zip(groups, are_new, strict=True)
+        ]
+        gates.mul_(distribute_like(torch.tensor(is_kept, dtype=gates.dtype), gates.dtype, gates))
+        without = held_out.predict(prepared_model)
+        reshard(prepared_model)
+        gates.copy_(trained)
+
+        is_right, is_right_without = (
+            ~np.isin(each.outputs.indices, each.list_wrong()) for each in (predictions, without)
+        )
+        number = len(is_right)
+        loss, loss_without = (each.metrics["loss"] for each in (predictions, without))
+        record[group] = {
+            "num_images": number,
+            "accuracy": float(is_right.mean()),
+            "accuracy_without": float(is_right_without.mean()),
+            "loss": loss,
+            "loss_without": loss_without,
+        }
+        low, high = compute_bootstrap_interval(is_right.astype(float) - is_right_without)
+        lines.append(
+            f"the new {SINGLE_TOKEN_NAMES[group]} tokens: {is_right_without.sum()} of {number} right, "
+            f"with them {is_right.sum()} ({round(100 * low):+d} to {round(100 * high):+d} points); log loss "
+            f"{loss_without:.3f}, with them {loss:.3f}"
+        )
+    return {"tokens": record}, "\n".join(lines)
 
 
 @torch.no_grad()

@@ -1,16 +1,18 @@
 """Steps from trained weights end at the mean of the start and the end."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import build_tiny_config, randomize, save_with_processor
 from helpers.tiny_options import build_tiny_options, forget_end, run_to_folder
 from safetensors.torch import load_file
 
-from modeling_vitcls import ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, evaluate
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.run_results import describe_gates
 
@@ -72,7 +74,7 @@ def test_an_interrupted_run_ends_at_the_same_mean_to_the_bit(encoder: Path, tmp_
 
 
 def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_averaged(
-    encoder: Path, tmp_path: Path
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of a closed gate is lost in a mean, and the rate of the weights would not open it."""
     flags: dict[str, Any] = {
@@ -94,6 +96,7 @@ def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_average
     assert torch.equal(mean["embeddings.cls_token"][:, :1], start["embeddings.cls_token"])
     weight = "layers.0.mlp.fc1.weight"
     torch.testing.assert_close(mean[weight], (start[weight] + last[weight]) / 2)
+    assert "of the 2 CLS tokens, and the others act as registers" in capsys.readouterr().out
 
 
 def test_without_gates_new_tokens_act_from_the_first_step(encoder: Path, tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_without_gates_new_tokens_act_from_the_first_step(encoder: Path, tmp_pat
     assert "gates.gates" not in saved
 
 
-def test_the_default_rate_opens_the_gates_of_prompts(
+def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_are_worth(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = {"num_register_tokens": 8, "trainable": "tokens", "learning_rate": None}
@@ -115,6 +118,20 @@ def test_the_default_rate_opens_the_gates_of_prompts(
     torch.testing.assert_close(torch.tensor([*found.values()]), gates, atol=1e-4, rtol=0)
 
     printed = capsys.readouterr().out
+    results = read_json(folder / "results.json")
+    found = results["tokens"]["registers"]
+    assert found["loss"] == results["loss"]
+    assert f"with them {results['num_right']} (" in printed
+    # The same images, with the same model without these tokens
+    without = shutil.copytree(folder, tmp_path / "without")
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    model.adapt(num_register_tokens=0).save_pretrained(without)
+    reset_accelerate()
+    measured = evaluate(without, "digits")
+    assert found["num_images"] == measured["num_images"]
+    assert found["accuracy_without"] == pytest.approx(measured["accuracy"], abs=1e-6)
+    assert found["loss_without"] == pytest.approx(measured["loss"], abs=1e-5)
+    assert found["loss_without"] != pytest.approx(found["loss"], abs=1e-4)
     assert "new tokens and gates: 0.01" in printed
     assert f"gates     {gates.min():.2f} to {gates.max():.2f}" in printed
     assert "gate_new_tokens" not in printed
