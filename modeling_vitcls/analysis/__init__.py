@@ -5,7 +5,7 @@ photo -> sheet -> page; many images -> effects, faults -> page
 options.py              flags of `vitcls inspect` and `vitcls look`
 token_use.py            which tokens the outputs of a model read, and in how many layers
 maps.py                 attention to patches as maps, and as pictures over the photo
-attention.py            attention of every layer
+attention.py            attention of the special tokens in every layer
 removal.py              what the score of a label loses without each part of a photo
 ablation.py             effects of tokens on the outputs for many images, with null distributions
 faults.py               identical tokens, tokens that did not move, patches with outlier norms

@@ -131,21 +131,18 @@ def measure_photo(
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     heads = get_heads(config) if use.has_head else config.get_added_tasks()
-    trace = trace_attention(model, pixel_values)
+    outputs, attention = trace_attention(model, pixel_values)
 
     # [L, N, D]
-    states = torch.stack(
-        [state[0].detach().float().cpu() for state in trace.outputs.hidden_states[1:]]
-    )
+    states = torch.stack([state[0].detach().float().cpu() for state in outputs.hidden_states[1:]])
     if not states.isfinite().all():
         raise ValueError(
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
-    predictions, attributions = predict_photo(model, pixel_values, trace.outputs, heads)
-    distance = getattr(trace.outputs, "distance", None)
+    predictions, attributions = predict_photo(model, pixel_values, outputs, heads)
+    distance = getattr(outputs, "distance", None)
     threshold = config.distance_threshold
     is_unknown = distance is not None and threshold is not None and distance.item() > threshold
-    attention = trace.compute_attention()[0].float().cpu()  # [L, H, S, N]
 
     # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
     *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
@@ -156,7 +153,7 @@ def measure_photo(
 
     input_size = tuple(pixel_values.shape[-2:])
     features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
-    maps = extract_patch_maps(attention, config, input_size)
+    maps = extract_patch_maps(attention[0].cpu(), config, input_size)
     added_heads = config.get_extra_heads().values()
     is_read_by_added = any("cls" in str(head.pooling) for head in added_heads)
     are_read = [

@@ -272,17 +272,16 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-# Function that receives query, key, value, mask, scaling and attention output; see
-# `ViTCLSAttention.recorder`.
-AttentionRecorder = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor], None]
+# Function that receives query, key, mask and scaling; see `ViTCLSAttention.recorder`.
+AttentionRecorder = Callable[[Tensor, Tensor, Any, float], None]
 
 
 class ViTCLSAttention(nn.Module):
     """Multi-head self-attention.
 
     Attributes:
-        recorder: function that every forward pass calls with the inputs and output of the attention
-            function. Set a recorder to read queries, keys and values. Default: None.
+        recorder: function that every forward pass calls with the queries and keys of the attention
+            function. Default: None.
     """
 
     # Number of attention maps that each head computes; 2 in differential attention
@@ -374,7 +373,7 @@ class ViTCLSAttention(nn.Module):
         attn_output, weights = attention_function(self, query, key, value, attention_mask, **kwargs)
         # Queries and keys are read here, after norms and rotation, as attention sees them.
         if self.recorder is not None:
-            self.recorder(query, key, value, attention_mask, self.scaling, attn_output)
+            self.recorder(query, key, attention_mask, self.scaling)
         return attn_output, weights
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -44,9 +44,7 @@ def compute_token_attention(
     layer_indices = list(all_layers) if layers == "all" else [all_layers[index] for index in layers]
     rows: dict[int, Tensor] = {}  # Layer -> [B, heads, special tokens, N]
 
-    def record(
-        layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, _: Any
-    ) -> None:
+    def record(layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
         # Special tokens come first. Complete maps of all layers may not fit into memory.
         query = query[:, :, : layout.num_prefix_tokens]
         rows[layer] = compute_attention_rows(query, key, mask, scaling)
@@ -63,7 +61,7 @@ def record_attention(
 ) -> Iterator[None]:
     """Call `record` in the attention of each of `layers` within the context.
 
-    The arguments are (layer, query, key, value, mask, scaling, attn_output).
+    The arguments are (layer, query, key, mask, scaling).
 
     The model that is passed runs eagerly within the context, also if `model.compile()` was called;
     compiled models of other threads stay compiled. The previous recorders are restored at the end.
