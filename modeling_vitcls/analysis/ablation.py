@@ -28,7 +28,6 @@ from ..inference.intervals import (
     Interval,
     compute_bootstrap_interval,
     compute_prediction_limit,
-    compute_proportion_interval,
 )
 from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -69,7 +68,6 @@ class Effect:
         interval: interval for `size`, from bootstrap samples of the images.
         num_images: number of images.
         changed: fraction of images whose prediction changes; None for features.
-        changed_interval: interval for `changed`.
         accuracies: of the model, and of the model without the token; None without labels.
         drop: interval for the decrease in accuracy; None without labels.
         null_sizes: sizes of the effects of hiding redrawn tokens; empty if a head reads the token,
@@ -80,7 +78,6 @@ class Effect:
     interval: Interval
     num_images: int
     changed: float | None = None
-    changed_interval: Interval | None = None
     accuracies: tuple[float, float] | None = None
     drop: Interval | None = None
     null_sizes: tuple[float, ...] = ()
@@ -96,23 +93,15 @@ class Effect:
         return max(compute_prediction_limit(self.null_sizes, NULL_LEVEL), MIN_CHANGE)
 
     @property
-    def is_measurable(self) -> bool:
-        """Whether the interval excludes no change.
-
-        Any change of a prediction counts, and a change of features above rounding errors.
-        """
-        if self.changed is None:
-            return self.interval[0] > MIN_CHANGE
-        return self.changed > 0 and self.size > MIN_CHANGE
-
-    @property
     def comparison(self) -> str:
         """How the effect compares with a random token's, for the table."""
         if self.num_images < MIN_IMAGES:
             return f"under {MIN_IMAGES} images"
         if self.drop is not None and self.drop[0] > 0:
             return "costs accuracy"
-        if not self.is_measurable:
+        # Of features, changes above rounding errors count; of predictions, any.
+        low = self.interval[0] if self.changed is None else self.size
+        if low <= MIN_CHANGE or self.changed == 0:
             return "no change"
         if self.limit is None:
             return "read by a head"
@@ -225,15 +214,11 @@ def compute_effect(
         return Effect(size, (low, high), len(before))
 
     predicted, new = (predict_labels(rows, target) for rows in (before, after))
-    is_changed = (predicted != new).any(dim=1)
-    num_changed = int(is_changed.sum())
-    changed_low, changed_high = compute_proportion_interval(num_changed, len(before))
     effect = Effect(
         size=size,
         interval=(low**0.5, high**0.5),
         num_images=len(before),
-        changed=is_changed.float().mean().item(),
-        changed_interval=(changed_low, changed_high),
+        changed=(predicted != new).any(dim=1).float().mean().item(),
     )
     if labels is None or not len(known := (labels != IGNORED_LABEL).all(dim=1).nonzero()[:, 0]):
         return effect
@@ -308,10 +293,8 @@ def redraw_tokens(
         new_states[:, list(indices)] = norms * directions.to(new_states)
         return new_states
 
-    handle: torch.utils.hooks.RemovableHandle = model.base_model.embeddings.register_forward_hook(
-        redraw
-    )
-    return handle
+    embeddings: nn.Module = model.base_model.embeddings
+    return embeddings.register_forward_hook(redraw)
 
 
 # Outputs ------------------------------------------------------------------------------------------

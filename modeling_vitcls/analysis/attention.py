@@ -24,16 +24,15 @@ def trace_attention(model: Any, pixel_values: torch.Tensor) -> tuple[Any, torch.
         float32. Each head has one map, or two with differential attention. In a model without CLS
         tokens, the mean over the patches comes first.
     """
-    config = model.config
-    layout = config.token_layout
+    layout = model.config.token_layout
+    num_rows = layout.num_prefix_tokens if model.config.num_cls_tokens else None
     layers: list[torch.Tensor] = []
 
     # Only one layer has full maps at a time: all of them may not fit into memory.
     def record(_: int, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float) -> None:
-        if config.num_cls_tokens:
-            query = query[:, :, : layout.num_prefix_tokens]
-        weights = compute_attention_rows(query.float(), key.float(), mask, scaling)
-        if not config.num_cls_tokens:
+        query = query[:, :, :num_rows].float()
+        weights = compute_attention_rows(query, key.float(), mask, scaling)
+        if num_rows is None:
             patches = weights[:, :, layout.patches].mean(dim=2, keepdim=True)
             weights = torch.cat([patches, weights[:, :, : layout.num_prefix_tokens]], dim=2)
         layers.append(weights)

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..inference.intervals import compute_proportion_interval
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .inspection import Inspection
@@ -73,8 +74,9 @@ def list_effects(inspection: Inspection) -> list[dict[str, str]]:
     rows = []
     for token, output, effect in inspection.effects:
         changed = without = "–"
-        if effect.changed is not None and effect.changed_interval is not None:
-            low, high = effect.changed_interval
+        if effect.changed is not None:
+            num_changed = round(effect.changed * effect.num_images)
+            low, high = compute_proportion_interval(num_changed, effect.num_images)
             changed = f"{effect.changed:.0%} ({low:.0%} to {high:.0%})"
         if effect.accuracies is not None and effect.drop is not None:
             low, high = effect.drop

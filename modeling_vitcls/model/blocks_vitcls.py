@@ -272,16 +272,12 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-# Function that receives query, key, mask and scaling; see `ViTCLSAttention.recorder`.
-AttentionRecorder = Callable[[Tensor, Tensor, Any, float], None]
-
-
 class ViTCLSAttention(nn.Module):
     """Multi-head self-attention.
 
     Attributes:
-        recorder: function that every forward pass calls with the queries and keys of the attention
-            function. Default: None.
+        recorder: function that every forward pass calls with query, key, mask and scaling. Default:
+            None.
     """
 
     # Number of attention maps that each head computes; 2 in differential attention
@@ -295,7 +291,7 @@ class ViTCLSAttention(nn.Module):
         self.scaling = self.qk_head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
-        self.recorder: AttentionRecorder | None = None
+        self.recorder: Callable[[Tensor, Tensor, Any, float], None] | None = None
         width = config.hidden_size
         inner_dim = config.num_attention_heads * config.head_dim
         query_bias, key_bias, value_bias = (

@@ -178,15 +178,12 @@ def describe_unread_tokens(config: ViTCLSConfig, options: FinetuneOptions) -> st
     The result says nothing about reading the others.
     """
     number = config.num_cls_tokens
-    if "num_cls_tokens" not in options.get_config_values() or config.tasks:
+    is_asked = "num_cls_tokens" in options.get_config_values()
+    if not is_asked or config.tasks or config.pooling == "attention":
         return None
-    num_read = number
+    num_read = 0
     if config.pooling in ("cls", "cls_mean"):
-        num_read = (
-            1 if config.cls_pooling == "first" else len(config.pooled_cls_tokens or range(number))
-        )
-    elif config.pooling != "attention" or config.attention_pool_tokens == "patches":
-        num_read = 0
+        num_read = 1 if config.cls_pooling == "first" else number
     if num_read == number:
         return None
     return (
