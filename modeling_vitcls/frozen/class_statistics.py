@@ -92,19 +92,16 @@ class ClassStatistics:
             mean = compute_means(values, labels, counts)
             residuals = values - mean[labels]
             if has_covariance:
-                covariance, own_covariance = compute_covariances(residuals, labels, counts)
+                precision = estimate_precision(residuals, labels, counts)
             else:
                 # The variance of each feature, not of all numbers: some features are far from 0 in every image.
-                covariance = np.eye(values.shape[1]) * (values.var(axis=0).mean() or 1.0)
-                # The noise of the means is what varies within the classes, of which pairs know a
-                # little. The total variance is mostly between the classes.
-                own_covariance = residuals.T @ residuals / max(counts[counts > 1].sum(), 1)
-            precision = linalg.inv(covariance)
+                precision = np.eye(values.shape[1]) / (values.var(axis=0).mean() or 1.0)
             means.append(mean)
-            # The inverse is symmetric up to rounding only, and a distance must not depend on the
-            # direction.
-            precisions.append((precision + precision.T) / 2)
-            sizes.append(float((precision * own_covariance).sum()))
+            precisions.append(precision)
+            # The noise of the means is what varies within the classes, of which pairs know a little.
+            # The total variance is mostly between the classes.
+            own = np.einsum("nd,nd->", residuals @ precision, residuals)
+            sizes.append(float(own / max(counts[counts > 1].sum(), 1)))
         return cls(
             tokens=tuple(features),
             means=tuple(means),
@@ -337,22 +334,20 @@ def build_label_scores(
     for values in features.values():
         values = values.astype(np.float64)
         center = values.mean(axis=0)
-        covariance, _ = compute_covariances(
+        precision = estimate_precision(
             values - center, np.zeros(num_images, np.int64), np.array([num_images])
         )
-        differences = (shares.T @ values) * is_known
-        weight = linalg.solve(covariance, differences.T, assume_a="pos").T
+        weight = (shares.T @ values) * is_known @ precision
         weights.append(weight)
         biases.append(-weight @ center)
     return np.concatenate(weights, axis=1) / len(weights), np.mean(biases, axis=0)
 
 
-def compute_covariances(
-    residuals: np.ndarray, labels: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate the covariance [D, D] within the classes, with and without shrinkage.
+def estimate_precision(residuals: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Estimate the inverse [D, D] of the covariance within the classes; it is symmetric to the bit.
 
-    Each class is shrunk towards the variances of its own features, and weighted by its images.
+    In the covariance, each class is shrunk towards the variances of its own features, and weighted by its
+    images.
 
     Args:
         residuals: [N, D] differences of the features from the mean of their class.
@@ -370,16 +365,23 @@ def compute_covariances(
         shrinkage, mean_variance = estimate_shrinkage(residuals[rows] / np.sqrt(variances))
         weights[rows] = 1 - shrinkage
         target += counts[label] * shrinkage * mean_variance * variances
-    own_covariance = residuals.T @ residuals / num_images
-    weighted = residuals * np.sqrt(weights)[:, None]
-    covariance = (weighted.T @ weighted + np.diag(target)) / num_images
+    weighted = residuals * np.sqrt(weights / num_images)[:, None]
+    diagonal = target / num_images
     # A feature that hardly varies would decide everything by its rounding errors, and with images of
     # one color none of them varies.
-    variances = np.diagonal(covariance)
+    variances = (weighted**2).sum(axis=0) + diagonal
     # The median, because one feature on another scale would dominate a mean
     floor = MIN_RELATIVE_VARIANCE * (np.median(variances) or 1.0)
-    covariance[np.diag_indices(width)] = np.maximum(variances, floor)
-    return covariance, own_covariance
+    diagonal += np.maximum(floor - variances, 0)
+    if 2 * len(residuals) < width and diagonal.min() > MIN_RELATIVE_VARIANCE * diagonal.max():
+        # With few images, what they add to the inverse of the diagonal takes less time (Woodbury).
+        scaled = weighted / diagonal
+        root = linalg.cholesky(np.eye(len(residuals)) + scaled @ weighted.T, lower=True)
+        part = linalg.solve_triangular(root, scaled, lower=True)
+        return np.diag(1 / diagonal) - part.T @ part  # type: ignore[no-any-return]
+    precision = linalg.inv(weighted.T @ weighted + np.diag(diagonal))
+    # A distance must not depend on the direction, to the last bit.
+    return (precision + precision.T) / 2  # type: ignore[no-any-return]
 
 
 def estimate_shrinkage(values: np.ndarray) -> tuple[float, float]:

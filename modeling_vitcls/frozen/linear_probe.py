@@ -426,9 +426,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         fewer_temperature = None
         if self.num_folds_ == NUM_FOLDS_OF_FEW:
-            fewer = self.cross_validate(
-                features, labels, [self.candidate_], split_folds(labels, groups, NUM_FOLDS)
-            )
+            read = {token: features[token] for token in chain(*self.candidate_.heads)}
+            folds = split_folds(labels, groups, NUM_FOLDS)
+            fewer = self.cross_validate(read, labels, [self.candidate_], folds)
             logits = fewer.logits[self.candidate_]
             score = Score.of(self.candidate_, logits, labels, self.weigh(labels))
             fewer_temperature = score.temperature
