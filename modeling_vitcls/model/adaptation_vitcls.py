@@ -144,6 +144,16 @@ class AdaptableModel(PreTrainedModel):
 
         gated_tokens = get_gated_tokens(self.config, changes, gate_new_tokens)
         config = replace_fields(self.config, changes | {"gated_tokens": gated_tokens})
+        pools_all = config.pooling == "attention" and config.attention_pool_tokens == "all"
+        if (
+            gate_new_tokens
+            and pools_all
+            and sum(config.token_counts) > sum(self.config.token_counts)
+        ):
+            raise ValueError(
+                '`attention_pool_tokens="all"` would read new tokens, although their gates are closed. '
+                "Set `gate_new_tokens=False` if the logits may change"
+            )
         ignore_unready_parts(self.config, config, count_closed_gates(self))
 
         model = self.new_like(config)
@@ -304,12 +314,19 @@ def ignore_unready_parts(
         )
 
     num_old = old_config.num_cls_tokens
-    reads_new_tokens = config.num_cls_tokens > num_old and config.pooled_cls_tokens is None
-    # Twins leave a mean as it is, if each token has equally many.
-    has_unequal_twins = num_old and (config.num_cls_tokens % num_old or config.cls_scopes)
-    if reads_new_tokens and config.cls_pooling == "mean" and has_unequal_twins:
+    reads_new_tokens = config.num_cls_tokens > num_old > 0 and config.pooled_cls_tokens is None
+    # Twins leave a mean as it is, if each token has equally many; the classifier ignores what is
+    # concatenated, but a norm or a linear layer before it mixes all.
+    are_mixed = {
+        "first": False,
+        "mean": config.num_cls_tokens % max(num_old, 1) or config.cls_scopes,
+        "concat": config.pooled_norm or config.pooled_activation,
+    }
+    if reads_new_tokens and are_mixed[config.cls_pooling]:
         config.pooled_cls_tokens = list(range(num_old))
-        logger.warning(f"pooled_cls_tokens: {config.pooled_cls_tokens}, so the mean stays the same")
+        logger.warning(
+            f"pooled_cls_tokens: {config.pooled_cls_tokens}, so the logits stay the same"
+        )
 
     if config.class_statistics and not keeps_features(old_config, config, closed_gates):
         config.class_statistics = config.distance_threshold = None
@@ -382,6 +399,7 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
         weight, note = adapt_weight(context)
         if name in frozen_names and weight is not initial_value:
             parameters[name].requires_grad_(False)
+            note = note and f"{note}; frozen, as before"
         initial_value.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")

@@ -156,6 +156,7 @@ ADAPTABLE_FIELDS = (
     "cls_scopes",
     "gated_tokens",
     "extra_heads",
+    "token_init",
 )
 
 # Attention implementations that config.json may name. In transformers, other values may name a

@@ -201,6 +201,15 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
     }
 
 
+def test_new_tokens_of_a_frozen_group_are_frozen_and_a_line_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build_random(ViTCLSForImageClassification, num_register_tokens=2).requires_grad_(False)
+    changed = model.adapt(num_register_tokens=4)
+    assert not changed.vitcls.embeddings.register_tokens.requires_grad
+    assert "register_tokens: 2 kept, 0 dropped, 2 added; frozen, as before" in caplog.text
+
+
 # Tokens
 
 
@@ -292,7 +301,19 @@ def test_a_configuration_object_adapts_the_model_and_is_not_changed(
     assert config.to_dict() == before
 
 
-def test_impossible_changes_are_errors(tmp_path: Path) -> None:
+def test_impossible_changes_are_errors_with_a_remedy_that_works(tmp_path: Path) -> None:
+    zeros = build_random(ViTCLSModel, token_init="zeros", num_register_tokens=1)
+    with raises_one_line('token_init="trunc_normal"'):
+        zeros.adapt(num_register_tokens=4)
+    tokens = zeros.adapt(
+        num_register_tokens=4, token_init="trunc_normal"
+    ).embeddings.register_tokens
+    assert (tokens[:, 1:].std(dim=1) > 0).all()
+    pooled = build_random(ViTCLSModel, pooling="attention", attention_pool_tokens="all")
+    with raises_one_line("gate_new_tokens=False"):
+        pooled.adapt(num_register_tokens=4)
+    assert pooled.adapt(num_register_tokens=4, gate_new_tokens=False).gates is None
+
     model = build_random(ViTCLSModel, tasks={"age": 2})
     model.save_pretrained(tmp_path)
     load = partial(ViTCLSModel.from_pretrained, tmp_path)
@@ -403,6 +424,8 @@ CLASSIFIERS = {
     "second CLS": {"cls_pooling": "mean", "num_cls_tokens": 2, "pooled_cls_tokens": [1]},
     "concatenated": {"cls_pooling": "concat", "num_cls_tokens": 2, "pooled_layers": [-2, -1]},
     "concatenated and patches": {"cls_pooling": "concat", "pooling": "cls_mean"},
+    "concatenated and normed": {"cls_pooling": "concat", "pooled_norm": True},
+    "concatenated with an activation": {"cls_pooling": "concat", "pooled_activation": "tanh"},
     "positions of all tokens": {"position_embedding_tokens": "all"},
     "MLP head": {"head_type": "mlp"},
     "two heads": {"num_distillation_tokens": 1},
