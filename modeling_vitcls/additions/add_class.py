@@ -24,8 +24,9 @@ from ..frozen.heads import find_nearest_images
 from ..frozen.linear_probe import Folds, describe_layers, split_folds, stack_tokens
 from ..hub.local_paths import strip_folders
 from ..runtime.errors import format_name_list, warn_on_first_process
-from .extend import Addition, OldModel, append_head, build_result, check_has_one_label
+from .extend import Addition, OldModel, append_head, check_has_one_label
 from .options import AddClassOptions
+from .records import build_result
 
 
 def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
@@ -53,11 +54,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
 
     features = old.compute_features(images, label_space, has_logits=True)
     names = label_space.names
-    missing = np.setdiff1d(np.arange(len(names)), features.labels)
-    if len(missing):
-        raise ValueError(
-            f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
-        )
+    check_has_images(names, features.labels)
     features, scenes, scenes_record = old.keep_scenes_together(images, features, label_space)
     trained_scenes = dict(old.trained_scenes)
     if "" in trained_scenes:
@@ -109,12 +106,26 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         rows = build_rows(predictions, find_nearest_images(wrong, features, statistics.tokens))
         if threshold is not None:
             record["num_unknown"] = int((distances[measured] > threshold).sum())
-        if unmeasured := sorted(set(features.labels) - set(features.labels[measured])):
-            warn_on_first_process(
-                f"no result measures {format_name_list([names[label] for label in unmeasured])}, "
-                "because the class has one image or one group. Add images"
-            )
+        warn_about_unmeasured(names, features.labels, features.labels[measured])
     return Addition(extended, record, {"train": images}, trained_scenes, rows)
+
+
+def check_has_images(names: list[str], labels: np.ndarray) -> None:
+    """Raise ValueError if a class has no image, given the labels of the readable ones."""
+    missing = np.setdiff1d(np.arange(len(names)), labels)
+    if len(missing):
+        raise ValueError(
+            f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
+        )
+
+
+def warn_about_unmeasured(names: list[str], labels: np.ndarray, measured: np.ndarray) -> None:
+    """Name the classes of images [N] of which none was left out."""
+    if unmeasured := np.setdiff1d(labels, measured).tolist():
+        warn_on_first_process(
+            f"no result measures {format_name_list([names[label] for label in unmeasured])}, "
+            "because the class has one image or one group. Add images"
+        )
 
 
 def load_new_images(

@@ -6,19 +6,23 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..data.splits import divide_images, load_undivided_images
+from ..data.sources import Splits
+from ..data.splits import TrainingData, divide_images, load_undivided_images
 from ..data.splits_table import list_encoder_rows
 from ..evaluation.evaluator import Predictions, build_predictions, count_in_trained_scenes
 from ..evaluation.per_image import build_rows
+from ..frozen.features import Features
 from ..frozen.heads import FrozenHead
 from ..frozen.linear_probe import LinearProbe, describe_candidate, stack_tokens
+from ..frozen.scenes import TrainedScenes
 from ..hub.local_paths import strip_folders
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
 from ..runtime.errors import warn_on_first_process
-from .extend import Addition, OldModel, append_head, build_result, check_has_one_label
+from .extend import Addition, OldModel, append_head, check_has_one_label
 from .options import AddTaskOptions
+from .records import build_result
 
 
 def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
@@ -34,21 +38,10 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     train: Any = images.train.draw(options.max_images)
     features = old.compute_features(train, label_space)
     features, scenes, scenes_record = old.keep_scenes_together(train, features, label_space)
-
-    # Divided when the scenes are known: each of them is on one side
-    groups = train.groups.copy()
-    groups[features.indices] = features.groups
     split, *_ = images.images_by_split
     images = replace(images, images_by_split={**images.images_by_split, split: train})
-    data = divide_images(images, options.held_out_fraction or 0.0, groups=groups)
-    held_out: Any = None
-    if data.held_out_split is not None:
-        held_out = old.compute_features(data.held_out, label_space)
-    elif len(data.held_out):
-        is_held_out = np.isin(features.indices, data.held_out_indices)
-        held_out = features.take(is_held_out)
-        features = features.take(~is_held_out)
-        scenes = replace(scenes, codes=scenes.codes[~is_held_out])
+    data, features, held_out = divide(old, images, features, options.held_out_fraction or 0.0)
+    scenes = TrainedScenes.of(features, scenes.max_distance)  # Without those that were held out
 
     # A classifier on CLS does not compute the patches of the last layer. A head on them would
     # compute this layer again for all tokens: about 8% of a forward pass instead of 2%.
@@ -97,6 +90,26 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     parts = {"train": data.train, "test": data.held_out}
     trained_scenes = {**old.trained_scenes, options.name: scenes}
     return Addition(extended, record, parts, trained_scenes, rows)
+
+
+def divide(
+    old: OldModel, images: Splits, features: Features, held_out_fraction: float
+) -> tuple[TrainingData, Features, Any]:
+    """Divide the images when their scenes are known: each of them is on one side.
+
+    Returns:
+        The images, the features of the training images, and of the held-out images or None. The
+        images of a split for evaluation pass the model now.
+    """
+    groups = np.array(images.train.groups)
+    groups[features.indices] = features.groups
+    data = divide_images(images, held_out_fraction, groups=groups)
+    if data.held_out_split is not None:
+        return data, features, old.compute_features(data.held_out, data.label_space)
+    if not len(data.held_out):
+        return data, features, None
+    is_held_out = np.isin(features.indices, data.held_out_indices)
+    return data, features.take(~is_held_out), features.take(is_held_out)
 
 
 def predict_left_out(head: FrozenHead, weight: np.ndarray, bias: np.ndarray) -> Predictions | None:

@@ -1,9 +1,9 @@
-"""An old model is opened, gets a head, and is written again, with its other outputs equal to the bit.
+"""An old model is opened and gets a head, with its other outputs equal to the bit.
 
     with open_old_model(options) as old:
         images -> old.compute_features -> old.keep_scenes_together
                -> add_class.build_classes, add_task.build_task -> Addition
-        old.write(addition)    certify, or nothing is written -> records, as a run writes them
+        records.write_addition(old, addition)    certify, or nothing is written
 
 A head only reads the tokens of the finished forward pass (`config.extra_heads`), so the other
 outputs keep their bits. Added classes are also a head of their own, and their logits are appended:
@@ -12,7 +12,6 @@ one product with more rows would change the bits of the old logits.
 
 import copy
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +25,7 @@ from rich.console import Console
 
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
-from ..data.splits_table import build_splits_table, read_splits, write_splits
 from ..evaluation.evaluate import set_up_evaluation
-from ..evaluation.evaluator import Predictions, describe_in_trained_scenes
-from ..evaluation.per_image import write_rows
 from ..frozen.class_statistics import Token
 from ..frozen.features import OWN_POOLING, FeatureLayout, Features, FrozenPass
 from ..frozen.linear_probe import NUM_LAST_LAYERS
@@ -39,34 +35,16 @@ from ..frozen.scenes import (
     keep_together,
     measure_limit,
     read_scenes,
-    write_scenes,
 )
-from ..hub.connection import silence_transformers
-from ..hub.model_files import (
-    ADDITION_FLAGS_FILE,
-    ADDITIONS_KEY,
-    CERTIFICATE_FILE,
-    PREDICTIONS_FILE,
-    RECIPE_FILE,
-    RESULTS_FILE,
-    hash_settings,
-    hash_weights,
-)
-from ..hub.model_folder import ModelFolder, dump_flags, open_vitcls
-from ..inference.intervals import compute_proportion_interval
-from ..inference.metric_tables import format_small_percent
-from ..inference.speed import count_flops
-from ..inference.stated_result import state_addition
+from ..hub.model_folder import ModelFolder, open_vitcls
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.errors import warn_on_first_process
-from ..runtime.files import write_json
 from ..runtime.flags import to_flags
 from ..runtime.staging import create_output_folder
-from ..runtime.system import get_versions
 from ..speed.lean_layers import use_fast_modules
-from .certificate import certify, describe_certificate, draw_pixels, load_old_model
+from .certificate import load_old_model
 from .options import AdditionOptions
 
 
@@ -153,29 +131,6 @@ class OldModel:
         if text := describe_scenes(record):
             warn_on_first_process(text)
         return features, TrainedScenes.of(features, limit), record
-
-    def write(self, addition: Addition) -> dict[str, Any]:
-        """Write the extended model with its certificate and records, and return the record.
-
-        Raises:
-            ModelsDiffer: if another output would change. Nothing is written then.
-        """
-        images, *_ = addition.parts.values()
-        with silence_transformers():
-            addition.extended.save_pretrained(self.staging)
-            self.processor.save_pretrained(self.staging)
-            # Both models are read from their files: what is certified is what is written. The files
-            # are still in the hidden folder, so a difference leaves no model behind.
-            certificate = certify(self.folder, self.staging, draw_pixels(images, self.processor))
-        num_added = addition.extended.num_parameters() - self.model.num_parameters()
-        relative_flops = count_flops(addition.extended) / count_flops(self.model) - 1
-        record = addition.record | {
-            "relative_flops": round(relative_flops, 6),
-            "num_parameters": num_added,
-        }
-        write_records(self, addition, record, certificate)
-        self.console.print(describe_addition(record, certificate), markup=False)
-        return record
 
 
 @contextmanager
@@ -286,78 +241,3 @@ def append_head(
         linear.weight.copy_(torch.from_numpy(weight))
         linear.bias.copy_(torch.from_numpy(bias))
     return extended
-
-
-# Records ------------------------------------------------------------------------------------------
-
-
-def build_result(metric: str, predictions: Predictions, num_folds: int = 0) -> dict[str, Any]:
-    """Build the record of the proportion of right predictions with its 95% interval.
-
-    A group, such as the copies of an image, counts once. Without folds, the images are held out.
-    """
-    outputs = predictions.outputs
-    is_right = predictions.answers == outputs.labels
-    proportions = pd.Series(is_right).groupby(outputs.groups).mean()  # The share of each group
-    num_groups = len(proportions)
-    return {
-        metric: float(proportions.mean()),
-        f"{metric}_interval": compute_proportion_interval(round(proportions.sum()), num_groups),
-        "num_images": len(is_right),
-        "num_right": int(is_right.sum()),
-        "num_groups": num_groups,
-        "num_folds": num_folds,
-        "per_class": predictions.metrics["per_class"],
-        "confusion_matrix": predictions.metrics.get("confusion_matrix"),
-    }
-
-
-def write_records(
-    old: OldModel, addition: Addition, record: dict[str, Any], certificate: dict[str, Any]
-) -> None:
-    """Write the old model's records, extended by the addition, and the certificate."""
-    folder, staging = old.folder, old.staging
-    weights_hash = hash_weights(staging)
-    write_json(staging / CERTIFICATE_FILE, {"weights_sha256": weights_hash} | certificate)
-    if folder.results and (folder.path / RECIPE_FILE).is_file():
-        shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
-    (staging / ADDITION_FLAGS_FILE).write_text(dump_flags(old.flags), encoding="utf-8")
-    if addition.trained_scenes:
-        write_scenes(addition.trained_scenes, staging, weights_hash)
-    if addition.rows is not None:
-        write_rows(staging / PREDICTIONS_FILE, addition.rows, weights_hash)
-
-    provenance = folder.provenance
-    *_, name = addition.extended.config.extra_heads
-    origin = {key: certificate[key] for key in ("date", "old_weights_sha256")}
-    results = {
-        "versions": get_versions(),
-        **folder.results,
-        "weights_sha256": weights_hash,
-        "settings_sha256": hash_settings(staging),
-        "provenance": None if provenance is None else provenance.copy_to(staging),
-        ADDITIONS_KEY: folder.results.get(ADDITIONS_KEY, {}) | {name: record | origin},
-    }
-    write_json(staging / RESULTS_FILE, results)
-    # Added classes are classes of the model itself
-    splits = build_splits_table(addition.parts, name if record["kind"] == "task" else "")
-    write_splits(pd.concat([read_splits(folder), splits]), staging)
-
-
-def describe_addition(record: dict[str, Any], certificate: dict[str, Any]) -> str:
-    """Describe what was added, one line each."""
-    lines = {
-        "reads": record["reads"],
-        "result": state_addition(record),
-        "scenes": describe_in_trained_scenes(record.get("in_trained_scenes", {})),
-    }
-    if "num_unknown" in record:
-        lines["unknown"] = (
-            f"{record['num_unknown']:,} of these images would be marked as showing none of the classes"
-        )
-    percent = format_small_percent(record["relative_flops"])
-    lines |= {
-        "cost": f"{percent} of the forward pass (FLOPs), {record['num_parameters']:,} parameters",
-        "unchanged": describe_certificate(certificate),
-    }
-    return "\n".join(f"{name:<9} {text}" for name, text in lines.items() if text)

@@ -17,10 +17,11 @@ def run(options: AddTaskOptions) -> dict[str, Any]:
     """Add the task, write the model folder, its report and its card, and return the record of the task."""
     from ..additions.add_task import build_task
     from ..additions.extend import open_old_model
+    from ..additions.records import write_addition
     from ..hub.model_folder import ModelFolder
     from ..publishing.after_run import finish_run
 
     with open_old_model(options) as old:
-        record = old.write(build_task(old, options))
+        record = write_addition(old, build_task(old, options))
     finish_run(ModelFolder(options.output_dir))
     return record

@@ -16,20 +16,22 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from ..data.image_folder import check_output_is_not_read
+from ..data.splits import TrainingData
+from ..frozen.encoder import EncodedImages
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
 from ..runtime.distributed import build_accelerator, end_processes, run_on_main
 from ..runtime.flags import to_flags
 from ..runtime.staging import lock_folder
-from .checkpoints import CheckpointStore
+from .checkpoints import Checkpoint, CheckpointStore
 from .frozen_run import encode_images, run_frozen
 from .model import check_model_flags
 from .options import FinetuneOptions
-from .plan import plan_run
+from .plan import RunPlan, plan_run
 from .reporter import Reporter
 from .resume import build_run_record, convert_sources
 from .run_folder import CHECKPOINTS_FOLDER, EarlierRun, find_run, prepare_folder, remove_leftovers
-from .run_inputs import load
+from .run_inputs import RunInputs, load
 from .run_results import build_results, print_result
 from .save import save_output
 from .steps_run import run_steps, start_steps
@@ -94,15 +96,7 @@ def train(asked: FinetuneOptions) -> Path:
         run_on_main(partial(prepare_folder, folder, store, to_flags(options), earlier is not None))
         print_summary(inputs, plan, reporter)
         checkpoint = None if earlier is None else earlier.checkpoint
-        encoded = groups = None
-        if checkpoint is not None:
-            # The images are divided as at the start, without another pass over them.
-            groups = checkpoint.metadata["start"].get("groups")
-        elif inputs.frozen_encoder is not None:
-            encoded = encode_images(inputs, plan, reporter)
-            groups = encoded.groups
-        data = plan.divide(groups)
-        print_division(inputs, plan, data, reporter)
+        data, encoded = divide_run(inputs, plan, checkpoint, reporter)
 
         # Both kinds end in the same record.
         if plan.kind == "frozen":
@@ -129,3 +123,21 @@ def train(asked: FinetuneOptions) -> Path:
 
         end_processes(accelerator)
         return folder
+
+
+def divide_run(
+    inputs: RunInputs, plan: RunPlan, checkpoint: Checkpoint | None, reporter: Reporter
+) -> tuple[TrainingData, EncodedImages | None]:
+    """Divide the images of the run; if a frozen encoder sees them first, by their scenes.
+
+    A checkpoint has the division of the start, so no image passes the encoder again.
+    """
+    encoded = groups = None
+    if checkpoint is not None:
+        groups = checkpoint.metadata["start"].get("groups")
+    elif inputs.frozen_encoder is not None:
+        encoded = encode_images(inputs, plan, reporter)
+        groups = encoded.groups
+    data = plan.divide(groups)
+    print_division(inputs, plan, data, reporter)
+    return data, encoded
