@@ -69,6 +69,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "CLS for each quarter, all layers": {
         "cls_scopes": ("image", "2x2"),
+        "pooling": "cls",
         "model_config": {"cls_pooling": "concat"},
     },
     "teacher on CLS, no token, all layers": {"teacher": True},
@@ -186,7 +187,7 @@ def format_gates(rows: list[dict[str, Any]]) -> str:
     if not gates:
         return "open" if "open" in rows[0]["name"] else ""
     note = ": not tested" if fmean(gates) < MIN_GATE else ""
-    return f"{min(gates):.3f} to {max(gates):.3f}{note}"
+    return f"{min(gates):.2g} to {max(gates):.2g}, mean {fmean(gates):.2f}{note}"
 
 
 def format_interval(differences: list[float]) -> str:
