@@ -122,7 +122,7 @@ def test_data_in_memory_is_evaluated_on_its_held_out_images(
     trained: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, results = trained
-    assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results == json.loads((folder / "results.json").read_text())
 
     evaluated = evaluate(folder, build_photos(), num_workers=0)
     assert evaluated["accuracy"] == results["accuracy"]

@@ -54,14 +54,14 @@ def test_a_tilde_in_a_path_is_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_photos(tmp_path / "photos", range(4))
-    (tmp_path / "table.csv").write_text("file_name\n~/photos/cat/0.png\n", encoding="utf-8")
+    (tmp_path / "table.csv").write_text("file_name\n~/photos/cat/0.png\n")
     tiny = "--model=vitcls-tiny --hidden-size=16 --num-attention-heads=1 --image-size=32".split()
     (tmp_path / "recipe.yaml").write_text("max_steps: 1\nnum_workers: 0\nreport: false\n")
     data = ["--dataset=~/photos", "--config=~/recipe.yaml"]
 
     assert run_here("finetune", *tiny, *data, "--output-dir=~/run") == 0
     assert run_here("predict", "--model=~/run", "--dataset=~/table.csv", "--output=~/rows.csv") == 0
-    assert "cat" in (tmp_path / "rows.csv").read_text(encoding="utf-8")
+    assert "cat" in (tmp_path / "rows.csv").read_text()
     look("~/run", "~/photos/cat/0.png", output="~/sheet.png")
     assert (tmp_path / "sheet.png").is_file()
     (feature,) = Predictor("~/run", "cls")({"image": ["~/photos/cat/0.png"]})["cls"]
@@ -251,7 +251,7 @@ def test_importing_the_package_loads_no_optional_library() -> None:
 
 
 def test_public_names_are_visible_to_type_checkers() -> None:
-    tree = ast.parse(Path(modeling_vitcls.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(modeling_vitcls.__file__).read_text())
     (checked,) = (
         node
         for node in tree.body

@@ -35,7 +35,7 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
         "--dataset",
         "data",
     ]
-    recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
+    recipe.write_text("epochs: 3\nbatch_size: 7\n")
 
     options = parse_flags("finetune", [*flags, "--epochs", "5"])
     assert (options.epochs, options.batch_size, options.dataset) == (
@@ -44,7 +44,7 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
         "data",
     )
 
-    recipe.write_text("# no flags\n", encoding="utf-8")
+    recipe.write_text("# no flags\n")
     assert replace(parse_flags("finetune", flags), config=None) == parse_flags(
         "finetune", flags[2:]
     )
@@ -68,7 +68,7 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
 )
 def test_a_recipe_is_yaml_1_2(line: str, name: str, value: object, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(line, encoding="utf-8")
+    recipe.write_text(line)
     options = parse_flags("finetune", [*RUN.split(), "--config", str(recipe)])
     assert getattr(options, name) == value
 

@@ -90,7 +90,7 @@ def test_a_model_of_transformers_is_converted_once(
 
     assert sum("converting" in record.message for record in caplog.records) == 1
     assert folder.parent == own_cache
-    report = json.loads((folder / "parity_report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "parity_report.json").read_text())
     assert report["source_class"] == "ViTForImageClassification"
 
     assert load_model(open_model(str(source))).config.num_labels == 3
@@ -215,7 +215,7 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
 def test_a_run_records_the_commit(cached_hub_model: str, tmp_path: Path) -> None:
     flags = {"model": cached_hub_model, "max_steps": 1, "batch_size": 8}
     folder = run_to_folder(build_tiny_options(tmp_path / "run", "digits", **flags))
-    resolved = yaml.safe_load((folder / "config.resolved.yaml").read_text(encoding="utf-8"))
+    resolved = yaml.safe_load((folder / "config.resolved.yaml").read_text())
     assert resolved["model"] == f"{cached_hub_model}@{COMMIT}"
 
 

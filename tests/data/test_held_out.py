@@ -70,7 +70,7 @@ def test_the_split_depends_only_on_the_content_of_the_images(tmp_path: Path) -> 
 
     paths = sorted(folder.glob("*/*.png"))
     rows = [f"here/{path.relative_to(folder)},{path.parent.name}" for path in paths]
-    (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[::-1]]), encoding="utf-8")
+    (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[::-1]]))
     listed = read_training_data(tmp_path / "list.csv").held_out
     assert {(tmp_path / name).read_bytes() for name in listed.images.get_names()} == contents
 
@@ -114,7 +114,7 @@ def test_copies_join_the_groups_of_a_table(tmp_path: Path) -> None:
         for path in sorted(folder.glob("*/*.png"))
     ]
     table = tmp_path / "table.csv"
-    table.write_text("\n".join(["image,label,animal", *rows]), encoding="utf-8")
+    table.write_text("\n".join(["image,label,animal", *rows]))
     data = read_training_data(table, group_column="animal")
     groups = [set(part.groups.tolist()) for part in (data.train, data.held_out)]
     assert len(groups[0] | groups[1]) == 5  # cat0 and cat2 are one
@@ -126,7 +126,7 @@ def test_an_image_with_two_labels_is_an_error(tmp_path: Path) -> None:
     write_photos(tmp_path / "train", range(4))
     rows = [f"train/{name}/{index}.png,{name}" for name in ("cat", "dog") for index in range(4)]
     table = tmp_path / "table.csv"
-    table.write_text("\n".join(["image,label", *rows, "train/cat/3.png,dog"]), encoding="utf-8")
+    table.write_text("\n".join(["image,label", *rows, "train/cat/3.png,dog"]))
     with raises_one_line("have several labels", "train/cat/3.png is 'dog'"):
         read_training_data(table)
 
@@ -206,7 +206,7 @@ def test_the_label_columns_of_a_run_are_used_in_its_evaluation(
         f"{path},{path.parent.name}|all,{'old' if index % 2 else 'new'}"
         for index, path in enumerate(paths)
     ]
-    (tmp_path / "table.csv").write_text("\n".join(["image,tags,age", *rows]), encoding="utf-8")
+    (tmp_path / "table.csv").write_text("\n".join(["image,tags,age", *rows]))
 
     for name, flags in (
         ("tags", {"label_column": "tags", "label_separator": "|"}),
@@ -239,6 +239,6 @@ def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_damaged_splits_are_named(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
     assert not len(read_splits(ModelFolder(tmp_path)))
-    (tmp_path / "splits.parquet").write_text("{", encoding="utf-8")
+    (tmp_path / "splits.parquet").write_text("{")
     with raises_one_line("splits.parquet", "Remove it"):
         read_splits(ModelFolder(tmp_path))

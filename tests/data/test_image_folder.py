@@ -149,8 +149,8 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     write_class(tmp_path, "cat", 9)
     write_class(tmp_path, "dog", 9)
     write_images(tmp_path, "stray.png", ".thumb\nnails/1.png", "__MACOSX/1.png")
-    (tmp_path / "cat" / "notes.txt").write_text("?", encoding="utf-8")
-    (tmp_path / "labels.csv").write_text("a,b\n", encoding="utf-8")
+    (tmp_path / "cat" / "notes.txt").write_text("?")
+    (tmp_path / "labels.csv").write_text("a,b\n")
     # not valid text
     write_images(tmp_path, os.fsdecode(b".\xff/1.png"), os.fsdecode(b"cat/\xff.png"))
     data = read_training_data(tmp_path)
@@ -342,7 +342,7 @@ def test_a_file_of_annotations_beside_each_image_is_no_table(
 ) -> None:
     write_photos(tmp_path, range(3))
     for image in [*tmp_path.glob("*/*.png")]:
-        image.with_name(name.format(image.stem)).write_text("{}", encoding="utf-8")
+        image.with_name(name.format(image.stem)).write_text("{}")
 
     assert {label: len(files) for label, files in read(tmp_path)["train"].items()} == {
         "cat": 3,
@@ -431,9 +431,7 @@ def test_a_column_that_may_have_the_labels_beside_class_folders_is_asked_for(
 def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -> None:
     names = ["train/cat/0.png", f"{other}/0.png"]
     write_images(tmp_path, *names)
-    (tmp_path / "metadata.csv").write_text(
-        f"file_name,label\n{names[0]},a\n{names[1]},b\n", encoding="utf-8"
-    )
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{names[0]},a\n{names[1]},b\n")
     images = load_evaluation_data(
         DataOptions(dataset=str(tmp_path), held_out_fraction=0.0), "train"
     ).images

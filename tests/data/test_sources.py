@@ -92,7 +92,7 @@ def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -
         f"{path},{Path(path).parent.name},{'' if index % 4 == 0 else index % 2 + 1}"
         for index, path in enumerate(list_paths(color_images))
     ]
-    (tmp_path / "list.csv").write_text("\n".join(["image,shade,count", *rows]), encoding="utf-8")
+    (tmp_path / "list.csv").write_text("\n".join(["image,shade,count", *rows]))
     data = read_training_data(tmp_path / "list.csv", label_column=("count", "shade"))
 
     assert data.label_space.kind == "multi_task"

@@ -107,7 +107,7 @@ def test_numbers_and_text_in_one_json_column_are_text(
         json.dumps({"file_name": file, "label": value})
         for file, value in zip(FILES, values, strict=False)
     )
-    (photos / "mixed.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (photos / "mixed.jsonl").write_text("\n".join(lines))
     assert read_labels(photos / "mixed.jsonl") == names
 
 
@@ -133,8 +133,8 @@ def test_numeric_image_ids_are_names_of_files(tmp_path: Path) -> None:
 
 def test_a_split_without_labels_is_named(photos: Path, tmp_path: Path) -> None:
     paths = [photos / name for name in FILES]
-    (tmp_path / "train.csv").write_text(f"file,label\n{paths[0]},cat\n", encoding="utf-8")
-    (tmp_path / "test.csv").write_text(f"file\n{paths[1]}\n", encoding="utf-8")
+    (tmp_path / "train.csv").write_text(f"file,label\n{paths[0]},cat\n")
+    (tmp_path / "test.csv").write_text(f"file\n{paths[1]}\n")
     with raises_one_line("split 'test' has no column 'label'", "Choose one of file"):
         read_labels(tmp_path)
 
@@ -228,7 +228,7 @@ def test_dialects_of_spreadsheets_are_read(content: bytes, photos: Path) -> None
     ],
 )
 def test_tables_that_cannot_be_used_are_named(content: str, words: list[str], photos: Path) -> None:
-    (photos / "damaged.csv").write_text(content, encoding="utf-8")
+    (photos / "damaged.csv").write_text(content)
     with raises_one_line("damaged.csv", *words):
         load_undivided_images(DataOptions(dataset=str(photos / "damaged.csv")))
 
@@ -261,7 +261,7 @@ def test_a_column_of_several_images_per_row_is_one_line() -> None:
 
 @pytest.mark.parametrize("name", ["t.xlsx", "t.json", "t.zip", "t", "t.csv.txt"])
 def test_files_of_other_types_have_a_remedy(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("{}", encoding="utf-8")
+    (tmp_path / name).write_text("{}")
     with raises_one_line("is not a table that can be read", "suffix", ".jsonl", "archive"):
         read_labels(tmp_path / name)
 

@@ -337,7 +337,7 @@ def write_report(folder: Path) -> None:
             f"process {rank}: {text}" for rank, text in enumerate(errors) if text
         )
     if distributed.get_rank() == 0:
-        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(report))
 
 
 def main(folder: Path) -> None:

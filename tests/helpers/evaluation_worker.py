@@ -158,7 +158,7 @@ def main() -> None:
     accelerator = build_accelerator()
     results = evaluate_all(accelerator)
     if accelerator.is_main_process:
-        (folder / "scenarios.json").write_text(json.dumps(results), encoding="utf-8")
+        (folder / "scenarios.json").write_text(json.dumps(results))
     evaluate_digits(folder, folder / "new" / "digits.json")
 
 

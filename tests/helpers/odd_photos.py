@@ -32,10 +32,8 @@ def write_odd_photos(folder: Path) -> dict[str, Path]:
         encoded = encode(photo, "JPEG" if kind == "jpg" else "PNG")
         (folder / f"truncated.{kind}").write_bytes(encoded[: len(encoded) // 2])
     (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpg").write_text("not a photo", encoding="utf-8")
-    (folder / "drawing.svg").write_text(
-        '<svg xmlns="http://www.w3.org/2000/svg"/>', encoding="utf-8"
-    )
+    (folder / "text.jpg").write_text("not a photo")
+    (folder / "drawing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     (folder / "page.pdf").write_bytes(b"%PDF-1.7\n%%EOF\n")
     return {file.name: file for file in sorted(folder.iterdir())}
 

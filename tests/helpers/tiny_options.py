@@ -106,10 +106,7 @@ def build_initial_model(options: ModelOptions, label_space: LabelSpace) -> Any:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl."""
-    return [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def remove_speeds(values: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def run_together(
     hanging = [process for process in started if process.is_alive()]
     for process in hanging:
         process.terminate()
-    output = log.read_text(encoding="utf-8")
+    output = log.read_text()
     assert not hanging, f"{len(hanging)} of {processes} did not end in {SECONDS} s: {output}"
     statuses = [process.exitcode for process in started]
     assert may_fail or statuses == [0] * processes, output + errors.read_text()
@@ -125,7 +125,7 @@ def get_rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
 def read_last_step(folder: Path) -> int:
     """Return the last step that a run has logged; 0 before the first one."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["step"]
     except (OSError, IndexError, ValueError):  # no file, no line, or only a part of it
         return 0

@@ -98,7 +98,7 @@ def test_all_keys_are_known_to_accelerate(file: Path) -> None:
     """The launcher rejects unknown keys of the file, but ignores unknown keys of its sections."""
     load_config_from_file(str(file))
     flags = {action.dest for action in launch_command_parser()._actions}
-    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    settings = yaml.safe_load(file.read_text())
     assert [name for name in settings.get("fsdp_config", {}) if name not in flags] == []
 
 

@@ -29,7 +29,7 @@ def model(module_path: Path) -> Path:
 
 def check_cells(file: Path) -> None:
     """Check that no cell begins like a formula, or contains control or invisible characters."""
-    with file.open(newline="", encoding="utf-8") as stream:
+    with file.open(newline="") as stream:
         cells = [cell for row in csv.reader(stream) for cell in row]
     assert not [cell for cell in cells if cell.startswith(FORMULA_PREFIXES)]
     assert all(map(str.isprintable, cells))

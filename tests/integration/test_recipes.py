@@ -24,7 +24,7 @@ def finetune_digits(output: Path, *flags: object) -> dict[str, Any]:
     """Fine-tune with the digits recipe and further flags; return results.json."""
     program = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", output]
     run_python(*program, *flags, environment=os.environ | SCRIPT_ENVIRONMENT)
-    return json.loads((output / "results.json").read_text(encoding="utf-8"))
+    return json.loads((output / "results.json").read_text())
 
 
 def test_attention_pooling_learns_the_digits(tmp_path: Path) -> None:

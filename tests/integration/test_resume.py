@@ -65,7 +65,7 @@ class RunningProcess:
 
     @property
     def output(self) -> str:
-        return read_log(self.folder).read_text(encoding="utf-8")
+        return read_log(self.folder).read_text()
 
     def wait(self) -> int:
         """Wait until the run has ended and return its exit status."""
@@ -143,7 +143,7 @@ def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -
     several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []  # use CPUs
     launcher = f"-m accelerate.commands.launch --num_processes {processes}".split()
     command = [*launcher, *several, *launcher_flags, *build_command(folder, flags)]
-    with read_log(folder).open("a", encoding="utf-8") as output:
+    with read_log(folder).open("a") as output:
         process = subprocess.Popen(
             [sys.executable, *command],
             stdout=output,
@@ -354,5 +354,5 @@ def test_two_sharded_processes_are_killed(image_folder: Path, folder: Path, tmp_
     for place, more in ((folder, " --resume"), (tmp_path / "whole", "")):
         run = launch(place, flags + more, 2, *sharded)
         assert run.wait() == 0, run.output
-    assert get_resumed_step(read_log(folder).read_text(encoding="utf-8")) >= 6
+    assert get_resumed_step(read_log(folder).read_text()) >= 6
     assert_equal_runs(folder, tmp_path / "whole")

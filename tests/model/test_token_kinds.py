@@ -67,11 +67,11 @@ def test_a_kind_of_token_is_a_row_and_a_field(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "code" / "modeling_vitcls")
     for name, edits in EDITS.items():
         file = tmp_path / "code" / "modeling_vitcls" / name
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text()
         for before, added in edits:
             assert text.count(before) == 1, before
             text = text.replace(before, added + before)
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text)
 
     environment = SCRIPT_ENVIRONMENT | {"PYTHONPATH": str(tmp_path / "code")}
     done = run_python(

@@ -29,7 +29,7 @@ def test_json_is_read_and_written(tmp_path: Path) -> None:
 
 def test_a_failed_write_keeps_the_file(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    file.write_text("before", encoding="utf-8")
+    file.write_text("before")
 
     for error, named in (
         (ValueError("no results"), "no results"),
@@ -37,11 +37,11 @@ def test_a_failed_write_keeps_the_file(tmp_path: Path) -> None:
         (OSError(28, "No space left on device", "hidden"), str(file)),
     ):
         with raises_one_line(named, error=type(error)), write_atomically(file) as unfinished_file:
-            unfinished_file.write_text("after", encoding="utf-8")
-            assert file.read_text(encoding="utf-8") == "before"
+            unfinished_file.write_text("after")
+            assert file.read_text() == "before"
             raise error
         assert list(tmp_path.iterdir()) == [file]
-        assert file.read_text(encoding="utf-8") == "before"
+        assert file.read_text() == "before"
 
 
 def test_a_file_is_flushed_before_it_is_renamed(
