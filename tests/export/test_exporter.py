@@ -13,8 +13,6 @@ import pytest
 import torch
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import (
-    BLOCKS,
-    LAYOUTS,
     build_images,
     build_random,
     build_tiny_config,
@@ -174,16 +172,6 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
     assert not report["fixed_because"]
     assert list(report["outputs"]) == names
     check_sizes(tmp_path / "model.onnx", model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fields", (LAYOUTS | BLOCKS).values(), ids=LAYOUTS | BLOCKS)
-def test_every_layout_and_block_has_the_outputs_of_the_model(
-    fields: dict[str, Any], tmp_path: Path
-) -> None:
-    model = checkpoint(tmp_path / "model", **fields)
-    export(tmp_path / "model", tmp_path / "model.onnx")
-    check_outputs(tmp_path / "model.onnx", model, build_images(2, 48, 24, seed=7))
 
 
 @pytest.mark.slow

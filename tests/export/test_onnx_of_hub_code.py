@@ -5,11 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import (
-    build_images,
-    build_random,
-    each_layout,
-)
+from helpers.tiny_models import LAYOUTS, build_images, build_random
 
 from modeling_vitcls import ViTCLSForImageClassification
 
@@ -18,15 +14,26 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 
+# With gates, parameters require gradients, and so would the attention bias.
+GATED = [
+    {"num_register_tokens": 4},
+    {"num_distillation_tokens": 1, "num_register_tokens": 2},
+    {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 1, 0]]},
+]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@each_layout
-@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layout", "added"),
+    [*((layout, {}) for layout in LAYOUTS.values()), *(({}, added) for added in GATED)],
+    ids=str,
+)
 def test_the_batch_is_dynamic_and_no_output_is_repeated(
-    tmp_path: Path, layout: dict[str, Any]
+    tmp_path: Path, layout: dict[str, Any], added: dict[str, Any]
 ) -> None:
     """The example has one image; docs/exporting.md."""
-    model = build_random(ViTCLSForImageClassification, **layout)
+    model = build_random(ViTCLSForImageClassification, **layout).adapt(**added).eval()
     file = tmp_path / "model.onnx"
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     torch.onnx.export(model, (build_images(1),), file, dynamic_shapes=shapes)
@@ -35,37 +42,12 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(
     assert graph_input.shape == ["batch", 3, 32, 32]
     found = session.run(None, {graph_input.name: build_images(5).numpy()})
 
-    outputs = model(build_images(5))
+    with torch.no_grad():
+        outputs = model(build_images(5))
     expected = [outputs.logits]
     if outputs.distillation_logits is not None:
         expected += [outputs.cls_logits, outputs.distillation_logits]
     torch.testing.assert_close(list(map(torch.from_numpy, found)), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "added",
-    [
-        {"num_register_tokens": 4},
-        {"num_distillation_tokens": 1, "num_register_tokens": 2},
-        {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 1, 0]]},
-    ],
-    ids=str,
-)
-def test_models_with_gated_tokens_are_exported_as_they_are(
-    added: dict[str, Any], tmp_path: Path
-) -> None:
-    """Their parameters require gradients, and so would the attention bias."""
-    model = build_random(ViTCLSForImageClassification).adapt(**added).eval()
-    file = tmp_path / "model.onnx"
-    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
-    torch.onnx.export(model, (build_images(1),), file, dynamic_shapes=shapes)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    found, *_ = session.run(None, {session.get_inputs()[0].name: build_images(5).numpy()})
-    torch.testing.assert_close(
-        torch.from_numpy(found), model(build_images(5)).logits.detach(), atol=1e-5, rtol=0
-    )
 
 
 def test_outside_of_an_export_the_logits_have_both_names() -> None:

@@ -78,9 +78,6 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
             ]
             # saving must keep the settings of the other backends
             processor.save_pretrained(target / name)
-        report[name]["pipeline"] = (
-            classify(source, inputs["image"]) if name == "classifier" else None
-        )
         larger = transformers.AutoModel.from_pretrained(
             source, image_size=[24, 32], trust_remote_code=True
         )
@@ -132,15 +129,6 @@ def flatten(outputs: Any) -> dict[str, torch.Tensor]:
 def add_prefix(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return copies of the tensors with names `prefix/name`."""
     return {f"{prefix}/{name}": tensor.clone() for name, tensor in tensors.items()}
-
-
-def classify(source: str, image: torch.Tensor) -> list[dict[str, Any]]:
-    """Return the output of the image-classification pipeline for an image [C, H, W]."""
-    from torchvision.transforms.functional import to_pil_image
-
-    return transformers.pipeline("image-classification", model=source, trust_remote_code=True)(
-        to_pil_image(image)
-    )
 
 
 if __name__ == "__main__":

@@ -70,24 +70,6 @@ def processor(request: pytest.FixtureRequest) -> Any:
 
 
 @torch.no_grad()
-def test_the_classification_pipeline_has_the_probabilities_of_the_model(processor: Any) -> None:
-    model = build_tiny_classifier().eval()
-    found = pipeline("image-classification", model=model, image_processor=processor)(
-        [build_pil_image(), build_pil_image()], top_k=2
-    )
-    scores = model(**processor(build_pil_image(), return_tensors="pt")).logits.softmax(-1)[0]
-    best = scores.argmax().item()
-
-    assert len(found) == 2
-    assert all(len(answer) == 2 for answer in found)
-    assert found[0] == found[1]  # the same image twice
-    assert found[0][0] == {
-        "label": LABELS[best],
-        "score": pytest.approx(scores[best].item(), abs=1e-6),
-    }
-
-
-@torch.no_grad()
 def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
     processor: Any,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Two `torchrun` agents on one machine train as two machines do, also with SLURM.
+"""Two `torchrun` agents that SLURM starts on two nodes train as two processes of one machine.
 
 `srun` and `scontrol` are replaced by small programs that start one process per node on this
 machine.
@@ -10,13 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from accelerate.utils.other import get_free_port
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 from helpers.photo_folders import write_photos
 from helpers.tiny_options import assert_equal_runs
-from helpers.warm_processes import wait_for_step
+from helpers.warm_processes import run_together, wait_for_step
 
 
 pytestmark = pytest.mark.slow
@@ -46,70 +45,11 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="module")
-def flags(module_path: Path) -> list[str]:
-    """Return the flags of a run of 12 steps on generated photographs, without the output folder."""
-    photos = write_photos(module_path / "photos", range(20))
-    return [*FLAGS.split(), "--dataset", str(photos)]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(flags: list[str], module_path: Path) -> Path:
-    """Return the folder of a run of two agents that was not interrupted."""
-    folder = module_path / "run"
-    agents = start_agents(flags, folder)
-    for agent in agents:
-        output = agent.communicate(timeout=240)[0]
-        assert agent.returncode == 0, output
-    return folder
-
-
-def start_agents(flags: list[str], folder: Path) -> list[subprocess.Popen[str]]:
-    """Start two torchrun agents with one process each, as on two machines."""
-    torchrun = (
-        "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 "
-        f"--master-addr 127.0.0.1 --master-port {get_free_port()}"
-    )
-    command = [sys.executable, *torchrun.split()]
-    program = ["-m", "modeling_vitcls.cli", "finetune", "--resume", *flags]
-    program += ["--output-dir", str(folder)]
-    return [
-        subprocess.Popen(
-            [*command, "--node-rank", str(rank), *program],
-            env=ENVIRONMENT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-
-
-def test_a_killed_agent_is_started_again(
-    flags: list[str], uninterrupted: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    agents = start_agents(flags, folder)
-    wait_for_step(folder, 5, lambda: agents[0].poll() is None)
-    for member in [
-        *psutil.Process(agents[1].pid).children(recursive=True),
-        psutil.Process(agents[1].pid),
-    ]:
-        member.kill()
-
-    assert agents[0].wait(timeout=240) != 0  # the other agent notices
-
-    agents[1].wait()
-    assert not (folder / "results.json").exists()
-    for agent in (agents := start_agents(flags, folder)):
-        output = agent.communicate(timeout=240)[0]
-        assert agent.returncode == 0, output
-    assert_equal_runs(folder, uninterrupted)
-
-
-def test_the_slurm_script_continues_after_the_time_limit(
-    flags: list[str], uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_the_slurm_script_continues_after_the_time_limit(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(20))
+    flags = [*FLAGS.split(), "--dataset", str(photos)]
+    whole = tmp_path / "whole"
+    run_together("finetune.py", *flags, "--output-dir", whole, log=tmp_path / "whole.log")
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
@@ -142,4 +82,4 @@ def test_the_slurm_script_continues_after_the_time_limit(
     job = submit()
     assert job.wait(timeout=240) == 0, (tmp_path / "output").read_text()
     assert log.read_text().count("requeue") == 1
-    assert_equal_runs(folder, uninterrupted)
+    assert_equal_runs(folder, whole)

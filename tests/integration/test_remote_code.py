@@ -200,14 +200,6 @@ def test_configuration_and_image_processor_load_without_the_package(
     assert_same(child.get_outputs(prefix), package.get_outputs(prefix))
 
 
-def test_the_classification_pipeline_loads_without_the_package(
-    child: LoadedCheckpoints, package: LoadedCheckpoints
-) -> None:
-    found, wanted = (each.report["classifier"]["pipeline"] for each in (child, package))
-    assert {entry["label"] for entry in found} == {"cat", "dog", "owl"}
-    assert found == wanted
-
-
 @each_checkpoint
 def test_a_checkpoint_contains_all_its_code_and_no_pickle(name: str, saved: Path) -> None:
     code = {file.name for file in SHIPPED_FILES}

@@ -163,9 +163,9 @@ def test_a_change_in_inference_mode_ends_the_distance() -> None:
     """Tensors that are made in inference mode do not count their edits."""
     with torch.inference_mode():
         model, images, _ = build_model()
-        assert model(images[:4]).distance is not None
+        assert model(images).distance is not None
         model.vitcls.layers[0].mlp.fc1.weight.mul_(1.01)
-        assert model(images[:4]).distance is None
+        assert model(images).distance is None
 
 
 @pytest.mark.parametrize(
@@ -195,22 +195,12 @@ def test_averaged_weights_have_no_distance() -> None:
     assert average.module.eval()(images).distance is None
 
 
-def test_an_untrained_adapter_keeps_the_distance_and_a_trained_one_ends_it(tmp_path: Path) -> None:
+def test_a_trained_adapter_that_is_loaded_ends_the_distance(tmp_path: Path) -> None:
     model, images, _ = build_model()
-    expected = model(images).distance
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
-    adapted: Any = peft.get_peft_model(model, config)
-    assert torch.equal(adapted(images).distance, expected)
-
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            weight.normal_(std=0.1)
-    assert adapted(images).distance is None
-    adapted.save_pretrained(tmp_path)
-    fresh, _, _ = build_model()
-    fresh.load_state_dict(adapted.unload().state_dict())
-    assert torch.equal(fresh(images).distance, expected)
-    assert peft.PeftModel.from_pretrained(fresh, tmp_path)(images).distance is None
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    assert model(images).distance is not None
+    assert peft.PeftModel.from_pretrained(model, tmp_path)(images).distance is None
 
 
 ADAPTERS = {

@@ -48,7 +48,6 @@ class Case:
     """
 
     model: str
-    config: str
     values: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     interpolates: bool = False
@@ -58,69 +57,52 @@ class Case:
     def build(self) -> nn.Module:
         if not hasattr(transformers, self.model):
             pytest.skip(f"transformers {transformers.__version__} has no {self.model}")
-        model = getattr(transformers, self.model)(
-            getattr(transformers, self.config)(**self.values), **self.options
-        )
+        model_class = getattr(transformers, self.model)
+        model = model_class(model_class.config_class(**self.values), **self.options)
         self.change(model)
         return randomize_weights(model)
 
 
 CASES = {
-    "vit": Case("ViTModel", "ViTConfig", PLAIN, interpolates=True),
-    "vit without pooler": Case(
-        "ViTModel", "ViTConfig", PLAIN, {"add_pooling_layer": False}, interpolates=True
-    ),
-    "vit with mask token": Case(
-        "ViTModel", "ViTConfig", PLAIN, {"use_mask_token": True}, interpolates=True
-    ),
+    "vit": Case("ViTModel", PLAIN, interpolates=True),
+    "vit without pooler": Case("ViTModel", PLAIN, {"add_pooling_layer": False}, interpolates=True),
+    "vit with mask token": Case("ViTModel", PLAIN, {"use_mask_token": True}, interpolates=True),
     "vit of rectangles": Case(
         "ViTModel",
-        "ViTConfig",
         PLAIN | {"image_size": [32, 48], "patch_size": [8, 4]},
         sizes=((32, 48),),
     ),
     "vit classifier": Case(
         "ViTForImageClassification",
-        "ViTConfig",
         PLAIN | LABELS,
         interpolates=True,
         sizes=(NATIVE, OTHER, AS_MANY_PATCHES),
     ),
     "vit without labels": Case(
-        "ViTForImageClassification", "ViTConfig", PLAIN | {"num_labels": 0}, interpolates=True
+        "ViTForImageClassification", PLAIN | {"num_labels": 0}, interpolates=True
     ),
-    "deit": Case("DeiTModel", "DeiTConfig", PLAIN, interpolates=True),
-    "deit classifier": Case(
-        "DeiTForImageClassification", "DeiTConfig", PLAIN | LABELS, interpolates=True
-    ),
+    "deit": Case("DeiTModel", PLAIN, interpolates=True),
+    "deit classifier": Case("DeiTForImageClassification", PLAIN | LABELS, interpolates=True),
     "deit distilled": Case(
-        "DeiTForImageClassificationWithTeacher", "DeiTConfig", PLAIN | LABELS, interpolates=True
+        "DeiTForImageClassificationWithTeacher", PLAIN | LABELS, interpolates=True
     ),
-    "msn": Case("ViTMSNModel", "ViTMSNConfig", PLAIN, interpolates=True),
-    "msn classifier": Case(
-        "ViTMSNForImageClassification", "ViTMSNConfig", PLAIN | LABELS, interpolates=True
-    ),
-    "mae": Case("ViTMAEModel", "ViTMAEConfig", PLAIN | {"mask_ratio": 0.0}, interpolates=True),
-    "ijepa": Case("IJepaModel", "IJepaConfig", PLAIN, interpolates=True),
-    "ijepa classifier": Case(
-        "IJepaForImageClassification", "IJepaConfig", PLAIN | LABELS, interpolates=True
-    ),
-    "dinov2": Case("Dinov2Model", "Dinov2Config", RATIO),
-    "dinov2 swiglu": Case("Dinov2Model", "Dinov2Config", RATIO | {"use_swiglu_ffn": True}),
-    "dinov2 classifier": Case("Dinov2ForImageClassification", "Dinov2Config", RATIO | LABELS),
-    "registers": Case("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", RATIO),
-    "registers classifier": Case(
-        "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", RATIO | LABELS
-    ),
-    "dinov3": Case("DINOv3ViTModel", "DINOv3ViTConfig", PLAIN | {"num_register_tokens": 4}),
+    "msn": Case("ViTMSNModel", PLAIN, interpolates=True),
+    "msn classifier": Case("ViTMSNForImageClassification", PLAIN | LABELS, interpolates=True),
+    "mae": Case("ViTMAEModel", PLAIN | {"mask_ratio": 0.0}, interpolates=True),
+    "ijepa": Case("IJepaModel", PLAIN, interpolates=True),
+    "ijepa classifier": Case("IJepaForImageClassification", PLAIN | LABELS, interpolates=True),
+    "dinov2": Case("Dinov2Model", RATIO),
+    "dinov2 swiglu": Case("Dinov2Model", RATIO | {"use_swiglu_ffn": True}),
+    "dinov2 classifier": Case("Dinov2ForImageClassification", RATIO | LABELS),
+    "registers": Case("Dinov2WithRegistersModel", RATIO),
+    "registers classifier": Case("Dinov2WithRegistersForImageClassification", RATIO | LABELS),
+    "dinov3": Case("DINOv3ViTModel", PLAIN | {"num_register_tokens": 4}),
     "dinov3 gated": Case(
         "DINOv3ViTModel",
-        "DINOv3ViTConfig",
         PLAIN | {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
     ),
     "dinov3 other biases": Case(
         "DINOv3ViTModel",
-        "DINOv3ViTConfig",
         PLAIN
         | {
             "query_bias": False,
@@ -132,7 +114,6 @@ CASES = {
     ),
     "sapiens2": Case(
         "Sapiens2Model",
-        "Sapiens2Config",
         PLAIN
         | {
             "num_hidden_layers": 3,
@@ -142,45 +123,34 @@ CASES = {
     ),
     "sapiens2 plain": Case(
         "Sapiens2Model",
-        "Sapiens2Config",
         PLAIN
         | {"use_gated_mlp": False, "use_qk_norm": False, "key_bias": False, "proj_bias": False},
     ),
-    "tipsv2": Case("Tipsv2VisionModel", "Tipsv2VisionConfig", RATIO | {"num_register_tokens": 2}),
-    "internvl": Case("InternVLVisionModel", "InternVLVisionConfig", PLAIN),
+    "tipsv2": Case("Tipsv2VisionModel", RATIO | {"num_register_tokens": 2}),
+    "internvl": Case("InternVLVisionModel", PLAIN),
     "internvl cls": Case(
         "InternVLVisionModel",
-        "InternVLVisionConfig",
         PLAIN | {"attention_bias": True, "use_mean_pooling": False},
     ),
-    "qianfan ocr": Case(
-        "QianfanOCRVisionModel", "QianfanOCRVisionConfig", PLAIN | {"norm_type": "rms_norm"}
-    ),
-    "chinese clip": Case(
-        "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", PLAIN, interpolates=True
-    ),
-    "clip": Case("CLIPVisionModel", "CLIPVisionConfig", PLAIN, interpolates=True),
+    "qianfan ocr": Case("QianfanOCRVisionModel", PLAIN | {"norm_type": "rms_norm"}),
+    "chinese clip": Case("ChineseCLIPVisionModel", PLAIN, interpolates=True),
+    "clip": Case("CLIPVisionModel", PLAIN, interpolates=True),
     "clip projection": Case(
         "CLIPVisionModelWithProjection",
-        "CLIPVisionConfig",
         PLAIN | {"projection_dim": 7},
         interpolates=True,
     ),
-    "clip classifier": Case("CLIPForImageClassification", "CLIPConfig", ON_TOP, interpolates=True),
-    "metaclip 2": Case("MetaClip2VisionModel", "MetaClip2VisionConfig", PLAIN, interpolates=True),
+    "clip classifier": Case("CLIPForImageClassification", ON_TOP, interpolates=True),
+    "metaclip 2": Case("MetaClip2VisionModel", PLAIN, interpolates=True),
     "metaclip 2 projection": Case(
         "MetaClip2VisionModelWithProjection",
-        "MetaClip2VisionConfig",
         PLAIN | {"projection_dim": 7},
         interpolates=True,
     ),
-    "metaclip 2 classifier": Case(
-        "MetaClip2ForImageClassification", "MetaClip2Config", ON_TOP, interpolates=True
-    ),
-    "siglip": Case("SiglipVisionModel", "SiglipVisionConfig", PLAIN, interpolates=True),
+    "metaclip 2 classifier": Case("MetaClip2ForImageClassification", ON_TOP, interpolates=True),
+    "siglip": Case("SiglipVisionModel", PLAIN, interpolates=True),
     "siglip without head": Case(
         "SiglipVisionModel",
-        "SiglipVisionConfig",
         PLAIN | {"vision_use_head": False},
         interpolates=True,
     ),
@@ -188,63 +158,42 @@ CASES = {
     # model
     "siglip with pixels over": Case(
         "SiglipVisionModel",
-        "SiglipVisionConfig",
         PLAIN | {"image_size": 36},
         interpolates=True,
         sizes=((36, 36), (50, 28)),
     ),
-    "siglip classifier": Case(
-        "SiglipForImageClassification", "SiglipConfig", ON_TOP, interpolates=True
-    ),
+    "siglip classifier": Case("SiglipForImageClassification", ON_TOP, interpolates=True),
     "siglip 2": Case(
         "Siglip2VisionModel",
-        "Siglip2VisionConfig",
         BASE | {"intermediate_size": 48, "num_patches": 16},
     ),
     "siglip 2 classifier": Case(
         "Siglip2ForImageClassification",
-        "Siglip2Config",
         {"vision_config": BASE | {"intermediate_size": 48, "num_patches": 16}} | LABELS,
     ),
-    "pixio": Case("PixioModel", "PixioConfig", RATIO),
-    "aimv2": Case(
-        "Aimv2VisionModel", "Aimv2VisionConfig", PLAIN | {"rms_norm_eps": 0.02}, sizes=(NATIVE,)
-    ),
-    "aimv2 native": Case("Aimv2VisionModel", "Aimv2VisionConfig", PLAIN | {"is_native": True}),
+    "pixio": Case("PixioModel", RATIO),
+    "aimv2": Case("Aimv2VisionModel", PLAIN | {"rms_norm_eps": 0.02}, sizes=(NATIVE,)),
+    "aimv2 native": Case("Aimv2VisionModel", PLAIN | {"is_native": True}),
     "aimv2 with biases": Case(
         "Aimv2VisionModel",
-        "Aimv2VisionConfig",
         PLAIN | {"qkv_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
         sizes=(NATIVE,),
     ),
-    "beit": Case(
-        "BeitModel", "BeitConfig", PLAIN | PER_LAYER, sizes=(NATIVE, OTHER, AS_MANY_PATCHES)
-    ),
-    "beit shared and per layer": Case(
-        "BeitModel", "BeitConfig", PLAIN | SHARED | PER_LAYER | ABSOLUTE
-    ),
-    "beit of twelve layers": Case(
-        "BeitModel", "BeitConfig", PLAIN | PER_LAYER | {"num_hidden_layers": 12}
-    ),
-    "beit without positions or scale": Case(
-        "BeitModel", "BeitConfig", PLAIN | {"layer_scale_init_value": 0.0}
-    ),
-    "beit without pooler": Case(
-        "BeitModel", "BeitConfig", PLAIN | PER_LAYER, {"add_pooling_layer": False}
-    ),
-    "beit classifier": Case("BeitForImageClassification", "BeitConfig", PLAIN | PER_LAYER | LABELS),
+    "beit": Case("BeitModel", PLAIN | PER_LAYER, sizes=(NATIVE, OTHER, AS_MANY_PATCHES)),
+    "beit shared and per layer": Case("BeitModel", PLAIN | SHARED | PER_LAYER | ABSOLUTE),
+    "beit of twelve layers": Case("BeitModel", PLAIN | PER_LAYER | {"num_hidden_layers": 12}),
+    "beit without positions or scale": Case("BeitModel", PLAIN | {"layer_scale_init_value": 0.0}),
+    "beit without pooler": Case("BeitModel", PLAIN | PER_LAYER, {"add_pooling_layer": False}),
+    "beit classifier": Case("BeitForImageClassification", PLAIN | PER_LAYER | LABELS),
     "beit cls classifier": Case(
         "BeitForImageClassification",
-        "BeitConfig",
         PLAIN | SHARED | LABELS | {"use_mean_pooling": False},
     ),
-    "data2vec": Case("Data2VecVisionModel", "Data2VecVisionConfig", PLAIN | PER_LAYER | ABSOLUTE),
-    "data2vec classifier": Case(
-        "Data2VecVisionForImageClassification", "Data2VecVisionConfig", PLAIN | SHARED | LABELS
-    ),
-    "radio": Case("RadioModel", "RadioConfig", RADIO, sizes=(NATIVE, OTHER, (64, 64))),
+    "data2vec": Case("Data2VecVisionModel", PLAIN | PER_LAYER | ABSOLUTE),
+    "data2vec classifier": Case("Data2VecVisionForImageClassification", PLAIN | SHARED | LABELS),
+    "radio": Case("RadioModel", RADIO, sizes=(NATIVE, OTHER, (64, 64))),
     "radio without conditioner": Case(
-        "RadioModel", "RadioConfig", RADIO, change=lambda model: model.make_preprocessor_external()
+        "RadioModel", RADIO, change=lambda model: model.make_preprocessor_external()
     ),
 }
 
