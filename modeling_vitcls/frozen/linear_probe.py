@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_array
+from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
 
 from ..inference.intervals import Estimate
 from ..inference.metrics import round_floats
@@ -284,6 +285,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         labels = np.asarray(labels)
         check_classification_targets(labels)
         groups = None if groups is None else np.asarray(groups)
+        check_consistent_length(*features.values(), labels, groups)
+        if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
+            raise ValueError(
+                "labels [N, L] of several labels per image must be 0 or 1. Pass one label per image as [N]"
+            )
         self.target_ = find_target(labels)
         self.classes_, targets = self.target_.encode(labels)
         candidates = list_candidates(features, self.layers, self.pooling)
@@ -477,6 +483,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict_proba(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict probabilities [N, K] from the features [N, D] of each token."""
+        check_is_fitted(self)
         logits = self.compute_logits(to_tokens(features))
         return self.target_.to_probabilities(logits / self.temperature_)
 

@@ -540,6 +540,8 @@ def image_to_tensor(
     if isinstance(image, PIL.Image.Image):
         return pil_to_tensor(image, to_rgb, bit_depth, num_channels)
     if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "biuf":
+            raise ValueError(f"cannot use an array of {image.dtype} as an image: pass numbers")
         # `np.require` copies arrays only if they are read-only or not C-contiguous.
         image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     image = to_channels_first(image, input_data_format, num_channels)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.tiny_models import raises_one_line
 from scipy.spatial.distance import cdist
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import log_loss
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -53,11 +54,20 @@ def test_features_may_be_what_scikit_learn_takes(convert: Any) -> None:
     assert np.array_equal(probe.predict_proba(convert(features[CLS])), expected)
 
 
-def test_features_of_an_unreadable_image_and_decimal_labels_are_refused() -> None:
+def test_a_probe_that_is_not_fitted_says_so() -> None:
+    with pytest.raises(NotFittedError):
+        LinearProbe().predict(draw_images(40)[0])
+
+
+def test_features_of_an_unreadable_image_and_wrong_labels_are_refused() -> None:
     features, labels = draw_images(40)
     probe = LinearProbe().fit(features, labels)
     with raises_one_line("continuous"):
         probe.fit(features, labels + 0.5)
+    with raises_one_line("[N]"):
+        probe.fit(features, labels[:, None])
+    with raises_one_line("inconsistent numbers of samples"):
+        probe.fit(features, labels[:30])
     features[CLS][7] = np.nan
     with raises_one_line("1 of 40 images"):
         probe.predict(features)

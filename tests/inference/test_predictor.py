@@ -168,6 +168,7 @@ BAD_PHOTOS: dict[str, tuple[Callable[[], Any], str]] = {
     "a broken data URI": (lambda: "data:image/png;base64,%%%", "data:image"),
     "a data URI of text": (lambda: "data:,text", "data:,text"),
     "an empty data URI": (lambda: "data:", "data:"),
+    "an array of objects": (lambda: np.zeros((9, 9, 3), dtype=object), "array of object"),
 }
 
 
