@@ -106,38 +106,35 @@ def multiply_with_gelu(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return nn.functional.gelu(outputs) if torch.is_grad_enabled() else gelu_in_place(outputs)
 
 
-def is_onednn_correct() -> bool:
+def is_onednn_correct(dtype: torch.dtype) -> bool:
     """Try oneDNN's operators on this CPU, and compare them with PyTorch."""
     # Fake tensors, as in torch.compile, have no values to compare.
     if count_dispatch_modes():
         return True
     inputs, weight = (
-        torch.linspace(-1, 1, rows * 16, dtype=torch.float32, device="cpu").view(rows, 16)
+        torch.linspace(-1, 1, rows * 16, dtype=dtype, device="cpu").view(rows, 16)
         for rows in (4, 8)
     )
+    expected = inputs.float() @ weight.float().T
     try:
         with torch.no_grad():
             found = multiply_packed("none", inputs, onednn_reorder(weight, 4), None)
-            return torch.allclose(found, inputs @ weight.T, atol=1e-5)
+            return torch.allclose(found.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
     except Exception:  # Operators may raise any exception on untested processors
         return False
 
 
-# The dtypes of weights that are packed
-PACKED_DTYPES: set[torch.dtype] = set()
 HAS_ONEDNN = (
     HAS_PRIVATE_NAMES
     and torch.backends.mkldnn.is_available()
     and None not in (onednn_linear, onednn_reorder)
 )
-if (
-    HAS_ONEDNN
-    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    and is_onednn_correct()
-):
-    if HAS_AMX or HAS_AVX512_BFLOAT16:
+# The dtypes of weights that are packed
+PACKED_DTYPES: set[torch.dtype] = set()
+if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    if (HAS_AMX or HAS_AVX512_BFLOAT16) and is_onednn_correct(torch.bfloat16):
         PACKED_DTYPES.add(torch.bfloat16)
-    if not HAS_AMX:
+    if not HAS_AMX and is_onednn_correct(torch.float32):
         PACKED_DTYPES.add(torch.float32)
 
 
