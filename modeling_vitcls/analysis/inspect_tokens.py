@@ -7,7 +7,6 @@ PATHS       photographs: files and folders, without labels
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -42,15 +41,14 @@ def write_inspection(options: InspectOptions) -> Inspection:
     console = Console(emoji=False, soft_wrap=True, highlight=False)
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     folder = open_model(options.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(folder).to(device)
+    model = load_model(folder)
     processor = folder.load_processor()
-    precision = resolve_precision(options.mixed_precision, device, model.config)
+    precision = resolve_precision(options.mixed_precision, model.device, model.config)
     batch_size = choose_batch_size(
         options.batch_size,
         model.config,
         get_output_size(processor, model.config.image_height_width),
-        device,
+        model.device,
         MAX_BATCH_SIZE,
     )
     label_space = get_label_space(model.config) if find_token_use(model).has_head else UNLABELED

@@ -7,7 +7,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -97,8 +96,6 @@ def load_adjusted_model(options: LookOptions) -> tuple[Any, Any, frozenset[int]]
     if image_size is not None or resize is not None:
         size = get_output_size(processor) if image_size is None else to_pair(image_size)
         set_resize(processor, resize or get_resize(processor), size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()  # type: ignore[arg-type]  # `to` is decorated
     return model, processor, read_trained_keys(folder)
 
 

@@ -65,15 +65,13 @@ def load_for_inference(
             f"labels require a classifier, but {folder.source} contains {config.architectures[0]}. "
             "Fine-tune the model first, or write features with `vitcls predict --features cls`"
         )
-    model = load_model(folder, use_head)
-    if device.type == "cpu" and not has_bfloat16(device):
-        model.float()  # Half precision would take several times as long
+    model = load_model(folder, use_head, device)
     processor = folder.load_processor()
     image_size = get_output_size(processor, config.image_height_width)
     if resize is not None:
         set_resize(processor, resize, image_size)
     batch_size = choose_batch_size(batch_size, config, image_size, device, max_batch_size)
-    return model.to(device).eval(), processor, batch_size
+    return model, processor, batch_size
 
 
 def has_classifier(config: ViTCLSConfig) -> bool:
@@ -81,12 +79,15 @@ def has_classifier(config: ViTCLSConfig) -> bool:
     return any(name.endswith("Classification") for name in config.architectures or [])
 
 
-def load_model(folder: ModelFolder, use_head: bool | None = None) -> Any:
+def load_model(
+    folder: ModelFolder, use_head: bool | None = None, device: torch.device | None = None
+) -> Any:
     """Load a model to be read, in evaluation mode with frozen weights.
 
     Args:
         folder: The model.
         use_head: Whether to load the classifier. Default: if there is one.
+        device: The device. Default: the GPU, if there is one.
 
     Raises:
         ValueError: If the model lacks weights.
@@ -99,7 +100,11 @@ def load_model(folder: ModelFolder, use_head: bool | None = None) -> Any:
         model = folder.load(ViTCLSForMultiTaskClassification)
     else:
         model = folder.load(ViTCLSForImageClassification)
-    return use_fast_modules(model, frozen=True)
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not has_bfloat16(device):
+        model.float()  # Half precision would take several times as long
+    return use_fast_modules(model.to(device), frozen=True)
 
 
 def choose_batch_size(

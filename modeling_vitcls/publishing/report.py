@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..analysis.inspection import inspect_images
@@ -164,9 +163,8 @@ def draw_page(
                 (image, texts | {"truth": None, "predicted": None}) for image, texts in chosen
             ]
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inspection, shown = inspect_images(
-        load_model(folder).to(device),
+        load_model(folder),
         processor,
         images.draw(NUM_MEASURED_IMAGES),
         label_space,

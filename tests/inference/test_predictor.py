@@ -29,6 +29,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.inference import load_model
 
 
 NAMES = ["cls", "registers@1", "mean", "patches"]
@@ -53,6 +54,16 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
 def test_an_unknown_argument_is_named(name: str, encoder: Path) -> None:
     with raises_one_line(f"`{name}`", error=TypeError):
         Predictor(encoder, **{name: "photos"})
+
+
+def test_half_precision_is_read_as_float32_on_a_cpu_that_emulates_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass of an encoder in bfloat16 would take several times as long."""
+    monkeypatch.setattr(load_model, "has_bfloat16", lambda device: False)
+    save_with_processor(ViTCLSModel(build_tiny_config()).bfloat16(), tmp_path)
+    assert ViTCLSModel.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert Predictor(tmp_path, "cls").model.dtype == torch.float32
 
 
 def test_a_file_that_is_written_over_the_weights_changes_no_answer(
