@@ -81,7 +81,8 @@ def list_effects(inspection: Inspection) -> list[dict[str, str]]:
         if effect.accuracies is not None and effect.drop is not None:
             low, high = effect.drop
             without = "{:.0%} to {:.0%} right".format(*effect.accuracies)
-            without += f" ({100 * low:.0f} to {100 * high:.0f} points lost)"
+            if effect.changed:  # Otherwise, the interval has no width
+                without += f" ({100 * low:.0f} to {100 * high:.0f} points lost)"
         low, high = effect.interval
         row = {"token": token}
         if inspection.gates:

@@ -24,7 +24,6 @@ from ..frozen.encoder import (
     warn_about_unreadable_classes,
 )
 from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
-from ..inference.intervals import compute_bootstrap_interval
 from ..inference.metrics import compute_mean, get_task_metrics
 from ..inference.token_names import SINGLE_TOKEN_NAMES, read_gates
 from ..model.attention_masks_vitcls import list_gated_tokens
@@ -242,11 +241,11 @@ def measure_tokens(
             "loss": loss,
             "loss_without": loss_without,
         }
-        low, high = compute_bootstrap_interval(is_right.astype(float) - is_right_without)
+        # An interval of the difference would have no width if no prediction differs.
         lines.append(
-            f"the new {SINGLE_TOKEN_NAMES[group]} tokens: {is_right_without.sum()} of {number} right, "
-            f"with them {is_right.sum()} ({round(100 * low):+d} to {round(100 * high):+d} points); log loss "
-            f"{loss_without:.3f}, with them {loss:.3f}"
+            f"the new {SINGLE_TOKEN_NAMES[group]} tokens: {is_right_without.sum()} of {number} right, with "
+            f"them {is_right.sum()} ({(is_right & ~is_right_without).sum()} gained, "
+            f"{(is_right_without & ~is_right).sum()} lost); log loss {loss_without:.3f}, with them {loss:.3f}"
         )
     return {"tokens": record}, "\n".join(lines)
 
