@@ -17,6 +17,7 @@ from sklearn.linear_model import BayesianRidge
 from torch import nn
 
 from ..inference.prediction_rows import get_logits_by_task
+from ..runtime.distributed import build_autocast
 
 
 MAX_PARTS = 6  # Of a side. With smaller parts, a pass says less about each of them
@@ -47,9 +48,12 @@ def hide_parts(
     """
     gray = pixel_values.mean(dim=(2, 3), keepdim=True)
     logits = []
+    # Rounded to bf16, effects of up to 0.54 differed by 0.01, a tenth of their standard errors.
+    autocast = build_autocast("auto", pixel_values.device, model.config)
     for batch in masks[:, None].to(pixel_values).split(BATCH_SIZE):
         is_hidden = nn.functional.interpolate(batch, pixel_values.shape[-2:])
-        outputs = model(torch.where(is_hidden > 0, gray, pixel_values))
+        with autocast():
+            outputs = model(torch.where(is_hidden > 0, gray, pixel_values))
         logits.append(get_logits_by_task(outputs))
     return {task: torch.cat([each[task] for each in logits]).double().cpu() for task in logits[0]}
 
