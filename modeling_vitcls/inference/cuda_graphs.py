@@ -24,8 +24,8 @@ class GraphedFunction:
     """A function of images that a GPU repeats as a CUDA graph, with the same bits.
 
     The first batch of a shape is computed as usual, which also loads the kernels; the second one is
-    recorded. While the object is used, the weights may be changed in place, but not replaced; those
-    of a frozen model (`use_fast_modules`) must not change.
+    recorded. While the object is used, the weights may be changed in place, but not replaced; a
+    frozen model (`use_fast_modules`) may only be read: not changed, and not called with gradients.
 
     Args:
         function: function of images [B, C, H, W]. It returns tensors, also in dicts and model

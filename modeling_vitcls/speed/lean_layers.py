@@ -134,7 +134,7 @@ def use_fast_modules(model: Model, frozen: bool = False) -> Model:
             use copies of the weights, in the precision of `torch.autocast` or else of the model.
             They are made in the next pass, and again after the weights have changed. PyTorch does
             not count edits of `parameter.data` in place: after such an edit, call this function
-            again. `model.train()` ends it.
+            again. `model.train()` and a pass with gradients of the weights end it.
 
     Examples:
         >>> from modeling_vitcls import ViTCLSModel, use_fast_modules, use_plain_modules
@@ -425,11 +425,14 @@ def skip_identities(*modules: nn.Module) -> list[nn.Module]:
 # Weights ------------------------------------------------------------------------------------------
 def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Product] | None:
     """Take the frozen products of the layers, or join them for this pass; None if unusual."""
+    sources = [each for each in plan.weights + plan.biases if each is not None]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in sources):
+        # An optimizer may follow, and fused ones do not count their edits
+        layers.frozen_weights = None
     frozen = layers.frozen_weights
     if frozen is None or torch.is_grad_enabled() or count_dispatch_modes():
         return join_weights(plan)
 
-    sources = [each for each in plan.weights + plan.biases if each is not None]
     try:
         versions = [each._version for each in sources]
     except RuntimeError:  # Tensors of inference mode do not count their edits
