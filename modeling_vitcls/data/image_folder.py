@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -122,7 +123,9 @@ def scan_folder(path: Path) -> ImageFolder:
 
         visible = sorted(name for name in subfolders if not is_hidden(name))
         system = [name for name in visible if name.lower().startswith(SYSTEM_PREFIXES)]
-        folder.skipped_folders.extend(str(relative_parent / name) for name in system)
+        for name in system:
+            count = count_images(Path(parent, name))
+            folder.skipped_folders.append(f"{relative_parent / name} (images: {count:,})")
         # Changed in place, because `os.walk` visits the folders that remain in this list. A folder
         # that was visited before is left out, or a link to a parent would never end.
         subfolders[:] = [
@@ -135,6 +138,12 @@ def scan_folder(path: Path) -> ImageFolder:
             if not is_hidden(name):
                 folder.add(str(relative_parent / name))
     return folder
+
+
+def count_images(folder: Path) -> int:
+    """Count the images at any depth of a folder."""
+    files = chain.from_iterable(files for _, _, files in os.walk(folder))
+    return sum(PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES for file in files)
 
 
 def is_hidden(name: str) -> bool:
@@ -189,12 +198,6 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
                 "a separate folder, or set `dataset` to a table of images and labels"
             )
         warn_about_skipped(where, unlabeled, "images outside of class folders")
-        if repeated := find_repeated_names(folder.images):
-            warn_on_first_process(
-                f"{where}: {len(repeated):,} images have the name of an image in a folder above: "
-                f"{format_name_list(repeated)}. Remove them if they are smaller copies, such as "
-                "thumbnails: a classifier recognizes a copy, so the result would be too good"
-            )
 
     # One list of classes for all splits: a split without images of a class must not shift the
     # others.
@@ -242,21 +245,6 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
             f"`output_dir={str(output_dir)!r}` contains images of the dataset, which would then be "
             "skipped as figures of the run. Set `output_dir` to another folder"
         )
-
-
-def find_repeated_names(images: Sequence[str]) -> list[str]:
-    """Find images that have the name of another one in a folder above, whatever their formats."""
-    paths = {str(PurePosixPath(image).with_suffix("")) for image in images}
-    found = []
-    for image in images:
-        folder, _, name = image.rpartition("/")
-        stem = PurePosixPath(name).stem
-        while "/" in folder:
-            folder = folder.rpartition("/")[0]
-            if f"{folder}/{stem}" in paths:
-                found.append(image)
-                break
-    return found
 
 
 # Skipped files ------------------------------------------------------------------------------------
