@@ -138,7 +138,8 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
 
     Returns:
         A list with one dict per image: `index`, `image`, the predicted columns, `checksum` of its
-        content, `trained` (whether it trained the model), and `error` (None, or the reason why the
+        content, `trained` (whether it trained the model), `note` (None, or what the prediction does not see:
+        other pages, nearly black scans), and `error` (None, or the reason why the
         image has no prediction).
 
     Raises:

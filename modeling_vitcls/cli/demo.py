@@ -120,7 +120,6 @@ def build_page(options: DemoOptions) -> Any:
     from ..analysis.photo import measure_photo
     from ..analysis.sheet import build_sheet
     from ..analysis.token_use import find_token_use
-    from ..data.trained_images import is_trained_image
     from ..hub.local_paths import get_title
     from ..inference.predictor import Predictor
     from ..model.image_processing_vitcls import read_image
@@ -149,7 +148,7 @@ def build_page(options: DemoOptions) -> Any:
             },
             is_unknown=bool(row.get("unknown")),
         )
-        sheet = build_sheet(measured, is_trained_image(photo, predictor.trained_keys))
+        sheet = build_sheet(measured, bool(row["trained"]))
         return [*answers, render("demo.html.j2", sheet=sheet)]
 
     answers = [gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS) for task in tasks]

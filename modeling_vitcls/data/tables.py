@@ -30,6 +30,7 @@ FILE_NAME_COLUMNS = {
 }  # Names that are no labels; they show where the header is
 # Blank lines and comments before the header, and the line in which spreadsheets name the separator
 PREAMBLE = re.compile(r'(?:[ \t]*(?:#.*)?\n)*(?:"?sep=(?P<separator>.)"?\n)?')
+QUOTE_OF_FORMULA = "^'(?=[=+@-])"  # `predict` writes it before a text that spreadsheets would run
 
 
 def read_table(file: Path, folder: Path) -> Any:
@@ -109,6 +110,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
             "which are required around fields that contain the separator"
         ) from error
 
+    table = table.replace(QUOTE_OF_FORMULA, "", regex=True)
     names = table.iloc[0].str.strip()
     columns = {column: name for column, name in names.items() if name}
     is_repeated = (table.iloc[1:] == table.iloc[0]).all(axis=1)

@@ -11,11 +11,13 @@ image_pass.py).
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -33,7 +35,9 @@ from ..data.images import (
     DatasetImages,
     check_is_no_address,
     decode_base64,
+    open_encoded_image,
     resolve_path,
+    to_encoded_image,
 )
 from ..data.in_memory import get_title
 from ..data.sources import (
@@ -51,6 +55,9 @@ from ..model.image_processing_vitcls import (
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.flags import expand_home
 from .options import PredictOptions
+
+
+MAX_DARK_VALUE = 1 / 4  # Largest value of a scan that uses 14 of 16 bits
 
 
 class ImageRecord(NamedTuple):
@@ -77,11 +84,6 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
     skipped_folders: list[str] = []
     for path in paths:
         check_is_no_address(path)
-        if "*" in path and not os.path.lexists(path):
-            raise ValueError(
-                f"{path} does not exist. Pass the folder {Path(path).parent}, or files: patterns are "
-                "expanded by a shell if they are not in quotes"
-            )
         if not os.path.isdir(path):  # noqa: PTH112  # False for names of any length
             files.append(path)
             continue
@@ -260,3 +262,27 @@ def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> 
     except (ValueError, OSError) as error:
         return format_error(error)
     return pixels
+
+
+def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: torch.Tensor) -> str | None:
+    """Note what a prediction of a scan does not see: other pages, or anything in nearly black pixels.
+
+    Args:
+        processor: The image processor of the model.
+        content: The content of the record.
+        pixels: The preprocessed image [C, H, W].
+    """
+    if not isinstance(content, str | bytes):
+        return None
+    with (
+        suppress(Exception),  # Other formats
+        open_encoded_image(to_encoded_image(content, Path())) as stream,
+        Image.open(stream, formats=("TIFF", "PNG")) as image,
+    ):
+        if (num_pages := getattr(image, "n_frames", 1)) > 1:
+            return f"page 1 of {num_pages}"
+        if image.mode.startswith("I") and processor.do_normalize:
+            mean, std = np.ravel(processor.image_mean)[0], np.ravel(processor.image_std)[0]
+            if pixels[0].max() * std + mean < MAX_DARK_VALUE:
+                return "nearly black: the 16-bit values are below a quarter of white"
+    return None

@@ -13,18 +13,25 @@ photo is known, and a photo that was replaced under its name is not.
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from glob import escape
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from ..runtime.files import compute_file_digest, read_json, write_json
+from ..runtime.files import (
+    UNFINISHED_SUFFIX,
+    compute_file_digest,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from .inputs import ImageRecord, compute_checksum
-from .outputs import ROWS_PER_GROUP, Columns, write_tables
+from .outputs import ROWS_PER_GROUP, Columns, Writer
 from .prediction_rows import Row
 
 
@@ -49,11 +56,6 @@ class JournalRow(NamedTuple):
     file: FileState
     checksum: str | None
 
-    @property
-    def image(self) -> Any:
-        """What names the image in the journal: its path, or the checksum of an image without file."""
-        return self.checksum if self.file.path is None else os.fsdecode(self.file.path)
-
 
 def read_file_state(content: Any) -> FileState:
     """Read the state of the file of an image, or the size of encoded bytes."""
@@ -66,22 +68,6 @@ def read_file_state(content: Any) -> FileState:
         path = os.fsencode(os.path.abspath(content))  # noqa: PTH100
         return FileState(path, status.st_size, status.st_mtime_ns)
     return FileState(content.encode(errors="surrogateescape"), None, None)
-
-
-@dataclass
-class WatchedRecords(Sequence):
-    """Records that note the state of each file before the file is read."""
-
-    records: Sequence[ImageRecord]
-    files: dict[int, FileState] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: Any) -> Any:
-        record = self.records[index]
-        self.files[index] = read_file_state(record.content)
-        return record
 
 
 @dataclass(frozen=True)
@@ -105,10 +91,12 @@ class Journal:
     Args:
         table: the file of the table.
         columns: its columns and their types.
+        write: writes it, one of `WRITERS`.
     """
 
-    def __init__(self, table: Path, columns: Columns) -> None:
+    def __init__(self, table: Path, columns: Columns, write: Writer) -> None:
         self.table = table
+        self.write = write
         self.folder = table.with_name(f".{table.name}.journal")
         self.schema = pa.schema(list((columns | FILE_COLUMNS).items()))
 
@@ -183,21 +171,20 @@ class Journal:
                 rows[index] = by_file[file].pop(0)
 
         # Images that have another name or time, and images without a file
-        by_content: dict[tuple[Any, Any], list[JournalRow]] = defaultdict(list)
-        for row in (row for group in by_file.values() for row in group):
-            by_content[row.file.size, row.checksum].append(row)
-        sizes = {size for size, _ in by_content}
-        for index, file in enumerate(files):
-            if index not in rows and file.size is not None and file.size in sizes:
-                group = by_content.get((file.size, compute_checksum(records[index].content)))
-                if group:
-                    rows[index] = group.pop(0)
+        by_content: dict[str | None, list[JournalRow]] = defaultdict(list)
+        for row in chain.from_iterable(by_file.values()):
+            by_content[row.checksum].append(row)
+        missing = [index for index in range(len(files)) if index not in rows]
+        for index in missing if by_content else ():
+            if group := by_content.get(compute_checksum(records[index].content)):
+                rows[index] = group.pop(0)
 
         paths = {file.path for file in files}
         left = [row for group in by_content.values() for row in group if row.file.path not in paths]
         missing = [index for index in range(len(files)) if index not in rows]
         missing.sort(key=lambda index: files[index] in failed)
-        return Known(rows, missing, [row.image for row in left if row.image])
+        names = [os.fsdecode(row.file.path or row.checksum or "") for row in left]
+        return Known(rows, missing, list(filter(None, names)))
 
     def check_is_complete(self, known: Known) -> None:
         """Raise ValueError if the table has images that are not in the input."""
@@ -210,13 +197,21 @@ class Journal:
             )
 
     def append(
-        self, name: str, records: WatchedRecords, rows: Iterator[Row], batch_size: int
+        self, name: str, files: Mapping[int, FileState], rows: Iterator[Row], batch_size: int
     ) -> None:
-        """Append the rows of a process, each batch as soon as it is computed."""
+        """Append the rows of a process, each batch as soon as it is computed.
+
+        Args:
+            name: of the part.
+            files: index of an image -> its file before it is read. If it changes until then, its row
+                is of another file, and is computed again.
+            rows: of the process.
+            batch_size: number of rows to append at once.
+        """
         file = str(self.folder / f"{name}.arrow")
         with pa.OSFile(file, "wb") as stream, pa.ipc.new_stream(stream, self.schema) as writer:
             while batch := list(islice(rows, batch_size)):
-                values = [row | records.files.pop(row["index"])._asdict() for row in batch]
+                values = [row | files[row["index"]]._asdict() for row in batch]
                 writer.write_batch(pa.RecordBatch.from_pylist(values, self.schema))
 
     # Table ------------------------------------------------------------------------------------
@@ -255,10 +250,11 @@ class Journal:
                 summaries.append(table.select(["index", "trained", "error"]))
                 yield table
 
-        def note_digest(file: Path) -> None:
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        with write_atomically(self.table) as file:
+            self.write(build_tables(), schema, file)
             digests = [*self.read_table_record()["digests"], compute_file_digest(file)][-2:]
             write_json(self.folder / TABLE_FILE, {"digests": digests, "left_out": known.left_out})
-
-        schema = pa.schema([self.schema.field(name) for name in columns])
-        write_tables(build_tables(), schema, self.table, note_digest)
+        for remainder in self.table.parent.glob(f".{escape(self.table.name)}.*{UNFINISHED_SUFFIX}"):
+            remainder.unlink(missing_ok=True)  # Of a run that was killed here
         return pa.concat_tables(summaries)

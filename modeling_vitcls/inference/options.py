@@ -121,6 +121,12 @@ class PredictOptions(ImageOptions, EngineOptions):
     the default is the last layer. Each of several features has a column."""
     feature_dtype: Literal["float32", "float16"] = "float32"
     """Data type of the features."""
+    delimiter: Literal[",", ";"] = ","
+    """Delimiter of a .csv file in --output. With `;`, numbers have decimal commas, as spreadsheets
+    in German, French and other languages read them."""
+    max_megapixels: int | None = None
+    """Largest image that is read, in megapixels. Default: 179, the limit of Pillow, because a small file
+    can take all memory. An A3 scan at 1,200 dpi has 278; reading 195 took 3 GB."""
     strict: bool = False
     """End with exit status 1 if any image has no prediction. The output is written all the same."""
     num_workers: int | None = None
@@ -129,7 +135,7 @@ class PredictOptions(ImageOptions, EngineOptions):
 
     def check(self) -> None:
         super().check()
-        check_minimum(self, 1, "top_k")
+        check_minimum(self, 1, "top_k", "max_megapixels")
         check_minimum(self, 0, "num_workers")
         suffix = ".csv" if self.output is None else self.output.suffix.lower()
         if suffix not in (".csv", ".json", ".jsonl", ".parquet"):

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable
-from glob import escape
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..runtime.files import (
-    UNFINISHED_SUFFIX,
-    escape_csv_cell,
-    replace_control_characters,
-    write_atomically,
-)
+from ..runtime.files import escape_csv_cell, replace_control_characters
 from .prediction_rows import DISTANCE, Row
 
 
@@ -37,31 +31,12 @@ def get_output_columns(columns: Columns) -> Columns:
         **columns,
         "checksum": pa.string(),
         "trained": pa.bool_(),
+        "note": pa.string(),
         "error": pa.string(),
     }
 
 
 # Files --------------------------------------------------------------------------------------------
-
-
-def write_tables(
-    tables: Iterable[pa.Table], schema: pa.Schema, file: Path, check: Callable[[Path], None]
-) -> None:
-    """Write tables of rows to a file in the format of its suffix, and replace an existing file.
-
-    If an error is raised, no partial file remains. Files that killed programs have left are removed.
-
-    Args:
-        tables: tables with the columns of the schema.
-        schema: names and types of the columns.
-        file: the file.
-        check: function that is called with the complete file before it has its name.
-    """
-    with write_atomically(file) as temporary_file:
-        WRITERS[file.suffix.lower()](tables, schema, temporary_file)
-        check(temporary_file)
-    for remainder in file.parent.glob(f".{escape(file.name)}.*{UNFINISHED_SUFFIX}"):
-        remainder.unlink(missing_ok=True)
 
 
 def write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, file: Path) -> None:
@@ -71,8 +46,10 @@ def write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, file: Path) -> 
             writer.write_table(table)
 
 
-def write_csv(tables: Iterable[pa.Table], schema: pa.Schema, file: Path) -> None:
-    """Write comma-separated values with a header.
+def write_csv(
+    tables: Iterable[pa.Table], schema: pa.Schema, file: Path, delimiter: str = ","
+) -> None:
+    """Write separated values with a header; numbers have decimal commas beside semicolons.
 
     All labels of a multi-label image are in one cell. Texts are escaped, because labels and file
     names may be formulas of a spreadsheet.
@@ -86,7 +63,9 @@ def write_csv(tables: Iterable[pa.Table], schema: pa.Schema, file: Path) -> None
                 values = join_lists(values)
             frame[column.name] = [value and escape_csv_cell(value) for value in values]
 
-    text = frame.to_csv(index=False, header=[escape_csv_cell(name) for name in table.column_names])
+    header = [escape_csv_cell(name) for name in table.column_names]
+    decimal = "," if delimiter == ";" else "."
+    text = frame.to_csv(sep=delimiter, decimal=decimal, header=header, index=False)
     # Excel takes a file for UTF-8 only if it begins with this mark.
     encoding = "utf-8" if text.isascii() else "utf-8-sig"
     file.write_text(text, encoding=encoding, newline="")
@@ -117,7 +96,8 @@ def write_json_rows(
         stream.write(end)
 
 
-WRITERS: dict[str, Callable[[Iterable[pa.Table], pa.Schema, Path], None]] = {
+Writer = Callable[[Iterable[pa.Table], pa.Schema, Path], None]
+WRITERS: dict[str, Writer] = {
     ".csv": write_csv,
     ".json": lambda tables, schema, file: write_json_rows(tables, file, "[\n", ",\n", "\n]\n"),
     ".jsonl": lambda tables, schema, file: write_json_rows(tables, file, "", "\n", "\n"),
@@ -131,11 +111,11 @@ WRITERS: dict[str, Callable[[Iterable[pa.Table], pa.Schema, Path], None]] = {
 def print_table(rows: Iterable[Row], columns: Columns) -> None:
     """Print the rows as a table, without the columns `index` and `checksum`.
 
-    The columns `trained` and `error` are omitted if they say nothing.
+    The columns `trained`, `note` and `error` are omitted if they say nothing.
     """
     rows = list(rows)
     names = [name for name in columns if name not in ("index", "checksum")]
-    for name in ("trained", "error"):
+    for name in ("trained", "note", "error"):
         if name in names and not any(row[name] for row in rows):
             names.remove(name)
     if DISTANCE in names and "unknown" not in names:  # Nothing to compare it with

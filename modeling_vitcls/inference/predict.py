@@ -15,6 +15,7 @@ from functools import partial
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from rich.console import Console
 
 from ..data.sources import load_on_main
@@ -24,9 +25,9 @@ from ..runtime.errors import format_name_list, warn_on_first_process
 from ..runtime.progress import track
 from ..runtime.staging import lock_folder
 from .inputs import ImageRecord, open_input
-from .journal import Journal, Known, WatchedRecords
+from .journal import Journal, Known, read_file_state
 from .options import PredictOptions
-from .outputs import get_output_columns, print_table
+from .outputs import WRITERS, get_output_columns, print_table, write_csv
 from .prediction_rows import Row
 from .predictor import Predictor, build_predictor
 
@@ -39,6 +40,8 @@ def predict_images(options: PredictOptions) -> None:
             written; after the rows are written, if no image has a prediction, or not every image
             with `strict`, or a file does not exist. The message is a single line.
     """
+    if options.max_megapixels is not None:
+        Image.MAX_IMAGE_PIXELS = round(options.max_megapixels * 1e6) // 2  # Twice as many are read
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     records = load_on_main(options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # The main process downloads the files
@@ -52,7 +55,10 @@ def predict_images(options: PredictOptions) -> None:
         if accelerator.is_main_process:
             print_table(summary, columns)
     else:
-        journal = Journal(options.output, columns)
+        write = WRITERS[options.output.suffix.lower()]
+        if write is write_csv:
+            write = partial(write_csv, delimiter=options.delimiter)
+        journal = Journal(options.output, columns, write)
         summary = write_rows(accelerator, predictor, records, journal, options)
 
     num_images = len(records)
@@ -143,9 +149,9 @@ def write_rows(
 
     with stack:
         missing, run = run_on_main(start)
-        watched = WatchedRecords(records)
-        rows = compute_rows(accelerator, predictor, watched, missing)
-        journal.append(f"{run}-{accelerator.process_index}", watched, rows, predictor.batch_size)
+        files = {index: read_file_state(records[index].content) for index in missing}
+        rows = compute_rows(accelerator, predictor, records, missing)
+        journal.append(f"{run}-{accelerator.process_index}", files, rows, predictor.batch_size)
         accelerator.wait_for_everyone()
         run_on_main(finish)
     return summary

@@ -9,7 +9,7 @@ any, with --features        features: a list of D numbers, or one list per token
                             several features have a column each, such as `cls` and `mean@6`
 
 The first columns are `index` (index in the input) and `image`, and the last columns are `checksum`,
-`trained` and `error`.
+`trained`, `note` and `error`.
 outputs.py writes the rows. Each kind of model has a class with the attribute `columns`, a dict of
 column types. The method `predict` returns a dict of `float32` outputs [B, ...] for images [B, C, H,
 W], and `build_rows` converts the outputs to rows.

@@ -36,6 +36,7 @@ from .inputs import (
     ImageRecord,
     build_record,
     compute_checksum,
+    find_note,
     list_sources,
     prepare_image,
     wrap_images,
@@ -230,8 +231,15 @@ class Predictor:
             is_trained = None
             if self.trained_keys and checksum is not None:
                 is_trained = int(checksum, 16) in self.trained_keys
-            known[index] = {"image": name, "checksum": checksum, "trained": is_trained}
-            return prepare_image(self.processor, content, index)
+            pixels = prepare_image(self.processor, content, index)
+            note = None if isinstance(pixels, str) else find_note(self.processor, content, pixels)
+            known[index] = {
+                "image": name,
+                "checksum": checksum,
+                "trained": is_trained,
+                "note": note,
+            }
+            return pixels
 
         if batches is None:
             batches = self.divide(range(len(records)))

@@ -449,7 +449,7 @@ def read_image(source: str | os.PathLike[str] | bytes | bytearray) -> PIL.Image.
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(
             f"cannot read an image from {source_name}: {get_first_line(error)} Make it smaller or, "
-            "if you trust it, set PIL.Image.MAX_IMAGE_PIXELS in Python"
+            "if you trust it, set PIL.Image.MAX_IMAGE_PIXELS (`vitcls predict --max-megapixels`)"
         ) from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data
         reason = get_first_line(error)

@@ -10,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.inference.outputs import Columns, print_table, write_tables
+from modeling_vitcls.inference.outputs import WRITERS, Columns, print_table, write_csv
 
 
 FIRST = {"index": pa.int64(), "image": pa.string()}
@@ -22,19 +21,16 @@ LAST = {"error": pa.string()}
 def write_rows(rows: list[dict[str, Any]], columns: Columns, file: Path) -> None:
     schema = pa.schema(list(columns.items()))
     tables = [pa.Table.from_pylist([row], schema) for row in rows]
-    write_tables(tables, schema, file, lambda file: None)
+    WRITERS[file.suffix](tables, schema, file)
 
 
 # Files --------------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_program_left_is_removed_by_a_complete_one(tmp_path: Path) -> None:
-    """A hidden file of another output may belong to a program that still runs."""
-    left, other = (tmp_path / f".{name}.0a1b.unfinished" for name in ("[1].csv", "other.csv"))
-    left.touch()
-    other.touch()
-    write_rows([{"index": 0, "image": "a", "error": None}], FIRST | LAST, tmp_path / "[1].csv")
-    assert {file.name for file in tmp_path.iterdir()} == {"[1].csv", other.name}
+def test_spreadsheets_of_other_languages_get_semicolons_and_decimal_commas(tmp_path: Path) -> None:
+    table = pa.table({"image": ["a;b.jpg"], "probability": [0.25]})
+    write_csv([table], table.schema, tmp_path / "rows.csv", delimiter=";")
+    assert (tmp_path / "rows.csv").read_text() == 'image;probability\n"a;b.jpg";0,25\n'
 
 
 def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:
@@ -92,9 +88,3 @@ def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> Non
         character for character in printed if not character.isprintable() and character != "\n"
     ]
     assert printed.count("[bold]red") == 3
-
-
-def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "out.json").mkdir()
-    with raises_one_line(f"cannot write {tmp_path / 'out.json'}", error=OSError):
-        write_rows([], FIRST, tmp_path / "out.json")

@@ -20,6 +20,7 @@ from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
 from helpers.warm_processes import run_together
+from PIL import Image
 from transformers import pipeline
 
 from modeling_vitcls import (
@@ -144,6 +145,31 @@ def test_a_missing_file_is_named_at_the_end_and_in_the_status(
     assert len(json.loads((tmp_path / "out.json").read_text())) == 4
 
 
+def test_a_row_notes_what_the_prediction_of_a_scan_does_not_see(
+    models: Path, tmp_path: Path
+) -> None:
+    page = Image.fromarray(np.full((40, 40), 200, np.uint8))
+    page.save(tmp_path / "pages.tiff", save_all=True, append_images=[page, page])
+    dark = np.arange(1600, dtype=np.uint16).reshape(40, 40)
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    Image.fromarray(dark * 40).save(tmp_path / "scan.tiff")
+    rows = api.predict(models / "one_label", tmp_path)
+    assert [row["note"] for row in rows] == [
+        "nearly black: the 16-bit values are below a quarter of white",
+        "page 1 of 3",
+        None,
+    ]
+
+
+def test_the_limit_of_megapixels_is_a_flag(
+    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    flags = ["--model", models / "one_label", photos / "c.png", "--output", tmp_path / "out.json"]
+    assert run_in_process("predict.py", *flags) == 1
+    assert run_in_process("predict.py", *flags, "--max-megapixels", "1") == 0
+
+
 def test_labels_equal_those_of_the_model_and_the_pipeline(
     models: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -187,7 +213,7 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.column_names[2:6:2] == ["age_label", "age_label_2"]
     assert table.column_names[3:6:2] == ["age_probability", "age_probability_2"]
-    assert table.column_names[6:-3:2] == ["species_label", "species_label_2", "species_label_3"]
+    assert table.column_names[6:-4:2] == ["species_label", "species_label_2", "species_label_3"]
 
     model = ViTCLSForMultiTaskClassification.from_pretrained(models / "several_tasks")
     logits = model(pixel_values(photos)).logits

@@ -41,11 +41,12 @@ def test_predictions_contain_no_formulas(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(photos)
-    output = tmp_path / "labels.csv"
-    assert (
-        run_here("predict", "--model", model, *NAMES[:2], "--top-k", "3", "--output", output) == 0
-    )
-    check_cells(output)
+    predict = ["predict", "--model", model, "--top-k", "3", "--output"]
+    assert run_here(*predict, tmp_path / "labels.csv", *NAMES[:2]) == 0
+    check_cells(tmp_path / "labels.csv")
+    # The quotes in its names are read back
+    assert run_here(*predict, photos / "again.csv", *NAMES[:2]) == 0
+    assert run_here(*predict, tmp_path / "more.csv", "--dataset", photos / "again.csv") == 0
 
 
 def test_a_full_disk_keeps_the_earlier_file_and_is_named(
