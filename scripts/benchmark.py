@@ -320,7 +320,7 @@ def build_engine(
         engine = copy.deepcopy(model)
     engine = FirstOutput(nn.Module.to(engine, device, DTYPES[weights]))
     if weights != precision:
-        engine.forward = torch.autocast(device, DTYPES[precision])(engine.forward)
+        engine.forward = torch.autocast(device, DTYPES[precision])(engine.forward)  # type: ignore[method-assign]
     if name == "compiled":
         engine.compile()
     return FirstOutput(ours).eval(), engine.eval()

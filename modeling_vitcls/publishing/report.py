@@ -190,8 +190,9 @@ def draw_page(
     sheet_file.parent.mkdir(exist_ok=True)
     sheet = shown[0].sheet
     # The photo, its map and the features, side by side
-    strip = np.hstack(
-        [tile.picture.resize(sheet.shape, Image.Resampling.NEAREST) for tile in sheet.overview[:3]]
-    )
+    tiles = [
+        tile.picture.resize(sheet.shape, Image.Resampling.NEAREST) for tile in sheet.overview[:3]
+    ]
+    strip = np.hstack([np.asarray(tile) for tile in tiles])
     Image.fromarray(strip).save(sheet_file)
     return "; ".join(inspection.faults)

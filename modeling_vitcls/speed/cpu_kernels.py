@@ -25,12 +25,12 @@ from ..model.blocks_vitcls import list_hooks
 
 # Private PyTorch APIs, used only in this file. If an API is missing, models stay plain.
 try:
-    from torch._C import _functorch
-    from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
-    from torch._C._nn import gelu_ as gelu_in_place
+    from torch._C import _functorch, _len_torch_dispatch_stack, _nn
     from torch.autograd import forward_ad
     from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
+    count_dispatch_modes = _len_torch_dispatch_stack
+    gelu_in_place: Any = _nn.gelu_  # type: ignore[attr-defined]
     peek_functorch_stack = _functorch.peek_interpreter_stack
     # None in builds without oneDNN
     onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

@@ -161,7 +161,7 @@ def use_plain_modules(model: Model) -> Model:
     """
     for module in model.modules():
         if type(module) is LeanLayers:
-            module.__class__ = ViTCLSLayers
+            module.__class__ = ViTCLSLayers  # type: ignore[assignment]
             for name in ("plan", "frozen_weights"):
                 vars(module).pop(name, None)
     return model
@@ -404,7 +404,7 @@ def build_plan(layers: LeanLayers) -> Plan | None:
         return None
     containers += parameters
     classed += linears
-    owners, names = map(list, zip(*watched, strict=True))
+    places = ([attributes for attributes, _ in watched], [name for _, name in watched])
     return Plan(
         layers=layer_parts,
         weights=weights,
@@ -412,8 +412,8 @@ def build_plan(layers: LeanLayers) -> Plan | None:
         groups=groups,
         containers=containers,
         classed=classed,
-        watched=(owners, names),
-        state=read_state(containers, classed, (owners, names)),
+        watched=places,
+        state=read_state(containers, classed, places),
     )
 
 

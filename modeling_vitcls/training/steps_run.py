@@ -112,7 +112,8 @@ def run_steps(
     elif step != loop.state.step or plan.averaging or data.selection is not None or has_excluded:
         metrics = held_out(model)
     reshard(model)
-    tokens, tokens_text = {}, None
+    tokens: dict[str, Any] = {}
+    tokens_text = None
     if (
         "vitcls.gates.gates" in plan.new_tokens
         and len(data.held_out)
