@@ -297,6 +297,7 @@ def test_shots_of_one_object_are_on_one_side_of_the_held_out_photos(
     printed = capsys.readouterr().out
     num_trained = (splits == "train").sum()
     assert results["num_training_images"] == num_trained
+    assert f": {len(photos)} images\n" in printed
     assert f"divided   {num_trained} training images, " in printed
     if results["steps"]:
         (sources / "run/results.json").unlink()
