@@ -95,7 +95,7 @@ class OldModel:
         known = self.trained_scenes.get("")
         if known is None or OWN_POOLING in known.layout.widths:
             return FeatureLayout.for_extra_heads(self.model.config, NUM_LAST_LAYERS)
-        # The same with further layers and tokens, if the run was allowed to read them
+        # has further layers and tokens if the run was allowed to read them
         return known.layout
 
     def compute_features(

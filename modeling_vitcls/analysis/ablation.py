@@ -99,7 +99,7 @@ class Effect:
             return f"under {MIN_IMAGES} images"
         if self.drop is not None and self.drop[0] > 0:
             return "costs accuracy"
-        # Of features, changes above rounding errors count; of predictions, any.
+        # Features change if the effect is above rounding errors, predictions if any of them changes.
         low = self.interval[0] if self.changed is None else self.size
         if low <= MIN_CHANGE or self.changed == 0:
             return "no change"

@@ -22,7 +22,7 @@ MARGIN = 0.3
 TILE_WIDTH = 0.92  # Part of the column; the rest is the gap between tiles
 GAP = 0.12  # Below tiles
 PALE = 0.35  # Opacity of tiles that no output depends on
-CHARACTER_WIDTH = 0.0088  # Of a font of one point, on average
+CHARACTER_WIDTH = 0.0088  # average, with a font of one point
 LINE_HEIGHT = 0.0195
 TEXT_SIZE = 8.0  # Points
 

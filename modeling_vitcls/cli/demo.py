@@ -133,7 +133,7 @@ def build_page(options: DemoOptions) -> Any:
     def answer(file: str | None) -> list[Any]:
         if file is None:
             raise gradio.Error("select a photo", print_exception=False)
-        # Not the path, which errors would show: the name of a temporary copy on the server
+        # Bytes, because errors would show the path of the temporary copy on the server
         photo = Path(file).read_bytes()
         (row,) = predictor([photo])
         if row["error"]:

@@ -68,8 +68,8 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
         | convertible_class.read_label_fields(model.config)
     )
 
-    # The first match counts. A classifier of CLIP drops the norm on the pooled token, for which the
-    # family, meant for encoders, has a rule.
+    # The first match counts. The rules of the family keep the norm on the pooled token; a classifier
+    # of CLIP has none.
     rules = [
         *(Rule(name, []) for name in convertible_class.unused_patterns),
         *HEAD_RULES,

@@ -269,7 +269,7 @@ def read_labels(
                 f"{dataset}: the name of a task has letters, digits and _ only, so {odd[0]!r} cannot be "
                 "one. Rename this column"
             )
-        classes = dict(sorted(classes.items()))  # As the classifiers of a model are
+        classes = dict(sorted(classes.items()))  # like the classifiers of a model
     # One label space for all splits, so an index is the same class in each of them.
     space = build(classes, separator)
     labels = {}

@@ -66,7 +66,7 @@ class TrainingData:
     held_out_split: str | None  # None if the held-out images were drawn from the only split
     held_out_name: str  # Description of the held-out images
     train_indices: np.ndarray  # Places of the training images among the undivided ones
-    held_out_indices: np.ndarray  # Those of the held-out images; -1 if these are a split
+    held_out_indices: np.ndarray  # Places of the held-out images; -1 if they are a split
     # Images for selecting the best checkpoint (`--select best`)
     selection: LabeledImages | None = None
     selection_name: str = ""

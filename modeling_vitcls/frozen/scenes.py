@@ -54,7 +54,7 @@ MAX_COMPARED = (
 )
 NUM_NEIGHBORS = 10  # A scene is a chain of neighbors, so a few of each photo connect it
 NUM_PROJECTIONS = 256  # Bytes of a stored photo
-CODE_SCALE = 30  # Of the codes of a projection, whose standard deviation is 1
+CODE_SCALE = 30  # Codes per standard deviation of a projection
 NUM_NAMED_PAIRS = 3
 MIN_SHARE = 0.05  # Part of the photos from which a run says that it has kept scenes together
 

@@ -41,7 +41,7 @@ FILE_COLUMNS: Columns = {"path": pa.binary(), "size": pa.int64(), "time": pa.int
 
 
 class FileState(NamedTuple):
-    """What tells that a file is the same, without reading it."""
+    """Path, size and time of a file, by which it is recognized without reading it."""
 
     path: bytes | None  # None: the image has no file
     size: int | None
@@ -109,7 +109,7 @@ class Journal:
             ValueError: unless `overwrite`, if the rows are of another model or other settings, or
                 the table is not as `predict` has written it.
         """
-        settings |= {"list of columns": self.schema.names}  # Of another version of this package
+        settings |= {"list of columns": self.schema.names}  # differs between versions
         written = self.read_table_record()["digests"]
         if self.table.exists() and not overwrite and compute_file_digest(self.table) not in written:
             raise ValueError(
@@ -256,5 +256,5 @@ class Journal:
             digests = [*self.read_table_record()["digests"], compute_file_digest(file)][-2:]
             write_json(self.folder / TABLE_FILE, {"digests": digests, "left_out": known.left_out})
         for remainder in self.table.parent.glob(f".{escape(self.table.name)}.*{UNFINISHED_SUFFIX}"):
-            remainder.unlink(missing_ok=True)  # Of a run that was killed here
+            remainder.unlink(missing_ok=True)  # left by a run that was killed here
         return pa.concat_tables(summaries)

@@ -45,7 +45,7 @@ def build_class_tables(
 ) -> Tables:
     """Build a table of the classes that have images, for each task.
 
-    Of many classes, it lists those with most wrong predictions. `format_label` formats their names.
+    If there are many classes, the table has those with most wrong predictions. `format_label` formats their names.
     """
     tables = {}
     for title, metrics in list_titles(results).items():

@@ -63,7 +63,7 @@ METRICS = {
         "Exact match (all classes of an image are correct)", count_text="right with all labels"
     ),
     "calibration_error": Metric("Calibration error", higher_is_better=False),
-    # Of each class
+    # of each class, in the table of classes
     "recall": Metric("Recall", count_text="recognized"),
     "precision": Metric("Precision"),
     "f1": Metric("F1"),

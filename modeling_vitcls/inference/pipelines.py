@@ -26,7 +26,7 @@ class FastPipeline:
         super().__init__(*args, **kwargs)
         self.autocast: Any = nullcontext
         if isinstance(self.model, ViTCLSPreTrainedModel):
-            # Not above, as this file is imported with the package, and Accelerate takes a while
+            # imported here, because Accelerate takes a while, and this file is imported with the package
             from ..runtime.distributed import build_autocast
 
             use_fast_modules(self.model, frozen=True)

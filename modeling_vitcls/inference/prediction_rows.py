@@ -340,7 +340,7 @@ class FeatureColumns:
     def build_arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         """Stack the features of rows by name: [B, D], or [B, n, D] if there are n > 1 tokens.
 
-        Those of a row with an error are NaN.
+        The features of a row with an error are NaN.
         """
         config: Any = self.encoder.config
         width = config.hidden_size

@@ -929,7 +929,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_attention(self) -> None:
-        """Check that the heads have a supported size, and the position embeddings their numbers."""
+        """Check the size of the heads, and that position embeddings have the fields they need."""
         periods = self.rope_periods
         num_periods = self.head_dim // 4
         num_pool_heads = self.attention_pool_heads or self.num_attention_heads

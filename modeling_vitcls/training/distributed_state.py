@@ -161,7 +161,7 @@ def gather_weights(model: nn.Module) -> Tensors:
 def distribute_like(
     full_tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor
 ) -> torch.Tensor:
-    """Send `full_tensor` from the main process to all processes.
+    """Give every process its shard of a tensor of the main process.
 
     The result has the device and the sharding of `like`. `full_tensor` must be None on all other
     processes.

@@ -342,7 +342,7 @@ def test_the_recall_of_a_class_that_the_encoder_has_never_seen_is_near_the_state
 def test_without_class_statistics_the_remedy_is_named(tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(build_tiny_config())
     source = save_with_processor(model, tmp_path / "source")
-    with raises_one_line("has no class statistics", f"vitcls finetune --model {source}"):
+    with raises_one_line("requires class statistics", f"vitcls finetune --model {source}"):
         add_class(source, build_new(STRIPES, "stripes"), tmp_path / "new")
 
 
