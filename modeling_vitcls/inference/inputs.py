@@ -264,18 +264,16 @@ def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> 
     return pixels
 
 
-def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: torch.Tensor) -> str | None:
+def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str | None:
     """Note what a prediction of a scan does not see: other pages, or anything in nearly black pixels.
 
     Args:
         processor: The image processor of the model.
         content: The content of the record.
-        pixels: The preprocessed image [C, H, W].
+        pixels: What `prepare_image` returns for it.
     """
-    if not isinstance(content, str | bytes):
-        return None
     with (
-        suppress(Exception),  # Other formats
+        suppress(Exception),  # Other formats, images in memory, and unreadable ones
         open_encoded_image(to_encoded_image(content, Path())) as stream,
         Image.open(stream, formats=("TIFF", "PNG")) as image,
     ):

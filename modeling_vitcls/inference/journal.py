@@ -126,7 +126,7 @@ class Journal:
                     "`output`, or set `overwrite` to compute it again"
                 )
             if names:
-                for part in self.folder.glob("*.*"):
+                for part in self.folder.glob("*.arrow"):
                     part.unlink()
         write_json(file, settings)
 

@@ -232,12 +232,11 @@ class Predictor:
             if self.trained_keys and checksum is not None:
                 is_trained = int(checksum, 16) in self.trained_keys
             pixels = prepare_image(self.processor, content, index)
-            note = None if isinstance(pixels, str) else find_note(self.processor, content, pixels)
             known[index] = {
                 "image": name,
                 "checksum": checksum,
                 "trained": is_trained,
-                "note": note,
+                "note": find_note(self.processor, content, pixels),
             }
             return pixels
 

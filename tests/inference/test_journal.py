@@ -17,6 +17,7 @@ from modeling_vitcls.inference import predictor
 from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.inference.predict import predict_images
 from modeling_vitcls.runtime import staging
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,13 @@ def test_rows_of_other_settings_and_models_are_not_mixed(
     assert not computed
     run(other, photos, table, overwrite=True)
     assert len(computed) == 9
+
+
+def test_the_journal_of_another_version_is_named(model: Path, photos: Path, table: Path) -> None:
+    file = table.parent / f".{table.name}.journal" / "settings.json"
+    write_json(file, read_json(file) | {"list of columns": ["index"]})
+    with raises_one_line("another list of columns"):
+        run(model, photos, table)
 
 
 def test_two_commands_do_not_write_one_table(
