@@ -12,7 +12,7 @@ photo is known, and a photo that was replaced under its name is not.
 """
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -76,12 +76,13 @@ class Known:
 
     Attributes:
         rows: index of an image -> its row.
-        missing: indices of the images without a row, in order; those that had an error come last.
+        missing: index of an image without a row -> its file before it is read, in order; those that
+            had an error come last.
         left_out: names of the images in the journal that are not in the input.
     """
 
     rows: dict[int, JournalRow]
-    missing: list[int]
+    missing: dict[int, FileState]
     left_out: list[str]
 
 
@@ -161,8 +162,6 @@ class Journal:
                     by_file[file].append(JournalRow(batch, position, file, checksum))
                 else:
                     failed.add(file)
-        if not by_file and not failed:
-            return Known({}, list(range(len(records))), [])
 
         files = [read_file_state(record.content) for record in records]
         rows: dict[int, JournalRow] = {}
@@ -175,21 +174,20 @@ class Journal:
         for row in chain.from_iterable(by_file.values()):
             by_content[row.checksum].append(row)
         missing = [index for index in range(len(files)) if index not in rows]
+        missing.sort(key=lambda index: files[index] in failed)
         for index in missing if by_content else ():
             if group := by_content.get(compute_checksum(records[index].content)):
                 rows[index] = group.pop(0)
 
         paths = {file.path for file in files}
         left = [row for group in by_content.values() for row in group if row.file.path not in paths]
-        missing = [index for index in range(len(files)) if index not in rows]
-        missing.sort(key=lambda index: files[index] in failed)
         names = [os.fsdecode(row.file.path or row.checksum or "") for row in left]
-        return Known(rows, missing, list(filter(None, names)))
+        unknown = {index: files[index] for index in missing if index not in rows}
+        return Known(rows, unknown, list(filter(None, names)))
 
     def check_is_complete(self, known: Known) -> None:
         """Raise ValueError if the table has images that are not in the input."""
-        earlier = Counter(self.read_table_record()["left_out"])
-        lost = list((Counter(known.left_out) - earlier).elements())
+        lost = sorted({*known.left_out} - {*self.read_table_record()["left_out"]})
         if self.table.exists() and lost:
             raise ValueError(
                 f"{self.table} has {len(lost):,} images that are not among these, such as {lost[0]}. "

@@ -25,7 +25,7 @@ from ..runtime.errors import format_name_list, warn_on_first_process
 from ..runtime.progress import track
 from ..runtime.staging import lock_folder
 from .inputs import ImageRecord, open_input
-from .journal import Journal, Known, read_file_state
+from .journal import FileState, Journal, Known
 from .options import PredictOptions
 from .outputs import WRITERS, get_output_columns, print_table, write_csv
 from .prediction_rows import Row
@@ -127,11 +127,11 @@ def write_rows(
         "mixed_precision": predictor.precision,
     }
 
-    known = Known({}, [], [])
+    known = Known({}, {}, [])
     summary: list[Row] = []
     stack = ExitStack()
 
-    def start() -> tuple[list[int], str]:
+    def start() -> tuple[dict[int, FileState], str]:
         """Find the rows that are there, and return the images without one and a name of this run."""
         nonlocal known
         stack.enter_context(lock_folder(journal.folder, "output"))
@@ -149,9 +149,8 @@ def write_rows(
 
     with stack:
         missing, run = run_on_main(start)
-        files = {index: read_file_state(records[index].content) for index in missing}
-        rows = compute_rows(accelerator, predictor, records, missing)
-        journal.append(f"{run}-{accelerator.process_index}", files, rows, predictor.batch_size)
+        rows = compute_rows(accelerator, predictor, records, list(missing))
+        journal.append(f"{run}-{accelerator.process_index}", missing, rows, predictor.batch_size)
         accelerator.wait_for_everyone()
         run_on_main(finish)
     return summary
