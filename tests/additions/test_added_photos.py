@@ -25,20 +25,18 @@ add_class = partial(modeling_vitcls.add_class, num_workers=0)
 
 
 @pytest.fixture(scope="module")
-def bursts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bursts(module_path: Path) -> Path:
     """Write five shots of each of sixteen objects, whose labels mean nothing."""
-    folder = tmp_path_factory.mktemp("bursts")
-    write_bursts(folder)
-    return folder
+    write_bursts(module_path / "bursts")
+    return module_path / "bursts"
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder(module_path: Path) -> Path:
     """Return a converted encoder, which no run has compared photos with."""
-    folder = tmp_path_factory.mktemp("encoder")
-    save_large_encoder(folder / "vit", num_layers=6)
-    assert run_here("convert", f"transformers:{folder / 'vit'}", folder / "vitcls") == 0
-    return folder / "vitcls"
+    save_large_encoder(module_path / "vit", num_layers=6)
+    assert run_here("convert", f"transformers:{module_path / 'vit'}", module_path / "vitcls") == 0
+    return module_path / "vitcls"
 
 
 def finetune(encoder: Path, photos: Path, folder: Path, *flags: str) -> Path:
@@ -50,9 +48,9 @@ def finetune(encoder: Path, photos: Path, folder: Path, *flags: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(encoder: Path, bursts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(encoder: Path, bursts: Path, module_path: Path) -> Path:
     """Return a frozen run on the objects."""
-    return finetune(encoder, bursts, tmp_path_factory.mktemp("run") / "run")
+    return finetune(encoder, bursts, module_path / "run")
 
 
 @pytest.fixture
@@ -147,11 +145,9 @@ def test_photos_that_repeat_training_photos_are_known_after_additions(
 
 
 @pytest.fixture(scope="module")
-def with_task(
-    encoder: Path, bursts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Any]:
+def with_task(encoder: Path, bursts: Path, module_path: Path) -> tuple[Path, Any]:
     """Return a folder with an added task, and its record."""
-    folder = tmp_path_factory.mktemp("with_task") / "task"
+    folder = module_path / "task"
     reset_accelerate()
     return folder, add_task(encoder, bursts, "kind", folder)
 

@@ -59,9 +59,9 @@ def build_dataset(labels: list[str]) -> list[tuple[Image.Image, str]]:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(module_path: Path) -> Path:
     """Write the folder of a classifier of digits with class statistics."""
-    return save_digits(tmp_path_factory.mktemp("digits"), epochs=2)
+    return save_digits(module_path / "digits", epochs=2)
 
 
 def save_digits(folder: Path, epochs: int, num_labels: int = 10) -> Path:
@@ -79,9 +79,9 @@ def save_digits(folder: Path, epochs: int, num_labels: int = 10) -> Path:
 
 
 @pytest.fixture(scope="module")
-def with_parity(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def with_parity(digits: Path, module_path: Path) -> Path:
     """Return the classifier of digits with the task "odd or even"."""
-    folder = tmp_path_factory.mktemp("additions") / "parity"
+    folder = module_path / "parity"
     add_task(digits, build_dataset(TASKS["parity"]), "parity", folder)
     return folder
 
@@ -252,9 +252,9 @@ def build_new(pixels: np.ndarray, name: str) -> list[tuple[Image.Image, str]]:
 
 
 @pytest.fixture(scope="module")
-def with_stripes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def with_stripes(digits: Path, module_path: Path) -> Path:
     """Write the classifier of digits with a class that looks like no digit."""
-    folder = tmp_path_factory.mktemp("additions") / "stripes"
+    folder = module_path / "stripes"
     add_class(digits, build_new(STRIPES, "stripes"), folder)
     return folder
 

@@ -54,15 +54,14 @@ pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder(module_path: Path) -> Path:
     """Return an encoder without a classifier that was trained on digits."""
-    folder = tmp_path_factory.mktemp("encoder")
     options = build_tiny_options(
-        folder / "run", "digits", max_steps=60, batch_size=32, learning_rate=3e-3
+        module_path / "run", "digits", max_steps=60, batch_size=32, learning_rate=3e-3
     )
     run = run_to_folder(options)
     processor = ViTCLSImageProcessor.from_pretrained(run)
-    return save_both(ViTCLSModel.from_pretrained(run), folder / "encoder", processor)
+    return save_both(ViTCLSModel.from_pretrained(run), module_path / "encoder", processor)
 
 
 def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
@@ -118,10 +117,10 @@ def check_classifier(run: Path, results: dict[str, Any], parts: list[Any], image
 
 
 @pytest.fixture(scope="module")
-def frozen_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def frozen_run(encoder: Path, module_path: Path) -> Any:
     """Return the options and the results of a run that stops after the probe."""
     options = build_options(
-        tmp_path_factory.mktemp("head") / "run",
+        module_path / "frozen",
         encoder,
         held_out_fraction=0.2,
     )
@@ -129,9 +128,9 @@ def frozen_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def run_on_all_labels(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run_on_all_labels(encoder: Path, module_path: Path) -> Any:
     """Return the options and the results of a run without steps and without held-out images."""
-    options = build_options(tmp_path_factory.mktemp("all") / "run", encoder)
+    options = build_options(module_path / "all labels", encoder)
     return options, run_training(options)
 
 
@@ -279,9 +278,9 @@ def save_images(folder: Path, pixels: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="module")
-def unequal_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unequal_photos(module_path: Path) -> Path:
     """Return a folder with 60 images of a digit and 8 of a similar one."""
-    folder = tmp_path_factory.mktemp("photos")
+    folder = module_path / "unequal"
     digits = load_digits()
     for digit, count in ((8, 60), (3, 8)):
         save_images(folder / str(digit), 15 * digits.images[digits.target == digit][:count])
@@ -488,14 +487,13 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def tagged_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tagged_digits(module_path: Path) -> Path:
     """Return tables of digits with tags and tasks: 100 images that train, and 100 others.
 
     Each task has some empty cells.
     """
-    folder = tmp_path_factory.mktemp("tags")
     digits = load_digits()
-    save_images(folder / "images", 15 * digits.images[:200])
+    save_images(module_path / "images", 15 * digits.images[:200])
     rows = [
         (
             f"images/{index}.png",
@@ -508,8 +506,8 @@ def tagged_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for name, part in (("train", rows[:100]), ("others", rows[100:])):
         table = pd.DataFrame(part, columns=["image", "tags", "number", "half", "place"])
-        table.to_csv(folder / f"{name}.csv", index=False)
-    return folder
+        table.to_csv(module_path / f"{name}.csv", index=False)
+    return module_path
 
 
 def build_tag_options(folder: Path, encoder: Path, tagged_digits: Path, **flags: Any) -> Any:

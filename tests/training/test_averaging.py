@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
-from helpers.tiny_models import build_tiny_config, randomize, save_with_processor
+from helpers.tiny_models import build_random, save_with_processor
 from helpers.tiny_options import build_tiny_options, forget_end, run_to_folder
 from safetensors.torch import load_file
 
@@ -23,11 +23,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder(module_path: Path) -> Path:
     """Return the folder of an encoder."""
-    folder = tmp_path_factory.mktemp("encoder")
-    save_with_processor(randomize(ViTCLSModel(build_tiny_config())), folder)
-    return folder
+    save_with_processor(build_random(ViTCLSModel), module_path)
+    return module_path
 
 
 def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:

@@ -26,26 +26,23 @@ NEW = [(Image.fromarray(pixels), "stripes") for pixels in STRIPES]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, few_digits: None) -> Path:
+def trained(module_path: Path, few_digits: None) -> Path:
     """Return the folder of a run with steps."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    return run_to_folder(build_tiny_options(folder, "digits", max_steps=3))
+    return run_to_folder(build_tiny_options(module_path / "trained", "digits", max_steps=3))
 
 
 @pytest.fixture(scope="module")
-def frozen(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+def frozen(module_path: Path, trained: Path) -> Path:
     """Return the folder of a frozen run of the trained encoder."""
-    folder = tmp_path_factory.mktemp("frozen") / "run"
     flags = {"model": str(trained), "trainable": "head", "probe": True}
-    return run_to_folder(build_tiny_options(folder, "digits", **flags))
+    return run_to_folder(build_tiny_options(module_path / "frozen", "digits", **flags))
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+def adapted(module_path: Path, trained: Path) -> Path:
     """Return the folder of a run with LoRA, whose weights are merged."""
-    folder = tmp_path_factory.mktemp("adapted") / "run"
     flags = {"model": str(trained), "trainable": "lora", "max_steps": 2}
-    return run_to_folder(build_tiny_options(folder, "digits", **flags))
+    return run_to_folder(build_tiny_options(module_path / "adapted", "digits", **flags))
 
 
 @pytest.fixture(params=["trained", "frozen", "adapted"])

@@ -26,13 +26,12 @@ TEACHING: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory, few_digits: None) -> Path:
+def encoder(module_path: Path, few_digits: None) -> Path:
     """Return a trained encoder of six layers, without a classifier."""
-    folder = tmp_path_factory.mktemp("encoder")
     flags = {"num_hidden_layers": 6, "max_steps": 80, "batch_size": 32, "learning_rate": 3e-3}
-    run = run_to_folder(build_tiny_options(folder / "run", "digits", **flags))
+    run = run_to_folder(build_tiny_options(module_path / "run", "digits", **flags))
     processor = ViTCLSImageProcessor.from_pretrained(run)
-    return save_both(ViTCLSModel.from_pretrained(run), folder / "encoder", processor)
+    return save_both(ViTCLSModel.from_pretrained(run), module_path / "encoder", processor)
 
 
 def build_options(folder: Path, model: Path, **flags: Any) -> Any:
@@ -41,17 +40,16 @@ def build_options(folder: Path, model: Path, **flags: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def frozen(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def frozen(encoder: Path, module_path: Path) -> Path:
     """Return the folder of a frozen run, whose classifier reads four layers and patches."""
-    folder = tmp_path_factory.mktemp("frozen") / "run"
     flags = {"pooled_layers": [-4, -3, -2, -1], "pooling": "cls_mean"}
-    return run_to_folder(build_options(folder, encoder, **flags))
+    return run_to_folder(build_options(module_path / "frozen", encoder, **flags))
 
 
 @pytest.fixture(scope="module")
-def taught(frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def taught(frozen: Path, module_path: Path) -> tuple[Path, dict[str, Any]]:
     """Return the folder and the results of the frozen model, continued with itself as teacher."""
-    folder = tmp_path_factory.mktemp("taught") / "run"
+    folder = module_path / "taught"
     return folder, run_training(build_options(folder, frozen, teacher=str(frozen), **TEACHING))
 
 

@@ -64,9 +64,9 @@ SHORT_RUN_FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def recipe_run(color_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe_run(color_images: Path, module_path: Path) -> Path:
     """Run a recipe with batches of 14, and two CLS tokens, a distillation token and registers."""
-    folder = tmp_path_factory.mktemp("recipe") / "my-model"
+    folder = module_path / "my-model"
     reset_accelerate()
     flags = [
         "--config",
@@ -82,8 +82,8 @@ def recipe_run(color_images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_two_colors(tmp_path_factory.mktemp("colors"), 23)
+def color_images(module_path: Path) -> Path:
+    return write_two_colors(module_path / "colors", 23)
 
 
 def tiny_options(output_dir: Path, dataset: object, **flags: Any) -> FinetuneOptions:
@@ -237,11 +237,10 @@ def test_unreadable_images_are_named_and_skipped(
 
 
 @pytest.fixture(scope="module")
-def pretrained(color_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pretrained(color_images: Path, module_path: Path) -> Path:
     """Return a checkpoint for fine-tuning."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    train(folder, "digits", max_steps=2)
-    return folder
+    train(module_path / "pretrained", "digits", max_steps=2)
+    return module_path / "pretrained"
 
 
 def list_changed_weights(before: Path, after: Path) -> set[str]:
@@ -318,9 +317,9 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(module_path: Path) -> Path:
     """Return a small CNN of transformers; its predictions do not matter."""
-    folder = tmp_path_factory.mktemp("teacher")
+    folder = module_path / "teacher"
     torch.manual_seed(0)
     labels = dict(enumerate("0123456789"))
     sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.tiny_models import (
     build_images,
+    build_random,
     build_tiny_config,
     get_largest_difference,
     raises_one_line,
@@ -46,11 +47,10 @@ from modeling_vitcls.training.options import (
 
 
 @pytest.fixture(scope="module")
-def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_tasks(module_path: Path) -> Path:
     """Return a checkpoint with two tasks."""
-    folder = tmp_path_factory.mktemp("tasks")
     config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 3})
-    return save_with_processor(ViTCLSForMultiTaskClassification(config), folder)
+    return save_with_processor(ViTCLSForMultiTaskClassification(config), module_path)
 
 
 @pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1", "LABEL_2"], ["no", "yes"]])
@@ -249,7 +249,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def build_random_model(model_class: Any = ViTCLSForImageClassification, **fields: Any) -> Any:
     """Return a model with random weights whose mask token is frozen, as in training."""
-    model = randomize(model_class(build_tiny_config(**fields)))
+    model = build_random(model_class, **fields)
     if model.vitcls.embeddings.mask_token is not None:
         model.vitcls.embeddings.mask_token.requires_grad_(False)
     return model

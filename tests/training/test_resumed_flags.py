@@ -34,13 +34,12 @@ FLAGS = [name for name in get_flag_fields(FinetuneOptions) if name not in NOT_SP
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def command(module_path: Path) -> Iterator[list[str]]:
     """Yield a command without an output folder: few flags, two classes of photos, a ViT of 280 px."""
-    folder = tmp_path_factory.mktemp("sources")
-    encoder = save_large_encoder(folder / "vit")
-    photos = write_unequal_photos(folder / "photos")
+    encoder = save_large_encoder(module_path / "vit")
+    photos = write_unequal_photos(module_path / "photos")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache" / "hub"))
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(module_path / "cache" / "hub"))
         yield [
             "finetune",
             *("--model", encoder, "--dataset", str(photos)),
@@ -49,10 +48,10 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def stopped(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(command: list[str], module_path: Path) -> Path:
     """Return the output folder of a run that was stopped after its first step."""
     reset_accelerate()
-    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    folder = module_path / "stopped"
     show_step = Reporter.show_step
 
     def stop(reporter: Reporter, step: int) -> None:

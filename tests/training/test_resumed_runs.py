@@ -43,9 +43,9 @@ def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(module_path: Path) -> Path:
     """Return the folder of an uninterrupted run."""
-    return run_to_folder(build_options(tmp_path_factory.mktemp("whole") / "run"))
+    return run_to_folder(build_options(module_path / "run"))
 
 
 @pytest.fixture

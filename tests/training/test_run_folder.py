@@ -53,9 +53,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(module_path: Path) -> Path:
     """Return the folder of a finished run of one step."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
+    folder = module_path / "run"
     run(folder)
     return folder
 

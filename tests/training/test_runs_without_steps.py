@@ -5,6 +5,8 @@ classes have different sizes.
 """
 
 import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -35,120 +37,107 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import frozen_run
 
 
-@pytest.fixture
-def sources(tmp_path: Path) -> Path:
-    """Return a folder with a Dinov2 encoder and photos of two classes."""
+@pytest.fixture(autouse=True)
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder with a Dinov2 encoder, `vit`, and `my photos` of two classes."""
     save_large_encoder(tmp_path / "vit", num_layers=5)
     write_unequal_photos(tmp_path / "my photos")
-    return tmp_path
+    monkeypatch.chdir(tmp_path)
 
 
-def finetune(folder: Path, model: str, photos: str, output: str, *flags: str) -> dict[str, Any]:
-    """Run `vitcls finetune` in this process, and return the contents of results.json."""
+def finetune(model: str, photos: str, output: str, *flags: str) -> dict[str, Any]:
+    """Run `vitcls finetune` here; return results.json and, as "printed", what it printed."""
     reset_accelerate()
-    paths = [
-        "--model",
-        folder / model,
-        "--dataset",
-        folder / photos,
-        "--output-dir",
-        folder / output,
-    ]
-    main(["finetune", *map(str, paths), "--num-workers", "0", "--no-report", *flags])
-    return read_json(folder / output / "results.json")
+    paths = ["--model", model, "--dataset", photos, "--output-dir", output]
+    with redirect_stdout(StringIO()) as printed:
+        main(["finetune", *paths, "--num-workers", "0", "--no-report", *flags])
+    return read_json(Path(output) / "results.json") | {"printed": printed.getvalue()}
 
 
 @pytest.mark.parametrize("flags", [(), ("--trainable", "head")])
-def test_a_run_without_steps_says_how_to_train_all_layers(
-    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_steps_says_how_to_train_all_layers(flags: tuple[str, ...]) -> None:
     """Unless the person has asked for a frozen encoder."""
-    assert finetune(sources, "vit", "my photos", "frozen", *flags)["steps"] == 0
+    frozen = finetune("vit", "my photos", "frozen", *flags)
+    assert frozen["steps"] == 0
     advice = "set --epochs 5 and another --output-dir"
-    assert (advice in capsys.readouterr().out) is not bool(flags)
+    assert (advice in frozen["printed"]) is not bool(flags)
 
-    results = finetune(sources, "vit", "my photos", "tuned", "--epochs", "5")
+    results = finetune("vit", "my photos", "tuned", "--epochs", "5")
     assert results["steps"] > 0
     start = results["before_steps"]["accuracy"]
-    printed = capsys.readouterr().out
+    printed = results["printed"]
     num_images = results["num_images"]
     num_right = round(start * num_images)
     assert f". Before the steps: {num_right} of {num_images} right" in printed
     assert ("which was better" in printed) is (start > results["accuracy"])
-    original = ViTCLSModel.from_pretrained(sources / "frozen").state_dict()
-    trained = ViTCLSModel.from_pretrained(sources / "tuned").state_dict()
+    original = ViTCLSModel.from_pretrained("frozen").state_dict()
+    trained = ViTCLSModel.from_pretrained("tuned").state_dict()
     names = [f"layers.{index}.mlp.fc1.weight" for index in range(5)]
     assert not any(torch.equal(original[name], trained[name]) for name in names)
 
 
-def test_a_run_that_continues_a_model_is_compared_with_this_model_itself(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_continues_a_model_is_compared_with_this_model_itself() -> None:
     """On the held-out photos of both runs; photos that trained the model compare nothing."""
-    tuned = finetune(sources, "vit", "my photos", "tuned", "--epochs", "1")
-    again = finetune(sources, "tuned", "my photos", "again", "--epochs", "1")
+    tuned = finetune("vit", "my photos", "tuned", "--epochs", "1")
+    again = finetune("tuned", "my photos", "again", "--epochs", "1")
     assert again["initial_classifier"] == {"accuracy": tuned["accuracy"]}
-    assert f"{sources / 'tuned'} itself: " in capsys.readouterr().out
+    assert f"{Path.cwd() / 'tuned'} itself: " in again["printed"]
 
-    finetune(sources, "vit", "my photos", "frozen")
+    finetune("vit", "my photos", "frozen")
     flags = ("--epochs", "1", "--held-out-fraction", "0.2")
-    assert finetune(sources, "frozen", "my photos", "known", *flags)["initial_classifier"] is None
+    assert finetune("frozen", "my photos", "known", *flags)["initial_classifier"] is None
 
 
-def test_a_run_below_chance_counts_the_predictions_that_it_writes(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_photos(sources / "noise", range(75, 90))
-    results = finetune(sources, "vit", "noise", "run")
-    rows = pd.read_parquet(sources / "run/predictions.parquet")
+def test_a_run_below_chance_counts_the_predictions_that_it_writes() -> None:
+    write_photos(Path("noise"), range(75, 90))
+    results = finetune("vit", "noise", "run")
+    rows = pd.read_parquet("run/predictions.parquet")
     num_right = (rows["label"] == rows["prediction"]).sum()
     assert results["num_right"] == num_right == np.trace(results["confusion_matrix"])
-    assert f"{num_right} of 30 right; about 32% of new photos" in capsys.readouterr().out
+    assert f"{num_right} of 30 right; about 32% of new photos" in results["printed"]
     assert num_right / 30 == pytest.approx(results["accuracy"], abs=0.02)
 
 
 @pytest.mark.parametrize("flags", [(), ("--epochs", "1", "--no-probe")])
 def test_a_class_without_readable_images_is_named_and_never_predicted(
-    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...],
 ) -> None:
     """The saved model has the class, in a run with steps as in a frozen one."""
     names = [f"zebra/{index}.png" for index in range(3)]
-    write_files(sources / "my photos", *names, content=b"no photo")
-    finetune(sources, "vit", "my photos", "run", *flags)
-    assert "no image of zebra can be read" in capsys.readouterr().out
-    assert len(read_json(sources / "run/config.json")["id2label"]) == 3
-    rows = predict(sources / "run", sources / "my photos" / "ants", top_k=3)
+    write_files(Path("my photos"), *names, content=b"no photo")
+    results = finetune("vit", "my photos", "run", *flags)
+    assert "no image of zebra can be read" in results["printed"]
+    assert len(read_json(Path("run/config.json"))["id2label"]) == 3
+    rows = predict("run", "my photos/ants", top_k=3)
     assert all(row["label_3"] == "zebra" for row in rows)
     assert max(row["probability_3"] for row in rows) < 1e-12
 
 
-def test_a_damaged_photo_is_counted_whatever_task_is_last(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_photo_is_counted_whatever_task_is_last() -> None:
     """No fold can measure the last task, which has one image of each class."""
-    write_files(sources, "my photos/ants/damaged.png", content=b"no photo")
-    photos = sorted((sources / "my photos").rglob("*.png"))
+    write_files(Path("my photos"), "ants/damaged.png", content=b"no photo")
+    photos = sorted(Path("my photos").rglob("*.png"))
     places = {photos[0]: "garden", photos[-1]: "wood"}
     rows = [f"{photo},{photo.parent.name},{places.get(photo, '')}" for photo in photos]
-    (sources / "tasks.csv").write_text("\n".join(["image,insect,place", *rows]))
-    results = finetune(sources, "vit", "tasks.csv", "run", "--label-column", "insect", "place")
+    Path("tasks.csv").write_text("\n".join(["image,insect,place", *rows]))
+    results = finetune("vit", "tasks.csv", "run", "--label-column", "insect", "place")
     assert results["tasks"]["insect"]["num_unreadable_images"] == 1
     assert results["num_unreadable_images"] == results["num_unreadable_training_images"] == 1
     assert results["num_images"] == 24
-    assert "1 of 25 training images could not be read" in capsys.readouterr().out
+    assert "1 of 25 training images could not be read" in results["printed"]
 
 
-def test_a_run_of_two_tasks_gets_a_report(sources: Path) -> None:
-    photos = sorted((sources / "my photos").rglob("*.png"))
+def test_a_run_of_two_tasks_gets_a_report() -> None:
+    photos = sorted(Path("my photos").rglob("*.png"))
     rows = [f"{photo},{photo.parent.name},{photo.stat().st_size % 2}" for photo in photos]
-    (sources / "tasks.csv").write_text("\n".join(["image,insect,parity", *rows]))
-    finetune(sources, "vit", "tasks.csv", "run", "--label-column", "insect", "parity")
-    assert write_report(ModelFolder(sources / "run")) is not None
+    Path("tasks.csv").write_text("\n".join(["image,insect,parity", *rows]))
+    finetune("vit", "tasks.csv", "run", "--label-column", "insect", "parity")
+    assert write_report(ModelFolder(Path("run"))) is not None
 
 
-def test_a_damaged_held_out_photo_measures_no_task(sources: Path) -> None:
-    write_files(sources, "my photos/ants/damaged.png", content=b"no photo")
-    photos = sorted((sources / "my photos").rglob("*.png"))
+def test_a_damaged_held_out_photo_measures_no_task() -> None:
+    write_files(Path("my photos"), "ants/damaged.png", content=b"no photo")
+    photos = sorted(Path("my photos").resolve().rglob("*.png"))
     rows = [
         f"{photo},{photo.parent.name},{('few', 'many')[index % 3 > 0]}"
         for index, photo in enumerate(photos)
@@ -157,8 +146,8 @@ def test_a_damaged_held_out_photo_measures_no_task(sources: Path) -> None:
     for name, kind in (("train", 0), ("test", 1)):
         part = [row for row, is_test in zip(rows, is_held_out, strict=True) if is_test == kind]
         table = "\n".join(["image,insect,legs", *part])
-        write_files(sources / "tables", f"{name}.csv", content=table.encode())
-    results = finetune(sources, "vit", "tables", "run", "--label-column", "insect", "legs")
+        write_files(Path("tables"), f"{name}.csv", content=table.encode())
+    results = finetune("vit", "tables", "run", "--label-column", "insect", "legs")
     assert results["split"] == "split 'test'"
     assert results["num_unreadable_images"] == 1
     assert results["num_images"] == results["tasks"]["legs"]["num_images"] == sum(is_held_out) - 1
@@ -166,26 +155,22 @@ def test_a_damaged_held_out_photo_measures_no_task(sources: Path) -> None:
 
 @pytest.mark.filterwarnings("error::scipy.linalg.LinAlgWarning")
 @pytest.mark.parametrize("num_photos", [1, 2, 3, 4])
-def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(
-    num_photos: int, sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(num_photos: int) -> None:
     """Two images have one difference, and four classes of them a covariance of rank 4."""
-    photos = sorted((sources / "my photos" / "ants").iterdir())[: 4 * num_photos]
-    write_files(sources / "few photos", "kind 0/broken.png")  # does not count
+    photos = sorted(Path("my photos/ants").iterdir())[: 4 * num_photos]
+    write_files(Path("few photos"), "kind 0/broken.png")  # does not count
     for index, photo in enumerate(photos):
-        folder = sources / "few photos" / f"kind {index % 4}"
+        folder = Path("few photos") / f"kind {index % 4}"
         folder.mkdir(exist_ok=True)
         photo.rename(folder / photo.name)
 
-    results = finetune(sources, "vit", "few photos", "frozen")
+    results = finetune("vit", "few photos", "frozen")
     assert results["steps"] == 0
     assert results["num_training_images"] == len(photos)
-    assert ("right (95%" in capsys.readouterr().out) == (num_photos > 1)
+    assert ("right (95%" in results["printed"]) == (num_photos > 1)
 
 
-def test_a_second_photo_makes_no_class_harder_to_find_and_only_pairs_are_measured(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_photo_makes_no_class_harder_to_find_and_only_pairs_are_measured() -> None:
     """Ten classes with one photo and ten with two, which are parts of one large photo."""
     generator = np.random.default_rng(0)
     for number in range(20):
@@ -193,77 +178,68 @@ def test_a_second_photo_makes_no_class_harder_to_find_and_only_pairs_are_measure
         photo = Image.fromarray(pixels).resize((320, 320), Image.Resampling.BICUBIC)
         for shot in range(4):
             folder = "few" if shot <= number % 2 else "others" if shot > 1 else "unused"
-            path = sources / folder / f"kind {number}" / f"{shot}.png"
+            path = Path(folder) / f"kind {number}" / f"{shot}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             photo.crop((8 * shot, 4 * shot, 280 + 8 * shot, 280 + 4 * shot)).save(path)
 
-    assert finetune(sources, "vit", "few", "frozen")["num_images"] == 20
-    assert "fitted to 30 images, of which 10 could not be left out" in capsys.readouterr().out
-    recalls = [
-        row["recall"]
-        for row in evaluate(sources / "frozen", sources / "others", num_workers=0)["per_class"]
-    ]
+    results = finetune("vit", "few", "frozen")
+    assert results["num_images"] == 20
+    assert "fitted to 30 images, of which 10 could not be left out" in results["printed"]
+    recalls = [row["recall"] for row in evaluate("frozen", "others", num_workers=0)["per_class"]]
     with_one, with_two = np.mean(np.reshape(recalls, (10, 2)), axis=0)
     assert with_two > with_one - 0.1
     assert with_one > 0.7
 
 
-def test_a_run_on_pairs_of_photos_says_why_none_will_be_unknown(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_photos(sources / "pairs", range(2), *(f"kind {number}" for number in range(52)))
-    finetune(sources, "vit", "pairs", "frozen", "--trainable", "head")
-    assert "will not be marked: this requires a class of three photos" in capsys.readouterr().out
-    assert read_json(sources / "frozen/config.json").get("distance_threshold") is None
+def test_a_run_on_pairs_of_photos_says_why_none_will_be_unknown() -> None:
+    write_photos(Path("pairs"), range(2), *(f"kind {number}" for number in range(52)))
+    results = finetune("vit", "pairs", "frozen", "--trainable", "head")
+    assert "will not be marked: this requires a class of three photos" in results["printed"]
+    assert read_json(Path("frozen/config.json")).get("distance_threshold") is None
 
 
-def test_images_that_trained_the_encoder_measure_nothing(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_that_trained_the_encoder_measure_nothing() -> None:
     """It knows their labels, also under new names and after another run. A frozen one does not."""
 
     def has_interval(model: str, output: str, *flags: str) -> bool:
         """Train, and check that a warning and the card say why there is no interval."""
-        has_interval = "accuracy_interval" in finetune(sources, model, "my photos", output, *flags)
-        card = (sources / output / "README.md").read_text(encoding="utf-8")
-        assert ("trained the encoder" in capsys.readouterr().out) is not has_interval
+        results = finetune(model, "my photos", output, *flags)
+        has_interval = "accuracy_interval" in results
+        card = Path(output, "README.md").read_text()
+        assert ("trained the encoder" in results["printed"]) is not has_interval
         assert ("The encoder was trained on" in card) is not has_interval
         return has_interval
 
     assert has_interval("vit", "frozen")
     assert has_interval("vit", "steps", "--epochs", "1", "--batch-size", "8")
-    (sources / "my photos" / "ants").rename(sources / "my photos" / "insects")
+    Path("my photos/ants").rename("my photos/insects")
     assert has_interval("frozen", "frozen-again")
     assert not has_interval("steps", "second")
     assert not has_interval("steps", "held-out", "--held-out-fraction", "0.4")
     assert not has_interval("second", "third")
 
 
-def test_a_second_run_with_several_labels_has_a_result_without_interval(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photos = sorted((sources / "my photos").rglob("*.png"))
+def test_a_second_run_with_several_labels_has_a_result_without_interval() -> None:
+    photos = sorted(Path("my photos").rglob("*.png"))
     rows = [f"{photo},{('small', 'small|dark')[index % 2]}" for index, photo in enumerate(photos)]
-    (sources / "tags.csv").write_text("\n".join(["image,label", *rows]))
+    Path("tags.csv").write_text("\n".join(["image,label", *rows]))
     flags = ["--label-separator", "|", "--epochs", "1", "--held-out-fraction"]
-    finetune(sources, "vit", "tags.csv", "first", *flags, "0.2")
-    results = finetune(sources, "first", "tags.csv", "second", *flags, "0.6")
+    finetune("vit", "tags.csv", "first", *flags, "0.2")
+    results = finetune("first", "tags.csv", "second", *flags, "0.6")
     assert results["num_images_of_encoder"] > 0
-    assert "without an interval" in capsys.readouterr().out
+    assert "without an interval" in results["printed"]
 
 
-def test_shots_of_one_object_do_not_measure_each_other(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shots_of_one_object_do_not_measure_each_other() -> None:
     """Sixteen objects whose labels mean nothing: they are recognized, and nothing else is."""
-    write_bursts(sources / "bursts")
-    shot = sources / "bursts/cups/IMG_04.png"
-    shot.rename(sources / "bursts/pens/WhatsApp.png")
-    results = finetune(sources, "vit", "bursts", "frozen")
+    write_bursts(Path("bursts"))
+    shot = Path("bursts/cups/IMG_04.png")
+    shot.rename("bursts/pens/WhatsApp.png")
+    results = finetune("vit", "bursts", "frozen")
     assert not results.keys() & {"images_per_second", "steps_train_encoder"}
     assert results["accuracy_interval"][0] < 0.5
     assert results["accuracy"] < 0.75
-    printed = capsys.readouterr().out
+    printed = results["printed"]
     assert "80 of 80 photos are shots of " in printed
     first, second = results["frozen"]["scenes"]["pairs"][0]
     assert {Path(first).parent.name, Path(second).parent.name} == {"cups", "pens"}
@@ -279,107 +255,101 @@ def test_shots_of_one_object_do_not_measure_each_other(
         "--trainable head --held-out-fraction 0.2",
     ],
 )
-def test_shots_of_one_object_are_on_one_side_of_the_held_out_photos(
-    flags: str, sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shots_of_one_object_are_on_one_side_of_the_held_out_photos(flags: str) -> None:
     for number in range(16):
-        write_shots(sources / "bursts" / ("cups", "pens")[number % 2], number, range(3))
-    results = finetune(sources, "vit", "bursts", "run", *flags.split())
-    held_out = pd.read_parquet(sources / "run/predictions.parquet")["image"]
+        write_shots(Path("bursts") / ("cups", "pens")[number % 2], number, range(3))
+    results = finetune("vit", "bursts", "run", *flags.split())
+    held_out = pd.read_parquet("run/predictions.parquet")["image"]
     objects = held_out.str.extract(r"IMG_(\d+)\d.png")[0]
     assert set(objects.value_counts()) == {3}
     assert objects.nunique() in (3, 4)  # A fifth are 10 of 48 photos
-    photos = sorted((sources / "bursts").rglob("*.png"))
+    photos = sorted(Path("bursts").rglob("*.png"))
     keys = DatasetImages.from_list(list(map(str, photos))).compute_content_keys()
-    splits = pd.read_parquet(sources / "run/splits.parquet").set_index("key")["split"][keys]
+    splits = pd.read_parquet("run/splits.parquet").set_index("key")["split"][keys]
     assert (splits == "test").sum() == len(held_out)
     assert set(splits.groupby([photo.stem[:-1] for photo in photos]).nunique()) == {1}
-    printed = capsys.readouterr().out
+    printed = results["printed"]
     num_trained = (splits == "train").sum()
     assert results["num_training_images"] == num_trained
     assert f": {len(photos)} images\n" in printed
     assert f"divided   {num_trained} training images, " in printed
     if results["steps"]:
-        (sources / "run/results.json").unlink()
-        finetune(sources, "vit", "bursts", "run", *flags.split(), "--resume")
-        resumed = pd.read_parquet(sources / "run/predictions.parquet")
+        Path("run/results.json").unlink()
+        finetune("vit", "bursts", "run", *flags.split(), "--resume")
+        resumed = pd.read_parquet("run/predictions.parquet")
         assert resumed["image"].tolist() == held_out.tolist()
 
 
 def test_photos_beyond_the_limit_of_a_start_are_not_compared_and_a_line_says_how_many(
-    sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(frozen_run, "MAX_START_IMAGES", 20)
     flags = ("--max-steps", "1", "--held-out-fraction", "0.25")
-    results = finetune(sources, "vit", "my photos", "run", *flags)
-    assert "4 images were not compared with the others" in capsys.readouterr().out
+    results = finetune("vit", "my photos", "run", *flags)
+    assert "4 images were not compared with the others" in results["printed"]
     assert results["num_images"] + results["num_training_images"] == 24
     assert "before_steps" in results
 
 
-def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_bursts(sources / "photos")
-    write_shots(sources / "photos/vase", scene=40)
-    results = finetune(sources, "vit", "photos", "run")
+def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what() -> None:
+    write_bursts(Path("photos"))
+    write_shots(Path("photos/vase"), scene=40)
+    results = finetune("vit", "photos", "run")
     assert results["frozen"]["scenes"]["divided_classes"] == ["vase"]
     counts = {row["name"]: row["images"] for row in results["per_class"]}
     assert counts == {"cups": 40, "pens": 40, "vase": 5}
-    assert "all photos of vase are shots of one scene" in capsys.readouterr().out
+    assert "all photos of vase are shots of one scene" in results["printed"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--max-steps", "1")], ids=["frozen", "steps"])
 def test_photos_of_a_test_folder_that_repeat_training_photos_are_named_and_the_others_measured(
-    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...],
 ) -> None:
-    write_bursts(sources / "photos/train")
+    write_bursts(Path("photos/train"))
     for scene, name in enumerate(("cups", "pens")):
-        write_shots(sources / "photos/test" / name, scene, [5])
-        write_shots(sources / "photos/test" / name, 40 + scene, [5])
-    results = finetune(sources, "vit", "photos", "run", *flags)
+        write_shots(Path("photos/test") / name, scene, [5])
+        write_shots(Path("photos/test") / name, 40 + scene, [5])
+    results = finetune("vit", "photos", "run", *flags)
     near = results["in_trained_scenes"]["names"]
     assert [Path(name).name for name in near] == ["IMG_05.png", "IMG_15.png"]
-    printed = capsys.readouterr().out
+    printed = results["printed"]
     assert f"2 of 4 photos are of scenes that trained the model, such as {near[0]}" in printed
-    rows = pd.read_parquet(sources / "run/predictions.parquet")
+    rows = pd.read_parquet("run/predictions.parquet")
     others = rows[~rows["image"].isin(near)]
     num_right = (others["label"] == others["prediction"]).sum()
     assert f"The others: {num_right} of 2 right (95%: " in printed
 
 
-def test_copies_of_shots_of_a_scene_in_the_test_folder_are_still_named_as_copies(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_bursts(sources / "photos/train")
+def test_copies_of_shots_of_a_scene_in_the_test_folder_are_still_named_as_copies() -> None:
+    write_bursts(Path("photos/train"))
     for name, numbers in (("cups", (0, 2, 4)), ("pens", (1, 3, 5))):
-        (sources / "photos/test" / name).mkdir(parents=True)
+        (Path("photos/test") / name).mkdir(parents=True)
         for number in numbers:
             shot = f"{name}/IMG_{number}{number % 5}.png"
-            shutil.copy(sources / "photos/train" / shot, sources / "photos/test" / shot)
-    finetune(sources, "vit", "photos", "run")
-    assert "6 of the 6 held-out images are copies of training images" in capsys.readouterr().out
+            shutil.copy(Path("photos/train") / shot, Path("photos/test") / shot)
+    results = finetune("vit", "photos", "run")
+    assert "6 of the 6 held-out images are copies of training images" in results["printed"]
 
 
 @pytest.mark.parametrize(
     "flags", [(), ("--max-steps", "1", "--held-out-fraction", "0")], ids=["frozen", "steps"]
 )
 def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the_others_measured(
-    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Shots of known scenes, one of them a training photo that was saved again, and other photos."""
-    write_bursts(sources / "photos")
-    finetune(sources, "vit", "photos", "run", *flags)
+    write_bursts(Path("photos"))
+    finetune("vit", "photos", "run", *flags)
     for scene in range(10, 16):
-        write_shots(sources / "more" / ("cups", "pens")[scene % 2], scene, [5])
+        write_shots(Path("more") / ("cups", "pens")[scene % 2], scene, [5])
     flower = photograph("flower.jpg")
-    flower.resize((140, 100)).save(sources / "more/cups/flower.jpg")
-    flower.crop((0, 0, 200, 200)).save(sources / "more/pens/flower.jpg")
-    with Image.open(sources / "photos/cups/IMG_00.png") as image:
-        image.save(sources / "more/cups/WhatsApp.jpg", quality=70)
+    flower.resize((140, 100)).save("more/cups/flower.jpg")
+    flower.crop((0, 0, 200, 200)).save("more/pens/flower.jpg")
+    with Image.open("photos/cups/IMG_00.png") as image:
+        image.save("more/cups/WhatsApp.jpg", quality=70)
     reset_accelerate()
     capsys.readouterr()
-    results = evaluate(sources / "run", sources / "more")
+    results = evaluate("run", "more")
     known = results["in_trained_scenes"]
     names = {f"{('cups', 'pens')[scene % 2]}/IMG_{scene}5.png" for scene in range(10, 16)}
     assert {*known["names"]} == names | {"cups/WhatsApp.jpg"}
@@ -390,100 +360,86 @@ def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the
     assert f"The others: {known['num_right']} of 2 right (95%: " in printed
 
 
-def test_a_photo_of_one_color_joins_no_scene(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_bursts(sources / "photos")
-    Image.new("RGB", (140, 100)).save(sources / "photos/cups/lens cap.png")
-    results = finetune(sources, "vit", "photos", "run")
+def test_a_photo_of_one_color_joins_no_scene() -> None:
+    write_bursts(Path("photos"))
+    Image.new("RGB", (140, 100)).save("photos/cups/lens cap.png")
+    results = finetune("vit", "photos", "run")
     assert results["accuracy_interval"][0] < 0.5
-    assert "80 of 81 photos are shots of " in capsys.readouterr().out
+    assert "80 of 81 photos are shots of " in results["printed"]
 
 
-def test_two_photos_alone_have_a_sentence_and_no_number(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_photos_alone_have_a_sentence_and_no_number() -> None:
     """They are shots of one scene."""
-    write_shots(sources / "shots/dusk", 0, [0])
-    write_shots(sources / "shots/noon", 0, [1])
-    results = finetune(sources, "vit", "shots", "run")
+    write_shots(Path("shots/dusk"), 0, [0])
+    write_shots(Path("shots/noon"), 0, [1])
+    results = finetune("vit", "shots", "run")
     assert results.get("accuracy") is None
-    printed = capsys.readouterr().out
+    printed = results["printed"]
     assert "not evaluated" in printed
     assert "--held-out-fraction" not in printed  # It could hold out nothing
     assert "no result measures classes with one image: dusk, noon. Add images" in printed
     assert "kept together" not in printed
 
 
-def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help() -> None:
     """Photos with several labels: each label is one scene."""
 
     def run(output: str, scenes: range) -> dict[str, Any]:
         rows = ["image,label"]
         for scene in scenes:
-            write_shots(sources / "scenes", scene)
+            write_shots(Path("scenes"), scene)
             tags = ("red|small", "blue")[scene % 2]
             rows += [f"scenes/IMG_{scene}{shot}.png,{tags}" for shot in range(5)]
-        (sources / "tags.csv").write_text("\n".join(rows))
-        return finetune(sources, "vit", "tags.csv", output, "--label-separator", "|")
+        Path("tags.csv").write_text("\n".join(rows))
+        return finetune("vit", "tags.csv", output, "--label-separator", "|")
 
-    near = run("few", range(2))["frozen"]["scenes"]
-    printed = capsys.readouterr().out
+    few = run("few", range(2))
+    near = few["frozen"]["scenes"]
     first = near["pairs"][0][0]
     assert near["num_joined"] == 10
-    assert (
-        f"not evaluated, because 10 photos share a scene with another one, such as {first}"
-        in printed
-    )
+    reason = "not evaluated, because 10 photos share a scene with another one"
+    assert f"{reason}, such as {first}" in few["printed"]
 
-    assert run("more", range(4))["num_images"] == 20
-    assert "not evaluated" not in capsys.readouterr().out
+    more = run("more", range(4))
+    assert more["num_images"] == 20
+    assert "not evaluated" not in more["printed"]
 
 
-def test_classes_that_are_one_scene_each_have_a_sentence_and_no_number(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classes_that_are_one_scene_each_have_a_sentence_and_no_number() -> None:
     for scene, name in enumerate(("vase", "bowl")):
-        write_shots(sources / "scenes" / name, scene, range(12))
-    assert "accuracy" not in finetune(sources, "vit", "scenes", "run")
-    printed = capsys.readouterr().out
+        write_shots(Path("scenes") / name, scene, range(12))
+    results = finetune("vit", "scenes", "run")
+    assert "accuracy" not in results
+    printed = results["printed"]
     assert "24 of 24 photos are shots of 2 scenes" in printed
     assert "not evaluated, because 24 photos share a scene with another one, such as " in printed
 
 
-def test_classes_that_are_one_scene_each_cannot_be_held_out_and_the_error_says_why(
-    sources: Path,
-) -> None:
+def test_classes_that_are_one_scene_each_cannot_be_held_out_and_the_error_says_why() -> None:
     for scene, name in enumerate(("vase", "bowl")):
-        write_shots(sources / "scenes" / name, scene, range(12))
+        write_shots(Path("scenes") / name, scene, range(12))
     with raises_one_line(
         "no image can be held out, because the photos of each class are shots of one scene"
     ):
-        modeling_vitcls.finetune(
-            sources / "vit", sources / "scenes", sources / "run", held_out_fraction=0.25
-        )
+        modeling_vitcls.finetune("vit", "scenes", "run", held_out_fraction=0.25)
 
 
-def test_other_file_names_change_no_result(sources: Path) -> None:
-    renamed = sources / "renamed"
-    for index, photo in enumerate(sorted((sources / "my photos").rglob("*.png"))[::-1]):
+def test_other_file_names_change_no_result() -> None:
+    renamed = Path("renamed")
+    for index, photo in enumerate(sorted(Path("my photos").rglob("*.png"))[::-1]):
         (renamed / photo.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(photo, renamed / photo.parent.name / f"{index:02}.png")
     first, second = (
-        finetune(sources, "vit", photos, f"run of {photos}") for photos in ("my photos", "renamed")
+        finetune("vit", photos, f"run of {photos}") for photos in ("my photos", "renamed")
     )
     assert first["confusion_matrix"] == second["confusion_matrix"]
     assert first["frozen"]["candidates"] == second["frozen"]["candidates"]
 
 
-def test_shots_of_one_scene_in_all_classes_are_not_joined_and_a_line_says_so(
-    sources: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shots_of_one_scene_in_all_classes_are_not_joined_and_a_line_says_so() -> None:
     """As for digits, which are alike to an encoder of photographs."""
     for name, first in (("on", 0), ("off", 6)):
-        write_shots(sources / "lamp" / name, 0, range(first, first + 6))
-    near = finetune(sources, "vit", "lamp", "run")["frozen"]["scenes"]
-    assert near["num_joined"] == 0
-    assert "similar features for too many of these photos" in capsys.readouterr().out
+        write_shots(Path("lamp") / name, 0, range(first, first + 6))
+    results = finetune("vit", "lamp", "run")
+    assert results["frozen"]["scenes"]["num_joined"] == 0
+    assert "similar features for too many of these photos" in results["printed"]
