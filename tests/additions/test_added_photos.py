@@ -11,7 +11,7 @@ import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_bursts, write_shots
-from helpers.source_checkpoints import save_large_encoder
+from helpers.source_checkpoints import save_converted_encoder
 
 import modeling_vitcls
 from modeling_vitcls import evaluate
@@ -34,9 +34,7 @@ def bursts(module_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def encoder(module_path: Path) -> Path:
     """Return a converted encoder, which no run has compared photos with."""
-    save_large_encoder(module_path / "vit", num_layers=6)
-    assert run_here("convert", f"transformers:{module_path / 'vit'}", module_path / "vitcls") == 0
-    return module_path / "vitcls"
+    return save_converted_encoder(module_path, num_layers=6)
 
 
 def finetune(encoder: Path, photos: Path, folder: Path, *flags: str) -> Path:

@@ -88,24 +88,6 @@ def get_names(part: Any) -> set[str]:
     return {"/".join(Path(name).parts[-2:]) for name in part.images.get_names()}
 
 
-def test_splits_are_used_for_their_purposes(tmp_path: Path) -> None:
-    for split, numbers in (("train", range(5)), ("val", range(5, 8)), ("test", range(8, 12))):
-        write_photos(tmp_path / "photos" / split, numbers)
-    options = DataOptions(dataset=str(tmp_path / "photos"), held_out_fraction=0.0)
-    data = load_training_data(options, use_selection_split=True)
-
-    assert (data.held_out_name, data.selection_name) == ("split 'test'", "split 'validation'")
-    assert data.held_out_split == "test"
-
-    for part, numbers in (
-        (data.train, range(5)),
-        (data.selection, range(5, 8)),
-        (data.held_out, range(8, 12)),
-    ):
-        found = sorted(int(Path(name).stem) for name in part.images.get_names())
-        assert found == sorted([*numbers, *numbers])
-
-
 def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(40))
     options = DataOptions(dataset=str(photos), held_out_fraction=0.25)

@@ -335,6 +335,7 @@ def test_a_file_name_of_another_format_is_an_error(tmp_path: Path) -> None:
         export(Path("nowhere"), tmp_path / "vit.xml")
 
 
+@pytest.mark.slow
 def test_a_preset_is_exported_to_a_folder(tmp_path: Path) -> None:
     flags = ("--model", "vitcls-tiny", "--output", tmp_path / "new")
     assert run_in_process("export.py", *flags) == 0

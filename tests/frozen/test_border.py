@@ -11,12 +11,23 @@ import pytest
 import torch
 from helpers.command_in_process import run_here
 from helpers.sample_photographs import photograph
-from helpers.source_checkpoints import save_large_encoder
+from helpers.source_checkpoints import save_converted_encoder
 from PIL import Image, ImageOps
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.frozen.features import mark_rings
 from modeling_vitcls.runtime.files import read_json
+
+
+@pytest.fixture(scope="module")
+def converted(module_path: Path) -> Path:
+    return save_converted_encoder(module_path, num_layers=5)
+
+
+@pytest.fixture(autouse=True)
+def encoder(converted: Path, tmp_path: Path) -> None:
+    """Place a Dinov2 encoder beside the photos."""
+    (tmp_path / "vit").symlink_to(converted)
 
 
 def write_clothes(folder: Path, has_frame: bool) -> None:
@@ -38,14 +49,13 @@ def write_clothes(folder: Path, has_frame: bool) -> None:
 
 def finetune(folder: Path, capsys: pytest.CaptureFixture[str], flags: str) -> tuple[str, Any]:
     """Return the output of a run, and its measurement of the border."""
-    save_large_encoder(folder / "vit", num_layers=5)
     places = ["--model", folder / "vit", "--dataset", folder / "table.csv", "--output-dir"]
     command = ["finetune", *places, folder / "run", "--no-report", "--mixed-precision", "no"]
     assert run_here(*command, *flags.split()) == 0
     return capsys.readouterr().out, read_json(folder / "run/results.json")["frozen"].get("border")
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls_mean"])
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("cls_mean", marks=pytest.mark.slow)])
 def test_a_class_in_a_frame_is_named_and_its_share_is_that_of_its_patches(
     pooling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

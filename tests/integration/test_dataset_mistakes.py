@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers.command_in_process import run_here
+from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_photos
 from PIL import Image
 
@@ -25,18 +25,13 @@ def finetune(output_dir: Path, *flags: str) -> int:
 
 @pytest.mark.parametrize("folder", [".", "cat"])
 def test_an_output_folder_with_images_of_the_dataset_is_refused_before_anything_is_written(
-    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: str, tmp_path: Path
 ) -> None:
     """The next scan would skip them, as figures of the run."""
     photos = write_photos(tmp_path / "photos", range(5))
     files = sorted(tmp_path.rglob("*"))
     flags = ["--dataset", photos, "--output-dir", photos / folder]
-
-    assert run_here("finetune", "--model", "vitcls-tiny", *flags) == 1
-
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "contains images of the dataset" in error
+    assert "contains images of the dataset" in fail("finetune", "--model", "vitcls-tiny", *flags)
     assert sorted(tmp_path.rglob("*")) == files
 
 
@@ -70,23 +65,18 @@ def test_a_table_in_another_encoding_is_named_in_one_line(
         ("--image-column", "Choose one of image"),
     ],
 )
-def test_columns_and_labels_that_the_digits_do_not_have_are_refused(
-    flag: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert finetune(tmp_path / "run", "--dataset", "digits", flag, "nope") == 1
-    assert words in capsys.readouterr().err
+def test_columns_and_labels_that_the_digits_do_not_have_are_refused(flag: str, words: str) -> None:
+    flags = ["--output-dir", "run", "--dataset", "digits", flag, "nope"]
+    assert words in fail("finetune", *TINY, *flags)
 
 
-def test_label_names_are_refused_if_the_folders_have_other_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_label_names_are_refused_if_the_folders_have_other_names(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(5))
-    flags = ["--dataset", str(photos), "--label-names"]
-    assert finetune(tmp_path / "run", *flags, "a", "b") == 1
-    error = capsys.readouterr().err
+    command = ["finetune", *TINY, "--output-dir", tmp_path / "run", "--dataset", photos]
+    error = fail(*command, "--label-names", "a", "b")
     assert "'cat', 'dog'" in error
     assert "Remove --label-names" in error
-    assert finetune(tmp_path / "run", *flags, "cat", "dog") == 0
+    assert run_here(*command, "--label-names", "cat", "dog") == 0
 
 
 # HEIC ---------------------------------------------------------------------------------------------

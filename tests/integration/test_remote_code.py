@@ -42,6 +42,10 @@ CHECKPOINTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 CHECKPOINTS["backbone"] = (vitcls.ViTCLSBackbone, {"out_features": ["stage1", "stage2"]})
 CHECKPOINTS["attention"] = (vitcls.ViTCLSModel, {"pooling": "attention"})
+CHECKPOINTS["added task"] = (
+    vitcls.ViTCLSForImageClassification,
+    {"extra_heads": {"parity": {"labels": ["odd", "even"]}}},
+)
 GENERATIONS = ("first", pytest.param("second", marks=pytest.mark.slow))
 
 each_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)

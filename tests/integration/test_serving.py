@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from helpers.fresh_processes import run_program
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, predict
-from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 
 
 pytestmark = pytest.mark.slow
@@ -83,25 +81,6 @@ def build_icon(png: bytes) -> bytes:
 def ask(address: str, photos: list[bytes]) -> httpx.Response:
     files = [("photos", (f"{index}.png", photo)) for index, photo in enumerate(photos)]
     return httpx.post(address, files=files, timeout=60, trust_env=False)
-
-
-def test_requests_of_several_threads_get_the_predictions_of_the_command(
-    address: str, folder: Path
-) -> None:
-    """Each request is a batch of photos of several sizes."""
-    batches = [[encode(size, seed) for size in SIZES] for seed in range(8)]
-    with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(lambda photos: ask(address, photos).json(), batches))
-    for photos, answer in zip(batches, answers, strict=True):
-        expected: Any = predict(folder / "runs" / "photos", photos, top_k=3)
-        found = answer["photos"]
-        assert answer["version"] == hash_weights(folder / "runs" / "photos")["model.safetensors"]
-        for end in ("", "_2", "_3"):
-            assert [row[f"label{end}"] for row in found] == [row[f"label{end}"] for row in expected]
-            probabilities = [row[f"probability{end}"] for row in expected]
-            assert [row[f"probability{end}"] for row in found] == pytest.approx(
-                probabilities, abs=1e-5
-            )
 
 
 def test_a_bad_photo_of_two_is_named_and_the_other_one_answered(address: str) -> None:

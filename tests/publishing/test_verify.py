@@ -112,7 +112,7 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     ("code", "words"),
     [
         ("", ["lacks the weights classifier.bias"]),
-        ("raise KeyError('x')\n", ["cannot load", "KeyError"]),
+        pytest.param("raise KeyError('x')\n", ["cannot load", "KeyError"], marks=pytest.mark.slow),
         pytest.param(CATCHING_IMPORT, ["cannot load", "modeling_vitcls"], marks=pytest.mark.slow),
         pytest.param(
             "import os\nos._exit(3)\n", ["cannot load", "exit status 3"], marks=pytest.mark.slow

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -47,7 +46,6 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.losses import build_objective
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.run_inputs import list_teacher_rows
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
@@ -358,17 +356,6 @@ def test_images_that_trained_the_teacher_measure_no_student(
         tmp_path / "student", "digits", teacher=source, max_steps=1, held_out_fraction=0.5
     )
     assert "accuracy_interval" not in results
-
-
-def test_images_that_trained_the_teacher_are_known(teacher: Path, tmp_path: Path) -> None:
-    """They measure nothing: the student has learned their labels from the teacher."""
-    train(tmp_path, "digits", max_steps=1)
-    rows = list_teacher_rows(str(tmp_path))
-    splits = pd.read_parquet(tmp_path / "splits.parquet")
-    assert set(rows["key"]) == set(splits["key"][splits["split"] != "test"])
-    assert set(rows["split"]) == {"encoder"}
-    assert not len(list_teacher_rows(str(teacher)))
-    assert not len(list_teacher_rows(None))
 
 
 def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,19 +9,16 @@ import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
     build_tiny_options,
-    prepare_setup,
     read_metrics,
     run_training,
 )
 from safetensors.torch import load_file
 
-from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import describe_missing_classes
 from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training.checkpoints import CheckpointStore
@@ -141,28 +138,6 @@ def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.Capt
 
 
 # Classes ------------------------------------------------------------------------------------------
-
-
-def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
-    model = save_with_processor(
-        ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model"
-    )
-    write_photos(tmp_path / "data/train", range(1), "dusk", "noon")
-    write_photos(tmp_path / "data/val", range(1, 3), "dusk", "noon", "night")
-    options = build_options(tmp_path / "run", tmp_path / "data", model=model, select=None)
-    run = prepare_setup(options)
-    (warning,) = describe_missing_classes(run.data)
-    assert "1 of the 3 classes have no training images: night" in warning
-    assert run.options.select == "last"
-    assert run.data.label_space.names == ["dusk", "night", "noon"]
-
-
-def test_a_class_with_one_image_is_a_warning_if_nothing_is_held_out(tmp_path: Path) -> None:
-    data = write_photos(tmp_path / "data", range(2), "dusk")
-    write_photos(data, range(1), "night")
-    run = prepare_setup(build_options(tmp_path / "run", data, held_out_fraction=0.0))
-    (warning,) = describe_missing_classes(run.data)
-    assert warning == "no result measures classes with one image: night. Add images"
 
 
 @pytest.mark.parametrize(
