@@ -235,7 +235,7 @@ def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]
     """
     rows = features.flatten(0, 1).numpy()  # [patches, D]
     num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
-    pca = PCA(num_components, random_state=0)
+    pca = PCA(num_components, svd_solver="randomized", random_state=0)
     with np.errstate(invalid="ignore"):  # The variance of equal patches is 0
         components = pca.fit_transform(rows)  # [patches, components]
 

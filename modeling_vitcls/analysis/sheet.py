@@ -188,7 +188,7 @@ def build_main_tile(measurements: PhotoMeasurements, photo: Image.Image) -> Tile
     layer = measurements.token_layers[0]
     attention = measurements.maps[layer - 1, :, 0].mean(dim=0)
     scale = choose_scale(attention)
-    caption = f"bright: {scale.norm.vmax:.2%} of it"
+    caption = f"bright: {scale.norm.vmax:.2%} in one patch"
     if not measurements.are_read[0]:
         caption += "; this classifier does not read it"
     if measurements.predictions:

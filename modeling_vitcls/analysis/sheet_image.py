@@ -36,12 +36,12 @@ def draw_sheet(sheet: Sheet, title: str = "") -> Image.Image:
     figure = Figure(dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    y = write(axes, title, MARGIN, MARGIN, size=15)
+    y = write(axes, title, MARGIN, MARGIN, size=15, weight="bold")
     for line in sheet.lines:
         y = write(axes, line, MARGIN, y)
     overview = Section("", "", 4, [Row(sheet.overview)])
     for section in (overview, *sheet.sections):
-        y = write(axes, section.heading, MARGIN, y + GAP, size=12)
+        y = write(axes, section.heading, MARGIN, y + GAP, size=12, weight="bold")
         y = write(axes, section.explanation, MARGIN, y)
         for row in section.rows:
             y = draw_row(axes, row, section.num_columns, sheet.shape, y)
@@ -66,7 +66,7 @@ def draw_row(axes: Axes, row: Row, num_columns: int, shape: tuple[int, int], y: 
             for column, tile in enumerate(row.tiles[start : start + num_columns])
         }
         top = max(
-            write(axes, f"{tile.title}  {tile.caption}", left, y, width)
+            write(axes, tile.caption, left, write(axes, tile.title, left, y, width), width)
             for left, tile in places.items()
         )
         bottom = top + width * shape[1] / shape[0]
