@@ -21,9 +21,6 @@ from .pages import render
 from .sheet import ShownPhoto
 
 
-NUM_LARGE_WRONG_IMAGES = 6  # As many fit on the first screen
-
-
 def write_page(
     file: str | Path,
     title: str,
@@ -62,7 +59,6 @@ def write_page(
         predictions=predictions,
         class_tables=class_tables or {},
         effects=list_effects(inspection),
-        num_large=NUM_LARGE_WRONG_IMAGES,
     )
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(Path(file)) as partial_file:

@@ -144,16 +144,13 @@ def build_sheet(measurements: PhotoMeasurements, is_trained: bool = False) -> Sh
 
 
 def describe_photo(measurements: PhotoMeasurements) -> list[str]:
-    """Describe the size of the photo, what is drawn, and the predictions, a line each."""
+    """Describe the size of the photo, and the predictions, a line each."""
     image = measurements.image
     height, width = measurements.input_size
     rows, columns = measurements.norms.shape[1:]
     lines = [
         f"photo of {image.width} × {image.height} pixels; the model sees {width} × {height} pixels, "
-        f"as {columns} × {rows} patches",
-        "drawn in the last layer that the output depends on: "
-        f"{measurements.token_names[0]} in layer {measurements.token_layers[0]}, "
-        f"patches in layer {measurements.patch_layer}",
+        f"as {columns} × {rows} patches"
     ]
     for task, labels in measurements.predictions.items():
         text = ", ".join(f"{name} {probability:.0%}" for name, probability in labels)

@@ -24,7 +24,6 @@ GAP = 0.12  # Below tiles
 PALE = 0.35  # Opacity of tiles that no output depends on
 CHARACTER_WIDTH = 0.0088  # average, with a font of one point
 LINE_HEIGHT = 0.0195
-TEXT_SIZE = 8.0  # Points
 
 
 def draw_sheet(sheet: Sheet, title: str = "") -> Image.Image:
@@ -84,10 +83,10 @@ def write(
     left: float,
     y: float,
     width: float = WIDTH - 2 * MARGIN,
-    size: float = TEXT_SIZE,
+    size: float = 8.0,
     **style: Any,
 ) -> float:
-    """Write a text in lines of a width, and return the y below it."""
+    """Write a text of a size in points, in lines of a width, and return the y below it."""
     lines = textwrap.wrap(text, int(width / (size * CHARACTER_WIDTH)))
     # Without `parse_math`, a name with two dollar signs is a name
     axes.text(left, y, "\n".join(lines), fontsize=size, va="top", parse_math=False, **style)
