@@ -15,7 +15,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -142,8 +141,7 @@ def scan_folder(path: Path) -> ImageFolder:
 
 def count_images(folder: Path) -> int:
     """Count the images at any depth of a folder."""
-    files = chain.from_iterable(files for _, _, files in os.walk(folder))
-    return sum(PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES for file in files)
+    return sum(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
 
 
 def is_hidden(name: str) -> bool:
@@ -198,6 +196,12 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
                 "a separate folder, or set `dataset` to a table of images and labels"
             )
         warn_about_skipped(where, unlabeled, "images outside of class folders")
+        if repeated := find_repeated_names(folder.images):
+            warn_on_first_process(
+                f"{where}: {len(repeated):,} images have the name of an image in a folder above: "
+                f"{format_name_list(repeated)}. Remove them if they are smaller copies, such as "
+                "thumbnails: a classifier recognizes a copy, so the result would be too good"
+            )
 
     # One list of classes for all splits: a split without images of a class must not shift the
     # others.
@@ -245,6 +249,17 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
             f"`output_dir={str(output_dir)!r}` contains images of the dataset, which would then be "
             "skipped as figures of the run. Set `output_dir` to another folder"
         )
+
+
+def find_repeated_names(images: Sequence[str]) -> list[str]:
+    """Find images that have the name of another one in a folder above, whatever their formats."""
+    paths = {image: PurePosixPath(image).with_suffix("") for image in images}
+    known = {*paths.values()}
+    return [
+        image
+        for image, path in paths.items()
+        if any(folder / path.name in known for folder in path.parent.parents)
+    ]
 
 
 # Skipped files ------------------------------------------------------------------------------------

@@ -305,6 +305,20 @@ def test_a_single_folder_below_a_class_is_no_group(tmp_path: Path) -> None:
     assert "groups" not in images.facts
 
 
+def test_images_that_may_be_thumbnails_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of objects, whose photos may have the same names, none is one."""
+    write_class(tmp_path, "cat", 2)
+    write_class(tmp_path, "cat/thumbnails", 2)
+    write_class(tmp_path, "dog/left1", 2)
+    write_class(tmp_path, "dog/right1", 2)
+    read(tmp_path)
+    (line,) = caplog.messages
+    assert "2 images" in line
+    assert "cat/thumbnails/0.png, cat/thumbnails/1.png. Remove them" in line
+
+
 def test_folders_of_the_system_are_no_classes_and_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
