@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,32 +51,10 @@ if (
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage of the tests only: the imported libraries are not searched each time.
-
-    Nor is garbage collected at the end of each run, and FLOPs are counted once for each
-    configuration: both take a third of a tiny run.
-    """
+    """Collect garbage of the tests only: the imported libraries are not searched each time."""
     gc.freeze()
     atexit.register(gc.unfreeze)
     gc.enable()
-    if memory := sys.modules.get("accelerate.utils.memory"):
-        memory.clear_device_cache = lambda garbage_collection=False: None
-    for name in ("training.run_inputs", "additions.extend"):
-        if module := sys.modules.get(f"modeling_vitcls.{name}"):
-            module.count_flops = remember_flops(module.count_flops)
-
-
-def remember_flops(count: Callable[[Any], int]) -> Callable[[Any], int]:
-    """Return a function that counts the FLOPs of each configuration once."""
-    known: dict[tuple[type, str], int] = {}
-
-    def count_once(model: Any) -> int:
-        key = type(model), model.config.to_json_string()
-        if key not in known:
-            known[key] = count(model)
-        return known[key]
-
-    return count_once
 
 
 @pytest.hookimpl(tryfirst=True)
