@@ -144,7 +144,8 @@ def run_command(arguments: list[str], owns_process: bool) -> None:
     # Imports torch; __init__.py does not register the classes in the process of a command
     from ..model.configuration_vitcls import ViTCLSConfig
 
-    ViTCLSConfig.register_auto_classes()
+    if not ViTCLSConfig.is_registered:
+        ViTCLSConfig.register_auto_classes()
     if owns_process:
         gc.freeze()
         # Triton would report frozen objects to stderr, after everything else has been done

@@ -40,7 +40,7 @@ from .wrong_photos import (
 )
 
 
-NUM_SHOWN_IMAGES = 6
+NUM_SHOWN_IMAGES = 4
 # A report follows each run, so it may cost seconds, but not hours for a large model
 NUM_MEASURED_IMAGES = 32
 BATCH_SIZE = 8

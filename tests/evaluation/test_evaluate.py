@@ -7,6 +7,7 @@ equal those of one process.
 import csv
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,20 @@ def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_folder: Path) -> None:
-    measured = read_json(two_process_folder / "scenarios.json")
-    assert measured.keys() == by_one_process.keys()
-    for name, metrics in by_one_process.items():
-        assert list(measured[name]) == list(metrics), name
-        for key, value in metrics.items():  # the losses depend on the batches' rounding
-            assert measured[name][key] == (close(value) if isinstance(value, float) else value), (
-                name,
-                key,
-            )
+    expected = dict(flatten(by_one_process))
+    measured = dict(flatten(read_json(two_process_folder / "scenarios.json")))
+    assert list(measured) == list(expected)
+    for names, value in expected.items():  # the losses depend on the batches' rounding
+        assert measured[names] == (close(value) if isinstance(value, float) else value), names
+
+
+def flatten(values: dict[str, Any], *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """List the values of nested dicts, with the names that lead to them."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, *names, name)
+        else:
+            yield (*names, name), value
 
 
 def test_only_the_main_process_prints(two_process_folder: Path) -> None:

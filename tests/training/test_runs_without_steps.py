@@ -386,7 +386,7 @@ def test_two_photos_alone_have_a_sentence_and_no_number() -> None:
     assert "not evaluated" in printed
     assert "--held-out-fraction" not in printed  # It could hold out nothing
     assert "no result measures classes with one image: dusk, noon. Add images" in printed
-    assert "kept together" not in printed
+    assert "photos are shots of" not in printed
 
 
 def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help() -> None:
