@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -192,16 +193,14 @@ def image_folder(module_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(module_path: Path) -> Callable[[str], Path]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function: flags -> folder of an uninterrupted run."""
-    folders: dict[str, Path] = {}
 
+    @cache
     def folder_of(flags: str) -> Path:
-        if flags not in folders:
-            folder = module_path / "model"
-            finish(folder, flags)
-            folders[flags] = folder
-        return folders[flags]
+        folder = tmp_path_factory.mktemp("whole") / "model"
+        finish(folder, flags)
+        return folder
 
     return folder_of
 
