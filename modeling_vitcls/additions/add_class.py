@@ -22,6 +22,7 @@ from ..frozen.class_statistics import ClassStatistics
 from ..frozen.features import Features
 from ..frozen.heads import find_nearest_images
 from ..frozen.linear_probe import Folds, describe_layers, split_folds, stack_tokens
+from ..frozen.scenes import TrainedScenes
 from ..hub.local_paths import strip_folders
 from ..runtime.errors import format_name_list, warn_on_first_process
 from .extend import Addition, OldModel, append_head, check_has_one_label
@@ -54,10 +55,10 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     features = old.compute_features(images, label_space, has_logits=True)
     names = label_space.names
     check_has_images(names, features.labels)
-    features, scenes, scenes_record = old.keep_scenes_together(images, features, label_space)
+    features, limit, scenes_record = old.keep_scenes_together(images, features, label_space)
     trained_scenes = dict(old.trained_scenes)
     if "" in trained_scenes:
-        trained_scenes[""] = trained_scenes[""].join(scenes)
+        trained_scenes[""] = trained_scenes[""].join(TrainedScenes.of(features, limit))
 
     threshold = model.config.distance_threshold
     all_statistics = statistics.extend(

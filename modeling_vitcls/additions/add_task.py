@@ -37,11 +37,11 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     check_has_one_label(label_space, images.name)
     train: Any = images.train.draw(options.max_images)
     features = old.compute_features(train, label_space)
-    features, scenes, scenes_record = old.keep_scenes_together(train, features, label_space)
+    features, limit, scenes_record = old.keep_scenes_together(train, features, label_space)
     split, *_ = images.images_by_split
     images = replace(images, images_by_split={**images.images_by_split, split: train})
     data, features, held_out = divide(old, images, features, options.held_out_fraction or 0.0)
-    scenes = TrainedScenes.of(features, scenes.max_distance)  # Without those that were held out
+    scenes = TrainedScenes.of(features, limit)
 
     # A classifier on CLS does not compute the patches of the last layer. A head on them would
     # compute this layer again for all tokens: about 8% of a forward pass instead of 2%.

@@ -108,14 +108,13 @@ class OldModel:
 
     def keep_scenes_together(
         self, images: LabeledImages, features: Features, label_space: LabelSpace
-    ) -> tuple[Features, TrainedScenes, dict[str, Any]]:
+    ) -> tuple[Features, float, dict[str, Any]]:
         """Group the photos of a scene: another shot of a left-out photo would recognize it.
 
         How near these photos are is known from the run of the model, or measured.
 
         Returns:
-            The features with these groups, what recognizes the scenes, and the record of
-            `keep_together`.
+            The features with these groups, the limit, and the record of `keep_together`.
         """
 
         def run_pass(part: LabeledImages, processor: Any) -> Features:
@@ -125,12 +124,11 @@ class OldModel:
         limit = 0.0
         if known is not None and known.layout == features.layout:
             limit = known.max_distance
-        if not limit:
-            limit = measure_limit(features, images, self.processor, run_pass)
+        limit = limit or measure_limit(features, images, self.processor, run_pass)
         features, record = keep_together(features, limit, label_space)
         if text := describe_scenes(record):
             warn_on_first_process(text)
-        return features, TrainedScenes.of(features, limit), record
+        return features, limit, record
 
 
 @contextmanager

@@ -47,11 +47,10 @@ def write_addition(old: OldModel, addition: Addition) -> dict[str, Any]:
         # Both models are read from their files: what is certified is what is written. The files
         # are still in the hidden folder, so a difference leaves no model behind.
         certificate = certify(old.folder, old.staging, draw_pixels(images, old.processor))
-    num_added = addition.extended.num_parameters() - old.model.num_parameters()
     relative_flops = count_flops(addition.extended) / count_flops(old.model) - 1
     record = addition.record | {
         "relative_flops": round(relative_flops, 6),
-        "num_parameters": num_added,
+        "num_parameters": addition.extended.num_parameters() - old.model.num_parameters(),
     }
     write_records(old, addition, record, certificate)
     old.console.print(describe_addition(record, certificate), markup=False)

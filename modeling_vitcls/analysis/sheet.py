@@ -55,7 +55,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Row:
-    """Tiles with a name, its color, and a note beside them."""
+    """Tiles with a name, its color, and a note."""
 
     tiles: Sequence[Tile]
     name: str = ""

@@ -140,7 +140,7 @@ def build_page(options: DemoOptions) -> Any:
             raise gradio.Error(row["error"], print_exception=False)
         answers = [read_answer(row, task) for task in tasks.values()]
         measured = measure_photo(predictor.model, predictor.processor, read_image(photo), use)
-        # The sheet has the numbers of the answer, whose pass may be of another precision
+        # The sheet shows the numbers of the row, which may be computed in another precision
         measured = replace(
             measured,
             predictions={

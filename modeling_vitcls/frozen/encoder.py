@@ -285,8 +285,8 @@ class FrozenEncoder:
             return own, record
 
         num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(own.labels)))
-        # Of each class, the images with the smallest numbers are held out (`select_held_out`): what
-        # measures a run chooses nothing.
+        # `select_held_out` holds out the images with the smallest numbers of each class. Images that
+        # measure a run must not choose its geometry.
         numbers = draw_numbers(get_keys(images)[own.indices], 0)
         rows = np.argsort(numbers)[len(numbers) - num_compared :]
         squash = copy.deepcopy(processor)

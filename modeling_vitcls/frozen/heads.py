@@ -165,8 +165,9 @@ class FrozenHead:
         Args:
             images: indices of the held-out images or, without those, of the training images.
         """
-        tokens = self.probe.candidate_.tokens
-        return find_nearest_images(images, self.features, tokens, self.held_out)
+        return find_nearest_images(
+            images, self.features, self.probe.candidate_.tokens, self.held_out
+        )
 
     def copy_to(self, model: Any) -> None:
         """Set the weights of the heads, and which of them the model returns."""

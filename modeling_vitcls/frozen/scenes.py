@@ -2,7 +2,7 @@
 
     features -> measure_limit -> keep_together -> groups, so that no fold divides a scene
                                  find_pairs    -> held-out photos of training scenes
-                                 TrainedScenes, beside the model -> evaluated photos that do
+                                 TrainedScenes, a file of the model -> evaluated photos of training scenes
 
 Classifiers recognize a scene that they were trained on, whatever its label: sixteen objects with
 five shots each and random labels had an accuracy of 100 % in folds that divide them.

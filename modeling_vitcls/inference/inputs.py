@@ -84,6 +84,11 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
     skipped_folders: list[str] = []
     for path in paths:
         check_is_no_address(path)
+        if "*" in path and not os.path.lexists(path):
+            raise ValueError(
+                f"{path} does not exist. Pass the folder {Path(path).parent}, or files: patterns are "
+                "expanded by a shell if they are not in quotes"
+            )
         if not os.path.isdir(path):  # noqa: PTH112  # False for names of any length
             files.append(path)
             continue

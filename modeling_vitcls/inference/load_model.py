@@ -100,8 +100,7 @@ def load_model(
         model = folder.load(ViTCLSForMultiTaskClassification)
     else:
         model = folder.load(ViTCLSForImageClassification)
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not has_bfloat16(device):
         model.float()  # Half precision would take several times as long
     return use_fast_modules(model.to(device), frozen=True)

@@ -49,7 +49,7 @@ def write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, file: Path) -> 
 def write_csv(
     tables: Iterable[pa.Table], schema: pa.Schema, file: Path, delimiter: str = ","
 ) -> None:
-    """Write separated values with a header; numbers have decimal commas beside semicolons.
+    """Write separated values with a header; with semicolons, numbers have decimal commas.
 
     All labels of a multi-label image are in one cell. Texts are escaped, because labels and file
     names may be formulas of a spreadsheet.

@@ -166,8 +166,9 @@ class ClassDistance(nn.Module):
     def check(self, encoder: nn.Module) -> bool:
         """Find out whether the statistics were fitted to the present weights of the encoder.
 
-        The weights are read once after each change. An edit of `parameter.data` in place is the one
-        change that PyTorch does not count: `end_training` detects it, too.
+        The weights are read once after each change. PyTorch does not count edits of `parameter.data`
+        in place and steps of fused optimizers: `end_training` detects these, so call `model.train()`
+        before and `model.eval()` after them.
         """
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""The report of a model folder, and the picture of its card.
+"""The report of a model folder, and the image of its card.
 
     write_report(ModelFolder(Path("runs/mine")))    report.html and images/attention.png
 
@@ -47,7 +47,7 @@ BATCH_SIZE = 8
 
 
 def write_report(folder: ModelFolder) -> str | None:
-    """Write report.html and the card's picture, and return the faults that the report names.
+    """Write report.html and the card's image, and return the faults that the report names.
 
     The faults are one line, "" if there are none; without a report, the result is None. The report is
     about the last addition or, without one, about the run that wrote the folder. Errors are printed,
@@ -191,8 +191,8 @@ def draw_page(
     sheet = shown[0].sheet
     # The photo, its map and the features, side by side
     tiles = [
-        tile.picture.resize(sheet.shape, Image.Resampling.NEAREST) for tile in sheet.overview[:3]
+        np.asarray(tile.picture.resize(sheet.shape, Image.Resampling.NEAREST))
+        for tile in sheet.overview[:3]
     ]
-    strip = np.hstack([np.asarray(tile) for tile in tiles])
-    Image.fromarray(strip).save(sheet_file)
+    Image.fromarray(np.hstack(tiles)).save(sheet_file)
     return "; ".join(inspection.faults)

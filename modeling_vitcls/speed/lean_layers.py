@@ -291,7 +291,7 @@ def run_layer(
         branch = module.forward(branch)
     if torch.is_grad_enabled():
         return hidden_states + branch
-    return hidden_states.add_(branch)  # Not the input of the layer, which others may keep
+    return hidden_states.add_(branch)  # This tensor is new; the input of the layer is unchanged
 
 
 def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
@@ -390,7 +390,7 @@ def build_plan(layers: LeanLayers) -> Plan | None:
     biases = [each.get("bias") for each in parameters]
     is_usual = (
         {*map(type, linears)} == {nn.Linear}
-        # Not quantized, sharded, or replaced by tensors, as in MAML; a bias may be None
+        # Quantized, sharded and functional weights (MAML) stay plain; a bias may be None
         and {*map(len, parameters)} == {2}
         and {*map(type, weights)} == {nn.Parameter}
         and {*map(type, biases)} <= {nn.Parameter, type(None)}
@@ -455,7 +455,7 @@ def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Produc
         # While a CUDA graph is recorded, nothing is computed that could be kept.
         if products is None or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()):
             return products
-        # Of one image, so that the bits do not depend on the size of the first batch
+        # The rows of one image: the bits must not depend on the size of the first batch
         num_rows = inputs.shape[1]
         products = [
             (pack_weight(weight.to(dtype), num_rows), None if bias is None else bias.to(dtype))

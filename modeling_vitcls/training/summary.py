@@ -98,7 +98,7 @@ def describe_splits(plan: RunPlan) -> dict[str, str]:
         lines["split"] = (
             f"training uses the split {train_split!r}, because no split is named 'train'"
         )
-    # Those to hold out are not drawn yet.
+    # The held-out images may still have to be drawn from these.
     texts = [f"{len(train):,} {'images' if plan.is_drawn else 'training images'}"]
     texts += [f"{len(part):,} of split {split!r}" for split, part in others[:-1]]
     texts += [f"{len(part):,} held-out images (split {split!r})" for split, part in others[-1:]]

@@ -84,7 +84,7 @@ def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_fol
         assert measured[names] == (close(value) if isinstance(value, float) else value), names
 
 
-def flatten(values: dict[str, Any], *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+def flatten(values: dict[str, Any], *names: str) -> Iterator[Any]:
     """List the values of nested dicts, with the names that lead to them."""
     for name, value in values.items():
         if isinstance(value, dict):

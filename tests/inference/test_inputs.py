@@ -86,6 +86,11 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
         assert build_record(7, value, tmp_path) == (name, content)
 
 
+def test_a_pattern_names_the_folder() -> None:
+    with raises_one_line("Pass the folder photos"):
+        inputs.list_records(["photos/*.png"])
+
+
 def test_an_address_is_refused_before_any_request(tmp_path: Path) -> None:
     address = "https://a.org/1.png"
     with raises_one_line(f"`curl -O {address}`"):
