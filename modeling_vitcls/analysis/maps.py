@@ -5,7 +5,7 @@
     photo, visible region (data/aspect_ratio.py) -> draw_region, the part of the photo under the map
 
 The rows are attention (`model.token_attention`), whose values are positive. What a score loses without
-a part (removal.py) has a sign. The sheet of a photo is in sheet.py.
+a part (photo.py) has a sign. The sheet of a photo is in sheet.py.
 """
 
 import numpy as np

@@ -7,7 +7,7 @@
                   Layer by layer: one row per token, then principal components and norms
 
 Pages show it in HTML (pages.py), which wraps the tiles; `vitcls look -o sheet.png` draws it
-(sheet_image.py).
+(look.py).
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,6 @@ tables.py, columns.py                        tables as text; their columns: imag
 cells.py, labels.py                          cells -> names of labels -> indices
 splits.py                                    images that a run trains on and holds out
 splits_table.py, evaluation_data.py          splits.parquet, their list; images to evaluate
-trained_images.py                            whether a photo trained a model
 images.py                                    images decoded on demand
 label_matching.py                            labels of a dataset as labels of a model, by name
 aspect_ratio.py                              from any aspect ratio to the input of the model

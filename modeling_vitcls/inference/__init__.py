@@ -5,7 +5,7 @@
     metrics.py          metrics for each kind of labels
     image_pass.py       one pass of images through a model, for everything in this list that needs outputs
     cuda_graphs.py      passes of one shape, repeated by a GPU without Python
-    inputs.py           images for prediction, decoded in advance by threads
+    inputs.py           images for prediction, decoded in advance by threads; whether they trained the model
     prediction_rows.py  pixels -> rows of labels, probabilities or features
     journal.py          rows that are kept while they are computed, and the images that they are of
     outputs.py          rows -> table, CSV, JSON, Parquet; progress

@@ -34,6 +34,7 @@ from ..data.image_folder import (
 from ..data.images import (
     DatasetImages,
     check_is_no_address,
+    compute_content_key,
     decode_base64,
     open_encoded_image,
     resolve_path,
@@ -45,7 +46,8 @@ from ..data.sources import (
     choose_split,
     open_dataset,
 )
-from ..data.trained_images import compute_image_key
+from ..hub.model_files import SPLITS_FILE
+from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import (
     SOURCE_TYPES,
     ViTCLSImageProcessor,
@@ -289,3 +291,32 @@ def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str
             if pixels[0].max() * std + mean < MAX_DARK_VALUE:
                 return "nearly black: the 16-bit values are below a quarter of white"
     return None
+
+
+# Images that trained a model ----------------------------------------------------------------------
+
+# The list is splits.parquet (splits_table.py). Without it, nothing here imports pandas: a photo is
+# predicted without libraries of tables.
+
+
+def read_trained_keys(folder: ModelFolder) -> frozenset[int]:
+    """Read the keys of the images that trained a model; none if its folder does not list them."""
+    if not (folder.path / SPLITS_FILE).is_file():
+        return frozenset()
+
+    from ..data.splits_table import list_trained_keys, read_splits  # imports pandas
+
+    return frozenset(list_trained_keys(read_splits(folder)).tolist())
+
+
+def compute_image_key(image: Any) -> int | None:
+    """Compute the key of the content of a path or an encoded image; others have none."""
+    if not isinstance(image, str | bytes | Path):
+        return None
+    content = image if isinstance(image, bytes) else str(image)
+    return compute_content_key(open_encoded_image(to_encoded_image(content, Path())))
+
+
+def is_trained_image(image: Any, trained_keys: frozenset[int]) -> bool:
+    """Recognize an image that trained a model: a path or an encoded image."""
+    return bool(trained_keys) and compute_image_key(image) in trained_keys

@@ -24,7 +24,6 @@ from PIL import Image
 
 from ..conversion.open_model import compute_cache_name, is_preset, open_model
 from ..data.labels import get_heads
-from ..data.trained_images import read_trained_keys
 from ..hub.loading import pin_revision
 from ..model.image_processing_vitcls import SOURCE_TYPES
 from ..runtime.distributed import build_autocast, resolve_precision
@@ -39,6 +38,7 @@ from .inputs import (
     find_note,
     list_sources,
     prepare_image,
+    read_trained_keys,
     wrap_images,
 )
 from .load_model import load_for_inference
@@ -130,7 +130,7 @@ class Predictor:
         )
 
         self.columns: PredictionColumns
-        # Keys of the images that trained the classifier (trained_images.py)
+        # Keys of the images that trained the classifier (inputs.py)
         self.trained_keys: frozenset[int] = frozenset()
         if options.features is None:
             heads = get_heads(self.model.config, options.threshold)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_vitcls.analysis.faults import (
+from modeling_vitcls.analysis.inspection import (
     find_identical_tokens,
     find_unmoved_tokens,
     is_outlier,

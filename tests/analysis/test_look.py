@@ -29,7 +29,7 @@ from modeling_vitcls import (
     look,
 )
 from modeling_vitcls.analysis import look as look_module
-from modeling_vitcls.analysis import sheet_image
+from modeling_vitcls.analysis.look import draw_sheet
 from modeling_vitcls.analysis.photo import measure_photo
 from modeling_vitcls.analysis.sheet import Sheet, build_sheet
 from modeling_vitcls.analysis.token_use import find_token_use
@@ -135,14 +135,14 @@ def test_no_text_of_an_image_covers_a_tile_or_another_text_or_is_cut_off(
         figures.append(figure)
         return FigureCanvasAgg(figure)
 
-    monkeypatch.setattr(sheet_image, "FigureCanvasAgg", keep_figure)
+    monkeypatch.setattr("modeling_vitcls.analysis.look.FigureCanvasAgg", keep_figure)
     model_class = (
         ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
     )
     # a part of the photo is hidden
     processor = ViTCLSImageProcessor(size=40, do_center_crop=True, crop_size=32)
     sheet = show(model_class(build_tiny_config(**fields)), processor)
-    sheet_image.draw_sheet(sheet, "model · " + "photo" * 30)
+    draw_sheet(sheet, "model · " + "photo" * 30)
 
     (figure,) = figures
     texts = [text for text in figure.axes[0].texts if text.get_text()]

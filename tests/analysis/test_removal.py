@@ -13,8 +13,7 @@ from PIL import Image
 from sklearn.linear_model import LinearRegression
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.analysis.photo import measure_photo
-from modeling_vitcls.analysis.removal import compute_scores, draw_masks, fit_effects
+from modeling_vitcls.analysis.photo import compute_scores, draw_masks, fit_effects, measure_photo
 from modeling_vitcls.analysis.token_use import find_token_use
 
 

@@ -12,7 +12,7 @@ import torch
 from helpers.tiny_models import get_largest_difference
 
 from modeling_vitcls import convert_from_timm, convert_from_transformers
-from modeling_vitcls.analysis.attention import trace_attention
+from modeling_vitcls.analysis.photo import trace_attention
 from peers import test_from_timm as timm_cases
 from peers.transformers_cases import CASES, build_inputs, get_encoder, images
 
