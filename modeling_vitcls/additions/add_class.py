@@ -16,8 +16,7 @@ from ..data.in_memory import get_title
 from ..data.labels import LabelSpace, get_label_space
 from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, read_splits
-from ..evaluation.evaluator import build_predictions
-from ..evaluation.per_image import build_rows
+from ..evaluation.evaluator import build_predictions, build_rows
 from ..frozen.class_statistics import ClassStatistics
 from ..frozen.features import Features
 from ..frozen.heads import find_nearest_images

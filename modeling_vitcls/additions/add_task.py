@@ -9,8 +9,12 @@ from threadpoolctl import threadpool_limits
 from ..data.sources import Splits
 from ..data.splits import TrainingData, divide_images, load_undivided_images
 from ..data.splits_table import list_encoder_rows
-from ..evaluation.evaluator import Predictions, build_predictions, count_in_trained_scenes
-from ..evaluation.per_image import build_rows
+from ..evaluation.evaluator import (
+    Predictions,
+    build_predictions,
+    build_rows,
+    count_in_trained_scenes,
+)
 from ..frozen.features import Features
 from ..frozen.heads import FrozenHead
 from ..frozen.linear_probe import LinearProbe, describe_candidate, stack_tokens

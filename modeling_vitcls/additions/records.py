@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..data.splits_table import build_splits_table, read_splits, write_splits
-from ..evaluation.evaluator import Predictions, describe_in_trained_scenes
-from ..evaluation.per_image import write_rows
+from ..evaluation.evaluator import Predictions, describe_in_trained_scenes, write_rows
 from ..frozen.scenes import write_scenes
 from ..hub.connection import silence_transformers
 from ..hub.model_files import (
@@ -25,9 +24,8 @@ from ..hub.model_files import (
 )
 from ..hub.model_folder import dump_flags
 from ..inference.intervals import compute_proportion_interval
-from ..inference.metric_tables import format_small_percent
 from ..inference.speed import count_flops
-from ..inference.stated_result import state_addition
+from ..inference.stated_result import format_small_percent, state_addition
 from ..runtime.files import write_json
 from ..runtime.system import get_versions
 from .certificate import certify, describe_certificate, draw_pixels

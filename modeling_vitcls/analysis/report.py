@@ -42,7 +42,7 @@ def write_page(
         commit: Hub commit of the model, if it is from the Hub.
         predictions: headline, metrics of unequal classes, wrong images and calibration
             (publishing/wrong_photos.py).
-        class_tables: rows of each table of classes, by title (inference/metric_tables.py).
+        class_tables: rows of each table of classes, by title (inference/stated_result.py).
 
     Raises:
         OSError: if the file cannot be written.

@@ -10,8 +10,6 @@ cells.py, labels.py                          cells -> names of labels -> indices
 splits.py                                    images that a run trains on and holds out
 splits_table.py, evaluation_data.py          splits.parquet, their list; images to evaluate
 images.py                                    images decoded on demand
-label_matching.py                            labels of a dataset as labels of a model, by name
 aspect_ratio.py                              from any aspect ratio to the input of the model
-sampling.py, augmentation.py, batches.py     batches, as a function of the seed and the step
-workers.py                                   processes that load batches
+sampling.py, augmentation.py, batches.py     batches, as a function of the seed and the step; processes that load them
 """

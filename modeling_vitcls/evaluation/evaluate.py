@@ -6,8 +6,10 @@ Images that the model was trained on are not evaluated unless --split is set
 (data/splits_table.py).
 """
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversion.open_model import open_model
+from ..data.cells import normalize_name
 from ..data.evaluation_data import EvaluationData, load_evaluation_data
 from ..data.in_memory import get_title
-from ..data.label_matching import translate_labels
 from ..data.labels import (
     UNLABELED,
     LabelSpace,
@@ -34,16 +36,16 @@ from ..frozen.scenes import read_scenes
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_for_inference
-from ..inference.metric_tables import build_class_tables, build_metric_rows, format_name
 from ..inference.options import EvaluateOptions
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
+from ..inference.stated_result import build_class_tables, build_metric_rows, format_name
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator, set_mixed_precision
+from ..runtime.errors import format_name_list
 from ..runtime.files import write_json
 from ..runtime.flags import spell_flags
 from ..runtime.system import describe_device, get_versions
-from .evaluator import Evaluator, describe_in_trained_scenes
-from .per_image import build_rows, write_rows
+from .evaluator import Evaluator, build_rows, describe_in_trained_scenes, write_rows
 
 
 EVALUATION_BATCH_SIZE = 64  # Default number of images per process and forward pass on GPUs
@@ -226,3 +228,84 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
         console.print(table)
     if text := describe_in_trained_scenes(results.get("in_trained_scenes", {})):
         console.print(text, style="bold yellow", markup=False)
+
+
+# Labels of a dataset as labels of a model ---------------------------------------------------------
+
+# The indices are matched by the names of the labels, in the Unicode form NFC.
+
+
+PLACEHOLDER = re.compile(r"LABEL_\d+$")  # Transformers' names of labels without names
+
+
+def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
+    """Convert the label indices of the dataset to the label indices of the model.
+
+    Missing labels stay missing. Raise ValueError if the kinds of labels or the tasks
+    differ, if the model has several labels with the same name, or if an image has a label that the
+    model lacks.
+    """
+    if data_space.kind != model_space.kind:
+        raise ValueError(
+            f"the model was trained for {model_space.kind}, but the labels of the dataset are for "
+            f"{data_space.kind}. Select other columns with `label_column`, or set `label_separator`"
+        )
+    if data_space.tasks.keys() != model_space.tasks.keys():
+        raise ValueError(
+            f"the model has the tasks {', '.join(model_space.tasks)}, but the dataset has "
+            f"{', '.join(data_space.tasks)}. Select the columns of the tasks with `label_column`"
+        )
+    matches = {
+        task: NameMatch(own.names, model_space.tasks[task].names)
+        for task, own in data_space.tasks.items()
+    }
+    if data_space.kind == "multi_task":
+        labels = [
+            {task: matches[task].translate(each) for task, each in label.items()}
+            for label in images.labels
+        ]
+    else:
+        labels = [matches[""].translate(label) for label in images.labels]
+    return replace(images, labels=labels)
+
+
+class NameMatch:
+    """The indices that the class names of a dataset have in a model."""
+
+    def __init__(self, names: Sequence[str], model_names: Sequence[str]) -> None:
+        self.names = names
+        self.model_names = model_names
+        self.indices: dict[str, list[int]] = {}  # Name -> its indices in the model
+        for index, name in enumerate(model_names):
+            self.indices.setdefault(normalize_name(name), []).append(index)
+
+    def translate(self, label: Any) -> Any:
+        """Translate a class index, a list of class indices or None, a missing label."""
+        if isinstance(label, list):
+            return sorted(map(self.find_index, label))
+        return None if label is None else self.find_index(label)
+
+    def find_index(self, index: int) -> int:
+        """Find the model's index of a class. Raise ValueError if there is none, or several."""
+        name = self.names[index]
+        found = self.indices.get(normalize_name(name), [])
+        if len(found) > 1:
+            raise ValueError(
+                f"the model has several labels with the name {name!r}. Give these labels different "
+                "names in the model's config.json"
+            )
+        if not found and all(map(PLACEHOLDER.match, self.model_names)):
+            example = ", ".join(f'"{index}": "{each}"' for index, each in enumerate(self.names))
+            raise ValueError(
+                f"the labels of the model have no names ({len(self.model_names)} labels, LABEL_0 "
+                f"...), but the dataset has {name!r}. Set `id2label` in the model's config.json, in "
+                f'the order of its training: "id2label": {{{example}}}'
+            )
+        if not found:
+            raise ValueError(
+                f"the dataset has the label {name!r}, but the model has only the labels "
+                f"{format_name_list(self.model_names, 20)}. Remove the images with this label, add "
+                "the class with `vitcls add-class`, or, if they are the same, correct `id2label` in "
+                "the model's config.json"
+            )
+        return found[0]

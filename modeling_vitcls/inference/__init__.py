@@ -12,7 +12,7 @@
     predictor.py        Predictor: a loaded model, for servers, Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`
     intervals.py        confidence intervals
-    metric_tables.py    metrics as tables
+    stated_result.py    a result in words, and metrics as tables
     speed.py            speed and FLOPs of a model
     token_names.py      names of special tokens in tables, reports and figures
 

@@ -26,14 +26,15 @@ from ..frozen.linear_probe import describe_candidate
 from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
-from ..inference.metric_tables import (
+from ..inference.stated_result import (
     build_class_tables,
     build_metric_rows,
     format_name,
+    format_percent,
     format_small_percent,
     list_metrics,
+    state_addition,
 )
-from ..inference.stated_result import format_percent, state_addition
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..model.token_layout_vitcls import TOKEN_KINDS
 from ..runtime.errors import format_name_list

@@ -21,13 +21,12 @@ from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, LabelSpace
 from ..data.options import read_data_options
 from ..data.splits import load_run_data, load_undivided_images
-from ..evaluation.per_image import read_predictions
+from ..evaluation.evaluator import read_predictions
 from ..hub.model_files import REPORT_FILE, SAMPLE_IMAGES_FILE, WRONG_PHOTOS_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
-from ..inference.metric_tables import build_class_tables
 from ..inference.metrics import MetricValues
-from ..inference.stated_result import Measurement, read_addition
+from ..inference.stated_result import Measurement, build_class_tables, read_addition
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.progress import track
 from .wrong_photos import (

@@ -6,7 +6,7 @@
     draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with the images
 
 These results exist only for classifiers with one label per image. `read_predictions`
-(evaluation/per_image.py) makes the rows; their images are found in the data of the run by name.
+(evaluation/evaluator.py) makes the rows; their images are found in the data of the run by name.
 """
 
 from collections.abc import Mapping, Sequence

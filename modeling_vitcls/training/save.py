@@ -11,7 +11,7 @@ import pandas as pd
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.splits_table import write_splits
-from ..evaluation.per_image import build_rows, write_rows
+from ..evaluation.evaluator import build_rows, write_rows
 from ..frozen.scenes import write_scenes
 from ..hub.connection import silence_transformers
 from ..hub.model_files import (

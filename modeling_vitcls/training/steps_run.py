@@ -11,11 +11,16 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.augmentation import build_augmentation
-from ..data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
+from ..data.batches import (
+    Batch,
+    Normalizer,
+    TrainingImages,
+    explain_worker_errors,
+    iterate_training_batches,
+)
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images
-from ..data.workers import explain_worker_errors
 from ..evaluation.evaluator import Evaluator, Predictions, build_predictions
 from ..frozen.encoder import (
     EncodedImages,

@@ -3,8 +3,8 @@
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.data.label_matching import translate_labels
 from modeling_vitcls.data.labels import LabelSpace, OneLabel
+from modeling_vitcls.evaluation.evaluate import translate_labels
 
 
 def build_single_label_space(*names: str) -> LabelSpace:

@@ -14,7 +14,7 @@ from helpers.evaluation_worker import (
 from sklearn.metrics import log_loss
 
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.evaluation.per_image import build_rows
+from modeling_vitcls.evaluation.evaluator import build_rows
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 

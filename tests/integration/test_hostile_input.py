@@ -30,7 +30,7 @@ from modeling_vitcls.conversion.from_state_dict import (
 )
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.inference.metric_tables import format_name
+from modeling_vitcls.inference.stated_result import format_name
 from modeling_vitcls.model.image_processing_vitcls import IMAGE_FORMATS
 
 

@@ -31,7 +31,7 @@ from helpers.warm_processes import (
 )
 from PIL import Image
 
-from modeling_vitcls.data import workers
+from modeling_vitcls.data import batches
 
 
 pytestmark = [
@@ -130,8 +130,8 @@ def finetune(flags: list[str], log: Path) -> None:
 
 def finetune_with_late_workers(flags: list[str], log: Path) -> None:
     """Simulate a busy machine: the thread of a worker that waits for SIGTERM is delayed."""
-    wait = workers.wait_for_parent_signal
-    workers.wait_for_parent_signal = lambda: (time.sleep(3), wait())
+    wait = batches.wait_for_parent_signal
+    batches.wait_for_parent_signal = lambda: (time.sleep(3), wait())
     finetune(flags, log)
 
 

@@ -13,11 +13,10 @@ from playwright.sync_api import Browser, Page
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
-from modeling_vitcls.evaluation.per_image import read_predictions
+from modeling_vitcls.evaluation.evaluator import read_predictions
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.inference.metric_tables import build_class_tables
 from modeling_vitcls.inference.metrics import measure_one_label
-from modeling_vitcls.inference.stated_result import Measurement
+from modeling_vitcls.inference.stated_result import Measurement, build_class_tables
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (
     draw_wrong_photos,
