@@ -49,14 +49,14 @@ from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.conversion.parity_report import build_random_images
-from modeling_vitcls.export.exportable import (
+from modeling_vitcls.export.exporter import export_model
+from modeling_vitcls.export.onnx_file import OnnxGraph
+from modeling_vitcls.export.options import ExportOptions
+from modeling_vitcls.export.tracing import (
     EXPORTABLE_CLASSES,
     NamedOutputsModel,
     load_exportable_model,
 )
-from modeling_vitcls.export.exporter import export_model
-from modeling_vitcls.export.onnx_file import OnnxGraph
-from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.hub.local_paths import strip_folders
 from modeling_vitcls.inference.cuda_graphs import GraphedFunction
 from modeling_vitcls.runtime.flags import Options, check_minimum, check_value

@@ -19,7 +19,7 @@ def run(options: AddTaskOptions) -> dict[str, Any]:
     from ..additions.extend import open_old_model
     from ..additions.records import write_addition
     from ..hub.model_folder import ModelFolder
-    from ..publishing.after_run import finish_run
+    from ..publishing.report import finish_run
 
     with open_old_model(options) as old:
         record = write_addition(old, build_task(old, options))

@@ -73,8 +73,8 @@ def run_training(options: Any) -> dict[str, Any]:
     from accelerate import PartialState
 
     from ..hub.model_folder import ModelFolder
-    from ..publishing.after_run import finish_run
     from ..publishing.push import prepare_repository
+    from ..publishing.report import finish_run
     from ..publishing.verify import push_and_verify
     from ..training.run import train
 

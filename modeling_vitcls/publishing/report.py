@@ -1,6 +1,7 @@
 """The report of a model folder, and the image of its card.
 
     write_report(ModelFolder(Path("runs/mine")))    report.html and images/attention.png
+    finish_run(ModelFolder(Path("runs/mine")))      the same, and the card (card.py)
 
 The images are read again from the dataset of the run or addition, so the folder does not have to
 contain them. Their predictions are read from predictions.parquet. The report measures fewer images
@@ -22,13 +23,15 @@ from ..data.labels import UNLABELED, LabelSpace
 from ..data.options import read_data_options
 from ..data.splits import load_run_data, load_undivided_images
 from ..evaluation.evaluator import read_predictions
-from ..hub.model_files import REPORT_FILE, SAMPLE_IMAGES_FILE, WRONG_PHOTOS_FILE
+from ..hub.connection import silence_transformers
+from ..hub.model_files import CARD_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE, WRONG_PHOTOS_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
 from ..inference.metrics import MetricValues
 from ..inference.stated_result import Measurement, build_class_tables, read_addition
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.progress import track
+from .card import write_card
 from .wrong_photos import (
     Photos,
     choose_photos,
@@ -195,3 +198,20 @@ def draw_page(
     ]
     Image.fromarray(np.hstack(tiles)).save(sheet_file)
     return "; ".join(inspection.faults)
+
+
+def finish_run(folder: ModelFolder, has_report: bool = True) -> None:
+    """Write the report and the card of a finished run or addition.
+
+    Raise OSError if a file cannot be written. The message is a single line.
+    """
+    report = folder.path / REPORT_FILE
+    # A finished run that is repeated with --resume has its report already.
+    if has_report and not report.exists():
+        with silence_transformers():
+            faults = write_report(folder)
+        if faults:
+            print(f"faults    {faults}")
+
+    write_card(folder)
+    print(f"written   {folder.path / CARD_FILE}" + (f", {report}" if report.exists() else ""))

@@ -32,10 +32,13 @@ from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.conversion.parity_report import build_random_images
 from modeling_vitcls.conversion.processors import select_settings
 from modeling_vitcls.data.labels import is_multi_label
-from modeling_vitcls.export.compare import LIMITS, measure_differences
-from modeling_vitcls.export.exportable import NamedOutputsModel, Outputs, load_exportable_model
-from modeling_vitcls.export.onnx_file import OnnxGraph, write_onnx
-from modeling_vitcls.export.tracing import GraphShape
+from modeling_vitcls.export.onnx_file import LIMITS, OnnxGraph, measure_differences, write_onnx
+from modeling_vitcls.export.tracing import (
+    GraphShape,
+    NamedOutputsModel,
+    Outputs,
+    load_exportable_model,
+)
 from modeling_vitcls.hub.model_files import hash_files
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.runtime.flags import Options

@@ -16,7 +16,7 @@ from helpers.source_checkpoints import save_converted_encoder
 import modeling_vitcls
 from modeling_vitcls import evaluate
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.published_files import collect_files
+from modeling_vitcls.publishing.push import collect_files
 from modeling_vitcls.publishing.report import write_report
 
 
@@ -54,7 +54,7 @@ def run(encoder: Path, bursts: Path, module_path: Path) -> Path:
 @pytest.fixture
 def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write no report, which takes longer than the addition."""
-    monkeypatch.setattr("modeling_vitcls.publishing.after_run.write_report", lambda folder: None)
+    monkeypatch.setattr("modeling_vitcls.publishing.report.write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="module", autouse=True)

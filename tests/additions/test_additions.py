@@ -89,7 +89,7 @@ def with_parity(digits: Path, module_path: Path) -> Path:
 def no_report() -> Iterator[None]:
     """Write no report, which takes longer than an addition (test_added_photos.py)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modeling_vitcls.publishing.after_run.write_report", lambda folder: None)
+        patch.setattr("modeling_vitcls.publishing.report.write_report", lambda folder: None)
         yield
 
 

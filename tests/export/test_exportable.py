@@ -6,7 +6,7 @@ import torch
 from helpers.tiny_models import build_images, build_random, build_tiny_config
 
 from modeling_vitcls import ViTCLSModel
-from modeling_vitcls.export.exportable import NamedOutputsModel, load_exportable_model
+from modeling_vitcls.export.tracing import NamedOutputsModel, load_exportable_model
 
 
 def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:

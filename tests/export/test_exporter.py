@@ -29,12 +29,11 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
-from modeling_vitcls.export import compare, onnx_file
-from modeling_vitcls.export.exportable import NamedOutputsModel
+from modeling_vitcls.export import onnx_file
 from modeling_vitcls.export.exporter import export_model, fit_processor
 from modeling_vitcls.export.onnx_file import OnnxGraph
 from modeling_vitcls.export.options import ExportOptions
-from modeling_vitcls.export.tracing import GraphShape, get_smallest_size
+from modeling_vitcls.export.tracing import GraphShape, NamedOutputsModel, get_smallest_size
 from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_files, hash_weights
 
@@ -214,7 +213,7 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(tmp_path / "model", num_hidden_layers=1)
-    monkeypatch.setitem(compare.LIMITS, "float32", (-1.0, 0.0))
+    monkeypatch.setitem(onnx_file.LIMITS, "float32", (-1.0, 0.0))
     with raises_one_line("differs", "logits", "limit"):
         export(tmp_path / "model", tmp_path / "not" / "a.onnx", dynamic=False)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]

@@ -23,9 +23,8 @@ from modeling_vitcls import (
 from modeling_vitcls.data.splits import load_run_data
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.stated_result import format_name, state_result
-from modeling_vitcls.publishing.after_run import finish_run
 from modeling_vitcls.publishing.card import write_card
-from modeling_vitcls.publishing.report import write_report
+from modeling_vitcls.publishing.report import finish_run, write_report
 from modeling_vitcls.runtime.files import read_json
 
 
