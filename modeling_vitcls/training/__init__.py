@@ -3,18 +3,17 @@
     run.py              complete run; read this file first
     run_inputs.py       what a run reads: data and models, with the defaults that depend on them
     plan.py             what a run is: frozen or with steps, and why
-    resume.py           what a resumed run takes from its start, and compares with it
     summary.py          the first lines of a run: its images, its model and what it is
     frozen_run.py       a run without steps, of what is in frozen/
-    steps_run.py        a run with steps; class_statistics_of_runs.py measures its classes afterwards
-    outcome.py          what a run of either kind has made and measured
-    run_results.py      results.json, and the last lines of a run
+    steps_run.py        a run with steps; calibration.py measures its classes afterwards
+    run_results.py      what a run of either kind has made and measured, results.json and its last lines
     options.py          flags of the command
     teacher.py          classifier whose predictions train a distillation token
     loop.py             training loop; reporter.py prints, and signals.py stops it
     checkpoints.py      checkpoints on disk, written completely or not at all
-    calibration.py      temperature of the trained classifier
-    run_folder.py       the output folder before a run: what is in it, and what is removed
+    calibration.py      temperature and class statistics of the trained classifier
+    run_folder.py       the output folder before a run: what is in it, what is removed, and what a resumed run takes
+                        from its start
     save.py             the output folder after a run: what is written
 
 Outside this folder, runtime/distributed.py configures processes and devices.

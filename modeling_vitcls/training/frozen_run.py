@@ -20,10 +20,10 @@ from ..frozen.heads import FrozenHead, describe_class_weights, describe_threshol
 from ..frozen.scenes import describe_scenes
 from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks, round_floats
 from .calibration import Calibration, describe_fold_calibration, measure_errors
-from .outcome import Outcome, list_measurements
 from .plan import RunPlan
 from .reporter import Reporter
 from .run_inputs import RunInputs
+from .run_results import Outcome, list_measurements
 
 
 def encode_images(inputs: RunInputs, plan: RunPlan, reporter: Reporter) -> EncodedImages:

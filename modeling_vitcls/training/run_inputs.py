@@ -32,8 +32,7 @@ from .model import (
 )
 from .options import FinetuneOptions
 from .reporter import Reporter
-from .resume import convert_sources, take_derived_values
-from .run_folder import SOURCE_FLAGS, EarlierRun
+from .run_folder import SOURCE_FLAGS, EarlierRun, convert_sources, take_derived_values
 from .teacher import Teacher, load_teacher
 
 

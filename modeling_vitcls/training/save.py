@@ -31,8 +31,8 @@ from ..speed.lean_layers import use_fast_modules
 from .checkpoints import WRITE_ERRORS, Tensors
 from .distributed_state import gather_weights
 from .model import merge_lora
-from .outcome import Outcome
 from .run_inputs import RunInputs
+from .run_results import Outcome
 
 
 def save_output(

@@ -34,18 +34,17 @@ from ..inference.token_names import SINGLE_TOKEN_NAMES, read_gates
 from ..model.attention_masks_vitcls import list_gated_tokens
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
-from .calibration import calibrate
+from .calibration import calibrate, store_statistics
 from .checkpoints import Checkpoint, CheckpointStore
-from .class_statistics_of_runs import store_statistics
 from .distributed_state import distribute_like, reshard, scatter_model
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .losses import build_objective
 from .optimizer import average_with_start, build_parameter_groups
-from .outcome import Outcome, list_measurements
 from .plan import RunPlan
 from .reporter import Reporter
-from .resume import format_flag_value
+from .run_folder import format_flag_value
 from .run_inputs import RunInputs
+from .run_results import Outcome, list_measurements
 from .signals import SignalHandler
 from .teacher import measure
 

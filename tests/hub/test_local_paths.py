@@ -20,8 +20,12 @@ from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.options import (
     FinetuneOptions,
 )
-from modeling_vitcls.training.resume import convert_sources, take_derived_values
-from modeling_vitcls.training.run_folder import EarlierRun, make_flags_relative
+from modeling_vitcls.training.run_folder import (
+    EarlierRun,
+    convert_sources,
+    make_flags_relative,
+    take_derived_values,
+)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""The results of the tasks of a run (outcome.py)."""
+"""The results of the tasks of a run (run_results.py)."""
 
 import pytest
 
-from modeling_vitcls.training.outcome import list_measurements
+from modeling_vitcls.training.run_results import list_measurements
 
 
 TASKS = {

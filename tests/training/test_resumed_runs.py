@@ -23,8 +23,7 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.flags import to_flags
 from modeling_vitcls.training.checkpoints import CheckpointStore, format_state, read_training_state
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.resume import take_derived_values
-from modeling_vitcls.training.run_folder import EarlierRun
+from modeling_vitcls.training.run_folder import EarlierRun, take_derived_values
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
