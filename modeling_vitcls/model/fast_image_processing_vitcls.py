@@ -37,15 +37,15 @@ LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 URL_PREFIXES = ("http://", "https://", "data:")
 
 
-def read_jpeg(source: Any) -> Tensor | None:
+def try_read_jpeg(source: Any) -> Any:
     """Read the upright RGB pixels [3, H, W] `uint8` of a JPEG file (path or bytes).
 
-    The pixels equal those from PIL. Return None for other formats, or if torchvision cannot decode
-    the file, PIL decodes it differently (CMYK), or PIL refuses it because it has too many pixels.
+    The pixels equal those from PIL. Return the source if it is something else, torchvision cannot
+    decode it, PIL decodes it differently (CMYK), or PIL refuses it because it has too many pixels.
     """
     jpeg_bytes = read_jpeg_bytes(source) if decode_jpeg is not None else None
     if jpeg_bytes is None:
-        return None
+        return source
     try:
         PIL.Image.open(BytesIO(jpeg_bytes))  # Reads the size only; torchvision has no limit
         # The bytes are a `bytearray`, because PyTorch warns about memory that it must not write to.
@@ -54,24 +54,22 @@ def read_jpeg(source: Any) -> Tensor | None:
             encoded_bytes, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True
         )
     except (RuntimeError, OSError, PIL.Image.DecompressionBombError):
-        return None
+        return source
 
     if len(pixels) == 1:
         return pixels.expand(3, -1, -1)
-    return pixels if len(pixels) == 3 else None
+    return pixels if len(pixels) == 3 else source
 
 
 def read_jpeg_bytes(source: Any) -> bytearray | None:
     """Read the contents of a JPEG file, given as a path or bytes; None for anything else."""
     if isinstance(source, bytes | bytearray):
         return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
-    if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):
-        return None
     try:
         with open_regular_file(source) as file:
             signature = file.read(len(JPEG_SIGNATURE))
             return bytearray(signature + file.read()) if signature == JPEG_SIGNATURE else None
-    except (OSError, ValueError):  # ValueError: a zero byte in the name
+    except (OSError, ValueError, TypeError):  # No path, an address, or a zero byte in the name
         return None
 
 

@@ -47,8 +47,8 @@ from .fast_image_processing_vitcls import (
     get_settings,
     normalize_batch,
     open_regular_file,
-    read_jpeg,
     resize_and_crop,
+    try_read_jpeg,
 )
 from .field_checks_vitcls import raise_one_line_errors
 
@@ -86,6 +86,8 @@ RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # Nearest, Lanczo
 # torchvision and timm.
 CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even": round}
 
+MAX_SAMPLE_VALUE = 281  # Tag of a TIFF. Some writers put the largest value of the image there
+BIT_DEPTHS = {1023: 10, 4095: 12, 16383: 14}  # Largest possible value -> number of bits
 REPORTED_BIT_DEPTHS: set[int] = set()  # Numbers of bits that a warning has named
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # Weights of red, green and blue (ITU-R BT.601)
@@ -111,6 +113,11 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def __init__(
         self, crop_rounding: str = "down", bit_depth: int = 16, **kwargs: Unpack[ImagesKwargs]
     ) -> None:
+        if isinstance(self, TorchvisionBackend) and not is_torchvision_available():
+            raise ImportError(
+                f"{type(self).__name__} requires torchvision. Install torchvision or set "
+                "backend='pil'."
+            )
         check_setting_names(kwargs)
         if type(bit_depth) is not int or not 9 <= bit_depth <= 16:
             raise ValueError(f"bit_depth must be an integer from 9 to 16, not {bit_depth!r}.")
@@ -265,9 +272,9 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           first frame is used.
         - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are
           divided by 257, not clipped; files of cameras and microscopes that use 10 to 14 of the 16
-          bits require `bit_depth`. Other integers must be from 0 to 255, and floats from 0 to 1:
-          they are the same image, with and without `do_rescale`. PIL's float mode `F` has no
-          defined range and raises an error.
+          bits require `bit_depth`, unless a TIFF states its bits. Other integers must be from 0 to
+          255, and floats from 0 to 1: they are the same image, with and without `do_rescale`. PIL's
+          float mode `F` has no defined range and raises an error.
         - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are
           composited on white.
         - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel.
@@ -322,16 +329,6 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     # The last checked settings, if the fast path supports them.
     _checked_settings: tuple[Any, ...] | None = None
 
-    def __init__(
-        self, crop_rounding: str = "down", bit_depth: int = 16, **kwargs: Unpack[ImagesKwargs]
-    ) -> None:
-        if not is_torchvision_available():
-            raise ImportError(
-                "ViTCLSImageProcessor requires torchvision. Install torchvision or set "
-                "backend='pil'."
-            )
-        super().__init__(crop_rounding=crop_rounding, bit_depth=bit_depth, **kwargs)
-
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Preprocess an image, a batch or a list; keyword arguments override the settings.
 
@@ -358,11 +355,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         # Decoded as in later calls: PIL may decode a JPEG a little differently, and threads would
         # decide which photos are among the first.
         if is_on_cpu and self.do_convert_rgb and can_use_fast_path(self):
-            decoded = map(read_jpeg, inputs)
-            images = [
-                image if pixels is None else pixels
-                for image, pixels in zip(inputs, decoded, strict=True)
-            ]
+            images = [*map(try_read_jpeg, inputs)]
         batch = super().preprocess(images, **kwargs)
         # A complete call without an error has checked every setting.
         self._checked_settings = settings if can_use_fast_path(self) else None
@@ -371,8 +364,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     def _load_image(self, image: Any) -> Tensor:
         """Load an image, and return it resized and cropped, [C, h, w] `uint8`."""
         to_rgb = bool(self.do_convert_rgb)
-        pixels = read_jpeg(image) if to_rgb else None
-        if pixels is None:
+        pixels = try_read_jpeg(image) if to_rgb else image
+        if pixels is image:
             pixels = image_to_tensor(
                 self.fetch_images(image),
                 to_rgb,
@@ -436,10 +429,10 @@ def read_image(source: str | os.PathLike[str] | bytes | bytearray) -> PIL.Image.
                     f"it is a camera's raw file, of which only a thumbnail of {image.width} x "
                     f"{image.height} pixels can be read. Export the photo as JPEG"
                 )
-            upright = PIL.ImageOps.exif_transpose(image)
+            PIL.ImageOps.exif_transpose(image, in_place=True)  # Keeps the tags of a TIFF
             if content is None:  # Messages name it; Pillow sets it only for files that it opens
-                upright.filename = os.fspath(path)  # type: ignore[attr-defined]
-            return upright
+                image.filename = os.fspath(path)
+            return image
     except PIL.UnidentifiedImageError as error:
         # PIL's message contains the repr of a BytesIO object
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
@@ -560,6 +553,9 @@ def pil_to_tensor(
     """
     name = shorten_text(getattr(image, "filename", "") or f"PIL image of mode {image.mode}")
     try:
+        tags = getattr(image, "tag_v2", {})  # What a TIFF says about its values
+        stated = BIT_DEPTHS.get(tags.get(MAX_SAMPLE_VALUE, (0,))[0], 16)
+        bit_depth = min(bit_depth, stated, *tags.get(Base.BitsPerSample, ()))
         image = PIL.ImageOps.exif_transpose(image)  # Also loads a lazily opened image
         values = pil_to_array(image)
         pixels = to_channels_first(torch.from_numpy(values), ChannelDimension.LAST)

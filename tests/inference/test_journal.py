@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from helpers.prediction_photos import write_predictions
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.inference import predictor
-from modeling_vitcls.inference.options import PredictOptions
-from modeling_vitcls.inference.predict import predict_images
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.files import read_json, write_json
 
@@ -49,15 +48,10 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def table(model: Path, photos: Path, tmp_path: Path, computed: list[str]) -> Path:
     """A table of nine photographs, and its journal."""
-    run(model, photos, tmp_path / "table.csv")
+    write_predictions(model, photos, tmp_path / "table.csv")
     assert len(computed) == 9
     computed.clear()
     return tmp_path / "table.csv"
-
-
-def run(model: Path, photos: Path, output: Path, **flags: Any) -> None:
-    values = {"batch_size": 2, "num_workers": 0, **flags}
-    predict_images(PredictOptions(model=str(model), paths=(str(photos),), output=output, **values))
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.2, 0.5, 0.8, 0.97])
@@ -70,7 +64,7 @@ def test_a_run_that_lost_its_last_block_ends_as_if_nothing_had_happened(
     remainder.touch()  # As a run that is killed while the table is written leaves it
     (part,) = part_files(table)
     part.write_bytes(part.read_bytes()[: int(kept * part.stat().st_size)])
-    run(model, photos, table)
+    write_predictions(model, photos, table)
     assert table.read_bytes() == expected
     assert len(computed) == len(set(computed))
     assert len(computed) < 9 or kept < 0.5
@@ -93,7 +87,7 @@ def test_an_interrupted_run_computes_no_batch_twice(
 ) -> None:
     whole, broken = tmp_path / f"whole{suffix}", tmp_path / f"broken{suffix}"
     flags = {"features": ("cls", "patches"), "feature_dtype": "float16"}
-    run(model, photos, whole, **flags)
+    write_predictions(model, photos, whole, **flags)
     computed.clear()
     note = predictor.prepare_image
 
@@ -104,11 +98,11 @@ def test_an_interrupted_run_computes_no_batch_twice(
 
     monkeypatch.setattr(predictor, "prepare_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(model, photos, broken, **flags)
+        write_predictions(model, photos, broken, **flags)
     assert not broken.exists()
 
     monkeypatch.setattr(predictor, "prepare_image", note)
-    run(model, photos, broken, **flags)
+    write_predictions(model, photos, broken, **flags)
     assert "4 of 9 images are there" in capsys.readouterr().out
     assert len(computed) == 5 + 5
     assert broken.read_bytes() == whole.read_bytes()
@@ -119,7 +113,7 @@ def test_only_new_and_replaced_photos_are_computed(
 ) -> None:
     shutil.copy(photos / "a.jpg", photos / "new.jpg")
     shutil.copy(photos / "c.png", photos / "b.JPEG")
-    run(model, photos, table)
+    write_predictions(model, photos, table)
     assert computed == ["b.JPEG", "new.jpg"]
 
 
@@ -128,7 +122,7 @@ def test_moved_photos_are_known_by_their_content(
 ) -> None:
     moved = photos.rename(photos.with_name("moved"))
     os.utime(moved / "c.png")
-    run(model, moved, table)
+    write_predictions(model, moved, table)
     assert not computed
     assert table.read_text().count(str(moved)) == 9
 
@@ -138,16 +132,16 @@ def test_an_unreadable_photo_is_tried_again(
 ) -> None:
     (photos / "bad.jpg").write_bytes(b"no photo")
     for _ in range(2):
-        run(model, photos, table)
+        write_predictions(model, photos, table)
     assert computed == ["bad.jpg"] * 2
 
 
 def test_a_table_that_a_person_has_changed_stays(model: Path, photos: Path, table: Path) -> None:
     table.write_text("my corrections")
     with raises_one_line("table.csv exists", "`overwrite`"):
-        run(model, photos, table)
+        write_predictions(model, photos, table)
     assert table.read_text() == "my corrections"
-    run(model, photos, table, overwrite=True)
+    write_predictions(model, photos, table, overwrite=True)
     assert len(table.read_text().splitlines()) == 10
 
 
@@ -156,9 +150,9 @@ def test_rows_of_other_photos_are_not_dropped(
 ) -> None:
     (photos / "inner").rename(table.with_name("elsewhere"))
     with raises_one_line("6 images that are not among these", "`overwrite`"):
-        run(model, photos, table)
-    run(model, photos, table, overwrite=True)
-    run(model, photos, table)
+        write_predictions(model, photos, table)
+    write_predictions(model, photos, table, overwrite=True)
+    write_predictions(model, photos, table)
     assert len(table.read_text().splitlines()) == 4
 
 
@@ -169,11 +163,11 @@ def test_rows_of_other_settings_and_models_are_not_mixed(
     config = build_tiny_config(num_labels=5)
     save_with_processor(randomize(ViTCLSForImageClassification(config)), other)
     with raises_one_line("another top_k"):
-        run(model, photos, table, top_k=2)
+        write_predictions(model, photos, table, top_k=2)
     with raises_one_line("another model"):
-        run(other, photos, table)
+        write_predictions(other, photos, table)
     assert not computed
-    run(other, photos, table, overwrite=True)
+    write_predictions(other, photos, table, overwrite=True)
     assert len(computed) == 9
 
 
@@ -181,7 +175,7 @@ def test_the_journal_of_another_version_is_named(model: Path, photos: Path, tabl
     file = table.parent / f".{table.name}.journal" / "settings.json"
     write_json(file, read_json(file) | {"list of columns": ["index"]})
     with raises_one_line("another list of columns"):
-        run(model, photos, table)
+        write_predictions(model, photos, table)
 
 
 def test_two_commands_do_not_write_one_table(
@@ -190,4 +184,4 @@ def test_two_commands_do_not_write_one_table(
     monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.0)
     lock = table.parent / f".{table.name}.journal" / staging.LOCK_FILE
     with FileLock(lock), raises_one_line("in use by another command"):
-        run(model, photos, table)
+        write_predictions(model, photos, table)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.photo_folders import write_files
-from helpers.prediction_photos import predict, sorted_photos
+from helpers.prediction_photos import predict, sorted_photos, write_predictions
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
 from helpers.warm_processes import run_together
@@ -31,8 +31,6 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli import api
-from modeling_vitcls.inference.options import PredictOptions
-from modeling_vitcls.inference.predict import predict_images
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.files import read_json, write_json
 
@@ -174,15 +172,7 @@ def test_labels_equal_those_of_the_model_and_the_pipeline(
     models: Path, photos: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "new" / "folder" / "out.JSON"
-    predict_images(
-        PredictOptions(
-            model=str(models / "one_label"),
-            paths=(str(photos),),
-            output=output,
-            top_k=2,
-            batch_size=4,
-        )
-    )
+    write_predictions(models / "one_label", photos, output, top_k=2)
     rows = json.loads(output.read_text())
 
     assert [row["image"] for row in rows] == sorted_photos(photos)
@@ -201,16 +191,10 @@ def test_labels_equal_those_of_the_model_and_the_pipeline(
 
 @torch.no_grad()
 def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_path: Path) -> None:
-    options = PredictOptions(
-        model=str(models / "several_tasks"),
-        paths=(str(photos),),
-        output=tmp_path / "out.parquet",
-        top_k=3,
-        batch_size=5,
-    )
-    predict_images(options)
+    output = tmp_path / "out.parquet"
+    write_predictions(models / "several_tasks", photos, output, top_k=3, batch_size=5)
 
-    table = pq.read_table(tmp_path / "out.parquet")
+    table = pq.read_table(output)
     assert table.column_names[2:6:2] == ["age_label", "age_label_2"]
     assert table.column_names[3:6:2] == ["age_probability", "age_probability_2"]
     assert table.column_names[6:-4:2] == ["species_label", "species_label_2", "species_label_3"]
@@ -254,16 +238,10 @@ def test_features_of_any_layer_are_those_after_the_final_norm(
     source: str, names: tuple[str, ...], models: Path, photos: Path, tmp_path: Path
 ) -> None:
     """The last layer is the default. A classifier computes few of its tokens."""
-    options = PredictOptions(
-        model=str(models / source),
-        paths=(str(photos),),
-        features=names,
-        feature_dtype="float16",
-        output=tmp_path / "out.parquet",
-        batch_size=9,
-    )
-    predict_images(options)
-    table = pq.read_table(options.output)
+    output = tmp_path / "out.parquet"
+    flags = {"features": names, "feature_dtype": "float16"}
+    write_predictions(models / source, photos, output, batch_size=9, **flags)
+    table = pq.read_table(output)
     assert table.num_rows == len(sorted_photos(photos))
     assert table["error"].null_count == table.num_rows
     model = ViTCLSModel.from_pretrained(models / source)

@@ -103,7 +103,7 @@ def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -
 def test_the_first_photo_is_decoded_as_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """PIL and torchvision may contain different versions of libjpeg."""
     pixels = torch.full((3, 60, 60), 99, dtype=torch.uint8)
-    monkeypatch.setattr(image_processing_vitcls, "read_jpeg", lambda source: pixels)
+    monkeypatch.setattr(image_processing_vitcls, "try_read_jpeg", lambda source: pixels)
     processor = ViTCLSImageProcessor(size=32)
     photo = build_example_images()["jpeg"]
     first, second = (processor(photo, return_tensors="pt")["pixel_values"] for _ in range(2))

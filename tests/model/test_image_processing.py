@@ -325,9 +325,13 @@ def test_other_modes_become_rgb(backend: type, mode: str) -> None:
     )
 
 
+@pytest.mark.parametrize("bit_depth", [16, 12])
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "array"])
-def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str) -> None:
-    values = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
+def test_more_than_eight_bits_are_scaled_not_clipped(
+    backend: type, mode: str, bit_depth: int
+) -> None:
+    white = 2**bit_depth - 1
+    values = np.linspace(0, white, 24).astype(np.uint16).reshape(4, 6)
     if mode == "array":
         source: object = values
     elif mode == "I":
@@ -338,18 +342,22 @@ def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str) -> None:
         )
 
     assert getattr(source, "mode", "array") == mode
+    result = get_raw_values(backend, source, bit_depth=bit_depth)
+    assert np.array_equal(result, np.stack([np.round(values / white * 255)] * 3))
+    assert f"{white} exceed bit_depth=10" in get_error(backend, source, bit_depth=10)
 
-    result = get_raw_values(backend, source)
-    assert np.array_equal(result, np.stack([np.round(values / 257)] * 3))
 
-
-@pytest.mark.parametrize("is_array", [False, True])
-def test_ten_to_fourteen_bits_are_scaled_by_the_bit_depth(backend: type, is_array: bool) -> None:
-    values = np.linspace(0, 4095, 24).astype(np.uint16).reshape(4, 6)
-    source = values if is_array else PIL.Image.fromarray(values)
-    result = get_raw_values(backend, source, bit_depth=12)
-    assert np.array_equal(result, np.stack([np.round(values / 4095 * 255)] * 3))
-    assert "4095 exceed bit_depth=10" in get_error(backend, source, bit_depth=10)
+def test_a_tiff_that_states_its_bits_is_scaled_by_them(backend: type) -> None:
+    white = encode_image(PIL.Image.new("I;16", (6, 4), 65535), "TIFF")
+    bits = b"\x02\x01\x03\x00\x01\x00\x00\x00%c"  # BitsPerSample, one number of 2 bytes
+    largest = {281: 4095}  # MaxSampleValue
+    sources = [
+        white.replace(bits % 16, bits % 12),  # Its values are packed
+        encode_image(PIL.Image.new("I;16", (6, 4), 4095), "TIFF", tiffinfo=largest),
+    ]
+    for source in sources:
+        assert (get_raw_values(backend, source) == 255).all()
+        assert (get_raw_values(backend, PIL.Image.open(BytesIO(source))) == 255).all()
 
 
 def test_an_almost_black_file_of_sixteen_bits_is_named_with_its_largest_value(
