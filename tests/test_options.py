@@ -7,7 +7,7 @@ import pytest
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.analysis.options import InspectOptions
-from modeling_vitcls.cli.push import PushOptions
+from modeling_vitcls.cli.commands import PushOptions
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions

@@ -4,28 +4,24 @@
     accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
     vitcls --tyro-print-completion bash                                             shell completion
 
-    parsing.py  flags -> options; one-line errors and exit statuses
-    recipes.py  recipes, which are the default values of flags
-    api.py      the commands as Python functions
-    NAME.py     vitcls NAME, with underscores for hyphens
+    parsing.py   flags -> options; one-line errors and exit statuses
+    recipes.py   recipes, which are the default values of flags
+    commands.py  the commands as functions of options; export.py and demo.py have two of them
+    api.py       the commands as Python functions, for notebooks
 
-A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a flat dataclass whose fields
-are the flags, and whose `check` raises ValueError if flags contradict each other. ValueErrors
-and OSErrors raised by subcommands are printed as one-line messages. At module level, a subcommand
-imports only the standard library, tyro, parsing.py and files of options, because flags are parsed
-before torch is imported: `vitcls --help` and errors about flags are printed immediately. The
-scripts in scripts/ run the same subcommands.
+The options of a command are a flat dataclass whose fields are the flags, and whose `check` raises
+ValueError if flags contradict each other. ValueErrors and OSErrors raised by commands are printed as
+one-line messages. `vitcls --help` and errors about flags are printed before torch is imported. The
+scripts in scripts/ run the same commands.
 """
 
 import atexit
 import gc
-import importlib
 import os
 import re
 import signal
 import sys
 from pathlib import Path
-from types import ModuleType
 
 from ..runtime.errors import describe_exhaustion, describe_installation
 
@@ -34,11 +30,6 @@ from ..runtime.errors import describe_exhaustion, describe_installation
 LEFT_BY_LAUNCHERS = re.compile(
     r"(LOCAL_)?(RANK|WORLD_SIZE)|MPI_LOCAL(RANKID|NRANKS)|PMI_(RANK|SIZE)"
     r"|(OMPI|MV2)_COMM_WORLD_(LOCAL_)?(RANK|SIZE)"
-)
-# Names of the subcommands, in the order of the help
-COMMANDS = (
-    *("finetune", "evaluate", "predict", "convert", "inspect", "look"),
-    *("add-task", "add-class", "verify-unchanged", "push", "export", "demo", "env"),
 )
 
 
@@ -116,7 +107,8 @@ def discard_output() -> None:
 def run_command(arguments: list[str], owns_process: bool) -> None:
     """Parse the flags, import the libraries, and run the subcommand.
 
-    If the command owns the process, nothing of the process is used afterwards.
+    If the command owns the process, nothing of the process is used afterwards. Exit with status 1 if the
+    extra `cli` is not installed.
     """
     if arguments[:1] in (["--version"], ["-V"]):
         from ..version import __version__
@@ -124,11 +116,19 @@ def run_command(arguments: list[str], owns_process: bool) -> None:
         print(f"vitcls {__version__}")
         return
 
-    modules = load_modules()
-    from .parsing import check_outputs, exit_on_error, parse_command_line, silence_libraries
+    try:
+        from .commands import COMMANDS
+        from .parsing import check_outputs, exit_on_error, parse_command_line, silence_libraries
+    except ModuleNotFoundError as error:
+        # Any other missing module is a fault of the installation, and its traceback is needed.
+        if error.name not in ("tyro", "yaml"):
+            raise
+        message = f"the vitcls command requires {error.name}. {describe_installation('cli')}"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
 
     # Flags and paths first: an error about them should not wait seconds for torch
-    name, options = parse_command_line(modules, arguments or ["--help"])
+    name, options = parse_command_line(arguments or ["--help"])
     with exit_on_error(type(options)):
         check_outputs(options)
 
@@ -153,24 +153,4 @@ def run_command(arguments: list[str], owns_process: bool) -> None:
     gc.enable()
     with exit_on_error(type(options)):
         silence_libraries()
-        modules[name].run(options)
-
-
-def load_modules() -> dict[str, ModuleType]:
-    """Import the modules of all subcommands.
-
-    Exit with status 1 if the extra `cli` is not installed.
-    """
-    try:
-        importlib.import_module(f"{__name__}.parsing")
-        return {
-            name: importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-            for name in COMMANDS
-        }
-    except ModuleNotFoundError as error:
-        # Any other missing module is a fault of the installation, and its traceback is needed.
-        if error.name not in ("tyro", "yaml"):
-            raise
-        message = f"the vitcls command requires {error.name}. {describe_installation('cli')}"
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(1) from None
+        COMMANDS[name](options)

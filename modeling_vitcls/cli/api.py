@@ -26,6 +26,7 @@ from ..inference.options import EvaluateOptions, PredictOptions
 from ..runtime.flags import Options, check_types
 from ..runtime.own_state import own_state
 from ..training.options import FinetuneOptions
+from .commands import run_add_class, run_add_task, run_finetune
 
 
 CommandOptions = TypeVar("CommandOptions", bound=Options)
@@ -60,37 +61,9 @@ def finetune(
         >>> results = finetune("runs/photos", "photos", "runs/mine")
         >>> print(results["accuracy"], results["num_images"])
     """
-    return run_training(
+    return run_finetune(
         build_options(FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
     )
-
-
-def run_training(options: Any) -> dict[str, Any]:
-    """Train, then write the report and the card and push the folder.
-
-    Return the contents of results.json.
-    """
-    from accelerate import PartialState
-
-    from ..hub.model_folder import ModelFolder
-    from ..publishing.push import prepare_repository
-    from ..publishing.report import finish_run
-    from ..publishing.verify import push_and_verify
-    from ..training.run import train
-
-    repo_id = None
-    # A token that may not write should be found now, not after hours of training. The run has not
-    # built the Accelerator yet, so the launcher's variable has to tell the main process from the
-    # others.
-    if options.push_to_hub and os.environ.get("RANK", "0") == "0":
-        repo_id = prepare_repository(options.hub_model_id, options.output_dir.resolve().name)
-    path = train(options)
-    folder = ModelFolder(path)
-    if PartialState().is_main_process:
-        finish_run(folder, options.report)
-    if repo_id is not None:
-        push_and_verify(folder, repo_id)
-    return folder.results_of_any_weights
 
 
 @own_state()
@@ -251,9 +224,7 @@ def add_task(
         >>> from modeling_vitcls import add_task
         >>> record = add_task("runs/digits", "photos", "pet", "runs/with-pet")
     """
-    from .add_task import run
-
-    return run(
+    return run_add_task(
         build_options(
             AddTaskOptions, model=model, dataset=dataset, name=name, output_dir=output_dir, **flags
         )
@@ -285,9 +256,7 @@ def add_class(
         >>> from modeling_vitcls import add_class
         >>> record = add_class("runs/digits", "photos", "runs/with-cats-and-dogs")
     """
-    from .add_class import run
-
-    return run(
+    return run_add_class(
         build_options(AddClassOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
     )
 

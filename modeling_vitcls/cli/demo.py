@@ -1,10 +1,4 @@
-"""`vitcls demo`: serve a web page that labels a photo and shows its sheet.
-
-vitcls demo --model runs/mine
-vitcls demo --model someone/their-model@COMMIT --port 8000
-
-photo  ->  for each task: the probabilities of the labels, or none of them  ->  the sheet of `vitcls look`
-"""
+"""`vitcls demo`: serve a web page that labels a photo and shows its sheet."""
 
 import os
 import socket
@@ -49,15 +43,14 @@ class DemoOptions(Options):
     """Port of the server. Default: the first free port from 7860 upward."""
 
 
-OPTIONS_CLASS = DemoOptions
+def run_demo(options: DemoOptions) -> None:
+    """Serve a web page that labels a photo and shows its sheet.
 
+    Examples:
+        vitcls demo --model runs/mine
+        vitcls demo --model someone/their-model@COMMIT --port 8000
 
-def run(options: DemoOptions) -> None:
-    """Load the model and serve the page until the process is stopped.
-
-    Raises:
-        ValueError: If gradio is not installed, or the model is not a classifier.
-        OSError: If the model cannot be found, or the port is in use.
+    photo  ->  for each task: the probabilities of the labels, or none of them  ->  the sheet of `vitcls look`
     """
     if find_spec("gradio") is None:
         raise ValueError(f"vitcls demo requires gradio. {describe_installation('demo')}")

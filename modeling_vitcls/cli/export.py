@@ -1,12 +1,4 @@
-"""`vitcls export`: export a model to ONNX, and compare the outputs.
-
-    vitcls export --model runs/mine --output mine.onnx
-    vitcls export --model runs/mine --output mine.onnx --no-dynamic --image-size 224 320
-
-The export also writes OUTPUT.json, which contains the largest output differences, the shapes of the
-images in the comparison, and a description of the inputs and outputs of the graph. The export is
-implemented in modeling_vitcls/export/.
-"""
+"""`vitcls export`: export a model to ONNX, and compare the outputs (modeling_vitcls/export/)."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,11 +8,16 @@ from typing import Any
 from ..export.options import ExportOptions
 
 
-OPTIONS_CLASS = ExportOptions
+def run_export(options: ExportOptions) -> None:
+    """Export a model to ONNX, and compare the outputs.
 
+    Examples:
+        vitcls export --model runs/mine --output mine.onnx
+        vitcls export --model runs/mine --output mine.onnx --no-dynamic --image-size 224 320
 
-def run(options: ExportOptions) -> None:
-    """Export the model and print the largest differences."""
+    The export also writes OUTPUT.json, which contains the largest output differences, the shapes of the
+    images in the comparison, and a description of the inputs and outputs of the graph.
+    """
     from ..export.exporter import export_model
 
     silence_exporters()

@@ -1,6 +1,6 @@
 """The command line: subcommands, flags and recipe files -> options; help; errors of one line.
 
-    name, options = parse_command_line(modules, ["finetune", "--config", "digits", "--epochs", "3"])
+    name, options = parse_command_line(["finetune", "--config", "digits", "--epochs", "3"])
 
 tyro parses the flags. The values of a recipe (recipes.py) are its defaults, so the command line overrides
 them. Invalid flags are reported before torch is imported.
@@ -14,10 +14,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, TypeVar, Union, get_origin
 
 import tyro
@@ -31,6 +30,8 @@ from ..runtime.flags import (
     names_of_flags,
     spell_flags,
 )
+from ..training.options import FinetuneOptions
+from .commands import COMMANDS
 from .recipes import REGISTRY, describe_unknown_flag, read_recipe
 
 
@@ -41,34 +42,37 @@ HELP_FLAGS = {"-h", "--help", "--help-all"}
 FIRST_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 # tyro's --help lists all flags
 OTHER_SPELLINGS = {"--help-all": "--help", "-o": "--output"}
+# Fields that are written without a flag
+POSITIONALS = {
+    "predict": ["paths"],
+    "inspect": ["paths"],
+    "look": ["paths"],
+    "verify-unchanged": ["old", "new"],
+}
 
 
-def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> tuple[str, Any]:
+def parse_command_line(arguments: list[str]) -> tuple[str, Any]:
     """Parse a command line into the name of the subcommand and its options.
-
-    `modules` maps names of subcommands to modules, whose docstrings start with the name and a
-    summary, followed by examples.
 
     Print the help and exit with status 0 if the help is requested; exit with status 2 if the
     command line is invalid.
     """
     name, *flags = arguments
-    if name not in modules:
-        print_commands(modules, arguments)
-    module = modules[name]
-    options_class = module.OPTIONS_CLASS
+    if name not in COMMANDS:
+        print_commands(arguments)
+    options_class = get_options_class(name)
 
     with exit_on_error(options_class, status=2):
-        common_flags = getattr(module, "COMMON_FLAGS", None)
-        if common_flags and {"--help", "-h"} & set(flags):
-            print(format_short_help(name, options_class, common_flags))
+        if name == "finetune" and {"--help", "-h"} & set(flags):
+            print(format_short_help())
             raise SystemExit(0)
 
-        flags = name_arguments(flags, getattr(module, "ARGUMENTS", ()))
+        if name == "convert":
+            flags = name_arguments(flags, "model", "output")
         recipe = read_recipe_of_flags(flags, options_class)
         check_flags(name, flags, options_class, recipe)
 
-        examples = str(module.__doc__).partition("\n\n")[2]
+        examples = str(inspect.getdoc(COMMANDS[name])).partition("\n\n")[2]
         options = run_tyro(
             options_class,
             prog=f"vitcls {name}",
@@ -81,13 +85,19 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     return name, options
 
 
-def print_commands(modules: dict[str, ModuleType], arguments: list[str]) -> None:
+def get_options_class(command: str) -> Any:
+    """Read the class of the options of a command from its signature."""
+    options_class = COMMANDS[command].__annotations__["options"]
+    return make_positional(options_class, *POSITIONALS.get(command, ()))
+
+
+def print_commands(arguments: list[str]) -> None:
     """Print the help or the shell completion of all commands, or an error with their names; exit."""
     commands: list[Any] = []
-    for name, module in modules.items():
-        summary = str(module.__doc__).partition("\n")[0].partition(": ")[2]
+    for name, command in COMMANDS.items():
+        summary = str(command.__doc__).partition("\n")[0]
         subcommand = tyro.conf.subcommand(name=name, description=summary)
-        commands.append(Annotated[module.OPTIONS_CLASS, subcommand])
+        commands.append(Annotated[get_options_class(name), subcommand])
     # The number of types is not known here
     union: Any = Union[tuple(commands)]  # noqa: UP007
     with exit_on_error(Options, status=2):
@@ -122,7 +132,7 @@ def shorten_error(text: str) -> str:
     return ". ".join(part for part in parts if part)
 
 
-def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
+def name_arguments(flags: list[str], *names: str) -> list[str]:
     """Put names before the arguments at the start that have none: `convert MODEL OUTPUT`."""
     for index, name in enumerate(names):
         if flags[2 * index :] and not flags[2 * index].startswith("-"):
@@ -147,6 +157,8 @@ def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> Any:
 
 def make_positional(options_class: type[Options], *names: str) -> Any:
     """Declare that fields are written without a flag; files of options do not import tyro."""
+    if not names:
+        return options_class
     fields = get_flag_fields(options_class)
     positionals: list[Any] = []
     for name in names:
@@ -245,22 +257,55 @@ def is_broken_link(path: Path) -> bool:
 # Help ---------------------------------------------------------------------------------------------
 
 
-def format_short_help(
-    command: str, options_class: type[Options], groups: dict[str, dict[str, str]]
-) -> str:
-    """Format the flags that are set most often on one screen.
+# Title of a group, with an example -> flags, with a few words about each; `--help-all` shows all flags
+COMMON_FLAGS = {
+    "files, such as --model facebook/dinov2-small --dataset photos --output-dir runs": {
+        "model": "folder, Hub id, timm:NAME, or vitcls-tiny to -large",
+        "dataset": "folder with one folder per class, table, Hub id",
+        "output_dir": "folder for the model, the card and the report",
+        "config": "recipe: a YAML file of flags, or a name such as digits",
+        "label_column": "one column, or one per task; default: by name or type",
+        "held_out_fraction": "part of the images for evaluation",
+    },
+    "model, such as --image-size 336 --num-register-tokens 4": {
+        "num_register_tokens": "registers; default: the checkpoint's",
+        "image_size": "or native; default: as trained, but 224 if above 256",
+        "resize": "squash, crop or pad; default: measured",
+        "pooling": "cls, mean, cls_mean, max, attention; default: measured",
+    },
+    "training, such as --epochs 5 --auto-augment rand": {
+        "select": "last or best epoch; default: last",
+        "epochs": "with steps; default: 5 from a frozen start, or 30",
+        "batch_size": "per process; default: 64, or 32 below 10,000 images",
+        "learning_rate": "default: from the width and the initial weights",
+        "trainable": "full, head, last-N, lora or tokens; default: full",
+        "mixed_precision": "auto, no, bf16 or fp16; default: auto",
+        "auto_augment": "none, rand or trivial; default: none",
+        "mixup": "alpha; default: 0, which is none",
+        "class_balance": "none, or weights for imbalanced classes; default: none",
+        "seed": "random seed; default: 0",
+    },
+    "run, such as --resume after an interruption": {
+        "resume": "continue the run in --output-dir",
+        "overwrite": "replace the run in --output-dir",
+        "log_with": "tensorboard, wandb or trackio",
+        "push_to_hub": "push the model, and verify it",
+        "hub_model_id": "default: in your account, named after --output-dir",
+    },
+}
 
-    `groups` maps the title of a group, with an example, to its flags, with a few words about each.
-    """
-    lines = [f"usage: vitcls {command} --model M --dataset D --output-dir FOLDER [FLAGS]"]
-    for title, texts in groups.items():
+
+def format_short_help() -> str:
+    """Format the flags of `finetune` that are set most often on one screen."""
+    lines = ["usage: vitcls finetune --model M --dataset D --output-dir FOLDER [FLAGS]"]
+    for title, texts in COMMON_FLAGS.items():
         lines += ["", title]
         for name, text in texts.items():
             flag = f"  --{name.replace('_', '-')}"
             lines.append(f"{flag:<26}{text}")
-    rest = len(get_flag_fields(options_class)) - sum(map(len, groups.values()))
+    rest = len(get_flag_fields(FinetuneOptions)) - sum(map(len, COMMON_FLAGS.values()))
     return "\n".join(
-        [*lines, "", f"`vitcls {command} --help-all` also shows the other {rest} flags."]
+        [*lines, "", f"`vitcls finetune --help-all` also shows the other {rest} flags."]
     )
 
 

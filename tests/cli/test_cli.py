@@ -14,7 +14,8 @@ from helpers.photo_folders import write_photos
 from PIL import Image
 
 import modeling_vitcls
-from modeling_vitcls import Predictor, cli, look
+from modeling_vitcls import Predictor, look
+from modeling_vitcls.cli.commands import COMMANDS
 from modeling_vitcls.cli.parsing import exit_on_error
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.runtime.errors import RunStopped, mark_errors_of_all_processes
@@ -230,7 +231,7 @@ def test_an_error_of_all_processes_is_printed_once(
 def test_scripts_run_the_same_programs(
     command: str, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {*WRAPPERS, *WITHOUT_SCRIPT} == set(cli.COMMANDS)
+    assert {*WRAPPERS, *WITHOUT_SCRIPT} == set(COMMANDS)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")

@@ -23,7 +23,7 @@ from PIL import Image
 from playwright.sync_api import Browser
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, look, predict
-from modeling_vitcls.cli.demo import DemoOptions, build_page, run
+from modeling_vitcls.cli.demo import DemoOptions, build_page, run_demo
 
 
 NAMES = ("cat", "dog", "fox")
@@ -115,7 +115,7 @@ def address(
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # Restored
-    run(DemoOptions(model=str(save_classifier(tmp_path / "model", *NAMES)), host="0.0.0.0"))
+    run_demo(DemoOptions(model=str(save_classifier(tmp_path / "model", *NAMES)), host="0.0.0.0"))
     yield capsys.readouterr().out.splitlines()[-1].rpartition(" ")[2]
     gradio.close_all()
 
@@ -182,4 +182,4 @@ def test_a_port_that_is_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with raises_one_line("--port", error=OSError):
-            run(DemoOptions(model=str(model), port=taken.getsockname()[1]))
+            run_demo(DemoOptions(model=str(model), port=taken.getsockname()[1]))

@@ -12,12 +12,18 @@ import yaml
 from helpers.command_in_process import fail, parse_flags, run_here
 from helpers.tiny_models import save_classifier
 
-from modeling_vitcls import ViTCLSForImageClassification, cli
-from modeling_vitcls.cli.parsing import exit_on_error, silence_libraries
+from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.cli.parsing import (
+    COMMANDS,
+    exit_on_error,
+    get_options_class,
+    silence_libraries,
+)
 from modeling_vitcls.cli.recipes import RecipeLoader
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.model_folder import dump_flags
 from modeling_vitcls.runtime.flags import get_flag_fields
+from modeling_vitcls.training.options import FinetuneOptions
 
 
 RUN = "--model m --dataset d --output-dir o"
@@ -217,7 +223,7 @@ def test_the_help_of_training_fits_on_a_screen(
 def test_the_whole_help_of_training_shows_all_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("finetune", "--help-all") == 0
     text = capsys.readouterr().out
-    names = get_flag_fields(cli.load_modules()["finetune"].OPTIONS_CLASS)
+    names = get_flag_fields(FinetuneOptions)
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
 
 
@@ -230,9 +236,9 @@ def list_described_flags(options_class: type) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_has_a_help_text(command: str) -> None:
-    options_class = cli.load_modules()[command].OPTIONS_CLASS
+    options_class = get_options_class(command)
     assert get_flag_fields(options_class).keys() <= list_described_flags(options_class)
 
 

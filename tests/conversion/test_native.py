@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.cli.convert import ConvertOptions, run
+from modeling_vitcls.cli.commands import ConvertOptions, run_convert
 from modeling_vitcls.conversion.convert import convert_to_native, copy_results
 from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -68,7 +68,7 @@ def test_only_the_encoder_of_other_models_is_written(tmp_path: Path, kind: str) 
 
 def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run(
+    run_convert(
         ConvertOptions(
             output=tmp_path / "native", to="transformers", model=str(save(Path("mine"), **DEMO))
         )
@@ -139,7 +139,7 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
 def test_a_native_model_is_pushed_and_verified_without_remote_code(
     hub: LocalHub, tmp_path: Path
 ) -> None:
-    run(
+    run_convert(
         ConvertOptions(
             output=tmp_path / "native",
             to="transformers",

@@ -29,5 +29,5 @@ def fail(*arguments: object, status: int = 1) -> str:
 
 def parse_flags(command: str, flags: list[str]) -> Any:
     """Return the options of a command, from its flags and the recipe in --config."""
-    _, options = parse_command_line(cli.load_modules(), [command, *flags])
+    _, options = parse_command_line([command, *flags])
     return options

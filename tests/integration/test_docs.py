@@ -48,8 +48,8 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
     ViTCLSModel,
-    cli,
 )
+from modeling_vitcls.cli.commands import COMMANDS
 from scripts.tools import make_address
 
 
@@ -74,7 +74,7 @@ PROGRAMS = (
     "scripts/space/transformers_js.py",
     "scripts/study.py",
 )
-ALL_PROGRAMS = (*cli.COMMANDS, *PROGRAMS)
+ALL_PROGRAMS = (*COMMANDS, *PROGRAMS)
 OTHER_PROGRAMS = {"--version", "--tyro-print-completion", "env"}  # without flags
 
 # Added to commands so that they take only seconds.

@@ -17,7 +17,7 @@ from helpers.photo_folders import write_unequal_photos
 from helpers.source_checkpoints import save_large_encoder
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.cli import load_modules, main
+from modeling_vitcls.cli import main
 from modeling_vitcls.cli.parsing import parse_command_line
 from modeling_vitcls.hub.local_paths import resolve_name
 from modeling_vitcls.model.field_checks_vitcls import to_pair
@@ -82,7 +82,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def resume(folder: Path, command: list[str]) -> FinetuneOptions:
     """Return the options of a resumed run."""
     arguments = [*command, "--output-dir", str(folder), "--resume"]
-    _, options = parse_command_line(load_modules(), arguments)
+    _, options = parse_command_line(arguments)
     earlier = EarlierRun(read_record(folder), None)
     return take_derived_values(convert_sources(options, resolve_name), earlier)
 

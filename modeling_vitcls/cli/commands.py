@@ -1,0 +1,322 @@
+"""The commands, each a function of its options; `vitcls NAME` runs COMMANDS["NAME"].
+
+The docstring of a function is a summary and, for `vitcls NAME --help`, examples. At module level, this file
+and the files of options import only the standard library, because flags are parsed before torch is imported.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchangedOptions
+from ..analysis.options import InspectOptions, LookOptions
+from ..inference.options import EvaluateOptions, PredictOptions
+from ..runtime.flags import Options, check_value
+from ..training.options import FinetuneOptions
+from .demo import run_demo
+from .export import run_export
+
+
+LIBRARIES = "huggingface_hub datasets timm peft onnxruntime gradio tyro".split()
+# Instructions that make bf16 and int8 fast, as in /proc/cpuinfo
+INSTRUCTIONS = {"amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni"}
+
+
+def run_finetune(options: FinetuneOptions) -> dict[str, Any]:
+    """Fine-tune a ViT on labeled images.
+
+    Examples:
+        vitcls finetune --config scripts/recipes/digits.yaml --output-dir runs/digits
+        vitcls finetune --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
+
+    To continue an interrupted run, repeat the command with --resume.
+    """
+    from accelerate import PartialState
+
+    from ..hub.model_folder import ModelFolder
+    from ..publishing.push import prepare_repository
+    from ..publishing.report import finish_run
+    from ..publishing.verify import push_and_verify
+    from ..training.run import train
+
+    repo_id = None
+    # A token that may not write should be found now, not after hours of training. The run has not
+    # built the Accelerator yet, so the launcher's variable has to tell the main process from the
+    # others.
+    if options.push_to_hub and os.environ.get("RANK", "0") == "0":
+        repo_id = prepare_repository(options.hub_model_id, options.output_dir.resolve().name)
+    path = train(options)
+    folder = ModelFolder(path)
+    if PartialState().is_main_process:
+        finish_run(folder, options.report)
+    if repo_id is not None:
+        push_and_verify(folder, repo_id)
+    return folder.results_of_any_weights
+
+
+def run_evaluate(options: EvaluateOptions) -> None:
+    """Evaluate a model on labeled images, each image exactly once.
+
+    Examples:
+        vitcls evaluate --model runs/digits --dataset digits
+    """
+    from ..evaluation.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(options)
+
+
+def run_predict(options: PredictOptions) -> None:
+    """Predict the labels of images, or write their features.
+
+    Examples:
+        vitcls predict --model runs/mine photo.jpg path/to/folder
+        vitcls predict --model runs/mine --dataset table.csv --output labels.csv
+        vitcls predict --model runs/mine --dataset path/or/hub-id --features cls --output cls.parquet
+    """
+    from ..inference.predict import predict_images
+
+    predict_images(options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options):
+    """Convert a ViT and save the converted model.
+
+    Nothing is written if the outputs of the two models differ by more than the limit.
+    """
+
+    output: Path
+    """Output folder, which must be empty or must not exist."""
+    to: Literal["vitcls", "transformers"] = "vitcls"
+    """Convert to a vitcls model, or a vitcls model to one of transformers, which requires no remote
+    code."""
+    model: str
+    """timm:NAME, timm:NAME@FILE (weights from a file), transformers:PATH_OR_ID or a state-dict
+    file. An id may end with @REVISION (commit, branch or tag). With --to transformers: folder or
+    Hub id of a vitcls model."""
+    family: str | None = None
+    """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from
+    the parameter names."""
+
+
+def run_convert(options: ConvertOptions) -> None:
+    """Convert a timm or transformers ViT, or convert a model back.
+
+    Examples:
+        vitcls convert timm:vit_base_patch14_reg4_dinov2.lvd142m converted
+        vitcls convert transformers:facebook/dinov2-base@COMMIT converted
+        vitcls convert dinov2_vits14_reg4_pretrain.pth converted
+        vitcls convert runs/mine native --to transformers
+
+    The first argument is `--model`, the second `--output`.
+    """
+    from ..conversion.convert import convert_checkpoint, convert_to_native
+    from ..hub.model_folder import ModelFolder
+    from ..publishing.card import write_card
+    from ..publishing.push import build_push_command
+
+    if options.to == "transformers":
+        report = convert_to_native(options.model, options.output)
+    else:
+        report = convert_checkpoint(options.model, options.output, options.family)
+    # The card is rendered from the files of the folder, so it comes last.
+    write_card(ModelFolder(options.output))
+
+    print(
+        f"Largest differences between {report['model_class']} and {report['source']} (limit "
+        f"{report['limit']:g}):"
+    )
+    for comparison in report["comparisons"]:
+        differences = ", ".join(
+            f"{name} {value:.1e}" for name, value in comparison["differences"].items()
+        )
+        print("- {} x {} pixels: {}".format(*comparison["image_size"], differences))
+    if reason := report["preprocessing"]["assumed_because"]:
+        print(f"Image processor: the settings are assumed, because {reason}. Check them")
+    print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
+    print(
+        f"\nWritten to {options.output}. README.md has the code that loads the model. To push and "
+        "verify the model, run"
+    )
+    repo_id = f"YOUR-NAME/{options.output.resolve().name}"
+    print(f"  {build_push_command(options.output, repo_id)}")
+
+
+def run_inspect(options: InspectOptions) -> None:
+    """Show what the special tokens of a model do, in a report and a summary.
+
+    Examples:
+        vitcls inspect --model runs/mine photo.jpg path/to/folder --output report.html
+        vitcls inspect --model runs/mine --dataset path/to/classes --output report.html
+    """
+    from ..analysis.inspect_tokens import write_inspection
+
+    write_inspection(options)
+
+
+def run_look(options: LookOptions) -> None:
+    """Show what a model sees in a photo, on one sheet.
+
+    Examples:
+        vitcls look photo.jpg --model runs/mine -o sheet.html
+        vitcls look path/to/folder --model timm:vit_small_patch16_224 -o sheets --image-size 448
+    """
+    from ..analysis.look import write_sheets
+
+    write_sheets(options, options.output or Path("look.html"))
+
+
+def run_add_task(options: AddTaskOptions) -> dict[str, Any]:
+    """Add a task to a finished model, whose other outputs stay equal to the bit.
+
+    Examples:
+        vitcls add-task --model runs/mine --dataset path/to/weather --name weather --output-dir runs/with-weather
+    """
+    from ..additions.add_task import build_task
+
+    return write_extended_model(options, build_task)
+
+
+def run_add_class(options: AddClassOptions) -> dict[str, Any]:
+    """Add classes to a classifier, whose old logits stay equal to the bit.
+
+    Examples:
+        vitcls add-class --model runs/mine --dataset path/to/new --output-dir runs/with-new
+    """
+    from ..additions.add_class import build_classes
+
+    return write_extended_model(options, build_classes)
+
+
+def write_extended_model(options: Any, build: Callable[[Any, Any], Any]) -> dict[str, Any]:
+    """Write an extended model, its report and its card, and return the record of the addition."""
+    from ..additions.extend import open_old_model
+    from ..additions.records import write_addition
+    from ..hub.model_folder import ModelFolder
+    from ..publishing.report import finish_run
+
+    with open_old_model(options) as old:
+        record = write_addition(old, build(old, options))
+    finish_run(ModelFolder(options.output_dir))
+    return record
+
+
+def run_verify_unchanged(options: VerifyUnchangedOptions) -> None:
+    """Compare the weights and the outputs of two models, to the bit.
+
+    Examples:
+        vitcls verify-unchanged runs/mine runs/with-weather --dataset path/to/images
+    """
+    from ..additions.certificate import verify_models
+
+    if verify_models(options.old, options.new, options.dataset, options.split)["difference"]:
+        raise SystemExit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(Options):
+    """Push a model folder to the Hub and verify the pushed commit."""
+
+    model: Path
+    """Folder of the model."""
+    hub_model_id: str | None = None
+    """Repository to push to. Default: a repository in your account, named after the folder."""
+    private: bool = False
+    """If the repository does not exist, create it as a private repository."""
+    branch: str | None = None
+    """Branch to push to, created if it does not exist. Default: main."""
+    license: str | None = None
+    """License of the weights for the model card: a Hub identifier such as apache-2.0. Default: the
+    license of the initial weights, if they have one."""
+    card_samples: bool = False
+    """Show a few held-out images in the model card, and publish report.html with held-out and
+    training images, even if the repository is public and the images are local files. Images of
+    `digits` and of datasets on the Hub are always published."""
+    verify: bool = True
+    """Load the model from the pushed commit in a new process, and compare its outputs with the
+    outputs of --model."""
+
+    def check(self) -> None:
+        super().check()
+        is_identifier = self.license is None or re.fullmatch(r"[a-z0-9.-]+", self.license)
+        check_value(self, "license", bool(is_identifier), "an identifier, such as apache-2.0")
+
+
+def run_push(options: PushOptions) -> None:
+    """Push a model folder to the Hub and verify the pushed commit.
+
+    Examples:
+        vitcls push --model runs/mine --hub-model-id me/my-model
+
+    A push requires a token: run `hf auth login`, or set HF_TOKEN.
+    """
+    from ..hub.model_folder import ModelFolder
+    from ..publishing.push import prepare_repository
+    from ..publishing.verify import push_and_verify
+
+    folder = ModelFolder(options.model)
+    # This comes first, so a folder that cannot be pushed leaves no empty repository on the Hub.
+    folder.check_is_complete()
+    folder.warn_about_edited_settings()
+    repo_id = prepare_repository(
+        options.hub_model_id, options.model.resolve().name, options.private
+    )
+    push_and_verify(
+        folder,
+        repo_id,
+        options.verify,
+        private=options.private,
+        branch=options.branch,
+        license_id=options.license,
+        card_samples=options.card_samples,
+    )
+
+
+class EnvOptions(Options):
+    """Print versions, the device and CPU kernels, for bug reports."""
+
+
+def run_env(options: EnvOptions) -> None:
+    """Print versions, the device and CPU kernels, for bug reports."""
+    import platform
+
+    import torch
+
+    from ..runtime.system import format_device_name, get_processor_name, get_versions
+    from ..speed import cpu_kernels as kernels
+
+    cpuinfo = Path("/proc/cpuinfo")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    cpu_flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
+    environment = get_versions(*LIBRARIES) | {
+        "platform": platform.platform(),
+        "processor": get_processor_name(),
+        "instructions": ", ".join(
+            [torch.backends.cpu.get_cpu_capability(), *sorted(INSTRUCTIONS & cpu_flags)]
+        ),
+        "device": format_device_name(accelerator or torch.device("cpu")),
+        "CPU kernels": "on" if kernels.can_use_cpu_kernels() else "off",
+    }
+    for name, value in environment.items():
+        print(f"{name:<16}  {value}")
+
+
+# In the order of the help
+COMMANDS: dict[str, Callable[[Any], Any]] = {
+    "finetune": run_finetune,
+    "evaluate": run_evaluate,
+    "predict": run_predict,
+    "convert": run_convert,
+    "inspect": run_inspect,
+    "look": run_look,
+    "add-task": run_add_task,
+    "add-class": run_add_class,
+    "verify-unchanged": run_verify_unchanged,
+    "push": run_push,
+    "export": run_export,
+    "demo": run_demo,
+    "env": run_env,
+}
