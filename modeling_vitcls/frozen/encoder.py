@@ -89,7 +89,7 @@ class EncodedImages:
     seconds: float
 
     def select(self, indices: np.ndarray) -> Features:
-        """Select the features of some images; those of the choice come first."""
+        """Select the features of some images; the images of the choice come first."""
         rows = np.flatnonzero(np.isin(self.features.indices, indices))
         num_unreadable = int(np.isin(self.indices, indices).sum()) - len(rows)
         rows = rows[put_first(self.features.labels[rows], MAX_CHOICE_IMAGES)]
@@ -256,7 +256,7 @@ class FrozenEncoder:
         """Measure how near photos of a scene are, with a pass of a few mirrored images."""
 
         def run_pass(part: LabeledImages, processor: Any) -> Features:
-            # The layout of these features, which may be another than that of the heads
+            # The layout of these features, which may be another than the layout of the heads
             one_pass = self.build_pass(
                 part, features.layout, processor=processor, warn=ignore_message
             )
@@ -384,7 +384,7 @@ class FrozenEncoder:
     # Model ----------------------------------------------------------------------------------------
 
     def set_choice(self, record: dict[str, Any]) -> None:
-        """Set the geometry and the pooling of a record, which may be that of an interrupted run.
+        """Set the geometry and the pooling of a record, which may come from an interrupted run.
 
         The model gets a pooler and classifiers that read what was chosen.
         """

@@ -124,7 +124,7 @@ class FrozenHead:
         tokens: what the head of the model reads. With several tasks, the classifier reads a part of
             it, and the weights of the others are zero.
         labels: of the task.
-        features: of the training images, those of the choice first.
+        features: of the training images, the images of the choice first.
         held_out: of the held-out images, if there are any.
     """
 

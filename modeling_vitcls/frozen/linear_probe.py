@@ -10,7 +10,7 @@ covariance for all labels and a line that makes its score a probability (targets
 Candidates differ in what it reads: the last layer or the last four; CLS, the mean of the patches, or
 both (DINOv2's linear evaluation, Oquab et al. 2023, arXiv 2304.07193, appendix B.3). With distillation
 tokens, there is a second head that reads them in the same layers (DeiT, Touvron et al. 2021, arXiv
-2012.12877), and the logits are those of one head or the mean of both. With 5 to 100
+2012.12877), and the logits come from one head or are the mean of both. With 5 to 100
 labels per class it is as accurate as logistic regression with the best regularization, and 1 point
 better with 200 and 450 (CIFAR-10 at 112 pixels).
 
@@ -101,7 +101,7 @@ class Candidate:
         return [self.tokens, tuple((layer, DISTILLATION) for layer in self.layers)]
 
     def average(self, logits: Mapping[Token, np.ndarray]) -> np.ndarray:
-        """Average the logits of tokens: over those of a head, and over the heads that are returned."""
+        """Average the logits of tokens: over the tokens of a head, and over the heads that are returned."""
         heads = [np.mean([logits[each] for each in tokens], axis=0) for tokens in self.heads]
         return self.join(heads)
 
@@ -526,7 +526,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 
 def to_tokens(features: Any) -> TokenFeatures:
-    """Check features as scikit-learn does: those of each token, or [N, D], which are of one token.
+    """Check features as scikit-learn does: a dict with an entry of each token, or [N, D] of one token.
 
     Raise ValueError if any is not finite, such as the features of an unreadable image.
     """

@@ -147,7 +147,7 @@ def draw_page(
         names: of their labels.
         photos: all photos that the page may show.
         rows, predictions: of photos that did not train what predicted them, and their summary.
-        metrics: of the run or the addition, with those of each class.
+        metrics: of the run or the addition, also of each class.
         label_space: of the images, if the model has their labels.
     """
     processor = folder.load_processor()

@@ -139,7 +139,7 @@ def draw_wrong_photos(
 def draw_pictures(predictions: dict[str, Any], *arguments: Any) -> dict[str, Any]:
     """Draw the wrong photos of a summary and the pairs, each as a photo with two nearest ones.
 
-    The other arguments are those of `draw_wrong_photos`.
+    The other arguments are as in `draw_wrong_photos`.
     """
     pairs = [{"image": pair[0], "nearest_images": pair} for pair in predictions["pairs"]]
     return {

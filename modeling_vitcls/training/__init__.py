@@ -11,7 +11,7 @@
     teacher.py          classifier whose predictions train a distillation token
     loop.py             training loop; reporter.py prints, and signals.py stops it
     checkpoints.py      checkpoints on disk, written completely or not at all
-    calibration.py      temperature and class statistics of the trained classifier
+    calibration.py      temperature, worth of new tokens and class statistics of the trained classifier
     run_folder.py       the output folder before a run: what is in it, what is removed, and what a resumed run takes
                         from its start
     save.py             the output folder after a run: what is written

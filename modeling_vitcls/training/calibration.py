@@ -1,4 +1,4 @@
-"""Calibration of a trained classifier: its temperature and, after steps, its class statistics.
+"""What is measured with a trained classifier: its temperature and, after steps, new tokens and classes.
 
 frozen model          logits of the images that each fold of the cross-validation leaves out
 fine-tuned model      logits of the selection images
@@ -6,6 +6,7 @@ no selection images   logits of half of the held-out images; the error is report
 """
 
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,11 @@ from ..frozen.linear_probe import (
 )
 from ..frozen.scenes import TrainedScenes
 from ..inference.metrics import compute_calibration_error
+from ..inference.token_names import SINGLE_TOKEN_NAMES
+from ..model.attention_masks_vitcls import list_gated_tokens
 from ..model.modeling_vitcls import count_output_tokens
-from .distributed_state import reshard
+from .distributed_state import distribute_like, reshard
+from .plan import RunPlan
 from .run_inputs import RunInputs
 
 
@@ -176,6 +180,75 @@ def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibr
             f"{100 * after:.0f} points"
         )
     return replace(calibration, error_before=before, text=text)
+
+
+# New tokens ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_tokens(
+    model: Any,
+    prepared_model: nn.Module,
+    held_out: Evaluator,
+    predictions: Predictions | None,
+    plan: RunPlan,
+) -> tuple[dict[str, Any], str | None]:
+    """Measure what the new tokens of each group are worth: the same images with their gates closed.
+
+    An open gate is no evidence: noise at the rate of new tokens opens gates, too.
+
+    Args:
+        model, prepared_model: the trained model, and the same as Accelerate prepared it.
+        held_out: images that did not train it.
+        predictions: of these images, if there are any already.
+        plan: of the run.
+
+    Returns:
+        The field "tokens" of results.json, and a line for each group; neither without new gated
+        tokens, held-out images, or one task.
+    """
+    if (
+        "vitcls.gates.gates" not in plan.new_tokens
+        or not len(held_out.images)
+        or model.config.tasks
+    ):
+        return {}, None
+    groups = [group for group, _ in list_gated_tokens(model.config)]
+    are_new = plan.new_tokens["vitcls.gates.gates"]
+    predictions = predictions or held_out.predict(prepared_model)
+    reshard(prepared_model)
+    gates = model.vitcls.gates.gates
+    trained = gates.clone()
+    record = {}
+    lines = []
+    for group in dict.fromkeys(compress(groups, are_new)):
+        is_kept = [
+            not is_new or each != group for each, is_new in zip(groups, are_new, strict=True)
+        ]
+        gates.mul_(distribute_like(torch.tensor(is_kept, dtype=gates.dtype), gates.dtype, gates))
+        without = held_out.predict(prepared_model)
+        reshard(prepared_model)
+        gates.copy_(trained)
+
+        is_right, is_right_without = (
+            ~np.isin(each.outputs.indices, each.list_wrong()) for each in (predictions, without)
+        )
+        number = len(is_right)
+        loss, loss_without = (each.metrics["loss"] for each in (predictions, without))
+        record[group] = {
+            "num_images": number,
+            "accuracy": float(is_right.mean()),
+            "accuracy_without": float(is_right_without.mean()),
+            "loss": loss,
+            "loss_without": loss_without,
+        }
+        # An interval of the difference would have no width if no prediction differs.
+        lines.append(
+            f"the new {SINGLE_TOKEN_NAMES[group]} tokens: {is_right_without.sum()} of {number} right, with "
+            f"them {is_right.sum()} ({(is_right & ~is_right_without).sum()} gained, "
+            f"{(is_right_without & ~is_right).sum()} lost); log loss {loss_without:.3f}, with them {loss:.3f}"
+        )
+    return {"tokens": record}, "\n".join(lines)
 
 
 # Class statistics of a model that was trained with steps ------------------------------------------

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator
 from contextlib import closing
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from ..data.batches import (
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images
-from ..evaluation.evaluator import Evaluator, Predictions, build_predictions
+from ..evaluation.evaluator import Evaluator, build_predictions
 from ..frozen.encoder import (
     EncodedImages,
     describe_frozen,
@@ -30,11 +29,10 @@ from ..frozen.encoder import (
 )
 from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics
-from ..inference.token_names import SINGLE_TOKEN_NAMES, read_gates
-from ..model.attention_masks_vitcls import list_gated_tokens
+from ..inference.token_names import read_gates
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
-from .calibration import calibrate, store_statistics
+from .calibration import calibrate, measure_tokens, store_statistics
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import distribute_like, reshard, scatter_model
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
@@ -116,14 +114,7 @@ def run_steps(
     elif step != loop.state.step or plan.averaging or data.selection is not None or has_excluded:
         metrics = held_out(model)
     reshard(model)
-    tokens: dict[str, Any] = {}
-    tokens_text = None
-    if (
-        "vitcls.gates.gates" in plan.new_tokens
-        and len(data.held_out)
-        and not inputs.model.config.tasks
-    ):
-        tokens, tokens_text = measure_tokens(inputs.model, model, held_out, predictions, plan)
+    tokens, tokens_text = measure_tokens(inputs.model, model, held_out, predictions, plan)
     # After the measurement, which a distance to the classes would only slow down.
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
         trained_scenes = store_statistics(inputs, data)
@@ -197,65 +188,6 @@ def build_step_results(
 
 
 @torch.no_grad()
-def measure_tokens(
-    model: Any,
-    prepared_model: nn.Module,
-    held_out: Evaluator,
-    predictions: Predictions | None,
-    plan: RunPlan,
-) -> tuple[dict[str, Any], str]:
-    """Measure what the new tokens of each group are worth: the same images with their gates closed.
-
-    An open gate is no evidence: noise at the rate of new tokens opens gates, too.
-
-    Args:
-        model, prepared_model: the trained model, and the same as Accelerate prepared it.
-        held_out: images that did not train it.
-        predictions: of these images, if there are any already.
-        plan: of the run.
-
-    Returns:
-        The field "tokens" of results.json, and a line for each group.
-    """
-    groups = [group for group, _ in list_gated_tokens(model.config)]
-    are_new = plan.new_tokens["vitcls.gates.gates"]
-    predictions = predictions or held_out.predict(prepared_model)
-    reshard(prepared_model)
-    gates = model.vitcls.gates.gates
-    trained = gates.clone()
-    record = {}
-    lines = []
-    for group in dict.fromkeys(compress(groups, are_new)):
-        is_kept = [
-            not is_new or each != group for each, is_new in zip(groups, are_new, strict=True)
-        ]
-        gates.mul_(distribute_like(torch.tensor(is_kept, dtype=gates.dtype), gates.dtype, gates))
-        without = held_out.predict(prepared_model)
-        reshard(prepared_model)
-        gates.copy_(trained)
-
-        is_right, is_right_without = (
-            ~np.isin(each.outputs.indices, each.list_wrong()) for each in (predictions, without)
-        )
-        number = len(is_right)
-        loss, loss_without = (each.metrics["loss"] for each in (predictions, without))
-        record[group] = {
-            "num_images": number,
-            "accuracy": float(is_right.mean()),
-            "accuracy_without": float(is_right_without.mean()),
-            "loss": loss,
-            "loss_without": loss_without,
-        }
-        # An interval of the difference would have no width if no prediction differs.
-        lines.append(
-            f"the new {SINGLE_TOKEN_NAMES[group]} tokens: {is_right_without.sum()} of {number} right, with "
-            f"them {is_right.sum()} ({(is_right & ~is_right_without).sum()} gained, "
-            f"{(is_right_without & ~is_right).sum()} lost); log loss {loss_without:.3f}, with them {loss:.3f}"
-        )
-    return {"tokens": record}, "\n".join(lines)
-
-
-@torch.no_grad()
 def exclude_unreadable_classes(
     model: Any, data: TrainingData, unreadable: UnreadableImageCounter, reporter: Reporter
 ) -> bool:
@@ -310,7 +242,7 @@ def start_steps(
     Returns:
         What only the start can say, for checkpoints: what `measure_initial_classifier` returns and, of
         the frozen model, the groups of the images with their scenes ("groups"), the record of what was
-        chosen ("frozen"), the metric of the held-out images ("before_steps"), those of a scene that
+        chosen ("frozen"), the metric of the held-out images ("before_steps"), their photos of a scene that
         trains ("in_trained_scenes"), and the nearest training images of each ("nearest_images").
     """
     encoder = inputs.frozen_encoder
