@@ -83,6 +83,8 @@ USUAL_ATTRIBUTES = {"training", "gradient_checkpointing", "config", "p"}
 IGNORED_ARGUMENTS = {"num_items_in_batch", "output_hidden_states", "output_attentions"}
 
 Product = tuple[Tensor, Tensor | None]  # Weight [out, in] and bias [out]
+# What the products of all layers were prepared from, as numbers and as tensors, and the products
+FrozenWeights = tuple[list[int], list[Tensor], list[Product]]
 
 
 class LayerParts(NamedTuple):
@@ -111,14 +113,6 @@ class Plan(NamedTuple):
     classed: list[nn.Module]  # Modules whose class matters
     watched: tuple[list[dict[str, Any]], list[str]]  # `vars` of a module, and a name
     state: list[Any]
-
-
-class FrozenWeights(NamedTuple):
-    """The products of all layers in one precision, and what they were prepared from."""
-
-    state: list[int]
-    sources: list[Tensor]  # Kept, as other tensors could otherwise get their addresses
-    products: list[Product]
 
 
 # Installing ---------------------------------------------------------------------------------------
@@ -259,20 +253,14 @@ def run_layer(
         hidden_states = hidden_states[:, :num_tokens]
         query = query[:, :, :num_tokens]
         attention_mask = None if attention_mask is None else attention_mask[:, :, :num_tokens]
-    for norm in parts.query_modules:
-        query = norm.forward(query)
-    for norm in parts.key_modules:
-        key = norm.forward(key)
+    query = apply_modules(parts.query_modules, query)
+    key = apply_modules(parts.key_modules, key)
     if position_embeddings is not None:
         query, key = rotate_patches(query, key, position_embeddings)
     dropout = attention.attention_dropout if attention.training else 0.0
     branch = attend(query, key, value, attention_mask, attention.scaling, dropout).flatten(2)
-    for norm in parts.attention_modules:
-        branch = norm.forward(branch)
-    branch = linear(branch, *projection)
-    for module in parts.attention_branch:
-        branch = module.forward(branch)
-    hidden_states = hidden_states + branch
+    branch = linear(apply_modules(parts.attention_modules, branch), *projection)
+    hidden_states = hidden_states + apply_modules(parts.attention_branch, branch)
 
     # MLP
     inputs = normalize(modules["layernorm_after"], hidden_states)
@@ -284,14 +272,18 @@ def run_layer(
         branch = linear_with_gelu(inputs, *mlp_input)
     else:
         branch = activation.forward(linear(inputs, *mlp_input))
-    for norm in parts.mlp_modules:
-        branch = norm.forward(branch)
-    branch = linear(branch, *mlp_output)
-    for module in parts.mlp_branch:
-        branch = module.forward(branch)
+    branch = linear(apply_modules(parts.mlp_modules, branch), *mlp_output)
+    branch = apply_modules(parts.mlp_branch, branch)
     if torch.is_grad_enabled():
         return hidden_states + branch
     return hidden_states.add_(branch)  # This tensor is new; the input of the layer is unchanged
+
+
+def apply_modules(modules: list[nn.Module], states: Tensor) -> Tensor:
+    """Apply modules, which have no hooks, one after another."""
+    for module in modules:
+        states = module.forward(states)
+    return states
 
 
 def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
@@ -446,9 +438,10 @@ def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Produc
         *map(Tensor.is_contiguous, plan.weights),
     ]
     dtype = get_matmul_dtype(inputs)
-    found = frozen.get(dtype)
-    if found is not None and found.state == state:
-        return found.products
+    if dtype in frozen:
+        frozen_state, _, products = frozen[dtype]
+        if frozen_state == state:
+            return products
 
     with torch.inference_mode(False), torch.no_grad():
         products = join_weights(plan)
@@ -461,8 +454,9 @@ def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Produc
             (pack_weight(weight.to(dtype), num_rows), None if bias is None else bias.to(dtype))
             for weight, bias in products
         ]
+    # Kept, as other tensors could otherwise get their addresses
     kept = [*sources, *(each.detach() for each in sources)]
-    frozen[dtype] = FrozenWeights(state, kept, products)
+    frozen[dtype] = state, kept, products
     return products
 
 

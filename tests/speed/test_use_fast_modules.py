@@ -86,7 +86,7 @@ def test_frozen_weights_are_made_once_for_each_precision() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(build_images())
     assert frozen[torch.float32] is first
-    assert {weight.dtype for weight, _ in frozen[torch.bfloat16].products} == {torch.bfloat16}
+    assert {weight.dtype for weight, _ in frozen[torch.bfloat16][-1]} == {torch.bfloat16}
     assert len(frozen) == 2
 
 
