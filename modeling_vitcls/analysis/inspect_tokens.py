@@ -113,7 +113,7 @@ def open_images(
             the model.
     """
     if options.dataset is None:
-        files = [record.content for record in list_records(options.paths)]
+        files = [record.content for record in list_records(options.paths)[0]]
         photographs = LabeledImages(DatasetImages.from_list(files), [None] * len(files))
         description = ", ".join(Path(path).resolve().name for path in options.paths)
         return EvaluationData(UNLABELED, photographs, "", 0, description)

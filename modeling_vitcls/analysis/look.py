@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..conversion.open_model import open_model
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
 from ..hub.local_paths import get_title
-from ..inference.inputs import is_trained_image, list_records, read_trained_keys
+from ..inference.inputs import compute_checksum, list_records, read_trained_checksums
 from ..inference.load_model import load_model
 from ..model.field_checks_vitcls import to_pair
 from ..model.image_processing_vitcls import image_to_tensor, read_image
@@ -39,7 +39,7 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     """
     if isinstance(image, list | tuple):
         raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
-    model, processor, trained_keys = load_adjusted_model(options)
+    model, processor, trained = load_adjusted_model(options)
     photo = processor.fetch_images(image)
     if not isinstance(photo, Image.Image):
         photo = to_pil_image(image_to_tensor(photo, to_rgb=True, bit_depth=processor.bit_depth))
@@ -47,7 +47,7 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     model_name = get_title(options.model)
     measurements = measure_photo(model, processor, photo, find_token_use(model))
     title = " · ".join(filter(None, (model_name, name)))
-    sheet = build_sheet(measurements, is_trained_image(image, trained_keys))
+    sheet = build_sheet(measurements, compute_checksum(image) in trained)
     if options.output is not None:
         save_sheet(sheet, title, choose_file(options.output, Path(name).stem or "sheet", True, []))
     return draw_sheet(sheet, title)
@@ -62,8 +62,8 @@ def write_sheets(options: LookOptions, output: Path) -> None:
         ValueError, OSError: if the model or all photos cannot be read, or a file cannot be written.
     """
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
-    photos = list_records(options.paths)
-    model, processor, trained_keys = load_adjusted_model(options)
+    photos, _ = list_records(options.paths)
+    model, processor, trained = load_adjusted_model(options)
     use = find_token_use(model)
     model_name = get_title(options.model)
     is_single = len(photos) == 1
@@ -80,7 +80,7 @@ def write_sheets(options: LookOptions, output: Path) -> None:
             )
             continue
         file = choose_file(output, Path(name).stem, is_single, written)
-        sheet = build_sheet(measurements, is_trained_image(source, trained_keys))
+        sheet = build_sheet(measurements, compute_checksum(source) in trained)
         save_sheet(sheet, f"{model_name} · {Path(name).name}", file)
         written.append(file)
         print(f"saved {file}")
@@ -88,10 +88,10 @@ def write_sheets(options: LookOptions, output: Path) -> None:
         raise ValueError(f"none of the {len(photos)} photos can be read. Pass other image files")
 
 
-def load_adjusted_model(options: LookOptions) -> tuple[Any, Any, frozenset[int]]:
+def load_adjusted_model(options: LookOptions) -> tuple[Any, Any, frozenset[str]]:
     """Load the model and its image processor, with another image size or resizing if it is set.
 
-    Return also the keys of the images that trained it.
+    Return also the checksums of the images that trained it.
     """
     folder = open_model(options.model)
     model, processor = load_model(folder), folder.load_processor()
@@ -99,7 +99,7 @@ def load_adjusted_model(options: LookOptions) -> tuple[Any, Any, frozenset[int]]
     if image_size is not None or resize is not None:
         size = get_output_size(processor) if image_size is None else to_pair(image_size)
         set_resize(processor, resize or get_resize(processor), size)
-    return model, processor, read_trained_keys(folder)
+    return model, processor, read_trained_checksums(folder)
 
 
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:

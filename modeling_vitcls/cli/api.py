@@ -133,7 +133,7 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
         raise ValueError("`strict` sets the exit status of the command. Read `error` of the rows")
     if images is None:
         options.check_images()
-        records = open_input(options)
+        records, _ = open_input(options)
     elif options.dataset is None:
         records = wrap_images(list_sources(images))
     else:

@@ -45,7 +45,7 @@ HIDDEN_NAMES = frozenset(
 )
 
 ROOT = "."  # The image folder itself, as a relative path
-SKIPPED_FOLDERS = "folders of training runs and of the system"
+SKIPPED_FOLDERS = "folders of training runs, of the system, and hidden ones"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ImageFolder:
     # Also files with names that are not valid text
     other_files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)  # Visible subfolders
-    # Folders of runs and of the system; their files are not listed
+    # Folders of runs, and hidden or system folders with images; their files are not listed
     skipped_folders: list[str] = field(default_factory=list)
 
     def add(self, file: str) -> None:
@@ -97,8 +97,8 @@ def scan_folder(path: Path) -> ImageFolder:
     """List the files of a folder and its subfolders by kind, sorted within each folder.
 
     Hidden files are ignored. Symbolic links to folders are followed, except cycles. The folders of
-    models and training runs, which contain figures, and folders of the system are skipped. Raise
-    OSError if a folder cannot be read.
+    models and training runs, which contain figures, hidden folders and folders of the system are
+    skipped. Raise OSError if a folder cannot be read.
     """
 
     def stop(error: OSError) -> None:
@@ -120,17 +120,21 @@ def scan_folder(path: Path) -> ImageFolder:
                 subfolders.clear()
                 continue
 
-        visible = sorted(name for name in subfolders if not is_hidden(name))
-        system = [name for name in visible if name.lower().startswith(SYSTEM_PREFIXES)]
-        for name in system:
-            count = count_images(Path(parent, name))
-            folder.skipped_folders.append(f"{relative_parent / name} (images: {count:,})")
+        subfolders.sort()
+        unread = [
+            name
+            for name in subfolders
+            if is_hidden(name) or name.lower().startswith(SYSTEM_PREFIXES)
+        ]
+        for name in unread:
+            if count := count_images(Path(parent, name)):
+                folder.skipped_folders.append(f"{relative_parent / name} (images: {count:,})")
         # Changed in place, because `os.walk` visits the folders that remain in this list. A folder
         # that was visited before is left out, or a link to a parent would never end.
         subfolders[:] = [
             name
-            for name in visible
-            if name not in system and Path(parent, name).resolve() not in visited
+            for name in subfolders
+            if name not in unread and Path(parent, name).resolve() not in visited
         ]
         folder.folders.extend(str(relative_parent / name) for name in subfolders)
         for name in sorted(files):
@@ -141,7 +145,8 @@ def scan_folder(path: Path) -> ImageFolder:
 
 def count_images(folder: Path) -> int:
     """Count the images at any depth of a folder."""
-    return sum(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
+    files = [file for file in folder.rglob("*") if not is_hidden(file.name)]
+    return sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
 
 
 def is_hidden(name: str) -> bool:

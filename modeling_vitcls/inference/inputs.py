@@ -74,10 +74,10 @@ class ImageRecord(NamedTuple):
 # Lists --------------------------------------------------------------------------------------------
 
 
-def list_records(paths: Iterable[str]) -> list[ImageRecord]:
-    """List the given files, and the images in the given folders.
+def list_records(paths: Iterable[str]) -> tuple[list[ImageRecord], list[str]]:
+    """List the given files, the images in the given folders, and the folders in these that are left out.
 
-    Images in a folder are sorted by name. Other files, and folders of training runs, cause a
+    Images in a folder are sorted by name. Other files, and folders that are left out, cause a
     warning. Raise ValueError if there are no images.
     """
     files: list[str] = []
@@ -114,7 +114,7 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
             f"{get_remedy(other_files) or 'Pass image files, or folders of images'}"
         )
     warn_about_skipped(where, other_files, "files that are no images")
-    return [ImageRecord(get_source_name(file), file) for file in files]
+    return [ImageRecord(get_source_name(file), file) for file in files], skipped_folders
 
 
 def list_sources(images: Any) -> list[Any]:
@@ -174,7 +174,7 @@ def wrap_images(images: Sequence[Any]) -> list[ImageRecord]:
     records: list[ImageRecord] = []
     for index, image in enumerate(images):
         if isinstance(image, str | Path):
-            records += list_records([str(image)])
+            records += list_records([str(image)])[0]
         else:
             records.append(build_record(index, image, Path()))
     return records
@@ -218,33 +218,36 @@ class DatasetRecords(Sequence):
         return build_record(index, value, self.images.folder)
 
 
-def open_input(options: PredictOptions) -> Sequence[ImageRecord]:
-    """Open the input that `paths` or `dataset` specifies.
+def open_input(options: PredictOptions) -> tuple[Sequence[ImageRecord], list[str]]:
+    """Open the input that `paths` or `dataset` specifies, and list the folders that are left out.
 
     Labels are not required. Raise ValueError if the input has no images or the dataset cannot be
     read, and OSError if the dataset cannot be found.
     """
     if options.dataset is None:
-        found = list_records(options.paths)
+        found, left_out = list_records(options.paths)
         if not any(os.path.lexists(record.content) for record in found):
             raise ValueError(
                 f"{shorten_text(found[0].content)} does not exist. Pass image files, or folders of "
                 "images"
             )
-        return found
+        return found, left_out
 
     dataset = options.dataset
     _, folder, splits = open_dataset(dataset, use_labels=False)
     title = get_title(dataset)
     split = splits[choose_split(options.split, title, list(splits))]
     column = find_image_column(title, split, folder, options.image_column)
-    return DatasetRecords(build_images(split, column, folder, title))
+    return DatasetRecords(build_images(split, column, folder, title)), []
 
 
 def compute_checksum(content: Any) -> str | None:
-    """Compute the checksum of the encoded content of an image; None for arrays and PIL images."""
-    key = compute_image_key(content)
-    return None if key is None else f"{key:016x}"
+    """Compute the checksum of a path or an encoded image; None for arrays and PIL images."""
+    if not isinstance(content, str | bytes | Path):
+        return None
+    content = content if isinstance(content, bytes) else str(content)
+    key = compute_content_key(open_encoded_image(to_encoded_image(content, Path())))
+    return f"{key:016x}"
 
 
 # Preprocessing ------------------------------------------------------------------------------------
@@ -299,24 +302,11 @@ def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str
 # predicted without libraries of tables.
 
 
-def read_trained_keys(folder: ModelFolder) -> frozenset[int]:
-    """Read the keys of the images that trained a model; none if its folder does not list them."""
+def read_trained_checksums(folder: ModelFolder) -> frozenset[str]:
+    """Read the checksums of the images that trained a model; none if its folder lists no images."""
     if not (folder.path / SPLITS_FILE).is_file():
         return frozenset()
 
     from ..data.splits_table import list_trained_keys, read_splits  # imports pandas
 
-    return frozenset(list_trained_keys(read_splits(folder)).tolist())
-
-
-def compute_image_key(image: Any) -> int | None:
-    """Compute the key of the content of a path or an encoded image; others have none."""
-    if not isinstance(image, str | bytes | Path):
-        return None
-    content = image if isinstance(image, bytes) else str(image)
-    return compute_content_key(open_encoded_image(to_encoded_image(content, Path())))
-
-
-def is_trained_image(image: Any, trained_keys: frozenset[int]) -> bool:
-    """Recognize an image that trained a model: a path or an encoded image."""
-    return bool(trained_keys) and compute_image_key(image) in trained_keys
+    return frozenset(f"{key:016x}" for key in list_trained_keys(read_splits(folder)))

@@ -43,7 +43,7 @@ def predict_images(options: PredictOptions) -> None:
     if options.max_megapixels is not None:
         Image.MAX_IMAGE_PIXELS = round(options.max_megapixels * 1e6) // 2  # Twice as many are read
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    records = load_on_main(options.dataset or "", partial(open_input, options))
+    records, left_out = load_on_main(options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # The main process downloads the files
         predictor = build_predictor(options)
     columns = get_output_columns(predictor.columns.columns)
@@ -66,6 +66,10 @@ def predict_images(options: PredictOptions) -> None:
     num_trained = sum(row["trained"] or False for row in summary if row["error"] is None)
     if accelerator.is_main_process and options.output is not None:
         print(f"{options.output}: {num_images - len(failed):,} of {num_images:,} images predicted")
+    if left_out:
+        warn_on_first_process(
+            f"left out: {format_name_list(left_out)}. To predict their images, pass these folders"
+        )
     if num_trained:
         warn_on_first_process(
             f"{num_trained:,} of {num_images:,} images trained the model: their predictions measure "

@@ -38,7 +38,7 @@ from .inputs import (
     find_note,
     list_sources,
     prepare_image,
-    read_trained_keys,
+    read_trained_checksums,
     wrap_images,
 )
 from .load_model import load_for_inference
@@ -130,12 +130,12 @@ class Predictor:
         )
 
         self.columns: PredictionColumns
-        # Keys of the images that trained the classifier (inputs.py)
-        self.trained_keys: frozenset[int] = frozenset()
+        # Of the images that trained the classifier (inputs.py)
+        self.trained_checksums: frozenset[str] = frozenset()
         if options.features is None:
             heads = get_heads(self.model.config, options.threshold)
             self.columns = LabelColumns(self.model, heads, options.top_k)
-            self.trained_keys = read_trained_keys(folder)
+            self.trained_checksums = read_trained_checksums(folder)
         else:
             self.columns = FeatureColumns(self.model, options.features, options.feature_dtype)
 
@@ -229,8 +229,8 @@ class Predictor:
             name, content = records[index]
             checksum = compute_checksum(content)
             is_trained = None
-            if self.trained_keys and checksum is not None:
-                is_trained = int(checksum, 16) in self.trained_keys
+            if self.trained_checksums and checksum is not None:
+                is_trained = checksum in self.trained_checksums
             pixels = prepare_image(self.processor, content, index)
             known[index] = {
                 "image": name,

@@ -148,11 +148,11 @@ def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -
 def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_class(tmp_path, "cat", 9)
     write_class(tmp_path, "dog", 9)
-    write_images(tmp_path, "stray.png", ".thumb\nnails/1.png", "__MACOSX/1.png")
+    write_images(tmp_path, "stray.png")
     (tmp_path / "cat" / "notes.txt").write_text("?")
     (tmp_path / "labels.csv").write_text("a,b\n")
     # not valid text
-    write_images(tmp_path, os.fsdecode(b".\xff/1.png"), os.fsdecode(b"cat/\xff.png"))
+    write_images(tmp_path, os.fsdecode(b"cat/\xff.png"))
     data = read_training_data(tmp_path)
 
     assert len(data.train) + len(data.held_out) == 18
@@ -324,7 +324,7 @@ def test_folders_of_the_system_are_no_classes_and_are_named(
 ) -> None:
     write_photos(tmp_path, range(2))
     trash = "#recycle/cat/1.png $RECYCLE.BIN/S-1-5/$R1.png @Recycle/1.png lost+found/1.png".split()
-    thumbnails = ["@eaDir/1.png/THUMB_M.jpg", "cat/@eaDir/1.png/THUMB_M.jpg", ".thumbs/1.png"]
+    thumbnails = ["@eaDir/1.png/THUMB_M.jpg", "cat/@eaDir/1.png/THUMB_M.jpg", ".\nthumbs/1.png"]
     write_images(tmp_path, *trash, *thumbnails, "__MACOSX/cat/._1.png", "cat/._0.png")
     (tmp_path / "cat" / "Thumbs.db").touch()
 
@@ -332,7 +332,9 @@ def test_folders_of_the_system_are_no_classes_and_are_named(
 
     assert {name: len(files) for name, files in found.items()} == {"cat": 2, "dog": 2}
     (record,) = caplog.records
-    skipped = "of the system (6): #recycle (images: 1), $RECYCLE.BIN (images: 1), @Recycle"
+    skipped = (
+        "hidden ones (7): #recycle (images: 1), $RECYCLE.BIN (images: 1), . thumbs (images: 1)"
+    )
     assert skipped in record.getMessage()
 
 

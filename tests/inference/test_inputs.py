@@ -34,7 +34,7 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
         open_input(options)
 
     (tmp_path / "c.png").touch()
-    assert len(open_input(options)) == 1
+    assert len(open_input(options)[0]) == 1
     (message,) = caplog.messages
     assert "skipped files that are no images (3): " in message
     assert ". To read HEIC" in message
@@ -45,19 +45,21 @@ def test_figures_of_a_training_run_are_not_predicted(
 ) -> None:
     write_files(tmp_path, "photo.png", "run/config.resolved.yaml", "run/images/figure.png")
 
-    source = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
+    source, left_out = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
 
     assert [record.name for record in source] == [str(tmp_path / "photo.png")]
+    assert left_out == [str(tmp_path / "run")]
     (message,) = caplog.messages
-    assert str(tmp_path / "run") in message
+    assert left_out[0] in message
 
 
 def test_images_of_folders_are_sorted(tmp_path: Path) -> None:
     hidden = (".c/4.png", "a/.5.png", "a/6.txt")
     write_files(tmp_path, "b/2.PNG", "b/1.png", "a/3.jpg", "0.png", *hidden)
-    source = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
+    source, left_out = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
     names = [record.name for record in source]
     assert names == [str(tmp_path / name) for name in ("0.png", "a/3.jpg", "b/1.png", "b/2.PNG")]
+    assert left_out == [str(tmp_path / ".c (images: 1)")]
 
 
 def test_a_missing_image_of_a_dataset_is_named_by_its_row(tmp_path: Path) -> None:

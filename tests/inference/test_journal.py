@@ -5,6 +5,8 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.inference import predictor
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.files import read_json, write_json
+
+
+Command = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +59,27 @@ def table(model: Path, photos: Path, tmp_path: Path, computed: list[str]) -> Pat
     return tmp_path / "table.csv"
 
 
+@pytest.fixture
+def repeat(model: Path, photos: Path, table: Path) -> Command:
+    """The command that wrote the table, with other flags."""
+    return partial(write_predictions, model, photos, table)
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.2, 0.5, 0.8, 0.97])
 def test_a_run_that_lost_its_last_block_ends_as_if_nothing_had_happened(
-    kept: float, model: Path, photos: Path, table: Path, computed: list[str]
+    kept: float, table: Path, computed: list[str], repeat: Command
 ) -> None:
     expected = table.read_bytes()
     table.unlink()
     remainder = table.with_name(".table.csv.0a1b.unfinished")
     remainder.touch()  # As a run that is killed while the table is written leaves it
-    (part,) = part_files(table)
+    (part,) = (table.parent / ".table.csv.journal").glob("*.arrow")
     part.write_bytes(part.read_bytes()[: int(kept * part.stat().st_size)])
-    write_predictions(model, photos, table)
+    repeat()
     assert table.read_bytes() == expected
     assert len(computed) == len(set(computed))
     assert len(computed) < 9 or kept < 0.5
     assert not remainder.exists()
-
-
-def part_files(table: Path) -> list[Path]:
-    return list((table.parent / f".{table.name}.journal").glob("*.arrow"))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])
@@ -109,11 +116,11 @@ def test_an_interrupted_run_computes_no_batch_twice(
 
 
 def test_only_new_and_replaced_photos_are_computed(
-    model: Path, photos: Path, table: Path, computed: list[str]
+    photos: Path, computed: list[str], repeat: Command
 ) -> None:
     shutil.copy(photos / "a.jpg", photos / "new.jpg")
     shutil.copy(photos / "c.png", photos / "b.JPEG")
-    write_predictions(model, photos, table)
+    repeat()
     assert computed == ["b.JPEG", "new.jpg"]
 
 
@@ -128,42 +135,45 @@ def test_moved_photos_are_known_by_their_content(
 
 
 def test_an_unreadable_photo_is_tried_again(
-    model: Path, photos: Path, table: Path, computed: list[str]
+    photos: Path, computed: list[str], repeat: Command
 ) -> None:
     (photos / "bad.jpg").write_bytes(b"no photo")
     for _ in range(2):
-        write_predictions(model, photos, table)
+        repeat()
     assert computed == ["bad.jpg"] * 2
 
 
-def test_a_table_that_a_person_has_changed_stays(model: Path, photos: Path, table: Path) -> None:
+def test_a_table_that_a_person_has_changed_stays(table: Path, repeat: Command) -> None:
     table.write_text("my corrections")
     with raises_one_line("table.csv exists", "`overwrite`"):
-        write_predictions(model, photos, table)
+        repeat()
     assert table.read_text() == "my corrections"
-    write_predictions(model, photos, table, overwrite=True)
+    repeat(overwrite=True)
     assert len(table.read_text().splitlines()) == 10
 
 
-def test_rows_of_other_photos_are_not_dropped(
-    model: Path, photos: Path, table: Path, computed: list[str]
-) -> None:
+def test_rows_of_other_photos_are_not_dropped(photos: Path, table: Path, repeat: Command) -> None:
     (photos / "inner").rename(table.with_name("elsewhere"))
     with raises_one_line("6 images that are not among these", "`overwrite`"):
-        write_predictions(model, photos, table)
-    write_predictions(model, photos, table, overwrite=True)
-    write_predictions(model, photos, table)
+        repeat()
+    repeat(overwrite=True)
+    repeat()
     assert len(table.read_text().splitlines()) == 4
 
 
 def test_rows_of_other_settings_and_models_are_not_mixed(
-    model: Path, photos: Path, table: Path, tmp_path: Path, computed: list[str]
+    model: Path,
+    photos: Path,
+    table: Path,
+    tmp_path: Path,
+    computed: list[str],
+    repeat: Command,
 ) -> None:
     other = tmp_path / "other"
     config = build_tiny_config(num_labels=5)
     save_with_processor(randomize(ViTCLSForImageClassification(config)), other)
     with raises_one_line("another top_k"):
-        write_predictions(model, photos, table, top_k=2)
+        repeat(top_k=2)
     with raises_one_line("another model"):
         write_predictions(other, photos, table)
     assert not computed
@@ -171,17 +181,24 @@ def test_rows_of_other_settings_and_models_are_not_mixed(
     assert len(computed) == 9
 
 
-def test_the_journal_of_another_version_is_named(model: Path, photos: Path, table: Path) -> None:
+def test_the_journal_of_another_version_is_named(table: Path, repeat: Command) -> None:
     file = table.parent / f".{table.name}.journal" / "settings.json"
     write_json(file, read_json(file) | {"list of columns": ["index"]})
     with raises_one_line("another list of columns"):
-        write_predictions(model, photos, table)
+        repeat()
 
 
 def test_two_commands_do_not_write_one_table(
-    model: Path, photos: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+    table: Path, monkeypatch: pytest.MonkeyPatch, repeat: Command
 ) -> None:
     monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.0)
     lock = table.parent / f".{table.name}.journal" / staging.LOCK_FILE
     with FileLock(lock), raises_one_line("in use by another command"):
-        write_predictions(model, photos, table)
+        repeat()
+
+
+def test_left_out_folders_are_named_again_at_the_end(
+    model: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_predictions(model, photos, photos / "table.csv")
+    assert f"left out: {photos / '.hidden'} (images: 1)" in caplog.messages[-1]
