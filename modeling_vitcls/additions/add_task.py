@@ -78,7 +78,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         record["result"] = build_result("accuracy", predictions)
         if held_out is None and probe.estimate_ is not None:
             # Corrected for the choice
-            record["result"] |= probe.estimate_.to_metrics() | {"num_folds": probe.num_folds_}
+            record["result"] |= probe.estimate_ | {"num_folds": probe.num_folds_}
         if num_seen := data.count_seen(list_encoder_rows(old.folder)):
             del record["result"]["accuracy_interval"]
             warn_on_first_process(

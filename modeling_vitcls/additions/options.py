@@ -21,6 +21,10 @@ class AdditionOptions(DataOptions):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of the forward pass, as in `vitcls evaluate`."""
 
+    def check(self) -> None:
+        super().check()
+        check_minimum(self, 1, "batch_size")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AddTaskOptions(AdditionOptions):
@@ -36,27 +40,18 @@ class AddTaskOptions(AdditionOptions):
 
     def check(self) -> None:
         super().check()
-        check_minimum(self, 1, "batch_size", "max_images")
+        check_minimum(self, 1, "max_images")
         if not self.name.isidentifier():
             raise ValueError(
                 f"`name={self.name!r}` must consist of letters, digits and underscores"
             )
 
 
-@dataclass(frozen=True, kw_only=True)
 class AddClassOptions(AdditionOptions):
-    """Add classes to a finished classifier.
+    """Add classes to a finished classifier, which has class statistics, as `vitcls finetune` writes it.
 
     The logits of the old classes stay equal to the bit.
     """
-
-    model: str
-    """A vitcls classifier with class statistics, as `vitcls finetune` writes it: a folder or a Hub
-    id."""
-
-    def check(self) -> None:
-        super().check()
-        check_minimum(self, 1, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

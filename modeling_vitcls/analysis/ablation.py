@@ -300,28 +300,18 @@ def redraw_tokens(
 # Outputs ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MeasuredStates:
-    """What `measure_states` returns.
-
-    Attributes:
-        outputs: outputs of all images.
-        by_layer: states [images, S, D] of the special tokens after the layers in which one of them
-            is used for the last time.
-        patch_norms: norms [B, P] of the patches of each batch after the last layer that uses them.
-    """
-
-    outputs: Outputs
-    by_layer: dict[int, torch.Tensor]
-    patch_norms: list[torch.Tensor]
-
-
 def measure_states(
     model: Any, use: TokenUse, batches: Sequence[ImageBatch], watch: Watch
-) -> MeasuredStates:
+) -> tuple[Outputs, dict[int, torch.Tensor], list[torch.Tensor]]:
     """Run the model on all images once.
 
-    Raise ValueError if the states are not finite.
+    Returns:
+        The outputs of all images; the states [images, S, D] of the special tokens after the layers in
+        which one of them is used for the last time; and the norms [B, P] of the patches of each batch
+        after the last layer that uses them.
+
+    Raises:
+        ValueError: if the states are not finite.
     """
     layout = use.config.token_layout
     *used_layers, patch_layer = use.num_layers
@@ -343,8 +333,7 @@ def measure_states(
         return outputs
 
     outputs = gather_outputs(model, watch(batches, "measuring states"), run)
-    by_layer = {layer: torch.cat(states) for layer, states in parts.items()}
-    return MeasuredStates(outputs, by_layer, patch_norms)
+    return outputs, {layer: torch.cat(states) for layer, states in parts.items()}, patch_norms
 
 
 def gather_outputs(

@@ -141,21 +141,21 @@ def inspect_images(
     measured_model = model if use.has_head else model.base_model
 
     with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bfloat16):
-        states = measure_states(measured_model, use, batches, watch)
+        outputs, states, patch_norms = measure_states(measured_model, use, batches, watch)
         labels = collect_labels(batches, use.config)
         ablations = {}
         if has_ablations:
             ablations = compute_ablations(measured_model, use, batches, watch)
 
     indices = [index for batch in batches for index in batch.indices]
-    outliers = [is_outlier(norms).flatten() for norms in states.patch_norms]
+    outliers = [is_outlier(norms).flatten() for norms in patch_norms]
     inspection = Inspection(
         config=use.config,
         model_class=type(model).__name__,
         num_parameters=model.num_parameters(),
         num_images=len(indices),
         ablations=ablations,
-        faults=list_faults(use, states.by_layer, token_movement or {}),
+        faults=list_faults(use, states, token_movement or {}),
         gates=read_gates(model.base_model),
         outlier_share=torch.cat(outliers).float().mean().item(),
         outlier_layer=use.num_layers[-1],
@@ -165,7 +165,7 @@ def inspect_images(
     shown = list(chosen)
     if not shown:
         names = images.images.get_names()
-        kinds = choose_images(use, states.outputs, labels, indices, num_shown)
+        kinds = choose_images(use, outputs, labels, indices, num_shown)
         for index, kind in kinds.items():
             texts = {
                 "name": Path(names[index]).name,
@@ -298,7 +298,7 @@ def list_faults(
 ) -> list[str]:
     """Write one sentence per identical token, and per token that training did not move.
 
-    `states` has the form of `MeasuredStates.by_layer`.
+    `states` has the form in which `measure_states` returns it.
     """
     *used_layers, _ = use.num_layers
     # CLS tokens of tasks start as twins, and each has a classifier of its own.

@@ -26,7 +26,7 @@ from ..frozen.targets import TARGETS, Target
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.image_pass import ImageOutputs, ImagePass
-from ..inference.intervals import Estimate, compute_proportion_interval
+from ..inference.intervals import compute_proportion_interval
 from ..inference.metrics import (
     NOTHING_MEASURED,
     MetricValues,
@@ -75,7 +75,7 @@ def build_predictions(
     label_space: LabelSpace,
     outputs: ImageOutputs,
     threshold: float = DEFAULT_THRESHOLD,
-    estimate: Estimate | None = None,
+    estimate: MetricValues | None = None,
 ) -> Predictions:
     """Measure logits (metrics.py). The arguments are as in `measure`.
 
@@ -87,8 +87,7 @@ def build_predictions(
     outputs = replace(outputs, features=None)  # They would stay in memory with the predictions
     values = measure(label_space, outputs.logits, outputs.labels, threshold)
     unreadable = {"num_unreadable_images": outputs.num_unreadable}
-    corrected = estimate.to_metrics() if estimate else {}
-    metrics = round_floats(select_scalars(values) | unreadable | values | corrected)
+    metrics = round_floats(select_scalars(values) | unreadable | values | (estimate or {}))
     if isinstance(label_space, OneLabel):
         outputs = outputs.take(outputs.labels != IGNORED_LABEL)
         # Without the logits of two heads, which follow the returned ones

@@ -1,6 +1,6 @@
 """Load a model, name its outputs, and trace it to a graph with dynamic batch and image sizes.
 
-    exportable = load_exportable_model("runs/mine")
+    model, processor, folder = load_exportable_model("runs/mine")
     graph_shape = select_graph_shape(model, image_size, dynamic=True)
     graph = trace_model(model, graph_shape, torch.float32)    # torch.export.ExportedProgram
 
@@ -17,7 +17,7 @@ ViTCLSBackbone                      feature maps, named after their stages
 
 import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,16 +73,14 @@ class NamedOutputsModel(nn.Module):
         return {name: output.float() for name, output in named.items()}
 
 
-class Exportable(NamedTuple):
-    """A model to export, in float32 and evaluation mode."""
-
-    model: ViTCLSPreTrainedModel
-    processor: ViTCLSImageProcessor | None  # None if the checkpoint has none
-    folder: ModelFolder | None  # None for a preset, which has random weights
-
-
-def load_exportable_model(source: str) -> Exportable:
+def load_exportable_model(
+    source: str,
+) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor | None, ModelFolder | None]:
     """Load any checkpoint that `model` may name, or a preset with random weights.
+
+    Returns:
+        The model, in float32 and evaluation mode, the image processor, if the checkpoint has one, and
+        the folder, if it is no preset.
 
     Raises:
         ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if
@@ -91,7 +89,7 @@ def load_exportable_model(source: str) -> Exportable:
     """
     if is_preset(source):
         preset = ViTCLSForImageClassification(ViTCLSConfig.from_preset(source))
-        return Exportable(preset.eval(), None, None)
+        return preset.eval(), None, None
     folder = open_model(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]
     classes: dict[str, Any] = {each.__name__: each for each in EXPORTABLE_CLASSES}
@@ -102,7 +100,7 @@ def load_exportable_model(source: str) -> Exportable:
         )
     model = folder.load(classes[class_name], dtype=torch.float32)
     processor = folder.load_processor() if folder.has_processor else None
-    return Exportable(model.eval(), processor, folder)
+    return model.eval(), processor, folder
 
 
 # The graph ----------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
-from ..inference.intervals import Estimate
 from ..inference.metrics import round_floats
 from ..runtime.progress import track
 from .class_statistics import (
@@ -355,7 +354,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         candidates = list(cross_validated.logits)
         self.candidate_ = candidates[0]
         self.table_: list[dict[str, Any]] = []
-        self.estimate_: Estimate | None = None
+        self.estimate_: dict[str, Any] | None = None
         self.losses_ = np.full(len(labels), np.nan)
         self.out_of_fold_ = np.full((len(labels), len(self.classes_)), np.nan)
         weights = self.weigh(labels)
@@ -521,7 +520,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 if (tuple(row["layers"]), row["pooling"]) == (candidate.layers, candidate.pooling)
             }
         if self.estimate_ is not None:
-            record |= {**self.estimate_.to_metrics(), "loss": float(np.nanmean(self.losses_))}
+            record |= {**self.estimate_, "loss": float(np.nanmean(self.losses_))}
         return round_floats(record | {"candidates": self.table_})
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, log_softmax, logit, softmax
 
-from ..inference.intervals import Estimate, estimate_after_choice, estimate_average_precision
+from ..inference.intervals import estimate_after_choice, estimate_average_precision
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from .class_statistics import ClassStatistics, Token, TokenFeatures, build_label_scores
 from .confidence import fit_line, fit_temperature
@@ -111,7 +111,7 @@ class OneLabelTarget:
         labels: np.ndarray,
         weights: np.ndarray | None,
         groups: np.ndarray | None,
-    ) -> Estimate:
+    ) -> dict[str, Any]:
         """Estimate the accuracy of the candidate with the lowest log loss, corrected for the choice."""
         losses = np.stack([OneLabelTarget.compute_losses(each, labels) for each in logits])
         is_right = np.stack([each.argmax(axis=1) == labels for each in logits])
@@ -213,7 +213,7 @@ class SeveralLabelsTarget:
         labels: np.ndarray,
         weights: np.ndarray | None,
         groups: np.ndarray | None,
-    ) -> Estimate:
+    ) -> dict[str, Any]:
         """Estimate the mean average precision of the candidate with the lowest log loss."""
         losses = [SeveralLabelsTarget.compute_losses(each, labels).mean() for each in logits]
         return estimate_average_precision(logits[int(np.argmin(losses))], labels, groups)

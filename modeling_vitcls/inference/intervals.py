@@ -9,7 +9,6 @@ compute_prediction_limit(values)                          limit of a null distri
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,25 +49,12 @@ def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
     return float(interval.low), float(interval.high)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A metric and its interval."""
-
-    metric: str
-    value: float
-    interval: list[float]  # Low and high
-
-    def to_metrics(self) -> dict[str, Any]:
-        """Write the estimate as fields of results.json."""
-        return {self.metric: self.value, f"{self.metric}_interval": self.interval}
-
-
 def estimate_after_choice(
     losses: np.ndarray,
     is_right: np.ndarray,
     weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
-) -> Estimate:
+) -> dict[str, Any]:
     """Estimate the accuracy of the candidate with the lowest loss, corrected for the choice.
 
     The out-of-fold accuracy of the best of several candidates is too high, because it was chosen
@@ -81,6 +67,9 @@ def estimate_after_choice(
         losses, is_right: [C, N] out-of-fold results of C candidates for N images.
         weights: [N] of the losses; default: equal.
         groups: [N]; a sample contains all images of a group or none.
+
+    Returns:
+        The metric and its interval, as fields of results.json.
     """
     num_images = losses.shape[1]
     groups = np.arange(num_images) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -103,12 +92,12 @@ def estimate_after_choice(
     wilson = compute_proportion_interval(round(accuracy * num_groups), num_groups)
     bounds = np.quantile(accuracies, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     interval = [min(bounds[0], wilson[0]), max(bounds[1], wilson[1])]
-    return Estimate("accuracy", accuracy, interval)
+    return {"accuracy": accuracy, "accuracy_interval": interval}
 
 
 def estimate_average_precision(
     scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
-) -> Estimate:
+) -> dict[str, Any]:
     """Estimate the mean average precision of several labels, with a bootstrap interval over images.
 
     Labels without images do not count. A label without images in a bootstrap sample has there what it
@@ -118,6 +107,9 @@ def estimate_average_precision(
         scores: [N, L], such as logits.
         labels: [N, L] whether an image has a label.
         groups: [N]; a sample contains all images of a group or none.
+
+    Returns:
+        The metric and its interval, as fields of results.json.
     """
     num_images = len(labels)
     groups = np.arange(num_images) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -148,7 +140,7 @@ def estimate_average_precision(
     low, high = np.clip(2 * means[0] - bounds, 0, 1).tolist()
     # With many labels of one image, every sample looks better than the images themselves.
     interval = [min(low, float(means[0])), max(high, float(means[0]))]
-    return Estimate("mean_average_precision", float(means[0]), interval)
+    return {"mean_average_precision": float(means[0]), "mean_average_precision_interval": interval}
 
 
 def compute_prediction_limit(values: Sequence[float], level: float) -> float:

@@ -439,9 +439,9 @@ def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Produc
     ]
     dtype = get_matmul_dtype(inputs)
     if dtype in frozen:
-        frozen_state, _, products = frozen[dtype]
+        frozen_state, _, found = frozen[dtype]
         if frozen_state == state:
-            return products
+            return found
 
     with torch.inference_mode(False), torch.no_grad():
         products = join_weights(plan)

@@ -1,7 +1,6 @@
 """A run without steps: the classifiers of the frozen encoder, and how they are measured."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
@@ -55,48 +54,44 @@ def run_frozen(
     # Everything below is measured with the heads in the model, which are what the folder will
     # contain.
     encoder.set_frozen(frozen.heads)
-    tasks = {task: measure_head(encoder.model, head) for task, head in frozen.heads.items()}
     measured = []
-    for task, each in tasks.items():
+    task_metrics = {}
+    calibration_texts = {}
+    for task, head in frozen.heads.items():
+        calibration, predictions = measure_head(encoder.model, head)
+        calibration_texts[task] = calibration.text
+        task_metrics[task] = NOTHING_MEASURED if predictions is None else predictions.metrics
         measured += list_measurements(
-            {task: each.metrics},
+            {task: task_metrics[task]},
             inputs.selection_metric,
             seen_by_encoder=data.count_seen(inputs.encoder_rows),
-            num_folds=each.head.probe.num_folds_ if each.head.held_out is None else 0,
+            num_folds=head.probe.num_folds_ if head.held_out is None else 0,
         )
 
     # Every task has the features of the same pass.
-    features, *_ = (each.head.features for each in tasks.values())
+    features = head.features
     num_training_images = len(data.train) - features.num_unreadable
     lines = describe_frozen(frozen.record)
-    lines["calibration"] = join_texts({name: each.calibration.text for name, each in tasks.items()})
+    lines["calibration"] = join_texts(calibration_texts)
     results: dict[str, Any] = {"frozen": frozen.record}
-    calibration = predictions = nearest_images = None
-    if "" in tasks:
-        only = tasks[""]
+    calibration_record = nearest_images = None
+    if task == "":  # The only one
+        metrics = task_metrics[task]
+        calibration_record = calibration.build_record()
         if data.train.is_stratified:
             warn_about_unreadable_classes(
                 data.train.labels, features.labels, data.label_space, reporter.warn
             )
-        results["learning_curve"] = measure_learning_curve(only.head)
+        results["learning_curve"] = measure_learning_curve(head)
         lines["curve"] = describe_learning_curve(results["learning_curve"])
-        lines["unknown"] = describe_threshold(only.head.probe)
+        lines["unknown"] = describe_threshold(head.probe)
         if data.train.class_ratio > MAX_CLASS_RATIO:
-            lines["weights"] = describe_class_weights(only.head)
-        metrics, predictions = only.metrics, only.predictions
-        calibration = only.calibration.build_record()
+            lines["weights"] = describe_class_weights(head)
         if predictions is not None:
-            nearest_images = only.head.find_nearest_images(predictions.list_wrong())
+            nearest_images = head.find_nearest_images(predictions.list_wrong())
     else:
-        # All tasks have been measured on images of the same passes, but these may lack their labels.
-        num_unreadable, num_images = features.num_unreadable, num_training_images
-        held_out = [each.head.held_out for each in tasks.values() if each.head.held_out is not None]
-        if held_out:
-            num_unreadable = held_out[0].num_unreadable
-            num_images = len(data.held_out) - num_unreadable
-        task_metrics = {task: each.metrics for task, each in tasks.items()}
-        metrics = round_floats(join_tasks(task_metrics, num_images))
-        metrics["num_unreadable_images"] = num_unreadable
+        predictions = None  # Tasks have no common ones
+        metrics = join_task_metrics(frozen.heads, task_metrics, data)
 
     is_cross_validated = any(each.num_folds for each in measured)
     return Outcome(
@@ -105,7 +100,7 @@ def run_frozen(
         metrics=metrics,
         split="cross-validation" if is_cross_validated else data.held_out_name,
         num_training_images=num_training_images,
-        calibration=calibration,
+        calibration=calibration_record,
         predictions=predictions,
         seconds=frozen.record["seconds"],
         nearest_images=nearest_images,
@@ -116,6 +111,21 @@ def run_frozen(
         results=results,
         lines=lines,
     )
+
+
+def join_task_metrics(
+    heads: Mapping[str, FrozenHead], task_metrics: Mapping[str, MetricValues], data: TrainingData
+) -> MetricValues:
+    """Join the metrics of tasks, measured on images of the same passes, which may lack their labels."""
+    parts = [each.held_out for each in heads.values() if each.held_out is not None]
+    images = data.held_out
+    if not parts:
+        parts = [each.features for each in heads.values()]
+        images = data.train
+    num_unreadable = parts[0].num_unreadable
+    unreadable = {"num_unreadable_images": num_unreadable}
+    joined = join_tasks(task_metrics, len(images) - num_unreadable)
+    return round_floats(joined | unreadable)  # type: ignore[no-any-return]
 
 
 def explain_missing_result(scenes: Mapping[str, Any]) -> str:
@@ -131,20 +141,7 @@ def explain_missing_result(scenes: Mapping[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class MeasuredHead:
-    """The classifier of a task, and what it says about images that did not train it, if any."""
-
-    head: FrozenHead
-    calibration: Calibration
-    predictions: Predictions | None
-
-    @property
-    def metrics(self) -> MetricValues:
-        return NOTHING_MEASURED if self.predictions is None else self.predictions.metrics
-
-
-def measure_head(model: Any, head: FrozenHead) -> MeasuredHead:
+def measure_head(model: Any, head: FrozenHead) -> tuple[Calibration, Predictions | None]:
     """Measure a classifier on the held-out images or, without those, by cross-validation.
 
     In cross-validation, each training image is predicted by a classifier that was not fitted to it,
@@ -153,12 +150,10 @@ def measure_head(model: Any, head: FrozenHead) -> MeasuredHead:
     calibration = describe_fold_calibration(head.probe)
     if head.held_out is not None:
         predictions = build_predictions(head.labels, head.predict_held_out(model))
-        return MeasuredHead(head, measure_errors(calibration, predictions), predictions)
+        return measure_errors(calibration, predictions), predictions
     estimate = head.probe.estimate_
     if estimate is None:
-        return MeasuredHead(head, calibration, None)
+        return calibration, None
     # The out-of-fold probabilities contain the temperature already, so there is no error before it.
     out_of_fold = head.predict_out_of_fold()
-    return MeasuredHead(
-        head, calibration, build_predictions(head.labels, out_of_fold, estimate=estimate)
-    )
+    return calibration, build_predictions(head.labels, out_of_fold, estimate=estimate)
