@@ -159,8 +159,7 @@ def test_a_run_with_fsdp2_is_resumed_with_ddp(fsdp2: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_cpu_configuration_trains_in_one_process(tmp_path: Path) -> None:
-    steps = "--max-steps 2 --batch-size 32".split()
-    launch("cpu.yaml", tmp_path, *steps)
+    launch("cpu.yaml", tmp_path, "--max-steps", 2, "--batch-size", 32)
     results = read_json(tmp_path / "results.json")
     assert results["num_processes"] == 1
     assert results["device"].startswith("CPU")
