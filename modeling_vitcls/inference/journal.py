@@ -119,7 +119,13 @@ class Journal:
             )
         file = self.folder / SETTINGS_FILE
         if file.exists():
-            earlier = read_json(file)
+            earlier = {}
+            try:
+                earlier = read_json(file)
+            except ValueError as error:
+                if not overwrite:
+                    remedy = "Set another `output`, or set `overwrite` to compute it again"
+                    raise ValueError(f"{error}. {remedy}") from error
             names = [name for name in settings if earlier.get(name) != settings[name]]
             if names and not overwrite:
                 raise ValueError(
@@ -133,19 +139,18 @@ class Journal:
 
     def read_table_record(self) -> dict[str, Any]:
         """Read which tables were written: the digests of the last two, and the images left out."""
-        file = self.folder / TABLE_FILE
-        return {"digests": [], "left_out": []} | (read_json(file) if file.exists() else {})
+        record: dict[str, Any] = {"digests": [], "left_out": []}
+        with suppress(OSError, ValueError):  # Without it, no table is known
+            record |= read_json(self.folder / TABLE_FILE)
+        return record
 
     # Rows -------------------------------------------------------------------------------------
 
     def read_batches(self, run: str = "") -> Iterator[pa.RecordBatch]:
         """Read the complete batches, of all runs or of one, without copying them to memory."""
         for file in sorted(self.folder.glob(f"{run}*.arrow")):
-            if file.stat().st_size == 0:
-                continue
-            source = pa.memory_map(str(file))
-            with suppress(pa.ArrowInvalid, OSError):  # The last batch was cut off
-                for batch in pa.ipc.open_stream(source):
+            with suppress(pa.ArrowInvalid, OSError):  # It is empty, or its last batch was cut off
+                for batch in pa.ipc.open_stream(pa.memory_map(str(file))):
                     batch.validate(full=True)
                     yield batch
 
@@ -166,7 +171,7 @@ class Journal:
         files = [read_file_state(record.content) for record in records]
         rows: dict[int, JournalRow] = {}
         for index, file in enumerate(files):
-            if file.path is not None and by_file.get(file):
+            if file.path is not None and by_file[file]:
                 rows[index] = by_file[file].pop(0)
 
         # Images that have another name or time, and images without a file

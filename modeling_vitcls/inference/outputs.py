@@ -1,7 +1,7 @@
 """Rows of predictions as a printed table or a file."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -108,12 +108,11 @@ WRITERS: dict[str, Writer] = {
 # Terminal -----------------------------------------------------------------------------------------
 
 
-def print_table(rows: Iterable[Row], columns: Columns) -> None:
+def print_table(rows: Sequence[Row], columns: Columns) -> None:
     """Print the rows as a table, without the columns `index` and `checksum`.
 
     The columns `trained`, `note` and `error` are omitted if they say nothing.
     """
-    rows = list(rows)
     names = [name for name in columns if name not in ("index", "checksum")]
     for name in ("trained", "note", "error"):
         if name in names and not any(row[name] for row in rows):

@@ -15,7 +15,6 @@ from functools import partial
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
 from rich.console import Console
 
 from ..data.sources import load_on_main
@@ -40,8 +39,6 @@ def predict_images(options: PredictOptions) -> None:
             written; after the rows are written, if no image has a prediction, or not every image
             with `strict`, or a file does not exist. The message is a single line.
     """
-    if options.max_megapixels is not None:
-        Image.MAX_IMAGE_PIXELS = round(options.max_megapixels * 1e6) // 2  # Twice as many are read
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     records, left_out = load_on_main(options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # The main process downloads the files
@@ -82,10 +79,8 @@ def predict_images(options: PredictOptions) -> None:
             f"{len(failed):,} of the {num_images:,} images have no prediction. See the column "
             "`error` in the output"
         )
-    missing_files = []
-    if options.dataset is None:
-        named = (records[index] for index in failed)
-        missing_files = [name for name, path in named if not os.path.lexists(path)]
+    named = [records[index] for index in failed if options.dataset is None]
+    missing_files = [name for name, path in named if not os.path.lexists(path)]
     if missing_files:
         raise ValueError(
             f"{len(missing_files):,} of the {num_images:,} images do not exist: "

@@ -268,6 +268,8 @@ class Predictor:
 
 
 def build_predictor(options: PredictOptions) -> Predictor:
-    """Load the model of the options."""
+    """Load the model of the options, and set the largest image that is read."""
+    if options.max_megapixels is not None:
+        Image.MAX_IMAGE_PIXELS = round(options.max_megapixels * 1e6) // 2  # Twice as many are read
     flags = {name: getattr(options, name) for name in FLAGS}
     return Predictor(options.model, options.features, **flags)

@@ -9,16 +9,19 @@ from contextlib import ExitStack, contextmanager
 def own_state() -> Iterator[None]:
     """Compute with torch's defaults, then restore the caller's defaults and random state.
 
-    The defaults are the dtype, the device and the gradient mode of new tensors. The random state includes
+    The defaults are the dtype, the device and the gradient mode of new tensors, and Pillow's largest
+    image. The random state includes
     torch, NumPy and Python. No context manager of accelerate or transformers does this.
     """
     import numpy as np
     import torch
+    from PIL import Image
 
     # A notebook continues after an error, so errors undo all of this as well.
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         # a device of its own makes new tensors slower, so it is set only to replace another
         if torch.get_default_device().type != "cpu":

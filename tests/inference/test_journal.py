@@ -18,7 +18,6 @@ from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, s
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.inference import predictor
 from modeling_vitcls.runtime import staging
-from modeling_vitcls.runtime.files import read_json, write_json
 
 
 Command = Callable[..., None]
@@ -181,11 +180,18 @@ def test_rows_of_other_settings_and_models_are_not_mixed(
     assert len(computed) == 9
 
 
-def test_the_journal_of_another_version_is_named(table: Path, repeat: Command) -> None:
-    file = table.parent / f".{table.name}.journal" / "settings.json"
-    write_json(file, read_json(file) | {"list of columns": ["index"]})
-    with raises_one_line("another list of columns"):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [("{", "settings.json"), ('{"list of columns": ["index"]}', "another list of columns")],
+)
+def test_a_journal_that_is_damaged_or_of_another_version_is_computed_again_on_request(
+    settings: str, words: str, table: Path, computed: list[str], repeat: Command
+) -> None:
+    (table.parent / ".table.csv.journal/settings.json").write_text(settings)
+    with raises_one_line(words, "`overwrite`"):
         repeat()
+    repeat(overwrite=True)
+    assert len(computed) == 9
 
 
 def test_two_commands_do_not_write_one_table(

@@ -64,14 +64,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def classifier(models: Path) -> Path:
+    return models / "one_label"
+
+
 @pytest.fixture
 def unreadable(tmp_path: Path, photos: Path) -> Path:
     """Return a folder with one readable image, a truncated image and a text file."""
     whole = (photos / "a.jpg").read_bytes()
-    write_files(tmp_path / "broken", "1-whole.jpg", content=whole)
-    write_files(tmp_path / "broken", "2-cut.jpg", content=whole[: len(whole) // 2])
-    write_files(tmp_path / "broken", "3-text.png", content=b"no image")
-    return tmp_path / "broken"
+    folder = tmp_path / "broken"
+    write_files(folder, "1-whole.jpg", content=whole)
+    write_files(folder, "2-cut.jpg", content=whole[: len(whole) // 2])
+    write_files(folder, "3-text.png", content=b"no image")
+    return folder
 
 
 def pixel_values(photos: Path) -> torch.Tensor:
@@ -82,25 +88,25 @@ def pixel_values(photos: Path) -> torch.Tensor:
 # Labels -------------------------------------------------------------------------------------------
 
 
-def test_what_trains_can_be_predicted(models: Path, photos: Path) -> None:
+def test_what_trains_can_be_predicted(classifier: Path, photos: Path) -> None:
     """A dataset, its rows, a DataFrame and the files have the same labels."""
     files = sorted_photos(photos)
-    expected = [row["probability"] for row in api.predict(models / "one_label", files)]
+    expected = [row["probability"] for row in api.predict(classifier, files)]
     dataset = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
     encoded = dataset.cast_column("image", datasets.Image(decode=False))
     frame = pandas.DataFrame({"image": files, "label": 0})
     for images in (dataset, encoded["image"][:], frame):
-        rows = api.predict(models / "one_label", images)
+        rows = api.predict(classifier, images)
         assert [row["probability"] for row in rows] == expected
 
 
 def test_a_model_without_an_image_processor_has_the_default(
-    models: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    classifier: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """For example after `Trainer.save_model`, or when PEFT's weights are merged."""
     randomize(KINDS["one_label"]()).save_pretrained(tmp_path)
     (row,) = api.predict(tmp_path, photos / "a.jpg")
-    (expected,) = api.predict(models / "one_label", photos / "a.jpg")
+    (expected,) = api.predict(classifier, photos / "a.jpg")
     assert row["probability"] == expected["probability"]
     assert "processor.save_pretrained" in caplog.text
 
@@ -116,10 +122,10 @@ def test_the_channels_of_the_model_are_those_of_an_array(tmp_path: Path) -> None
 
 
 def test_without_any_prediction_the_status_is_1(
-    models: Path, unreadable: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    classifier: Path, unreadable: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     images = [unreadable / name for name in ("2-cut.jpg", "absent.jpg")]
-    flags = ["--model", models / "one_label", *images, "--output", tmp_path / "out.json"]
+    flags = ["--model", classifier, *images, "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
     assert "2 of the 2 images" in capsys.readouterr().err.splitlines()[-1]
     rows = json.loads((tmp_path / "out.json").read_text())
@@ -129,10 +135,10 @@ def test_without_any_prediction_the_status_is_1(
 
 
 def test_a_missing_file_is_named_at_the_end_and_in_the_status(
-    models: Path, unreadable: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    classifier: Path, unreadable: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """An unreadable file has a row with the reason, and the status is 0, or 1 with --strict."""
-    flags = ["--model", models / "one_label", "--output", tmp_path / "out.json", unreadable]
+    flags = ["--model", classifier, "--output", tmp_path / "out.json", unreadable]
     assert run_in_process("predict.py", *flags) == 0
     assert capsys.readouterr().out.endswith("out.json: 1 of 3 images predicted\n")
     assert run_in_process("predict.py", *flags, "--num-workers", "0", "--strict") == 1
@@ -144,14 +150,14 @@ def test_a_missing_file_is_named_at_the_end_and_in_the_status(
 
 
 def test_a_row_notes_what_the_prediction_of_a_scan_does_not_see(
-    models: Path, tmp_path: Path
+    classifier: Path, tmp_path: Path
 ) -> None:
     page = Image.fromarray(np.full((40, 40), 200, np.uint8))
     page.save(tmp_path / "pages.tiff", save_all=True, append_images=[page, page])
     dark = np.arange(1600, dtype=np.uint16).reshape(40, 40)
     Image.fromarray(dark).save(tmp_path / "dark.png")
     Image.fromarray(dark * 40).save(tmp_path / "scan.tiff")
-    rows = api.predict(models / "one_label", tmp_path)
+    rows = api.predict(classifier, tmp_path)
     assert [row["note"] for row in rows] == [
         "nearly black: the 16-bit values are below a quarter of white",
         "page 1 of 3",
@@ -160,27 +166,26 @@ def test_a_row_notes_what_the_prediction_of_a_scan_does_not_see(
 
 
 def test_the_limit_of_megapixels_is_a_flag(
-    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    flags = ["--model", models / "one_label", photos / "c.png", "--output", tmp_path / "out.json"]
+    assert api.predict(classifier, photos / "c.png", max_megapixels=1)[0]["error"] is None
+    flags = ["--model", classifier, photos / "c.png", "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
     assert run_in_process("predict.py", *flags, "--max-megapixels", "1") == 0
 
 
 def test_labels_equal_those_of_the_model_and_the_pipeline(
-    models: Path, photos: Path, tmp_path: Path
+    classifier: Path, photos: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "new" / "folder" / "out.JSON"
-    write_predictions(models / "one_label", photos, output, top_k=2)
+    write_predictions(classifier, photos, output, top_k=2)
     rows = json.loads(output.read_text())
 
     assert [row["image"] for row in rows] == sorted_photos(photos)
     assert [row["index"] for row in rows] == list(range(9))
 
-    expected = pipeline("image-classification", str(models / "one_label"), top_k=2)(
-        sorted_photos(photos)
-    )
+    expected = pipeline("image-classification", classifier, top_k=2)(sorted_photos(photos))
     for row, answer in zip(rows, expected, strict=True):
         assert [row["label"], row["label_2"]] == [one["label"] for one in answer]
         assert [row["probability"], row["probability_2"]] == pytest.approx(
@@ -282,7 +287,7 @@ def test_features_that_the_model_lacks_are_an_error(wrong: str, remedy: str, pho
 # Inputs -------------------------------------------------------------------------------------------
 
 
-def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_datasets_are_read_like_files(classifier: Path, photos: Path, tmp_path: Path) -> None:
     """Check a CSV file of relative paths, and Parquet with embedded images."""
     paths = sorted_photos(photos)
     lines = [str(Path(path).relative_to(photos)) for path in paths]
@@ -291,13 +296,12 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
     table = datasets.Dataset.from_dict({"other": [b"x"] * 9, "photo": encoded})
     table.cast_column("photo", datasets.Image()).to_parquet(tmp_path / "images.parquet")
 
-    model = models / "one_label"
     files, rows, embedded = (
         [(row["index"], row["label"], row["probability"]) for row in found]
         for found in (
-            api.predict(model, photos),
-            api.predict(model, dataset=str(photos / "list.csv")),
-            api.predict(model, dataset=tmp_path / "images.parquet", image_column="photo"),
+            api.predict(classifier, photos),
+            api.predict(classifier, dataset=str(photos / "list.csv")),
+            api.predict(classifier, dataset=tmp_path / "images.parquet", image_column="photo"),
         )
     )
     assert files == rows == embedded
@@ -309,9 +313,9 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_file_as_one(
-    models: Path, photos: Path, unreadable: Path, tmp_path: Path
+    classifier: Path, photos: Path, unreadable: Path, tmp_path: Path
 ) -> None:
-    flags = ["--model", models / "one_label", photos, unreadable, "--batch-size", 2]
+    flags = ["--model", classifier, photos, unreadable, "--batch-size", 2]
     for processes, name in ((1, "one.csv"), (2, "two.csv")):
         how = {"log": tmp_path / f"{name}.log", "processes": processes}
         printed = run_together("predict.py", *flags, "--output", tmp_path / name, **how)
@@ -366,13 +370,12 @@ def test_a_model_without_classes_predicts_no_labels(
 
 
 def test_predictions_are_in_bfloat16_where_it_is_faster(
-    models: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(distributed, "MIN_BFLOAT16_WIDTH", 16)
-    source = str(models / "one_label")
     rows, in_bfloat16, in_float32 = (
-        api.predict(source, photos, mixed_precision=precision)
+        api.predict(classifier, photos, mixed_precision=precision)
         for precision in ("auto", "bf16", "no")
     )
     assert rows == in_bfloat16 != in_float32

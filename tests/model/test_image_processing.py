@@ -21,7 +21,6 @@ from helpers.photo_folders import encode_image
 from helpers.tiny_models import raises_one_line
 from PIL.ExifTags import Base
 from PIL.PngImagePlugin import PngInfo
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from sklearn.datasets import load_sample_images
 from transformers.testing_utils import CaptureLogger
 
@@ -476,12 +475,10 @@ def test_damaged_and_long_metadata_of_png_files_are_named(backend: type) -> None
 
 def test_the_thumbnail_of_a_raw_file_is_no_photo(backend: type) -> None:
     """NEF, DNG and ARW are TIFF files whose first image is a reduced one."""
-    tags = ImageFileDirectory_v2()
-    tags[Base.NewSubfileType] = 1
+    reduced = {Base.NewSubfileType: 1}
     image = build_gradient(12, 16)
-    assert get_raw_values(backend, encode_image(image, "TIFF", tiffinfo=tags)) is not None
-    tags.tagtype[Base.SubIFDs] = 4
-    tags[Base.SubIFDs] = 8
+    assert get_raw_values(backend, encode_image(image, "TIFF", tiffinfo=reduced)) is not None
+    tags = reduced | {Base.SubIFDs: 8}
     error = get_error(backend, encode_image(image, "TIFF", tiffinfo=tags))
     assert "raw file, of which only a thumbnail of 16 x 12 pixels" in error
 
