@@ -12,32 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 
 from .blocks_vitcls import ViTCLSAttention, ViTCLSLayer
 from .configuration_vitcls import ViTCLSConfig
-from .positions_vitcls import PositionEmbeddings
 
 
 # Layers -------------------------------------------------------------------------------------------
 class ViTCLSPostNormLayer(ViTCLSLayer):
     """Layer with norms on the outputs of attention and MLP (EVA02-CLIP-E)."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_embeddings: PositionEmbeddings | None = None,
-        num_tokens: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Tensor:
-        attn_output, _ = self.attention(
-            hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs
-        )
+    def forward(self, hidden_states: Tensor, *inputs: Any, **kwargs: Any) -> Tensor:
+        attn_output, _ = self.attention(hidden_states, *inputs, **kwargs)
         attn_output = self.layernorm_before(self.dropout(attn_output))
         branch = self.drop_path(self.layer_scale1(attn_output))
-        hidden_states = hidden_states[:, :num_tokens] + branch
+        hidden_states = hidden_states[:, : branch.shape[1]] + branch
 
         mlp_output = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
         branch = self.drop_path(self.layer_scale2(mlp_output))
@@ -52,18 +40,10 @@ class ViTCLSParallelLayer(ViTCLSLayer):
         # Both branches share one norm and one layer scale.
         del self.layernorm_after, self.layer_scale2
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_embeddings: PositionEmbeddings | None = None,
-        num_tokens: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *inputs: Any, **kwargs: Any) -> Tensor:
         normalized_states = self.layernorm_before(hidden_states)
-        attn_output, _ = self.attention(
-            normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs
-        )
+        attn_output, _ = self.attention(normalized_states, *inputs, **kwargs)
+        num_tokens = attn_output.shape[1]
         mlp_output = self.mlp(normalized_states[:, :num_tokens])
         branch = self.dropout(attn_output) + self.dropout(mlp_output)
         return hidden_states[:, :num_tokens] + self.drop_path(self.layer_scale1(branch))
