@@ -64,7 +64,7 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Any]:
 
     with exit_on_error(options_class, status=2):
         if name == "finetune" and {"--help", "-h"} & set(flags):
-            print(format_short_help())
+            print_short_help()
             raise SystemExit(0)
 
         if name == "convert":
@@ -232,11 +232,13 @@ def check_writable(name: str, output: Path) -> None:
     if str(output).encode(errors="ignore").decode() != str(output):
         raise ValueError(f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one")
     output = output.absolute()
-    if link := next((path for path in (output, *output.parents) if is_broken_link(path)), None):
-        raise ValueError(
-            f"cannot write {output}: {link} is a link to {link.readlink()}, which does not exist. "
-            f"Create it, or set a different `{name}`"
-        )
+    for path in (output, *output.parents):
+        # Such as a disk that is not mounted
+        if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110
+            raise ValueError(
+                f"cannot write {output}: {path} is a link to {path.readlink()}, which does not exist. "
+                f"Create it, or set a different `{name}`"
+            )
     # Unlike Path.exists, os.path.exists does not raise PermissionError
     existing = next(path for path in (output, *output.parents) if os.path.exists(path))  # noqa: PTH110
     if existing != output and not existing.is_dir():
@@ -247,11 +249,6 @@ def check_writable(name: str, output: Path) -> None:
         raise ValueError(
             f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
         )
-
-
-def is_broken_link(path: Path) -> bool:
-    """Tell whether a path is a link whose target is gone, such as a disk that is not mounted."""
-    return os.path.lexists(path) and not os.path.exists(path)  # noqa: PTH110
 
 
 # Help ---------------------------------------------------------------------------------------------
@@ -295,18 +292,16 @@ COMMON_FLAGS = {
 }
 
 
-def format_short_help() -> str:
-    """Format the flags of `finetune` that are set most often on one screen."""
-    lines = ["usage: vitcls finetune --model M --dataset D --output-dir FOLDER [FLAGS]"]
+def print_short_help() -> None:
+    """Print the flags of `finetune` that are set most often, on one screen."""
+    print("usage: vitcls finetune --model M --dataset D --output-dir FOLDER [FLAGS]")
     for title, texts in COMMON_FLAGS.items():
-        lines += ["", title]
+        print(f"\n{title}")
         for name, text in texts.items():
             flag = f"  --{name.replace('_', '-')}"
-            lines.append(f"{flag:<26}{text}")
+            print(f"{flag:<26}{text}")
     rest = len(get_flag_fields(FinetuneOptions)) - sum(map(len, COMMON_FLAGS.values()))
-    return "\n".join(
-        [*lines, "", f"`vitcls finetune --help-all` also shows the other {rest} flags."]
-    )
+    print(f"\n`vitcls finetune --help-all` also shows the other {rest} flags.")
 
 
 # Errors and output of libraries -------------------------------------------------------------------

@@ -16,7 +16,6 @@ import torch
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import PARITY_REPORT_FILE, hash_weights
 from ..hub.provenance import find_provenance
-from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from ..runtime.files import write_json
@@ -98,20 +97,6 @@ def compare_models(source: SourceModel, model: ViTCLSPreTrainedModel) -> tuple[l
     return comparisons, ""
 
 
-def list_notes(source: SourceModel, config: ViTCLSConfig) -> list[str]:
-    """Note that timm pools another token of DINOv3 than the authors.
-
-    It is a known difference (huggingface/pytorch-image-models#2681).
-    """
-    is_dinov3 = source.name.startswith("timm:") and "dinov3" in source.name.lower()
-    if not is_dinov3 or config.pooling != "mean":
-        return []
-    return [
-        "pooling: the mean of the patches, as in timm; Meta's code and transformers read the CLS "
-        "token. To do the same, set `pooling='cls'` in training (`vitcls finetune --pooling cls`)"
-    ]
-
-
 def get_non_square_size(
     image_size: tuple[int, int], patch_size: tuple[int, int]
 ) -> tuple[int, int]:
@@ -183,12 +168,20 @@ def write_parity_report(
         is_native: Whether `reference` was converted from `model`.
     """
     comparisons, not_compared = compare_models(reference, model)
+    notes = reference.notes
+    # A known difference (huggingface/pytorch-image-models#2681)
+    is_timm_dinov3 = reference.name.startswith("timm:") and "dinov3" in reference.name.lower()
+    if is_timm_dinov3 and model.config.pooling == "mean":
+        notes.append(
+            "pooling: the mean of the patches, as in timm; Meta's code and transformers read the CLS "
+            "token. To do the same, set `pooling='cls'` in training (`vitcls finetune --pooling cls`)"
+        )
     project_class = type(reference.model).__name__
     vitcls_class = type(model).__name__
     has_classifier = isinstance(model, ViTCLSForImageClassification) and model.config.num_labels
     report = {
         "is_native": is_native,
-        "notes": [*reference.notes, *list_notes(reference, model.config)],
+        "notes": notes,
         "provenance": find_provenance(source_name).copy_to(folder),
         "source": strip_folders(resolve_name(source_name)),
         "source_class": vitcls_class if is_native else project_class,

@@ -101,13 +101,6 @@ def build_accelerator(
     return accelerator
 
 
-def end_processes(accelerator: Accelerator) -> None:
-    """End the work of an accelerator, its trackers, and its process group."""
-    # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
-    accelerator.free_memory()
-    accelerator.end_training()
-
-
 def set_mixed_precision(
     accelerator: Accelerator, setting: str, config: ViTCLSConfig, recorded: str | None = None
 ) -> str:

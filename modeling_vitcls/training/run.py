@@ -20,7 +20,7 @@ from ..data.splits import TrainingData
 from ..frozen.encoder import EncodedImages
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
-from ..runtime.distributed import build_accelerator, end_processes, run_on_main
+from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.flags import to_flags
 from ..runtime.staging import lock_folder
 from .checkpoints import Checkpoint, CheckpointStore
@@ -128,7 +128,9 @@ def train(asked: FinetuneOptions) -> Path:
         run_on_main(clean_up)
         print_result(inputs.model.config, outcome, plan, reporter)
 
-        end_processes(accelerator)
+        # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
+        accelerator.free_memory()
+        accelerator.end_training()
         return folder
 
 

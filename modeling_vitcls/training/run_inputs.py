@@ -157,6 +157,10 @@ def load(options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporte
         list_encoder_rows(initial.folder, frozen_encoder is None and has_trained_heads),
         list_teacher_rows(options.teacher),
     ]
+    # The images to which the initial classifier was fitted, if it has the same labels
+    fitted_rows = None
+    if not initial.has_random_weights and has_labels(initial.config, labels):
+        fitted_rows = list_encoder_rows(initial.folder, keeps_classifier=True)
 
     # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(
@@ -175,7 +179,7 @@ def load(options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporte
         frozen_encoder=frozen_encoder,
         missing_start_reason=missing_start_reason,
         encoder_rows=pd.concat(encoder_rows),
-        fitted_rows=list_fitted_rows(initial, images),
+        fitted_rows=fitted_rows,
         forward_flops=forward_flops,
         lines=lines,
     )
@@ -205,13 +209,6 @@ def load_images(options: FinetuneOptions, initial: InitialModel) -> Splits:
                 f"`{flag}` requires one label per image, but the labels are {kind}. Remove `{flag}`"
             )
     return images
-
-
-def list_fitted_rows(initial: InitialModel, images: Splits) -> pd.DataFrame | None:
-    """List the images to which the initial classifier was fitted, if it has the same labels."""
-    if initial.has_random_weights or not has_labels(initial.config, images.label_space):
-        return None
-    return list_encoder_rows(initial.folder, keeps_classifier=True)
 
 
 def list_teacher_rows(teacher: str | None) -> pd.DataFrame:

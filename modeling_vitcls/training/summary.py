@@ -54,7 +54,11 @@ def print_division(
     """
     lines = {"start": describe_fitted_images(inputs, plan, data)}
     if plan.is_drawn:
-        lines["divided"] = describe_division(data)
+        texts = [f"{len(data.train):,} training images"]
+        if data.selection is not None:
+            texts.append(f"{len(data.selection):,} of {data.selection_name}")
+        texts.append(f"{len(data.held_out):,} held-out images ({data.held_out_name})")
+        lines["divided"] = ", ".join(texts)
     reporter.print_lines(lines)
     leaks = describe_leaks(data, plan.options.group_column)
     for warning in [*describe_missing_classes(data), *describe_divided_groups(data), *leaks]:
@@ -107,15 +111,6 @@ def describe_splits(plan: RunPlan) -> dict[str, str]:
     lines["data"] = f"{images.name}: {', '.join(texts)}"
     lines["classes"] = describe_class_sizes(images)
     return lines
-
-
-def describe_division(data: TrainingData) -> str:
-    """Say how many images train, select and measure the model."""
-    texts = [f"{len(data.train):,} training images"]
-    if data.selection is not None:
-        texts.append(f"{len(data.selection):,} of {data.selection_name}")
-    texts.append(f"{len(data.held_out):,} held-out images ({data.held_out_name})")
-    return ", ".join(texts)
 
 
 def describe_class_sizes(images: Splits) -> str:
