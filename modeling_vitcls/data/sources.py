@@ -56,6 +56,7 @@ from .columns import (
     has_label_column,
     read_column,
     read_labels,
+    read_texts,
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import (
@@ -102,6 +103,7 @@ class Splits:
     images_by_split: Mapping[str, LabeledImages]
     # Lines about what was read: the labels, and the columns of splits and groups
     facts: dict[str, str] = field(default_factory=dict)
+    missing_reason: str | None = None  # Why groups cannot measure one another
 
     @property
     def train(self) -> LabeledImages:
@@ -177,11 +179,20 @@ def load_splits(
     }
     tables = {split: table.select(labeled[split].images.rows) for split, table in tables.items()}
     groups, fact = choose_groups(tables, dataset, options.group_column)
+    labels_of_rows = list(chain(*(part.labels for part in labeled.values())))
+    reason = None
     if not groups:
         used = (column, FOLDER_COLUMN, *columns)
-        fact = find_unused_groups(
-            tables, list(chain(*(part.labels for part in labeled.values()))), dataset, used
-        )
+        fact = find_unused_groups(tables, labels_of_rows, dataset, used)
+    elif named := options.group_column:
+        values = chain(*(read_texts(table, named, dataset) for table in tables.values()))
+        pairs = set(zip(values, map(label_space.format, labels_of_rows), strict=True))
+        if all(len(set(each)) == len(pairs) for each in zip(*pairs, strict=True)):
+            reason = (
+                f"each value of {named} has photos of one label only: "
+                f"{format_name_list(sorted(f'{value} {label}' for value, label in pairs))}. Add photos "
+                "of each label with other values"
+            )
     if fact is not None:
         facts["groups"] = fact
     examples = [", ".join(map(repr, names[:3])) for names in label_space.columns.values()]
@@ -192,7 +203,7 @@ def load_splits(
             f"{'; '.join(examples)}"
         )
     grouped = {split: replace(part, groups=groups.get(split)) for split, part in labeled.items()}
-    return Splits(name, label_space, grouped, facts)
+    return Splits(name, label_space, grouped, facts, reason)
 
 
 def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:

@@ -107,7 +107,7 @@ def run_frozen(
         num_unreadable=features.num_unreadable,
         trained_scenes=frozen.trained_scenes,
         in_trained_scenes=frozen.in_trained_scenes,
-        missing_reason=explain_missing_result(images.scenes),
+        missing_reason=inputs.images.missing_reason or explain_missing_result(images.scenes),
         results=results,
         lines=lines,
     )

@@ -250,6 +250,8 @@ def test_shots_of_one_object_do_not_measure_each_other() -> None:
     assert {Path(first).parent.name, Path(second).parent.name} == {"cups", "pens"}
     assert "pens/WhatsApp.png" in (first, second)
     assert f"have two labels, such as {first} and {second}" in printed
+    wrong = pd.read_parquet("frozen/predictions.parquet").explode("nearest_images").dropna()
+    assert (wrong["image"].str[5:-5] != wrong["nearest_images"].str[5:-5]).all()
 
 
 @pytest.mark.parametrize(
@@ -389,26 +391,29 @@ def test_two_photos_alone_have_a_sentence_and_no_number() -> None:
     assert "photos are shots of" not in printed
 
 
+def write_table(header: str, values: list[str]) -> None:
+    """Write five shots of a scene for each of the values, and their table."""
+    rows = [header]
+    for scene, each in enumerate(values):
+        write_shots(Path("scenes"), scene)
+        rows += [f"scenes/IMG_{scene}{shot}.png,{each}" for shot in range(5)]
+    Path("table.csv").write_text("\n".join(rows))
+
+
 def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help() -> None:
     """Photos with several labels: each label is one scene."""
 
-    def run(output: str, scenes: range) -> dict[str, Any]:
-        rows = ["image,label"]
-        for scene in scenes:
-            write_shots(Path("scenes"), scene)
-            tags = ("red|small", "blue")[scene % 2]
-            rows += [f"scenes/IMG_{scene}{shot}.png,{tags}" for shot in range(5)]
-        Path("tags.csv").write_text("\n".join(rows))
-        return finetune("vit", "tags.csv", output, "--label-separator", "|")
-
-    few = run("few", range(2))
+    tags = ["red|small", "blue"]
+    write_table("image,label", tags)
+    few = finetune("vit", "table.csv", "few", "--label-separator", "|")
     near = few["frozen"]["scenes"]
     first = near["pairs"][0][0]
     assert near["num_joined"] == 10
     reason = "not evaluated, because 10 photos share a scene with another one"
     assert f"{reason}, such as {first}" in few["printed"]
 
-    more = run("more", range(4))
+    write_table("image,label", 2 * tags)
+    more = finetune("vit", "table.csv", "more", "--label-separator", "|")
     assert more["num_images"] == 20
     assert "not evaluated" not in more["printed"]
 
@@ -421,6 +426,13 @@ def test_classes_that_are_one_scene_each_have_a_sentence_and_no_number() -> None
     printed = results["printed"]
     assert "24 of 24 photos are shots of 2 scenes" in printed
     assert "not evaluated, because 24 photos share a scene with another one, such as " in printed
+
+
+def test_groups_of_one_label_each_are_the_reason_that_nothing_is_measured() -> None:
+    write_table("image,label,place", ["vase,Nord", "bowl,South"])
+    printed = finetune("vit", "table.csv", "run", "--group-column", "place")["printed"]
+    reason = "each value of place has photos of one label only: Nord vase, South bowl"
+    assert f"not evaluated, because {reason}" in printed
 
 
 def test_classes_that_are_one_scene_each_cannot_be_held_out_and_the_error_says_why() -> None:
