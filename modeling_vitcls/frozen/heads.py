@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from sklearn.base import clone
-from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -213,18 +213,17 @@ def find_nearest_images(
     """
     if not len(images):
         return {}
-    own = stack_tokens(features.get_tokens(), tokens)
+    own = normalize(stack_tokens(features.get_tokens(), tokens))
     others = features if held_out is None else held_out
     others = others.take(np.isin(others.indices, images))
-    # Among the training images, the nearest one is the image itself, so one more is needed.
-    num_nearest = min(NUM_NEAREST_IMAGES + (held_out is None), len(own))
-    neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)
-    nearest = neighbors.kneighbors(stack_tokens(others.get_tokens(), tokens), return_distance=False)
+    vectors = normalize(stack_tokens(others.get_tokens(), tokens))
     found = {}
-    for index, columns in zip(others.indices.tolist(), nearest, strict=True):
-        if held_out is None:
-            columns = columns[features.indices[columns] != index]
-        found[index] = features.names[columns[:NUM_NEAREST_IMAGES]].tolist()
+    for index, group, vector in zip(others.indices.tolist(), others.groups, vectors, strict=True):
+        similarities = own @ vector
+        if held_out is None:  # The classifier that predicted it saw no image of its group
+            similarities[features.groups == group] = -np.inf
+        nearest = np.argsort(-similarities)[:NUM_NEAREST_IMAGES]
+        found[index] = features.names[nearest[similarities[nearest] > -1]].tolist()
     return found
 
 
