@@ -280,9 +280,11 @@ def describe_scenes(record: Mapping[str, Any]) -> str | None:
             "scenes with sub-folders or `group_column`"
         )
     if record["num_joined"] > MIN_SHARE * record["num_photos"]:
+        number = record["num_scenes"]
+        scenes = "one scene, which" if number == 1 else f"{number:,} scenes; each scene"
         lines.append(
-            f"{record['num_joined']:,} of {record['num_photos']:,} photos are shots of "
-            f"{record['num_scenes']:,} scenes; each scene is kept together"
+            f"{record['num_joined']:,} of {record['num_photos']:,} photos are shots of {scenes} is "
+            "kept together"
         )
     if classes := record["divided_classes"]:
         lines.append(
