@@ -71,14 +71,16 @@ def describe_border(record: dict[str, Any] | None) -> str | None:
         return None
     limits = np.multiply(MIN_RATIOS, record["patches"])
     ring = (np.array(list(record["shares"].values())) / limits).max(axis=0).argmax()
-    texts = [
-        f"{name}: {shares[ring]:.0%}"
-        for name, shares in record["shares"].items()
-        if shares[ring] >= limits[ring]
-    ]
-    if not texts:
+    shares = {
+        name: each[ring] for name, each in record["shares"].items() if each[ring] >= limits[ring]
+    }
+    if not shares:
         return None
+    text = ", ".join(f"{name}: {share:.0%}" for name, share in shares.items()) + " of the score"
+    # What speaks for one of two classes speaks against the other.
+    if len(record["shares"]) == 2 and len(set(shares.values())) < len(shares):
+        text = f"{max(shares.values()):.0%} of what tells {' and '.join(shares)} apart"
     return (
-        f"{', '.join(texts)} of the score comes from the border of the photos, {record['patches'][ring]:.0%} "
-        "of their area. Look for something there that only these photos have, such as a frame"
+        f"{text} comes from the border of the photos, {record['patches'][ring]:.0%} "
+        "of their area. Look for something there that not all of them have, such as a frame"
     )
