@@ -16,7 +16,7 @@ from ..data.aspect_ratio import get_output_size
 from ..data.evaluation_data import EvaluationData
 from ..data.images import DatasetImages, LabeledImages
 from ..data.labels import UNLABELED, LabelSpace, get_label_space
-from ..data.options import DataOptions
+from ..data.options import read_data_options
 from ..evaluation.evaluate import load_data
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
@@ -118,12 +118,6 @@ def open_images(
         description = ", ".join(Path(path).resolve().name for path in options.paths)
         return EvaluationData(UNLABELED, photographs, "", 0, description)
 
-    data_options = DataOptions(
-        dataset=options.dataset,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        label_separator=options.label_separator,
-    )
-    data = load_data(data_options, label_space, folder, options.split)
+    data = load_data(read_data_options(vars(options)), label_space, folder, options.split)
     description = f"{Path(options.dataset).resolve().name}, {data.description}"
     return data._replace(description=description)

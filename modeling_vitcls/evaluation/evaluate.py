@@ -256,56 +256,53 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
             f"{', '.join(data_space.tasks)}. Select the columns of the tasks with `label_column`"
         )
     matches = {
-        task: NameMatch(own.names, model_space.tasks[task].names)
+        task: match_names(own.names, model_space.tasks[task].names)
         for task, own in data_space.tasks.items()
     }
     if data_space.kind == "multi_task":
         labels = [
-            {task: matches[task].translate(each) for task, each in label.items()}
-            for label in images.labels
+            {task: matches[task](each) for task, each in label.items()} for label in images.labels
         ]
     else:
-        labels = [matches[""].translate(label) for label in images.labels]
+        labels = list(map(matches[""], images.labels))
     return replace(images, labels=labels)
 
 
-class NameMatch:
-    """The indices that the class names of a dataset have in a model."""
+def match_names(names: Sequence[str], model_names: Sequence[str]) -> Callable[[Any], Any]:
+    """Build the function that translates a class index, a list of them, or None, a missing label.
 
-    def __init__(self, names: Sequence[str], model_names: Sequence[str]) -> None:
-        self.names = names
-        self.model_names = model_names
-        self.indices: dict[str, list[int]] = {}  # Name -> its indices in the model
-        for index, name in enumerate(model_names):
-            self.indices.setdefault(normalize_name(name), []).append(index)
+    It raises ValueError if the model has no class of this name, or several.
+    """
+    indices: dict[str, list[int]] = {}  # Name -> its indices in the model
+    for index, name in enumerate(model_names):
+        indices.setdefault(normalize_name(name), []).append(index)
 
-    def translate(self, label: Any) -> Any:
-        """Translate a class index, a list of class indices or None, a missing label."""
+    def translate(label: Any) -> Any:
         if isinstance(label, list):
-            return sorted(map(self.find_index, label))
-        return None if label is None else self.find_index(label)
-
-    def find_index(self, index: int) -> int:
-        """Find the model's index of a class. Raise ValueError if there is none, or several."""
-        name = self.names[index]
-        found = self.indices.get(normalize_name(name), [])
+            return sorted(map(translate, label))
+        if label is None:
+            return None
+        name = names[label]
+        found = indices.get(normalize_name(name), [])
         if len(found) > 1:
             raise ValueError(
                 f"the model has several labels with the name {name!r}. Give these labels different "
                 "names in the model's config.json"
             )
-        if not found and all(map(PLACEHOLDER.match, self.model_names)):
-            example = ", ".join(f'"{index}": "{each}"' for index, each in enumerate(self.names))
+        if not found and all(map(PLACEHOLDER.match, model_names)):
+            example = ", ".join(f'"{index}": "{each}"' for index, each in enumerate(names))
             raise ValueError(
-                f"the labels of the model have no names ({len(self.model_names)} labels, LABEL_0 "
+                f"the labels of the model have no names ({len(model_names)} labels, LABEL_0 "
                 f"...), but the dataset has {name!r}. Set `id2label` in the model's config.json, in "
                 f'the order of its training: "id2label": {{{example}}}'
             )
         if not found:
             raise ValueError(
                 f"the dataset has the label {name!r}, but the model has only the labels "
-                f"{format_name_list(self.model_names, 20)}. Remove the images with this label, add "
+                f"{format_name_list(model_names, 20)}. Remove the images with this label, add "
                 "the class with `vitcls add-class`, or, if they are the same, correct `id2label` in "
                 "the model's config.json"
             )
         return found[0]
+
+    return translate
