@@ -20,7 +20,7 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..frozen.targets import Target
 from ..inference.image_pass import ImageBatch, pass_over_images
@@ -43,7 +43,7 @@ Batches = Iterable[ImageBatch]
 Watch = Callable[[Collection[Any], str], Iterable[Any]]
 # Name of a task -> logits [labels] of each image; or, of an encoder, name of a kind of features ->
 # vectors [n, D] of each image, because images of other sizes have other numbers of patches
-Outputs = dict[str, list[torch.Tensor]]
+Outputs = dict[str, list[Tensor]]
 
 MIN_IMAGES = 16  # With fewer images, no effect is judged
 # Maximum number of images, and of floating-point operations in a pass over these images; MIN_IMAGES
@@ -198,10 +198,10 @@ def name_group(group: str) -> str:
 
 
 def compute_effect(
-    before: list[torch.Tensor],
-    after: list[torch.Tensor],
+    before: list[Tensor],
+    after: list[Tensor],
     target: Target,
-    labels: torch.Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Effect:
     """Compare one output of all images before and after an ablation.
 
@@ -230,13 +230,13 @@ def compute_effect(
     )
 
 
-def compute_size(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+def compute_size(before: list[Tensor], after: list[Tensor]) -> float:
     """Average the changes over images, as in `Effect.size`."""
     mean = measure_changes(before, after).mean().item()
     return mean if has_vectors(before) else math.sqrt(mean)
 
 
-def measure_changes(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
+def measure_changes(before: list[Tensor], after: list[Tensor]) -> Tensor:
     """Measure the change [images] of an output.
 
     For logits, it is the squared change in units of their variance over images; for features, 1
@@ -265,7 +265,7 @@ def measure_changes(before: list[torch.Tensor], after: list[torch.Tensor]) -> to
 # Tokens -------------------------------------------------------------------------------------------
 
 
-def run_without(model: Any, indices: Sequence[int], pixel_values: torch.Tensor) -> Any:
+def run_without(model: Any, indices: Sequence[int], pixel_values: Tensor) -> Any:
     """Run a model on images [B, C, H, W]; no token attends to the special tokens `indices`."""
     config = model.config
     grid_size = config.get_grid_size(pixel_values.shape[-2:])
@@ -287,7 +287,7 @@ def redraw_tokens(
         torch.randn(len(indices), model.config.hidden_size, generator=generator)
     )
 
-    def redraw(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
+    def redraw(module: nn.Module, args: tuple, hidden_states: Tensor) -> Tensor:
         new_states = hidden_states.clone()  # [B, N, D]
         norms = new_states[:, list(indices)].norm(dim=-1, keepdim=True)
         new_states[:, list(indices)] = norms * directions.to(new_states)
@@ -302,7 +302,7 @@ def redraw_tokens(
 
 def measure_states(
     model: Any, use: TokenUse, batches: Sequence[ImageBatch], watch: Watch
-) -> tuple[Outputs, dict[int, torch.Tensor], list[torch.Tensor]]:
+) -> tuple[Outputs, dict[int, Tensor], list[Tensor]]:
     """Run the model on all images once.
 
     Returns:
@@ -315,10 +315,10 @@ def measure_states(
     """
     layout = use.config.token_layout
     *used_layers, patch_layer = use.num_layers
-    parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in used_layers}
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in used_layers}
     patch_norms = []
 
-    def run(pixel_values: torch.Tensor) -> Any:
+    def run(pixel_values: Tensor) -> Any:
         outputs = model(pixel_values, output_hidden_states=True)
         for layer, states in parts.items():
             special = outputs.hidden_states[layer][:, : layout.num_prefix_tokens]
@@ -337,7 +337,7 @@ def measure_states(
 
 
 def gather_outputs(
-    model: Any, batches: Batches, run: Callable[[torch.Tensor], Any] | None = None
+    model: Any, batches: Batches, run: Callable[[Tensor], Any] | None = None
 ) -> Outputs:
     """Collect the outputs for all images, on the CPU.
 
@@ -353,7 +353,7 @@ def gather_outputs(
     return collected
 
 
-def select_outputs(outputs: Any, layout: TokenLayout) -> dict[str, torch.Tensor]:
+def select_outputs(outputs: Any, layout: TokenLayout) -> dict[str, Tensor]:
     """Select the logits [B, labels] of each task, or the features [B, n, D] of an encoder.
 
     The features are "cls" and "distillation" (if there are such tokens), and "patches".
@@ -369,7 +369,7 @@ def select_outputs(outputs: Any, layout: TokenLayout) -> dict[str, torch.Tensor]
     return {name: vectors for name, vectors in features.items() if vectors.shape[1]}
 
 
-def has_vectors(rows: list[torch.Tensor]) -> bool:
+def has_vectors(rows: list[Tensor]) -> bool:
     """Whether an output is features, with several vectors per image, and not logits."""
     return rows[0].ndim == 2
 
@@ -377,7 +377,7 @@ def has_vectors(rows: list[torch.Tensor]) -> bool:
 # Labels -------------------------------------------------------------------------------------------
 
 
-def predict_labels(rows: list[torch.Tensor], target: Target) -> torch.Tensor:
+def predict_labels(rows: list[Tensor], target: Target) -> Tensor:
     """Predict the class [images, 1] from the logits [labels] of each image.
 
     With several labels per image, the prediction is a mask [images, labels].
@@ -386,7 +386,7 @@ def predict_labels(rows: list[torch.Tensor], target: Target) -> torch.Tensor:
     return answers.view(len(rows), -1)
 
 
-def collect_labels(batches: Batches, config: ViTCLSConfig) -> dict[str, torch.Tensor]:
+def collect_labels(batches: Batches, config: ViTCLSConfig) -> dict[str, Tensor]:
     """Collect the labels of each task, in the shape of its predictions; empty without labels.
 
     Unknown labels are IGNORED_LABEL.

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, LabelSpace
@@ -221,7 +222,7 @@ def read_batches(
 def choose_images(
     use: TokenUse,
     outputs: Outputs,
-    labels: Mapping[str, torch.Tensor],
+    labels: Mapping[str, Tensor],
     indices: Sequence[int],
     num_shown: int,
 ) -> dict[int, str | None]:
@@ -236,7 +237,7 @@ def choose_images(
 
 
 def rate_outputs(
-    outputs: Outputs, labels: Mapping[str, torch.Tensor], target: Target
+    outputs: Outputs, labels: Mapping[str, Tensor], target: Target
 ) -> tuple[list[float], list[bool], Sequence[Hashable]]:
     """Compute the arguments of `select_images` for the outputs of a classifier."""
     predicted = {task: predict_labels(rows, target) for task, rows in outputs.items()}
@@ -294,7 +295,7 @@ OUTLIER_RATIO = 3.0
 
 
 def list_faults(
-    use: TokenUse, states: Mapping[int, torch.Tensor], movement: Mapping[str, float]
+    use: TokenUse, states: Mapping[int, Tensor], movement: Mapping[str, float]
 ) -> list[str]:
     """Write one sentence per identical token, and per token that training did not move.
 
@@ -314,7 +315,7 @@ def list_faults(
 
 
 def find_identical_tokens(
-    states: Mapping[int, torch.Tensor], used_layers: Sequence[int]
+    states: Mapping[int, Tensor], used_layers: Sequence[int]
 ) -> dict[int, tuple[int, int]]:
     """Find tokens with the same state as another token: token -> nearest such token, and layer.
 
@@ -364,6 +365,6 @@ def find_unmoved_tokens(
     return unmoved
 
 
-def is_outlier(norms: torch.Tensor) -> torch.Tensor:
+def is_outlier(norms: Tensor) -> Tensor:
     """Mark the norms [B, P] of patches that exceed OUTLIER_RATIO times the median of their image."""
     return norms > OUTLIER_RATIO * norms.median(dim=1, keepdim=True).values

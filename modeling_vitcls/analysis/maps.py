@@ -9,11 +9,10 @@ a part (photo.py) has a sign. The sheet of a photo is in sheet.py.
 """
 
 import numpy as np
-import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from PIL import Image, ImageOps
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.aspect_ratio import Size, VisibleRegion
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -28,7 +27,7 @@ IMAGE_BRIGHTNESS = 0.75  # The photo under a map is dimmed by this factor
 MIN_SCALE = 3.0
 
 
-def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Size) -> torch.Tensor:
+def extract_patch_maps(rows: Tensor, config: ViTCLSConfig, image_size: Size) -> Tensor:
     """Reshape the attention to patches into maps.
 
     Attention to special tokens is omitted, so maps do not sum to 1.
@@ -44,7 +43,7 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     return patch_rows.unflatten(-1, config.get_grid_size(image_size))
 
 
-def overlay(image: Image.Image, values: torch.Tensor, scale: ScalarMappable) -> Image.Image:
+def overlay(image: Image.Image, values: Tensor, scale: ScalarMappable) -> Image.Image:
     """Draw a map over the image that it covers; values far from 0 are more opaque.
 
     The image is gray and dimmed, so all colors belong to the map, which is interpolated between the
@@ -69,7 +68,7 @@ def overlay(image: Image.Image, values: torch.Tensor, scale: ScalarMappable) -> 
     return to_picture(blended)
 
 
-def draw_map(values: torch.Tensor, scale: ScalarMappable) -> Image.Image:
+def draw_map(values: Tensor, scale: ScalarMappable) -> Image.Image:
     """Draw a map [gh, gw], one pixel for each patch."""
     return to_picture(scale.to_rgba(values.numpy())[:, :, :3])
 
@@ -79,7 +78,7 @@ def to_picture(colors: np.ndarray) -> Image.Image:
     return Image.fromarray((colors * 255).round().astype(np.uint8))
 
 
-def choose_scale(values: torch.Tensor, is_signed: bool = False) -> ScalarMappable:
+def choose_scale(values: Tensor, is_signed: bool = False) -> ScalarMappable:
     """Choose the colors of the values of a map, or of several maps that share their colors.
 
     The highest 1% of the values have the strongest color, because a single patch may be far above

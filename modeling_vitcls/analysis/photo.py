@@ -20,7 +20,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
 from sklearn.linear_model import BayesianRidge
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.aspect_ratio import Size, VisibleRegion, get_visible_region
 from ..data.labels import get_heads
@@ -55,8 +55,8 @@ class Attribution:
 
     task: str | None
     label: Label
-    values: torch.Tensor
-    errors: torch.Tensor
+    values: Tensor
+    errors: Tensor
 
     @property
     def caption(self) -> str:
@@ -109,10 +109,10 @@ class PhotoMeasurements:
     are_read: list[bool]
     token_groups: list[str]
     token_layers: list[int]
-    maps: torch.Tensor
+    maps: Tensor
     patch_layer: int
-    norms: torch.Tensor
-    colors: torch.Tensor
+    norms: Tensor
+    colors: Tensor
     explained_variance: list[list[float]]
 
 
@@ -195,7 +195,7 @@ def measure_photo(
 
 
 def predict_photo(
-    model: Any, pixel_values: torch.Tensor, outputs: Any, heads: dict[str, ExtraHead]
+    model: Any, pixel_values: Tensor, outputs: Any, heads: dict[str, ExtraHead]
 ) -> tuple[dict[str | None, list[Label]], list[Attribution]]:
     """Predict the labels of one photo by task, and measure what the most probable lose without its parts.
 
@@ -226,7 +226,7 @@ def predict_photo(
     return predictions, attributions
 
 
-def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+def decompose_patches(features: Tensor) -> tuple[Tensor, list[float]]:
     """Color the patches of one layer by their first three principal components.
 
     The sign of a component is arbitrary.
@@ -252,7 +252,7 @@ def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]
     return torch.from_numpy(colors).unflatten(0, features.shape[:2]), shares
 
 
-def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
+def match_colors(colors: Tensor, last_layer: int) -> Tensor:
     """Put similar components of all layers [L, gh, gw, 3] into the same color channel.
 
     The order and the sign of principal components differ between layers. From `last_layer` to the
@@ -281,7 +281,7 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def trace_attention(model: Any, pixel_values: torch.Tensor) -> tuple[Any, torch.Tensor]:
+def trace_attention(model: Any, pixel_values: Tensor) -> tuple[Any, Tensor]:
     """Run a model on images, and compute the attention of each special token to all tokens.
 
     Args:
@@ -295,10 +295,10 @@ def trace_attention(model: Any, pixel_values: torch.Tensor) -> tuple[Any, torch.
     """
     layout = model.config.token_layout
     num_rows = layout.num_prefix_tokens if model.config.num_cls_tokens else None
-    layers: list[torch.Tensor] = []
+    layers: list[Tensor] = []
 
     # Only one layer has full maps at a time: all of them may not fit into memory.
-    def record(_: int, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float) -> None:
+    def record(_: int, query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
         query = query[:, :, :num_rows].float()
         weights = compute_attention_rows(query, key.float(), mask, scaling)
         if num_rows is None:
@@ -325,7 +325,7 @@ NUM_PAIRS = 32
 BATCH_SIZE = 16
 
 
-def draw_masks(rows: int, columns: int) -> torch.Tensor:
+def draw_masks(rows: int, columns: int) -> Tensor:
     """Draw halves of the parts of a photo: [2 * NUM_PAIRS, rows, columns], 1 where a part is hidden.
 
     Each half is followed by its complement.
@@ -337,9 +337,7 @@ def draw_masks(rows: int, columns: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def hide_parts(
-    model: Any, pixel_values: torch.Tensor, masks: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def hide_parts(model: Any, pixel_values: Tensor, masks: Tensor) -> dict[str, Tensor]:
     """Compute the logits [M, labels] by task of a photo [1, C, H, W] whose parts are hidden.
 
     A hidden part has the mean color of the photo.
@@ -356,7 +354,7 @@ def hide_parts(
     return {task: torch.cat([each[task] for each in logits]).double().cpu() for task in logits[0]}
 
 
-def compute_scores(logits: torch.Tensor, has_one_label: bool) -> torch.Tensor:
+def compute_scores(logits: Tensor, has_one_label: bool) -> Tensor:
     """Compute the log odds [M, labels] of labels: of each against all others, or against its absence."""
     if not has_one_label or logits.shape[1] == 1:
         return logits
@@ -364,7 +362,7 @@ def compute_scores(logits: torch.Tensor, has_one_label: bool) -> torch.Tensor:
     return logits - torch.stack([logits[:, row].logsumexp(dim=1) for row in others], dim=1)
 
 
-def fit_effects(masks: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_effects(masks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Fit what a score [2 * NUM_PAIRS] loses if a part is hidden, and the standard errors, [rows, columns].
 
     The fit is Bayesian ridge regression on the differences within pairs.

@@ -18,6 +18,7 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from PIL import Image
+from torch import Tensor
 
 from ..model.token_layout_vitcls import TOKEN_KINDS
 from .maps import choose_scale, draw_map, draw_region, overlay, to_picture
@@ -245,7 +246,7 @@ def build_attention_row(
     index: int,
     note: str,
     titles: Sequence[str],
-    maps: torch.Tensor,
+    maps: Tensor,
     num_used: int,
 ) -> Row:
     """Build the row of a token: a tile for each map [n, gh, gw]; outputs use the first `num_used`."""

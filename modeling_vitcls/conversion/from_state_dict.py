@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..model.adaptation_vitcls import replace_fields
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
@@ -220,7 +221,7 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
     return tensors
 
 
-def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
+def convert_to_tensor(name: str, array: Any) -> Tensor:
     """Convert an array to a tensor.
 
     Raise ConversionError unless weights are arrays of floating-point numbers.
@@ -413,7 +414,7 @@ def count_blocks(weights: Weights, pattern: str) -> int:
     return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
 
-def find_weight(weights: Weights, pattern: str) -> torch.Tensor:
+def find_weight(weights: Weights, pattern: str) -> Tensor:
     """Find the first weight whose name matches a pattern, or raise ConversionError."""
     for name, weight in weights.items():
         if re.fullmatch(pattern, name):

@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
@@ -233,7 +233,7 @@ def deinterleave_rotary_channels(
 QKV_NAMES = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
 
 
-def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+def split_mlp_qkv(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Split the input projection [mlp + 3 * D, ...] of a parallel block.
 
     The parts are the projections of the MLP, the queries, the keys and the values.

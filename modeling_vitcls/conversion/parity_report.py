@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import PARITY_REPORT_FILE, hash_weights
@@ -105,12 +106,12 @@ def get_non_square_size(
     return max(1, rows * 3 // 4) * patch_size[0], (columns * 5 // 4 + 1) * patch_size[1]
 
 
-def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
+def build_random_images(shape: tuple[int, int, int, int]) -> Tensor:
     """Build random images [B, C, height, width], the same ones for the same shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor) -> Outputs:
+def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: Tensor) -> Outputs:
     """Compute the outputs of the converted model by token group."""
     encoder_outputs = model.base_model(pixel_values)
     token_groups = split_token_groups({"sequence": encoder_outputs.last_hidden_state}, model)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoImageProcessor, ImageProcessingMixin
 from transformers.image_processing_backends import PilBackend
 
@@ -118,7 +118,7 @@ def convert_transformers_preprocessing(
 def build_checked_processor(
     read_settings: Callable[[], dict[str, Any]],
     backend_class: Any,
-    preprocess: Callable[[PIL.Image.Image], torch.Tensor],
+    preprocess: Callable[[PIL.Image.Image], Tensor],
     settings_name: str,
     image_size: tuple[int, int],
 ) -> ConvertedPreprocessing:
@@ -141,9 +141,9 @@ def build_checked_processor(
     }
 
 
-def apply_processor(processor: Any, image: PIL.Image.Image) -> torch.Tensor:
+def apply_processor(processor: Any, image: PIL.Image.Image) -> Tensor:
     """Preprocess an image; the pixels are [C, H, W]."""
-    pixels: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+    pixels: Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
     return pixels
 
 
@@ -157,7 +157,7 @@ def select_settings(
 
 def check_processor(
     processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil,
-    preprocess: Callable[[PIL.Image.Image], torch.Tensor],
+    preprocess: Callable[[PIL.Image.Image], Tensor],
     settings_name: str,
 ) -> float:
     """Compare an image processor with the preprocessing of the source on test images.

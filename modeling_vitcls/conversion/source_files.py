@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
@@ -161,7 +161,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
             if len(known) > 1:
                 notes.append(f"the weights are those of {container_key!r}, of {', '.join(known)}")
 
-    is_array = (torch.Tensor, np.ndarray)
+    is_array = (Tensor, np.ndarray)
     tensors: dict[str, Any] = {
         str(name): value for name, value in weights.items() if isinstance(value, is_array)
     }

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from ..hub.loading import (
     get_cached_commit,
@@ -36,7 +36,7 @@ from .processors import (
 from .weight_rules import ConversionError
 
 
-Outputs = dict[str, torch.Tensor]
+Outputs = dict[str, Tensor]
 
 
 class Source:
@@ -85,7 +85,7 @@ class TimmSource(Source):
         """Convert the model. Raise ConversionError if the conversion cannot be exact."""
         return convert_from_timm(self.model)
 
-    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
+    def compute_outputs(self, pixel_values: Tensor) -> Outputs:
         """Compute a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W].
 
         timm may raise any exception if the model does not support the image size.
@@ -152,7 +152,7 @@ class TransformersSource(Source):
         """Convert the model with `convert_from_transformers`."""
         return convert_from_transformers(self.model)
 
-    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
+    def compute_outputs(self, pixel_values: Tensor) -> Outputs:
         """Compute the outputs for images [B, C, H, W].
 
         At sizes other than the native size, the position embeddings are interpolated.
@@ -178,7 +178,7 @@ class TransformersSource(Source):
         name = CONVERTIBLE_CLASSES[type(self.model).__name__].encoder_name
         return self.model if name is None else getattr(self.model, name)
 
-    def build_inputs(self, pixel_values: torch.Tensor) -> dict[str, Any]:
+    def build_inputs(self, pixel_values: Tensor) -> dict[str, Any]:
         """Build the keyword arguments of the encoder and of the model for images [B, C, H, W]."""
         config: Any = self.encoder.config
         parameters = inspect.signature(self.encoder.forward).parameters
@@ -305,7 +305,7 @@ def load_transformers_model(
     return model, notes
 
 
-def flatten_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, Any]:
+def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Any]:
     """Build the inputs of SigLIP 2: flattened patches, and the size of the patch grid.
 
     The channels come last in a patch.

@@ -11,6 +11,7 @@ from math import isqrt
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from .weight_rules import (
@@ -208,7 +209,7 @@ def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
 # authors' code, transformers resamples position embeddings without an offset.
 
 
-def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+def select_by_mlp_type(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Select the tensor for the first target if the MLP is plain, else for the second."""
     return [tensor, tensor[:0]] if config.mlp_type == "mlp" else [tensor[:0], tensor]
 
@@ -290,13 +291,13 @@ def read_internvl_fields(config: Any, weights: Weights) -> Fields:
     return read_common_fields(config, weights) | {"norm_type": norm_type}
 
 
-def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+def add_identity_projection(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Replace a missing query projection with the identity and a zero bias, after the probe."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
     return [tensor, identity, identity.new_zeros(config.hidden_size)]
 
 
-def append_missing_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+def append_missing_bias(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Add a zero bias to a weight, or an empty one if the model has biases."""
     return [tensor, tensor[:0]] if config.qkv_bias else append_zero_bias(tensor, config)
 

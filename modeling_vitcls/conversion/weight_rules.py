@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -30,9 +31,9 @@ from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, Tok
 from ..runtime.errors import format_error, format_name_list
 
 
-Weights = dict[str, torch.Tensor]
+Weights = dict[str, Tensor]
 Fields = dict[str, Any]  # Fields of ViTCLSConfig
-Transform = Callable[[torch.Tensor, ViTCLSConfig], Sequence[torch.Tensor]]
+Transform = Callable[[Tensor, ViTCLSConfig], Sequence[Tensor]]
 
 # Names of the weights that `split_positions` returns.
 POSITIONS = [f"embeddings.position_embeddings.{group}" for group in (*COUNT_FIELDS, "patches")]
@@ -48,7 +49,7 @@ class ConversionError(ValueError):
     """
 
 
-def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+def split_positions(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Split position embeddings [1, N, D] or [N, D] into token groups [1, n, D]."""
     positions = tensor.reshape(1, -1, config.hidden_size)
     groups = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
@@ -58,12 +59,12 @@ def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torc
     return [positions[:, group] for _, group in TokenLayout.from_counts(*token_counts).items()]
 
 
-def reshape_token(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+def reshape_token(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Reshape a token [D] or [1, D] to [1, 1, D]."""
     return [tensor.reshape(1, 1, -1)]
 
 
-def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+def repeat_kv(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Repeat the key or value heads [heads * head_dim, ...], as many times as queries share them.
 
     Grouped-query attention becomes ordinary attention.
@@ -72,12 +73,12 @@ def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tens
     return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
 
 
-def append_ones(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+def append_ones(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Append LayerScale values of 1, for an MLP without LayerScale, to the values of attention."""
     return [tensor, torch.ones_like(tensor)]
 
 
-def append_zero_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+def append_zero_bias(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Add a zero bias [D] to a weight or bias [D, ...]."""
     return [tensor, tensor.new_zeros(len(tensor))]
 
@@ -166,7 +167,7 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
     return reverted_weights
 
 
-def divide(tensor: torch.Tensor, num_parts: int) -> Sequence[torch.Tensor]:
+def divide(tensor: Tensor, num_parts: int) -> Sequence[Tensor]:
     """Divide a tensor, such as a fused projection [3 * D, ...], into equal parts [D, ...]."""
     return tensor.chunk(num_parts) if num_parts > 1 else [tensor] * num_parts
 

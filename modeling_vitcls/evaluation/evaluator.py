@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.labels import LabelSpace, OneLabel, PerTask
 from ..frozen.features import Features, pool_layers
@@ -167,7 +167,7 @@ class Evaluator(ImagePass):
                 are unreadable, or if the outputs of the model for any image are not finite.
         """
 
-        def compute(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        def compute(pixel_values: Tensor) -> dict[str, Tensor]:
             outputs: Any = model(pixel_values, output_hidden_states=trained_scenes is not None)
             logits = outputs.task_logits[task] if task else self.select_logits(outputs)
             computed = {"logits": logits}
@@ -184,7 +184,7 @@ class Evaluator(ImagePass):
             )
         return predictions
 
-    def select_logits(self, outputs: Any) -> torch.Tensor:
+    def select_logits(self, outputs: Any) -> Tensor:
         """Select the logits [B, L] that `measure` expects, with those of both heads beside them."""
         if isinstance(outputs.logits, dict):
             return torch.cat(list(outputs.logits.values()), dim=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..conversion.parity_report import compare_outputs, get_non_square_size
@@ -88,7 +89,7 @@ class OnnxGraph:
             str(file), options, providers=["CPUExecutionProvider"]
         )
 
-    def __call__(self, pixel_values: torch.Tensor) -> Outputs:
+    def __call__(self, pixel_values: Tensor) -> Outputs:
         """Compute the outputs [B, ...] by name, for images [B, C, H, W]."""
         names = [output.name for output in self.session.get_outputs()]
         arrays = self.session.run(names, {INPUT_NAME: pixel_values.numpy()})
@@ -135,7 +136,7 @@ def select_image_shapes(
 
 
 def measure_differences(
-    batches: list[torch.Tensor],
+    batches: list[Tensor],
     reference_outputs: list[Outputs],
     outputs: list[Outputs],
     limits: tuple[float, float],

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..conversion.open_model import is_preset, open_model
@@ -38,7 +38,7 @@ from ..model.modeling_vitcls import (
 from ..runtime.errors import format_error
 
 
-Outputs = dict[str, torch.Tensor]
+Outputs = dict[str, Tensor]
 
 
 EXPORTABLE_CLASSES = (
@@ -56,7 +56,7 @@ class NamedOutputsModel(nn.Module):
         super().__init__()
         self.model: Any = model
 
-    def forward(self, pixel_values: torch.Tensor) -> Outputs:
+    def forward(self, pixel_values: Tensor) -> Outputs:
         """Compute the outputs [B, ...] for images [B, C, H, W], by name."""
         outputs: Any = self.model(pixel_values)
         named: Outputs = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
+from torch import Tensor
 from transformers.utils import logging
 
 
@@ -34,14 +35,14 @@ class GraphedFunction:
             in the environment, the function is called every time.
     """
 
-    def __init__(self, function: Callable[[torch.Tensor], Any], device: torch.device) -> None:
+    def __init__(self, function: Callable[[Tensor], Any], device: torch.device) -> None:
         self.function = function
         has_graphs = os.environ.get("VITCLS_CUDA_GRAPHS") != "0"
         self.is_enabled = device.type == "cuda" and has_graphs
         self.shapes: set[torch.Size] = set()
-        self.replays: dict[torch.Size, Callable[[torch.Tensor], Any]] = {}
+        self.replays: dict[torch.Size, Callable[[Tensor], Any]] = {}
 
-    def __call__(self, images: torch.Tensor) -> Any:
+    def __call__(self, images: Tensor) -> Any:
         """Compute the outputs for images [B, C, H, W]."""
         shape = images.shape
         if shape in self.replays:
@@ -63,9 +64,7 @@ class GraphedFunction:
         return self.replays[shape](images)
 
 
-def record_graph(
-    function: Callable[[torch.Tensor], Any], images: torch.Tensor
-) -> Callable[[torch.Tensor], Any]:
+def record_graph(function: Callable[[Tensor], Any], images: Tensor) -> Callable[[Tensor], Any]:
     """Record a function of images [B, C, H, W] as a CUDA graph, and return what replays it."""
     inputs = images.clone()
     graph = torch.cuda.CUDAGraph()
@@ -73,7 +72,7 @@ def record_graph(
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function(inputs)
 
-    def replay(images: torch.Tensor) -> Any:
+    def replay(images: Tensor) -> Any:
         inputs.copy_(images)
         graph.replay()
         return recursively_apply(torch.clone, outputs)  # The next replay overwrites the outputs

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from threadpoolctl import threadpool_limits
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import MAX_CACHE_BYTES
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels
@@ -46,7 +46,7 @@ Prepared = TypeVar("Prepared")
 class ImageBatch:
     """Preprocessed images of one shape, and the error messages for unreadable images."""
 
-    pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
+    pixel_values: Tensor | None  # [G, C, H, W]; None if there is no readable image
     labels: Any = None  # Labels of the G readable images; the type depends on the kind of labels
     indices: list[int] = field(default_factory=list)  # Indices of the G readable images
     # Index of each unreadable image -> error message
@@ -85,9 +85,9 @@ class ImageOutputs:
 
 
 # Function of images [B, C, H, W] on the device of the model
-Compute = Callable[[torch.Tensor], Any]
+Compute = Callable[[Tensor], Any]
 # Function of the index of an image: its pixels [C, H, W], or why it is unreadable
-Prepare = Callable[[int], torch.Tensor | str]
+Prepare = Callable[[int], Tensor | str]
 
 
 def pass_over_images(
@@ -112,7 +112,7 @@ def pass_over_images(
         yield batch, outputs
 
 
-def find_finite(outputs: Any, num_images: int) -> torch.Tensor:
+def find_finite(outputs: Any, num_images: int) -> Tensor:
     """Find the images [num_images] whose outputs are finite; others must not become a result.
 
     The outputs are a tensor [B, ...], or one by name, of which the first rows are images.
@@ -177,7 +177,7 @@ def prepare_batches(
     prepared = prepare_ahead(prepare, chain.from_iterable(batches), num_threads, num_ahead)
     for indices in batches:
         errors: dict[int, str] = {}
-        groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
+        groups: dict[torch.Size, dict[int, Tensor]] = {}
         for index, value in zip(indices, prepared, strict=False):  # Leaves the next batches
             if isinstance(value, str):
                 errors[index] = value
@@ -191,7 +191,7 @@ def prepare_batches(
 
 def read_pixels(
     images: Sequence[Any], processor: ViTCLSImageProcessor, num_channels: int | None, index: int
-) -> torch.Tensor | str:
+) -> Tensor | str:
     """Decode and preprocess the image at an index, or tell why it is unreadable.
 
     It also is with another number of channels than `num_channels`, unless that is None.

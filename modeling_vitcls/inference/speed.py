@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..model.field_checks_vitcls import to_pair
@@ -25,7 +26,7 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     The batch size is 32, or smaller if the measurement would otherwise take too long.
     """
 
-    def measure_seconds(pixel_values: torch.Tensor) -> float:
+    def measure_seconds(pixel_values: Tensor) -> float:
         start_time = time.perf_counter()
         model(pixel_values)
         if device.type != "cpu":  # Until all work of the device is complete

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch import Tensor
 
 
-Outputs = dict[str, torch.Tensor]
+Outputs = dict[str, Tensor]
 
 
 def write_outputs(
@@ -108,11 +109,11 @@ def collect_outputs(
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 
 
-def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in nested dicts and tuples, with names such as `logits.species`."""
     named_values = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     for name, value in named_values:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             yield f"{prefix}{name}", value
         elif isinstance(value, Mapping | tuple | list):
             yield from flatten_outputs(value, f"{prefix}{name}.")

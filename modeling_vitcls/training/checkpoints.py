@@ -22,16 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..runtime.errors import describe_error
 from ..runtime.files import compute_file_digest, sync_to_disk
 from ..runtime.staging import follow_umask
 
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Tensor]
 
 STATE_FILE = "state.json"
 STEP_FOLDER_PATTERN = re.compile(r"step-(\d{8,})")

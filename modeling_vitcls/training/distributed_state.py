@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -42,7 +42,7 @@ def gather_state(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    start: Sequence[torch.Tensor] = (),
+    start: Sequence[Tensor] = (),
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Gather the training state as full tensors, and the loss scaler's state for JSON.
 
@@ -82,7 +82,7 @@ def scatter_state(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    start: Sequence[torch.Tensor] = (),
+    start: Sequence[Tensor] = (),
 ) -> None:
     """Load a state returned by `gather_state`. This function must be called on all processes.
 
@@ -158,9 +158,7 @@ def gather_weights(model: nn.Module) -> Tensors:
     return weights
 
 
-def distribute_like(
-    full_tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor
-) -> torch.Tensor:
+def distribute_like(full_tensor: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
     """Give every process its shard of a tensor of the main process.
 
     The result has the device and the sharding of `like`. `full_tensor` must be None on all other

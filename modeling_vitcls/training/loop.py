@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..data.batches import Batch
@@ -60,7 +60,7 @@ class TrainingState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     # Trainable weights before the first step; empty if they are not averaged with the last
-    start: list[torch.Tensor] = field(default_factory=list)
+    start: list[Tensor] = field(default_factory=list)
     step: int = 0  # Number of completed optimizer steps
     best_score: float | None = None  # The best of the evaluations so far
     # Losses of the steps since the last record
@@ -400,12 +400,12 @@ class TrainingLoop:
         state.earlier_seconds = metadata["training_seconds"]
 
 
-def copy_special_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
+def copy_special_tokens(model: nn.Module) -> dict[str, Tensor]:
     """Copy the special tokens [D] that a model trains to the CPU, by name (`cls[0]`).
 
     The heads in linear probing have no embeddings, and therefore no tokens.
     """
-    copies: dict[str, torch.Tensor] = {}
+    copies: dict[str, Tensor] = {}
     embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
     groups = embeddings[0].get_special_tokens() if embeddings else {}
     for group, parameter in groups.items():

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.augmentation import build_mixer
 from ..data.batches import Batch, Normalizer
@@ -33,11 +33,11 @@ from .options import FinetuneOptions
 from .teacher import Teacher
 
 
-Losses = dict[str, torch.Tensor]
+Losses = dict[str, Tensor]
 # Returns the "loss" to minimize, and other losses to log
 Objective = Callable[[nn.Module, Batch], Losses]
 # Computes the mean loss from logits and labels
-LabelLossFunction = Callable[[Any, Any], torch.Tensor]
+LabelLossFunction = Callable[[Any, Any], Tensor]
 
 TAU = 3.0  # Temperature of soft distillation, as in DeiT
 
@@ -46,11 +46,11 @@ TAU = 3.0  # Temperature of soft distillation, as in DeiT
 
 
 def compute_single_label_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
+    logits: Tensor,
+    labels: Tensor,
     label_smoothing: float,
-    class_weights: torch.Tensor | None = None,
-) -> torch.Tensor:
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Compute the mean cross-entropy of logits [B, L] and classes [B] or probabilities [B, L].
 
     Losses that are weighted with `class_weights` [L], whose mean is 1, are not divided by the sum
@@ -67,17 +67,15 @@ def compute_single_label_loss(
     return (image_weights * image_losses).mean()
 
 
-def compute_multi_label_loss(
-    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float
-) -> torch.Tensor:
+def compute_multi_label_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Compute the mean binary cross-entropy of logits [B, L] against binary labels [B, L]."""
     targets = labels * (1 - label_smoothing) + label_smoothing / 2
     return nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
 
 
 def compute_multi_task_loss(
-    logits: dict[str, torch.Tensor], labels: torch.Tensor, label_smoothing: float
-) -> torch.Tensor:
+    logits: dict[str, Tensor], labels: Tensor, label_smoothing: float
+) -> Tensor:
     """Sum the cross-entropies of {task: logits [B, L]} and classes [B, tasks].
 
     The loss of an image with the label -100 is 0.
@@ -110,7 +108,7 @@ class LabelObjective:
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None  # Mixes images and labels
     # Mean distillation loss from the logits that learn from the teacher and the batch; None without
     # a teacher
-    distillation_loss: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None
+    distillation_loss: Callable[[Tensor, Batch], Tensor] | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Compute the loss of a batch on the model's device and, with a teacher, its parts."""
@@ -142,9 +140,7 @@ class LabelObjective:
         }
 
 
-def compute_distillation_loss(
-    kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor
-) -> torch.Tensor:
+def compute_distillation_loss(kind: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Compute the mean loss of a head against the teacher, as a `float32` scalar.
 
     The logits of both are [B, L].
@@ -183,7 +179,7 @@ def build_objective(
     if options.class_balance == "weights":
         class_weights = compute_class_weights(data.train.labels, len(labels.names))
         class_weights = class_weights.to(accelerator.device)
-    functions: dict[str, Callable[..., torch.Tensor]] = {
+    functions: dict[str, Callable[..., Tensor]] = {
         "single_label_classification": partial(
             compute_single_label_loss, class_weights=class_weights
         ),
@@ -194,7 +190,7 @@ def build_objective(
     if teacher is None:
         return LabelObjective(normalize, label_loss, mixer)
 
-    def compute_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def compute_loss(logits: Tensor, batch: Batch) -> Tensor:
         # Accelerate runs only the prepared model under autocast by itself, and the teacher is not
         # one.
         with accelerator.autocast():

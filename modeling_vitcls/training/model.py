@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..conversion.open_model import is_preset, open_model
@@ -380,7 +380,7 @@ def add_lora(model: Any) -> None:
     )
 
 
-def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merge_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Merge LoRA weights into a state dict of full tensors: W becomes W + B A."""
     merged_weights = {
         name.replace(".base_layer.", "."): weight

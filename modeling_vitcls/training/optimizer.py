@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def build_parameter_groups(
@@ -73,7 +73,7 @@ def get_learning_rate(step: int, num_steps: int, peak: float, warmup: float) -> 
 @torch.no_grad()
 def average_with_start(
     model: nn.Module,
-    start: Sequence[torch.Tensor],
+    start: Sequence[Tensor],
     fraction: float,
     new_tokens: Collection[str] = (),
 ) -> None:

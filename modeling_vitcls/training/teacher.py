@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import Compose, Normalize, ToDtype
 from torchvision.transforms.v2 import functional as transforms
@@ -53,9 +53,9 @@ class TeacherPreprocessing:
     height_width: tuple[int, int]
     interpolation: InterpolationMode
     # Converts uint8 [B, C, H, W] to normalized float32
-    normalize: Callable[[torch.Tensor], torch.Tensor]
+    normalize: Callable[[Tensor], Tensor]
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, pixels: Tensor) -> Tensor:
         """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input.
 
         Pixels of mixed images are rounded.
@@ -97,13 +97,13 @@ class Teacher(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """Predict logits [B, L] for the student's pixels [B, C, H, W].
 
         The pixels are `uint8` or floats in [0, 255]. Raise ValueError if any output is not finite.
         """
         outputs = self.model(self.preprocessing(pixels))
-        logits: torch.Tensor = getattr(outputs, "logits", outputs)
+        logits: Tensor = getattr(outputs, "logits", outputs)
         if num_wrong := int((~find_finite(logits, len(logits))).sum()):
             raise ValueError(
                 f"the outputs of the teacher {self.source} are not finite for {num_wrong} of "
@@ -250,7 +250,7 @@ def build_processor_preprocessing(
     )
 
 
-def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def run_processor(processor: Any, pixels: Tensor, **kwargs: Any) -> Tensor:
     """Run an image processor on `uint8` images [B, C, H, W], and return [B, C, H', W']."""
     kwargs |= {"input_data_format": "channels_first", "return_tensors": "pt"}
     return processor(list(pixels), **kwargs)["pixel_values"]
@@ -283,7 +283,7 @@ def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessin
 # Image conversion -----------------------------------------------------------------------
 
 
-def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
+def convert_channels(pixels: Tensor, num_channels: int) -> Tensor:
     """Convert the student's pixels to the teacher's number of channels.
 
     Gray [B, 1, H, W] becomes color [B, 3, H, W], or color becomes gray. Raise ValueError for other
