@@ -13,6 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 from ..data.aspect_ratio import Size, VisibleRegion
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -97,8 +98,7 @@ def to_upright_rgb(image: Image.Image, bit_depth: int = 16) -> Image.Image:
 
     `bit_depth` is the number of bits that 16-bit images use.
     """
-    pixels = pil_to_tensor(image, to_rgb=True, bit_depth=bit_depth)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return to_pil_image(pil_to_tensor(image, to_rgb=True, bit_depth=bit_depth))
 
 
 def draw_region(image: Image.Image, region: VisibleRegion, side: int) -> Image.Image:

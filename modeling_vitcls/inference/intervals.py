@@ -72,8 +72,7 @@ def estimate_after_choice(
         The metric and its interval, as fields of results.json.
     """
     num_images = losses.shape[1]
-    groups = np.arange(num_images) if groups is None else np.unique(groups, return_inverse=True)[1]
-    num_groups = groups.max() + 1
+    groups, num_groups = number_groups(groups, num_images)
     losses = losses if weights is None else losses * weights
     generator = np.random.default_rng(0)
     accuracies = []
@@ -112,8 +111,7 @@ def estimate_average_precision(
         The metric and its interval, as fields of results.json.
     """
     num_images = len(labels)
-    groups = np.arange(num_images) if groups is None else np.unique(groups, return_inverse=True)[1]
-    num_groups = groups.max() + 1
+    groups, num_groups = number_groups(groups, num_images)
     generator = np.random.default_rng(0)
     draws = generator.multinomial(num_groups, np.ones(num_groups) / num_groups, NUM_RESAMPLES)
     # How often each image is in each sample; the first one is the images themselves
@@ -141,6 +139,14 @@ def estimate_average_precision(
     # With many labels of one image, every sample looks better than the images themselves.
     interval = [min(low, float(means[0])), max(high, float(means[0]))]
     return {"mean_average_precision": float(means[0]), "mean_average_precision_interval": interval}
+
+
+def number_groups(groups: np.ndarray | None, num_images: int) -> tuple[np.ndarray, int]:
+    """Number the groups [N] of images from 0, and count them; without groups, each image is one."""
+    unique, numbers = np.unique(
+        np.arange(num_images) if groups is None else groups, return_inverse=True
+    )
+    return numbers, len(unique)
 
 
 def compute_prediction_limit(values: Sequence[float], level: float) -> float:

@@ -95,7 +95,23 @@ class CheckpointStore:
             # First, because the remains of an interrupted save may be what fills the disk.
             self.clean_up_interrupted_saves()
             partial_folder.mkdir()
-            write_checkpoint(partial_folder, step, tensor_groups, metadata, is_best)
+            for name, tensors in tensor_groups.items():
+                cpu_tensors = {
+                    key: each.detach().cpu().contiguous() for key, each in tensors.items()
+                }
+                save_file(cpu_tensors, partial_folder / f"{name}.safetensors")
+            follow_umask(partial_folder)
+            paths = sorted(partial_folder.iterdir())
+            state = {
+                "format": 1,
+                "step": step,
+                "is_best": is_best,
+                "metadata": metadata,
+                "files": {path.name: compute_file_digest(path) for path in paths},
+            }
+            (partial_folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
+            for path in (*partial_folder.iterdir(), partial_folder):
+                sync_to_disk(path)
             if target.exists():  # Saved before the evaluation of this step, or damaged
                 target.rename(old_folder)
             partial_folder.rename(target)
@@ -192,25 +208,6 @@ class CheckpointStore:
 
 
 # Checkpoint files ---------------------------------------------------------------------------------
-
-
-def write_checkpoint(
-    folder: Path,
-    step: int,
-    tensor_groups: dict[str, Tensors],
-    metadata: dict[str, Any],
-    is_best: bool,
-) -> None:
-    """Write the files of a checkpoint to an empty folder, and flush all to the disk."""
-    for name, tensors in tensor_groups.items():
-        cpu_tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(cpu_tensors, folder / f"{name}.safetensors")
-    follow_umask(folder)
-    files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
-    state = {"format": 1, "step": step, "is_best": is_best, "metadata": metadata, "files": files}
-    (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        sync_to_disk(path)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
