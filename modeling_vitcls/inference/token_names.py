@@ -42,6 +42,12 @@ def get_token_names_by_group(config: Any) -> dict[str, list[str]]:
     return names
 
 
+def count_tokens(config: Any) -> dict[str, int]:
+    """Count the tokens of each group, at the model's image size."""
+    token_indices = range(config.token_layout.get_num_tokens(*config.grid_size))
+    return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
+
+
 def read_gates(encoder: Any) -> dict[str, float]:
     """Read the gates of an encoder by the name of the token: 0 hides it, 1 makes it ordinary."""
     if getattr(encoder, "gates", None) is None:

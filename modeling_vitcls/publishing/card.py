@@ -35,6 +35,7 @@ from ..inference.stated_result import (
     list_metrics,
     state_addition,
 )
+from ..inference.token_names import count_tokens
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..model.token_layout_vitcls import TOKEN_KINDS
 from ..runtime.errors import format_name_list
@@ -236,11 +237,10 @@ def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
     }
     if config is None:
         return variables
-    length = config.token_layout.get_num_tokens(*config.grid_size)
-    counts = {group: len(range(length)[tokens]) for group, tokens in config.token_layout.items()}
+    counts = count_tokens(config)
     groups = [f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count]
     layout = Markup(f"[ {' | '.join(groups)} ]")
-    return variables | {"sequence_length": length, "layout": layout}
+    return variables | {"sequence_length": sum(counts.values()), "layout": layout}
 
 
 def build_run_variables(folder: ModelFolder) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..frozen.scenes import TrainedScenes
 from ..inference.intervals import MIN_CORRECTED_IMAGES
 from ..inference.metrics import METRICS, MetricValues, get_task_metrics
 from ..inference.stated_result import Measurement, describe_classes
+from ..inference.token_names import count_tokens
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.system import describe_device, get_versions
 from .defaults import FINE_TUNING_EPOCHS
@@ -19,7 +20,6 @@ from .options import FinetuneOptions
 from .plan import RunPlan
 from .reporter import Reporter
 from .run_inputs import RunInputs
-from .summary import count_tokens
 
 
 def list_measurements(

@@ -14,7 +14,7 @@ from ..data.splits import (
     describe_missing_classes,
 )
 from ..hub.local_paths import make_relative
-from ..model.configuration_vitcls import ViTCLSConfig
+from ..inference.token_names import count_tokens
 from ..runtime.files import replace_control_characters
 from .plan import RunPlan
 from .reporter import Reporter
@@ -154,12 +154,3 @@ def describe_model(
         f"{config.num_hidden_layers} layers of width {config.hidden_size}{pooling_text}",
         "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels",
     }
-
-
-# Counts -------------------------------------------------------------------------------------------
-
-
-def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
-    """Count the tokens of each group, at the model's image size."""
-    token_indices = range(config.token_layout.get_num_tokens(*config.grid_size))
-    return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
