@@ -24,7 +24,7 @@ from ..hub.model_folder import ModelFolder
 from ..inference.inputs import list_records
 from ..inference.load_model import choose_batch_size, load_model
 from ..runtime.distributed import resolve_precision
-from ..runtime.progress import track
+from ..runtime.progress import build_console, print_warning, track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
 from .options import InspectOptions
 from .report import list_effects, write_page
@@ -38,8 +38,8 @@ def write_inspection(options: InspectOptions) -> Inspection:
         ValueError, OSError: if the model or the images cannot be read, the images do not match the
             model, or the report cannot be written. The message is a single line.
     """
-    console = Console(emoji=False, soft_wrap=True, highlight=False)
-    error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
+    console = build_console()
+    error_console = build_console(stderr=True)
     folder = open_model(options.model)
     model = load_model(folder)
     processor = folder.load_processor()
@@ -69,9 +69,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
         watch=partial(track, console=error_console, unit=""),
     )
     for message in inspection.error_messages:
-        error_console.print(
-            f"WARNING: skipped an image: {message}", style="bold yellow", markup=False
-        )
+        print_warning(error_console, f"skipped an image: {message}")
     title = get_title(options.model)
     commit = get_cached_commit(str(folder.path))
     write_page(options.output, title, inspection, photos, data.description, commit)

@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -25,6 +24,7 @@ from ..inference.load_model import load_model
 from ..model.field_checks_vitcls import to_pair
 from ..model.image_processing_vitcls import image_to_tensor, read_image
 from ..runtime.files import write_atomically
+from ..runtime.progress import build_console, print_warning
 from .options import LookOptions
 from .pages import render
 from .photo import measure_photo
@@ -61,7 +61,7 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     Raises:
         ValueError, OSError: if the model or all photos cannot be read, or a file cannot be written.
     """
-    error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
+    error_console = build_console(stderr=True)
     photos, _ = list_records(options.paths)
     model, processor, trained = load_adjusted_model(options)
     use = find_token_use(model)
@@ -75,9 +75,7 @@ def write_sheets(options: LookOptions, output: Path) -> None:
         try:
             measurements = measure_photo(model, processor, read_image(source), use)
         except ValueError as error:
-            error_console.print(
-                f"WARNING: skipped a photo: {error}", style="bold yellow", markup=False
-            )
+            print_warning(error_console, f"skipped a photo: {error}")
             continue
         file = choose_file(output, Path(name).stem, is_single, written)
         sheet = build_sheet(measurements, compute_checksum(source) in trained)

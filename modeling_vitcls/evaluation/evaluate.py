@@ -43,7 +43,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.errors import format_name_list
 from ..runtime.files import write_json
-from ..runtime.flags import spell_flags
+from ..runtime.progress import build_console, print_warning
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator, build_rows, describe_in_trained_scenes, write_rows
 
@@ -145,14 +145,8 @@ def set_up_evaluation(
 ) -> tuple[Accelerator, Console, Callable[[str], None]]:
     """Build the accelerator, the console of the main process, and a function that warns."""
     accelerator = build_accelerator(mixed_precision=mixed_precision)
-    console = Console(
-        emoji=False, quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
-    )
-
-    def warn(message: str) -> None:
-        console.print(f"WARNING: {spell_flags(message)}", style="bold yellow", markup=False)
-
-    return accelerator, console, warn
+    console = build_console(quiet=not accelerator.is_main_process)
+    return accelerator, console, partial(print_warning, console)
 
 
 def load_data(

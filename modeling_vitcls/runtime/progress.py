@@ -7,16 +7,28 @@ All passes over images and the folds of a cross-validation use `track`.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
+
+from .flags import spell_flags
 
 
 LINE_SECONDS = 30.0  # Seconds between lines
 SILENT_SECONDS = 5.0  # Seconds until the first line: the work may be over by then
 
 Item = TypeVar("Item")
+
+
+def build_console(**settings: Any) -> Console:
+    """Build a console that prints texts as they are, without emoji, line breaks and colors."""
+    return Console(emoji=False, soft_wrap=True, highlight=False, **settings)
+
+
+def print_warning(console: Console, message: str) -> None:
+    """Print a highlighted warning, with the flags of the command that runs."""
+    console.print(f"WARNING: {spell_flags(message)}", style="bold yellow", markup=False)
 
 
 def track(

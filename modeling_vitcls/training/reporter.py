@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..inference.metrics import select_scalars
 from ..inference.stated_result import format_value
 from ..runtime.files import write_atomically
 from ..runtime.flags import spell_flags
-from ..runtime.progress import LINE_SECONDS
+from ..runtime.progress import LINE_SECONDS, build_console, print_warning
 
 
 class Reporter:
@@ -29,9 +28,7 @@ class Reporter:
 
     def __init__(self, metrics_file: Path, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.console = Console(
-            emoji=False, quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
-        )
+        self.console = build_console(quiet=not accelerator.is_main_process)
         self.metrics_file = metrics_file
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -61,8 +58,7 @@ class Reporter:
 
     def warn(self, message: str) -> None:
         """Print a highlighted warning."""
-        text = f"WARNING: {spell_flags(message)}"
-        self.console.print(text, style="bold yellow", markup=False)
+        print_warning(self.console, message)
 
     def start_after(self, step: int, num_steps: int, printed_metric: str = "") -> None:
         """Start the output about the steps of a run that continues after `step`.
