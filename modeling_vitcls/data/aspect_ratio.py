@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
@@ -100,7 +100,7 @@ class ResizeTransform(nn.Module):
         self.processor = processor
         self.keep_resolution = keep_resolution
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """Resize and crop an image [..., C, H, W] `uint8` to [..., C, h, w]."""
         if not self.keep_resolution:
             pixels = resize_and_crop(self.processor, pixels)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from .aspect_ratio import ResizeTransform, get_output_size
@@ -27,7 +27,7 @@ class Augmentation:
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
     random_transform: nn.Module  # [C, H, W] -> [C, H, W]; draws from torch's default generator
 
-    def __call__(self, pixels: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
+    def __call__(self, pixels: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
         """Apply `random_transform` to outputs of `fixed_transform`, each with a seed of its own.
 
         Returns:
@@ -91,7 +91,7 @@ class Erasing(nn.Module):
         super().__init__()
         self.erase = v2.RandomErasing(probability, value="random")
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """Erase a random rectangle of an image [C, H, W] `uint8`."""
         erased_pixels = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
         return (

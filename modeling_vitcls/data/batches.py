@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..model.image_processing_vitcls import pil_to_tensor
@@ -54,10 +55,10 @@ class TrainingImages:
     seed: int  # Seed of the augmentation
     bit_depth: int = 16  # Number of bits that 16-bit images use
     num_channels: int | None = None  # Number of channels that the model requires; None: not checked
-    cache: dict[int, torch.Tensor] = field(default_factory=dict)  # Prepared images
+    cache: dict[int, Tensor] = field(default_factory=dict)  # Prepared images
     errors: dict[int, str] = field(default_factory=dict)  # Message of each unreadable image
 
-    def prepare_image(self, image: Any) -> torch.Tensor:
+    def prepare_image(self, image: Any) -> Tensor:
         """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform.
 
         Raise UnreadableImage if the mode or the number of channels is not supported.
@@ -85,7 +86,7 @@ class TrainingImages:
             "errors": {index: self.errors[index] for index in wanted if index in self.errors},
         }
 
-    def load_readable_image(self, index: int) -> tuple[int, torch.Tensor]:
+    def load_readable_image(self, index: int) -> tuple[int, Tensor]:
         """Find the first readable image from `index` on; return its index and its pixels."""
         num_images = len(self.source)
         for candidate in (number % num_images for number in range(index, index + num_images)):
@@ -100,7 +101,7 @@ class TrainingImages:
             "Check the dataset"
         )
 
-    def load_pixels(self, index: int) -> torch.Tensor:
+    def load_pixels(self, index: int) -> Tensor:
         """Prepare the pixels of an image, or take them from the cache."""
         if index in self.cache:
             return self.cache[index]
@@ -158,11 +159,11 @@ class Normalizer:
         ) / std  # [1 or C, 1, 1]
         self.offset = mean / std
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, pixels: Tensor) -> Tensor:
         """Rescale and normalize pixels [B, C, H, W], `uint8` or `float32`; return `float32`."""
         return pixels * self.scale - self.offset
 
-    def revert(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def revert(self, pixel_values: Tensor) -> Tensor:
         """Compute the pixels [B, C, H, W] in [0, 255] of normalized images."""
         return (pixel_values + self.offset) / self.scale
 

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
+from torch import Tensor
 
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import get_image_formats, read_image, shorten_text
@@ -236,7 +236,7 @@ def compute_content_key(stream: BinaryIO) -> int:
 NO_CONTENT_KEY = compute_content_key(io.BytesIO())  # Key of missing images and of empty files
 
 
-def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
+def check_channels(image: Image.Image, pixels: Tensor, num_channels: int | None) -> None:
     """Raise UnreadableImage if pixels [C, H, W] do not have `num_channels` channels.
 
     Do nothing if `num_channels` is None. The image processor converts images to three channels only

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
@@ -88,7 +89,7 @@ class OneLabel(ClassNames):
     def index(self, names: Names, where: str) -> list[int | None]:
         return [None if each is None else each[0] for each in self.find_indices(names, where)]
 
-    def collate(self, labels: Sequence[int | None]) -> torch.Tensor:
+    def collate(self, labels: Sequence[int | None]) -> Tensor:
         indices = [IGNORED_LABEL if label is None else label for label in labels]
         return torch.tensor(indices, dtype=torch.int64)
 
@@ -107,7 +108,7 @@ class SeveralLabels(ClassNames):
             None if each is None else sorted(set(each)) for each in self.find_indices(names, where)
         ]
 
-    def collate(self, labels: Sequence[list[int]]) -> torch.Tensor:
+    def collate(self, labels: Sequence[list[int]]) -> Tensor:
         multi_hot = torch.zeros(len(labels), len(self.names))
         for row, indices in enumerate(labels):
             assert indices is not None, "images without labels are dropped when they are read"
@@ -138,7 +139,7 @@ class PerTask(ClassNames):
         labels = [each.index({task: names[task]}, where) for task, each in self.tasks.items()]
         return [dict(zip(self.columns, row, strict=True)) for row in zip(*labels, strict=True)]
 
-    def collate(self, labels: Sequence[dict[str, int | None]]) -> torch.Tensor:
+    def collate(self, labels: Sequence[dict[str, int | None]]) -> Tensor:
         columns = [
             each.collate([label[task] for label in labels]) for task, each in self.tasks.items()
         ]

@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 ImageKey = tuple[int, int]  # Index of the epoch and index of the image
@@ -66,7 +67,7 @@ def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(num_images, generator=generator).numpy()
 
 
-def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
+def compute_class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
     """Compute class weights [classes], inversely proportional to the class sizes.
 
     Their mean over the images is 1.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from ..inference.image_pass import ImageOutputs, ImagePass
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -73,7 +73,7 @@ def has_searchable_pooling(config: ViTCLSConfig) -> bool:
     return is_plain and config.pooling in ("cls", "mean", "cls_mean")
 
 
-def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tensor:
+def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> Tensor:
     """Pool each layer that a classifier may read, side by side: [B, all].
 
     The outputs, of the encoder or of its classifier, must contain the hidden states.
@@ -94,7 +94,7 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
     return torch.cat(parts, dim=1)
 
 
-def pool_rings(encoder: Any, outputs: Any, num_layers: int) -> torch.Tensor:
+def pool_rings(encoder: Any, outputs: Any, num_layers: int) -> Tensor:
     """Pool the rings at the border of images: [B, rings, layers, D], parts of the mean of the patches."""
     layers = []
     for states in outputs.hidden_states[-num_layers:]:
@@ -155,7 +155,7 @@ class FrozenPass(ImagePass):
         outputs = self.collect(encoder, partial(self.compute, model), console)
         return Features(layout=self.layout, **vars(outputs))
 
-    def compute(self, model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def compute(self, model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
         """Compute the features [B, all] and what else is required of images [B, C, H, W]."""
         encoder = getattr(model, "vitcls", model)
         program = model if self.has_logits else encoder

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from sklearn.base import clone
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.labels import LabelSpace, PerTask
 from ..inference.stated_result import format_percent
@@ -227,10 +227,10 @@ def find_nearest_images(
     return found
 
 
-def apply_head(head: nn.Module, features: Features, tokens: Sequence[Token]) -> torch.Tensor:
+def apply_head(head: nn.Module, features: Features, tokens: Sequence[Token]) -> Tensor:
     """Compute the logits [N, L] of a head that reads some tokens."""
     inputs = torch.from_numpy(stack_tokens(features.get_tokens(), tokens)).float()
-    logits: torch.Tensor = head(inputs.to(PartialState().device))
+    logits: Tensor = head(inputs.to(PartialState().device))
     return logits
 
 

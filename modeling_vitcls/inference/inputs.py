@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
+from torch import Tensor
 
 from ..data.columns import find_image_column
 from ..data.image_folder import (
@@ -253,7 +253,7 @@ def compute_checksum(content: Any) -> str | None:
 # Preprocessing ------------------------------------------------------------------------------------
 
 
-def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> torch.Tensor | str:
+def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> Tensor | str:
     """Read, decode and preprocess one image, or tell why it cannot be used.
 
     Args:

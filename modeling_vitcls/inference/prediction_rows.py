@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.extra_heads_vitcls import ExtraHead
@@ -42,7 +43,7 @@ Label = tuple[str, float]  # Name and probability
 DEFAULT_THRESHOLD = 0.5
 
 
-def get_logits_by_task(outputs: Any) -> dict[str, torch.Tensor]:
+def get_logits_by_task(outputs: Any) -> dict[str, Tensor]:
     """Map each task to its logits [B, num_labels]. The task of a classifier has an empty name."""
     logits = getattr(outputs, "logits", {})
     by_task = logits if isinstance(logits, dict) else {"": logits}
@@ -86,11 +87,11 @@ class OneLabelColumns:
             types |= {label: pa.string(), probability: pa.float32()}
         return types
 
-    def select(self, logits: torch.Tensor) -> list[list[Label]]:
+    def select(self, logits: Tensor) -> list[list[Label]]:
         """Select the `top_k` most probable labels of each image in order, given logits [B, L]."""
         return rank_labels(self.head, logits.float().softmax(dim=1), len(self.names))
 
-    def build_values(self, logits: torch.Tensor) -> dict[str, list[Any]]:
+    def build_values(self, logits: Tensor) -> dict[str, list[Any]]:
         """Build the values of each column."""
         ranks = zip(*self.select(logits), strict=True)
         values: dict[str, list[Any]] = {}
@@ -126,7 +127,7 @@ class SeveralLabelsColumns:
         """Column -> type."""
         return dict(zip(self.names, (pa.list_(pa.string()), pa.list_(pa.float32())), strict=True))
 
-    def select(self, logits: torch.Tensor) -> list[list[Label]]:
+    def select(self, logits: Tensor) -> list[list[Label]]:
         """Select the labels of each image, given logits [B, L]: whose probability is high enough."""
         lowest = DEFAULT_THRESHOLD if self.head.threshold is None else self.head.threshold
         # Not `value >= lowest`: probabilities that are not numbers are found later, with the image
@@ -135,7 +136,7 @@ class SeveralLabelsColumns:
             for labels in rank_labels(self.head, logits.float().sigmoid())
         ]
 
-    def build_values(self, logits: torch.Tensor) -> dict[str, list[Any]]:
+    def build_values(self, logits: Tensor) -> dict[str, list[Any]]:
         """Build the values of each column."""
         images = [labels[: self.top_k] for labels in self.select(logits)]
         lists = [[[pair[part] for pair in labels] for labels in images] for part in (0, 1)]
@@ -162,7 +163,7 @@ def build_task_columns(
 
 
 def rank_labels(
-    head: ExtraHead, probabilities: torch.Tensor, num_labels: int | None = None
+    head: ExtraHead, probabilities: Tensor, num_labels: int | None = None
 ) -> list[list[Label]]:
     """Sort the labels of each image by their probabilities [B, L], the most probable first."""
     ranked = probabilities.sort(dim=1, descending=True, stable=True)
@@ -205,7 +206,7 @@ class LabelColumns:
         if self.has_distance and model.config.distance_threshold is not None:
             self.columns["unknown"] = pa.bool_()
 
-    def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def predict(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Compute the logits [B, num_labels] of each task."""
         outputs: Any = self.model(pixel_values)
         logits = get_logits_by_task(outputs)
@@ -214,7 +215,7 @@ class LabelColumns:
             tensors[DISTANCE] = outputs.distance.float()[:, None]
         return tensors
 
-    def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
+    def build_rows(self, outputs: dict[str, Tensor]) -> list[Row]:
         """Build one row per image with the most probable labels."""
         values: dict[str, Sequence[Any]] = {}
         for task, columns in self.tasks.items():
@@ -267,7 +268,7 @@ class Feature:
             )
         return cls(group, int(layer) if layer else None, token_counts[group])
 
-    def select(self, encoder: Any, outputs: Any) -> torch.Tensor:
+    def select(self, encoder: Any, outputs: Any) -> Tensor:
         """Select the feature [B, D], or [B, n, D] if there are n > 1 tokens."""
         tokens = outputs.last_hidden_state
         if self.layer is not None:
@@ -303,7 +304,7 @@ class FeatureColumns:
             if feature.num_tokens > 1:
                 self.columns[name] = pa.list_(self.columns[name])
 
-    def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def predict(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Compute each feature as [B, D], or [B, n, D] if there are n > 1 tokens."""
         has_layers = any(feature.layer is not None for feature in self.features.values())
         num_tokens = None if has_layers else self.count_special_tokens()
@@ -326,7 +327,7 @@ class FeatureColumns:
             return None
         return max(getattr(config.token_layout, group).stop for group in groups)
 
-    def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
+    def build_rows(self, outputs: dict[str, Tensor]) -> list[Row]:
         """Build one row per image with the features.
 
         A feature is one array, or a list with one array per token.
@@ -366,9 +367,7 @@ def build_rows(values: Mapping[str, Sequence[Any]]) -> list[Row]:
 
 
 @torch.inference_mode()
-def try_predict(
-    columns: PredictionColumns, pixel_values: torch.Tensor
-) -> dict[str, torch.Tensor] | str:
+def try_predict(columns: PredictionColumns, pixel_values: Tensor) -> dict[str, Tensor] | str:
     """Compute the outputs [B, ...] for images [B, C, H, W].
 
     If the model does not support the images, return the reason.
@@ -380,7 +379,7 @@ def try_predict(
 
 
 def build_checked_rows(
-    columns: PredictionColumns, outputs: dict[str, torch.Tensor] | str | None, num_images: int
+    columns: PredictionColumns, outputs: dict[str, Tensor] | str | None, num_images: int
 ) -> list[Row]:
     """Build a row for each image, given what `try_predict` returns; without images, None."""
     if not isinstance(outputs, dict):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 from PIL import Image
+from torch import Tensor
 
 from ..conversion.open_model import compute_cache_name, is_preset, open_model
 from ..data.labels import get_heads
@@ -225,7 +226,7 @@ class Predictor:
         """
         known: dict[int, Row] = {}  # What is known without the model
 
-        def prepare(index: int) -> torch.Tensor | str:
+        def prepare(index: int) -> Tensor | str:
             name, content = records[index]
             checksum = compute_checksum(content)
             is_trained = None
