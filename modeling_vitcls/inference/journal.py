@@ -78,12 +78,15 @@ class Known:
         rows: index of an image -> its row.
         missing: index of an image without a row -> its file before it is read, in order; those that
             had an error come last.
-        left_out: names of the images in the journal that are not in the input.
+        left_out: name and checksum of the other rows: of images that are not in the input, or that have
+            been replaced.
+        lost: names of the images in the table that are not in the input.
     """
 
     rows: dict[int, JournalRow]
     missing: dict[int, FileState]
-    left_out: list[str]
+    left_out: list[tuple[str, str | None]]
+    lost: list[str]
 
 
 class Journal:
@@ -138,7 +141,7 @@ class Journal:
         write_json(file, settings)
 
     def read_table_record(self) -> dict[str, Any]:
-        """Read which tables were written: the digests of the last two, and the images left out."""
+        """Read which tables were written: the digests of the last two, and the rows left out."""
         record: dict[str, Any] = {"digests": [], "left_out": []}
         with suppress(OSError, ValueError):  # Without it, no table is known
             record |= read_json(self.folder / TABLE_FILE)
@@ -184,18 +187,21 @@ class Journal:
             if group := by_content.get(compute_checksum(records[index].content)):
                 rows[index] = group.pop(0)
 
-        paths = {file.path for file in files}
-        left = [row for group in by_content.values() for row in group if row.file.path not in paths]
-        names = [os.fsdecode(row.file.path or row.checksum or "") for row in left]
+        left_out = [
+            (os.fsdecode(row.file.path or row.checksum or ""), row.checksum)
+            for row in chain.from_iterable(by_content.values())
+        ]
+        present = {os.fsdecode(file.path or "") for file in files}
+        before = {*map(tuple, self.read_table_record()["left_out"])}
+        lost = [row[0] for row in left_out if row not in before and row[0] not in present]
         unknown = {index: files[index] for index in missing if index not in rows}
-        return Known(rows, unknown, list(filter(None, names)))
+        return Known(rows, unknown, left_out, lost)
 
     def check_is_complete(self, known: Known) -> None:
         """Raise ValueError if the table has images that are not in the input."""
-        lost = sorted({*known.left_out} - {*self.read_table_record()["left_out"]})
-        if self.table.exists() and lost:
+        if self.table.exists() and (lost := sorted(known.lost)):
             raise ValueError(
-                f"{self.table} has {len(lost):,} images that are not among these, such as {lost[0]}. "
+                f"{self.table} has images that are not among these ({len(lost):,}), such as {lost[0]}. "
                 "Pass them too, set another `output`, or set `overwrite` to leave them out"
             )
 

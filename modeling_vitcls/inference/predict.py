@@ -126,7 +126,7 @@ def write_rows(
         "mixed_precision": predictor.precision,
     }
 
-    known = Known({}, {}, [])
+    known = Known({}, {}, [], [])
     summary: list[Row] = []
     stack = ExitStack()
 

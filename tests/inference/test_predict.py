@@ -36,10 +36,7 @@ from modeling_vitcls.runtime.files import read_json, write_json
 
 
 NAMES = ["ant", "bee", "cat"]
-LABELS = {
-    "id2label": dict(enumerate(NAMES)),
-    "label2id": {name: index for index, name in enumerate(NAMES)},
-}
+LABELS = {"id2label": dict(enumerate(NAMES))}
 TOKENS = {"num_cls_tokens": 1, "num_distillation_tokens": 2, "num_register_tokens": 3}
 TASKS = {"species": ["ash", "elm", "fir", "oak"], "age": ["young", "old"]}
 KINDS = {
@@ -152,7 +149,7 @@ def test_a_missing_file_is_named_at_the_end_and_in_the_status(
 def test_a_row_notes_what_the_prediction_of_a_scan_does_not_see(
     classifier: Path, tmp_path: Path
 ) -> None:
-    page = Image.fromarray(np.full((40, 40), 200, np.uint8))
+    page = Image.new("L", (40, 40), 200)
     page.save(tmp_path / "pages.tiff", save_all=True, append_images=[page, page])
     dark = np.arange(1600, dtype=np.uint16).reshape(40, 40)
     Image.fromarray(dark).save(tmp_path / "dark.png")
