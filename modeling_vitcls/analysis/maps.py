@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..data.aspect_ratio import Size, VisibleRegion
+from ..data.aspect_ratio import VisibleRegion
 from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.field_checks_vitcls import Size
 from ..model.image_processing_vitcls import pil_to_tensor
 
 

@@ -22,12 +22,13 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import BayesianRidge
 from torch import Tensor, nn
 
-from ..data.aspect_ratio import Size, VisibleRegion, get_visible_region
+from ..data.aspect_ratio import VisibleRegion, get_visible_region
 from ..data.labels import get_heads
 from ..inference.prediction_rows import Label, build_task_columns, get_logits_by_task
 from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
+from ..model.field_checks_vitcls import Size
 from ..model.token_attention_vitcls import compute_attention_rows, record_attention
 from ..runtime.distributed import build_autocast
 from .maps import extract_patch_maps, to_upright_rgb

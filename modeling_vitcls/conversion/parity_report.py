@@ -17,6 +17,7 @@ from torch import Tensor
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import PARITY_REPORT_FILE, hash_weights
 from ..hub.provenance import find_provenance
+from ..model.field_checks_vitcls import Size
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from ..runtime.files import write_json
@@ -98,9 +99,7 @@ def compare_models(source: SourceModel, model: ViTCLSPreTrainedModel) -> tuple[l
     return comparisons, ""
 
 
-def get_non_square_size(
-    image_size: tuple[int, int], patch_size: tuple[int, int]
-) -> tuple[int, int]:
+def get_non_square_size(image_size: Size, patch_size: Size) -> Size:
     """Choose an image size (height, width) with fewer rows and more columns of patches."""
     rows, columns = (side // patch for side, patch in zip(image_size, patch_size, strict=True))
     return max(1, rows * 3 // 4) * patch_size[0], (columns * 5 // 4 + 1) * patch_size[1]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, ImageProcessingMixin
 from transformers.image_processing_backends import PilBackend
 
+from ..model.field_checks_vitcls import Size
 from ..model.image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 
 
@@ -92,9 +93,7 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def convert_transformers_preprocessing(
-    folder: str, image_size: tuple[int, int]
-) -> ConvertedPreprocessing:
+def convert_transformers_preprocessing(folder: str, image_size: Size) -> ConvertedPreprocessing:
     """Convert the image processor in a folder.
 
     If the folder has no supported image processor, build the default image processor for
@@ -120,7 +119,7 @@ def build_checked_processor(
     backend_class: Any,
     preprocess: Callable[[PIL.Image.Image], Tensor],
     settings_name: str,
-    image_size: tuple[int, int],
+    image_size: Size,
 ) -> ConvertedPreprocessing:
     """Build an image processor, or the default one if its pixels differ from the source's.
 
@@ -202,7 +201,7 @@ def build_test_image(height: int, width: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
 
 
-def build_default_preprocessing(image_size: tuple[int, int], reason: str) -> ConvertedPreprocessing:
+def build_default_preprocessing(image_size: Size, reason: str) -> ConvertedPreprocessing:
     """Build the default image processor, which resizes to `image_size` (height, width)."""
     height, width = image_size
     processor = ViTCLSImageProcessor(size={"height": height, "width": width})

@@ -24,6 +24,7 @@ from ..hub.loading import (
     load_timm_model,
     split_revision,
 )
+from ..model.field_checks_vitcls import Size
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from .from_timm import TIMM_MODULES, convert_from_timm
@@ -76,7 +77,7 @@ class TimmSource(Source):
         return cls(f"timm:{name}", model, commit, [])
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def image_size(self) -> Size:
         """Native height and width in pixels."""
         height, width = self.model.patch_embed.img_size
         return height, width
@@ -136,7 +137,7 @@ class TransformersSource(Source):
         self.folder = folder
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def image_size(self) -> Size:
         """Image size in the configuration, as (height, width).
 
         For SigLIP 2, it is the size of a square image with `num_patches` patches.

@@ -20,13 +20,13 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
 
 from ..model.fast_image_processing_vitcls import resize_and_crop
+from ..model.field_checks_vitcls import Size
 from ..model.image_processing_vitcls import CROP_ROUNDINGS
 from .images import read_size
 
 
 MAX_MEASURED_IMAGES = 64  # Number of images whose size is read
 
-Size = tuple[int, int]  # Height, width in pixels
 # A ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
 Processor = Any
 

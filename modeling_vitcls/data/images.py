@@ -30,6 +30,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from ..model.fast_image_processing_vitcls import open_regular_file
+from ..model.field_checks_vitcls import Size
 from ..model.image_processing_vitcls import get_image_formats, read_image, shorten_text
 from ..runtime.errors import format_error
 from ..runtime.files import find_file
@@ -191,7 +192,7 @@ class DatasetImages(Sequence):
         return np.array(keys, np.uint64)
 
 
-def read_size(images: Any, index: int) -> tuple[int, int]:
+def read_size(images: Any, index: int) -> Size:
     """Read the height and width of an upright image; for a local file, only its header is read.
 
     Raise UnreadableImage if the image cannot be read.

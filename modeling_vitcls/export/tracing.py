@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 from ..conversion.open_model import is_preset, open_model
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.field_checks_vitcls import Size
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
     ViTCLSBackbone,
@@ -117,8 +118,8 @@ class GraphShape:
     """Image sizes that a graph accepts. The batch size is always dynamic."""
 
     # (height, width) in pixels; the only accepted size unless `is_dynamic`
-    image_size: tuple[int, int]
-    smallest_size: tuple[int, int]  # Smallest accepted (height, width) in pixels
+    image_size: Size
+    smallest_size: Size  # Smallest accepted (height, width) in pixels
     is_dynamic: bool  # Whether the graph accepts sizes other than `image_size`
     # Reason why the size is fixed although a dynamic size was requested; empty otherwise
     fixed_size_reason: str = ""
@@ -135,7 +136,7 @@ class GraphShape:
 
 def select_graph_shape(
     model: ViTCLSPreTrainedModel,
-    image_size: tuple[int, int] | None,
+    image_size: Size | None,
     dynamic: bool,
 ) -> GraphShape:
     """Choose the image sizes that the graph of a model will accept.
@@ -166,7 +167,7 @@ def find_fixed_size_reason(config: ViTCLSConfig) -> str:
     return ""
 
 
-def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
+def get_smallest_size(config: ViTCLSConfig) -> Size:
     """Compute (height, width) in pixels of the smallest images that a dynamic graph accepts."""
     grids = [scope[:2] for scope in config.cls_scopes or () if not isinstance(scope, str)]
     rows, columns = np.max([[MIN_DYNAMIC_SIZE, MIN_DYNAMIC_SIZE], *grids], axis=0).tolist()

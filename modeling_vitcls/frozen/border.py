@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..model.field_checks_vitcls import Size
 from .features import Features, mark_rings
 from .heads import FrozenHead
 
@@ -21,7 +22,7 @@ MIN_GRID_SIDE = 8  # In patches. Of smaller grids, the border is most of the pho
 
 
 def measure_border(
-    heads: Mapping[str, FrozenHead], images: Mapping[str, Features], grid_size: tuple[int, int]
+    heads: Mapping[str, FrozenHead], images: Mapping[str, Features], grid_size: Size
 ) -> dict[str, Any]:
     """Measure how much of each label's lead over the other photos comes from the border.
 

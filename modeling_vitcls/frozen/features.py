@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..inference.image_pass import ImageOutputs, ImagePass
 from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.field_checks_vitcls import Size
 from ..model.heads_vitcls import TokenPooler, build_pooler
 from ..speed.lean_layers import use_fast_modules
 from .class_statistics import Token
@@ -104,7 +105,7 @@ def pool_rings(encoder: Any, outputs: Any, num_layers: int) -> Tensor:
     return torch.stack(layers, dim=2)
 
 
-def mark_rings(grid_size: tuple[int, int]) -> list[np.ndarray]:
+def mark_rings(grid_size: Size) -> list[np.ndarray]:
     """Mark the patches [rows * columns] of each ring at the border."""
     rings = []
     for width in RING_WIDTHS:

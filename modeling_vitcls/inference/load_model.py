@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from ..data.aspect_ratio import Size, get_output_size, set_resize
+from ..data.aspect_ratio import get_output_size, set_resize
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.field_checks_vitcls import Size
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from .configuration_vitcls import ViTCLSConfig
+from .field_checks_vitcls import Size
 from .positions_vitcls import needs_resampling
 from .token_layout_vitcls import COUNT_FIELDS
 
@@ -26,7 +27,7 @@ def build_attention_mask(
     config: ViTCLSConfig,
     hidden_states: Tensor,
     attention_mask: Tensor | None,
-    grid_size: tuple[int, int],
+    grid_size: Size,
     relative_position_bias: "RelativePositionBias | None" = None,
     gates: "TokenGates | None" = None,
 ) -> Any:
@@ -106,7 +107,7 @@ def build_cls_attention_mask(
     config: ViTCLSConfig,
     hidden_states: Tensor,
     attention_mask: Tensor | None,
-    grid_size: tuple[int, int],
+    grid_size: Size,
 ) -> Any:
     """Build the mask that hides from each CLS token the patches outside its scope."""
     if "flash" in config._attn_implementation:
@@ -132,9 +133,7 @@ def build_cls_attention_mask(
     )
 
 
-def build_cls_visibility(
-    config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device
-) -> Tensor:
+def build_cls_visibility(config: ViTCLSConfig, grid_size: Size, device: torch.device) -> Tensor:
     """Build a boolean matrix [N, N]; [q, k] is true if token q may attend to token k."""
     layout = config.token_layout
     num_tokens = layout.get_num_tokens(*grid_size)
@@ -145,7 +144,7 @@ def build_cls_visibility(
     return visibility
 
 
-def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.device) -> Tensor:
+def build_cell_mask(scope: list[int], grid_size: Size, device: torch.device) -> Tensor:
     """Mark the patches in the cell `[rows, columns, row, column]`: a boolean vector [patches]."""
     grid_rows, grid_columns = grid_size
     rows, columns, row, column = scope
@@ -184,7 +183,7 @@ class RelativePositionBias(nn.Module):
             torch.empty(num_tables, num_table_rows, config.num_attention_heads)
         )
 
-    def forward(self, hidden_states: Tensor, mask: Any, grid_size: tuple[int, int]) -> Any:
+    def forward(self, hidden_states: Tensor, mask: Any, grid_size: Size) -> Any:
         """Add the mask to the bias [B or 1, heads, N, N], or to a list with one bias per layer."""
         require_additive_mask(self.config, "relative_position_bias")
         index = self.get_relative_position_index(grid_size, hidden_states.device)  # [N, N]
@@ -196,9 +195,7 @@ class RelativePositionBias(nn.Module):
         biases = [apply_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
         return biases if len(biases) > 1 else biases[0]
 
-    def get_relative_position_index(
-        self, grid_size: tuple[int, int], device: torch.device
-    ) -> Tensor:
+    def get_relative_position_index(self, grid_size: Size, device: torch.device) -> Tensor:
         """Find the row of the table for each pair of tokens, [N, N]."""
         layout = self.config.token_layout
         rows, columns = grid_size
@@ -221,9 +218,7 @@ class RelativePositionBias(nn.Module):
         return index
 
 
-def resample_bias_tables(
-    tables: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]
-) -> Tensor:
+def resample_bias_tables(tables: Tensor, grid_size: Size, new_grid_size: Size) -> Tensor:
     """Resample bias tables [tables, distances + 3, heads] to another grid.
 
     The rows of special tokens do not change.

@@ -30,6 +30,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_vitcls import ViTCLSConfig
+from .field_checks_vitcls import Size
 from .positions_vitcls import (
     PositionEmbeddings,
     needs_resampling,
@@ -76,7 +77,7 @@ class ViTCLSPatchEmbeddings(nn.Module):
         patches = patches.flatten(2).transpose(1, 2)  # [B, rows * columns, D]
         return self.norm(patches)
 
-    def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
+    def get_grid_size(self, pixel_values: Tensor) -> Size:
         """Return the number of patch rows and columns.
 
         Raise ValueError if the shape of the images is unsupported.
@@ -118,7 +119,7 @@ class ViTCLSEmbeddings(nn.Module):
     def forward(
         self,
         pixel_values: Tensor,
-        grid_size: tuple[int, int],
+        grid_size: Size,
         bool_masked_pos: Tensor | None = None,
     ) -> Tensor:
         """Embed images, and replace masked patches with the mask token.
@@ -185,7 +186,7 @@ class LearnedPositionEmbeddings(nn.Module):
         self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid_size), config.hidden_size))
 
     def forward(
-        self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: tuple[int, int]
+        self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: Size
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add positions to patches [B, rows * columns, D], and to special tokens that have any."""
         positions: Tensor = self.patches  # [1, rows * columns, D]
@@ -208,7 +209,7 @@ class SinCosPositionEmbeddings(nn.Module):
         self.hidden_size = config.hidden_size
 
     def forward(
-        self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: tuple[int, int]
+        self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: Size
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add position embeddings to the patches [B, rows * columns, D].
 

@@ -41,6 +41,7 @@ from .field_checks_vitcls import (
     MAX_LABELS,
     MAX_PATCH_SIDE,
     MAX_PATCHES,
+    Size,
     activation,
     between,
     extent,
@@ -702,21 +703,21 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         return tuple(getattr(self, field) for field in COUNT_FIELDS.values())
 
     @property
-    def image_height_width(self) -> tuple[int, int]:
+    def image_height_width(self) -> Size:
         """`image_size` as (height, width) in pixels."""
         return to_pair(self.image_size)
 
     @property
-    def patch_height_width(self) -> tuple[int, int]:
+    def patch_height_width(self) -> Size:
         """`patch_size` as (height, width) in pixels."""
         return to_pair(self.patch_size)
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def grid_size(self) -> Size:
         """The number of patch rows and columns for images of `image_size`."""
         return self.get_grid_size(self.image_height_width)
 
-    def get_grid_size(self, height_width: tuple[int, int]) -> tuple[int, int]:
+    def get_grid_size(self, height_width: Size) -> Size:
         """Count the patch rows and columns of images of (height, width) pixels."""
         height, width = height_width
         patch_height, patch_width = self.patch_height_width

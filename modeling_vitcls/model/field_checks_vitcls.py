@@ -16,6 +16,8 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers.utils import is_torch_available
 
 
+Size = tuple[int, int]  # Height and width in pixels, or rows and columns of patches
+
 MAX_LABELS = 1_000_000  # Maximum number of labels of one classifier
 MAX_PATCHES = 2**22  # Maximum number of patches of an image
 MAX_PATCH_SIDE = 4096  # Maximum height and width of a patch, in pixels
@@ -92,6 +94,6 @@ def shorten_errors(strict_class: Any) -> Any:
     return strict_class
 
 
-def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
+def to_pair(value: int | Sequence[int]) -> Size:
     """Read a size, one number for both axes or [height, width], as (height, width)."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])

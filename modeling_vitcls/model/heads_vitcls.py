@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from .blocks_vitcls import build_norm
 from .configuration_vitcls import ViTCLSConfig
+from .field_checks_vitcls import Size
 
 
 IGNORED_LABEL = -100
@@ -228,7 +229,7 @@ class PixelDecoder(nn.Module):
         num_pixels = config.num_channels * math.prod(self.patch_size)
         self.projection = nn.Linear(config.hidden_size, num_pixels)
 
-    def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    def forward(self, patches: Tensor, grid_size: Size) -> Tensor:
         """Decode patches [B, rows * columns, D] to pixels [B, C, H, W]."""
         pixels = self.projection(patches).mT  # [B, C * patch height * patch width, patches]
         size = (grid_size[0] * self.patch_size[0], grid_size[1] * self.patch_size[1])

@@ -49,6 +49,7 @@ from .blocks_vitcls import (
 )
 from .class_distance_vitcls import ClassDistance
 from .configuration_vitcls import ViTCLSConfig
+from .field_checks_vitcls import Size
 from .heads_vitcls import (
     ALL_TOKENS,
     IGNORED_LABEL,
@@ -88,7 +89,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
 
     # Set by the model; not fields, because fields are tensors.
     token_layout: ClassVar[TokenLayout | None] = None
-    grid_size: ClassVar[tuple[int, int] | None] = None  # Number of patch rows and columns
+    grid_size: ClassVar[Size | None] = None  # Number of patch rows and columns
     # Layer -> tokens after the final norm: the last, `output_layers`, and what the pooler reads
     layer_tokens: ClassVar[Mapping[int, Tensor]] = {}
 
@@ -861,9 +862,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
             attentions=outputs.attentions,
         )
 
-    def get_feature_map(
-        self, hidden_states: Tensor, stage: str, grid_size: tuple[int, int]
-    ) -> Tensor:
+    def get_feature_map(self, hidden_states: Tensor, stage: str, grid_size: Size) -> Tensor:
         """Return the feature map of a stage with hidden states [B, N, D]."""
         is_last_stage = stage == self.stage_names[-1]
         if self.config.apply_layernorm or is_last_stage:

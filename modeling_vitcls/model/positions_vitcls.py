@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_vitcls import ViTCLSConfig
+from .field_checks_vitcls import Size
 
 
 # Cos and sin, each with shape [patches, head_dim] or [heads, patches, head_dim].
@@ -43,7 +44,7 @@ class AxialRotaryEmbeddings(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
+    def forward(self, grid_size: Size, hidden_states: Tensor) -> PositionEmbeddings:
         """Compute cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
         device = hidden_states.device
         head_dim = self.config.head_dim
@@ -78,9 +79,7 @@ class MixedRotaryEmbeddings(nn.Module):
             )
         )
 
-    def forward(
-        self, grid_size: tuple[int, int], hidden_states: Tensor
-    ) -> list[PositionEmbeddings]:
+    def forward(self, grid_size: Size, hidden_states: Tensor) -> list[PositionEmbeddings]:
         """Compute cos and sin [heads, rows * columns, head_dim] of each layer."""
         # [rows * columns, 2]
         coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)
@@ -106,9 +105,7 @@ class MixedRotaryEmbeddings(nn.Module):
         return torch.stack([first_frequencies, second_frequencies])
 
 
-def get_patch_coordinates(
-    config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device
-) -> Tensor:
+def get_patch_coordinates(config: ViTCLSConfig, grid_size: Size, device: torch.device) -> Tensor:
     """Compute the coordinates [rows * columns, 2] of all patches, row by row.
 
     `config.rope_axes` sets the axis order. Mixed rotary embeddings use `"grid"` coordinates.
@@ -158,7 +155,7 @@ def rotate_patches(
 
 
 # Resampling ---------------------------------------------------------------------------------------
-def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> bool:
+def needs_resampling(grid_size: Size, new_grid_size: Size) -> bool:
     """Check whether two grids differ. Dynamic sizes count as different, as comparing makes them static."""
     if torch.compiler.is_exporting() and any(
         isinstance(size, torch.SymInt) for size in new_grid_size
@@ -169,8 +166,8 @@ def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int])
 
 def resample_positions(
     positions: Tensor,
-    grid_size: tuple[int, int],
-    new_grid_size: tuple[int, int],
+    grid_size: Size,
+    new_grid_size: Size,
     config: ViTCLSConfig,
 ) -> Tensor:
     """Resample learned positions [1, rows * columns, D] to another grid, in float32."""
@@ -206,7 +203,7 @@ def resample_positions(
     return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
 
 
-def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
+def resize_patch_kernel(kernel: Tensor, new_size: Size) -> Tensor:
     """Resize a patch projection [D, C, height, width] to another patch size.
 
     The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly

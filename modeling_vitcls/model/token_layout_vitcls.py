@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from .field_checks_vitcls import Size
+
 
 TokenGroup = Literal["cls", "distillation", "registers"]  # Special tokens, in sequence order
 
@@ -128,7 +130,7 @@ def update_gated_tokens(
     return remaining_gated_tokens or None
 
 
-def check_scopes(scopes: Sequence[Any], num_cls_tokens: int, grid_size: tuple[int, int]) -> None:
+def check_scopes(scopes: Sequence[Any], num_cls_tokens: int, grid_size: Size) -> None:
     """Raise ValueError unless each CLS token has a scope: the image, or a cell of a grid over it."""
     if len(scopes) != num_cls_tokens:
         raise ValueError(

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.field_checks_vitcls import to_pair
+from ..model.field_checks_vitcls import Size, to_pair
 from .model import InitialModel
 from .options import FinetuneOptions
 
@@ -124,7 +124,7 @@ def resolve_defaults(
 
 def choose_image_size(
     initial: InitialModel, config_values: dict[str, Any]
-) -> tuple[int | tuple[int, int] | None, str | None]:
+) -> tuple[int | Size | None, str | None]:
     """Choose 224 pixels instead of a large native side of a checkpoint, which costs too much.
 
     Also return a line about it. Both are None for a small side.

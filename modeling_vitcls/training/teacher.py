@@ -36,6 +36,7 @@ from ..hub.loading import get_external_model_folder, load_timm_model
 from ..inference.image_pass import find_finite
 from ..inference.metrics import MetricValues
 from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.field_checks_vitcls import Size
 from ..runtime.errors import format_error, format_name_list
 
 
@@ -50,7 +51,7 @@ class TeacherPreprocessing:
     """Preprocessing of the student's pixels for a teacher."""
 
     num_channels: int
-    height_width: tuple[int, int]
+    height_width: Size
     interpolation: InterpolationMode
     # Converts uint8 [B, C, H, W] to normalized float32
     normalize: Callable[[Tensor], Tensor]
