@@ -32,6 +32,7 @@ from .image_pass import find_finite
 
 
 Row = dict[str, Any]
+Outputs = dict[str, Tensor]  # Of a batch, by name
 DISTANCE = "distance"  # Column and output with the distance to the nearest class
 
 
@@ -43,7 +44,7 @@ Label = tuple[str, float]  # Name and probability
 DEFAULT_THRESHOLD = 0.5
 
 
-def get_logits_by_task(outputs: Any) -> dict[str, Tensor]:
+def get_logits_by_task(outputs: Any) -> Outputs:
     """Map each task to its logits [B, num_labels]. The task of a classifier has an empty name."""
     logits = getattr(outputs, "logits", {})
     by_task = logits if isinstance(logits, dict) else {"": logits}
@@ -206,7 +207,7 @@ class LabelColumns:
         if self.has_distance and model.config.distance_threshold is not None:
             self.columns["unknown"] = pa.bool_()
 
-    def predict(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def predict(self, pixel_values: Tensor) -> Outputs:
         """Compute the logits [B, num_labels] of each task."""
         outputs: Any = self.model(pixel_values)
         logits = get_logits_by_task(outputs)
@@ -215,7 +216,7 @@ class LabelColumns:
             tensors[DISTANCE] = outputs.distance.float()[:, None]
         return tensors
 
-    def build_rows(self, outputs: dict[str, Tensor]) -> list[Row]:
+    def build_rows(self, outputs: Outputs) -> list[Row]:
         """Build one row per image with the most probable labels."""
         values: dict[str, Sequence[Any]] = {}
         for task, columns in self.tasks.items():
@@ -304,7 +305,7 @@ class FeatureColumns:
             if feature.num_tokens > 1:
                 self.columns[name] = pa.list_(self.columns[name])
 
-    def predict(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def predict(self, pixel_values: Tensor) -> Outputs:
         """Compute each feature as [B, D], or [B, n, D] if there are n > 1 tokens."""
         has_layers = any(feature.layer is not None for feature in self.features.values())
         num_tokens = None if has_layers else self.count_special_tokens()
@@ -327,7 +328,7 @@ class FeatureColumns:
             return None
         return max(getattr(config.token_layout, group).stop for group in groups)
 
-    def build_rows(self, outputs: dict[str, Tensor]) -> list[Row]:
+    def build_rows(self, outputs: Outputs) -> list[Row]:
         """Build one row per image with the features.
 
         A feature is one array, or a list with one array per token.
@@ -367,7 +368,7 @@ def build_rows(values: Mapping[str, Sequence[Any]]) -> list[Row]:
 
 
 @torch.inference_mode()
-def try_predict(columns: PredictionColumns, pixel_values: Tensor) -> dict[str, Tensor] | str:
+def try_predict(columns: PredictionColumns, pixel_values: Tensor) -> Outputs | str:
     """Compute the outputs [B, ...] for images [B, C, H, W].
 
     If the model does not support the images, return the reason.
@@ -379,7 +380,7 @@ def try_predict(columns: PredictionColumns, pixel_values: Tensor) -> dict[str, T
 
 
 def build_checked_rows(
-    columns: PredictionColumns, outputs: dict[str, Tensor] | str | None, num_images: int
+    columns: PredictionColumns, outputs: Outputs | str | None, num_images: int
 ) -> list[Row]:
     """Build a row for each image, given what `try_predict` returns; without images, None."""
     if not isinstance(outputs, dict):
