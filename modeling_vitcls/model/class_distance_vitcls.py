@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
 from .attention_masks_vitcls import list_gated_tokens
@@ -39,6 +40,18 @@ NUM_SAMPLES = 64  # Weights of each parameter, which tell which of the two appli
 # Largest sum of the squared deviations of a fingerprint, in units of what rounding may cause. Rounding
 # to bfloat16 gives about 0.4 for each of the sums.
 MAX_DEVIATION = 24.0
+
+
+num_steps = 0  # Steps of all optimizers of this process
+
+
+def count_step(*_: Any) -> None:
+    """Count a step of an optimizer: PyTorch does not count what a fused one changes."""
+    global num_steps
+    num_steps += not torch.compiler.is_compiling()
+
+
+register_optimizer_step_post_hook(count_step)
 
 
 class ClassDistance(nn.Module):
@@ -80,6 +93,7 @@ class ClassDistance(nn.Module):
         self.is_valid: bool | None = True
         self.checked_state: list[Any] | None = []
         self.checked_sample: list[bytes] = []
+        self.checked_steps = 0
         self.terms: list[tuple[Tensor, ...]] = []
         self.state_of_terms: list[Any] = []
 
@@ -167,14 +181,17 @@ class ClassDistance(nn.Module):
         """Find out whether the statistics were fitted to the present weights of the encoder.
 
         The weights are read once after each change. PyTorch does not count edits of `parameter.data`
-        in place and steps of fused optimizers: `end_training` detects these, so call `model.train()`
-        before and `model.eval()` after them.
+        in place, so call `model.train()` before and `model.eval()` after them: `end_training`, which
+        also follows the steps of optimizers, detects these.
         """
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():
             return bool(self.is_valid)
+        if num_steps != self.checked_steps:
+            self.checked_steps = num_steps
+            self.end_training(encoder)
         state = self.list_states(encoder)
-        if state is None or (state == self.checked_state and self.is_valid is not None):
+        if state is None or state == self.checked_state:
             return bool(state and self.is_valid)
 
         was_valid = self.is_valid
@@ -194,8 +211,8 @@ class ClassDistance(nn.Module):
 
         A few weights of each parameter tell whether an optimizer has edited `parameter.data`.
         """
-        has_changed = self.list_states(encoder) != self.checked_state
-        if has_changed or read_sample(encoder) != self.checked_sample:
+        state = self.list_states(encoder)
+        if state != self.checked_state or read_sample(encoder) != self.checked_sample:
             self.is_valid = None
             self.checked_state = []
 
