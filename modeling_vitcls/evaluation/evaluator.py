@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..data.labels import LabelSpace, OneLabel, PerTask
 from ..frozen.features import Features, pool_layers
 from ..frozen.scenes import TrainedScenes
-from ..frozen.targets import TARGETS, Target
+from ..frozen.targets import Target, find_target
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.image_pass import ImageOutputs, ImagePass
@@ -58,7 +58,7 @@ class Predictions:
     @property
     def target(self) -> Target:
         """What an image has of the labels: one, or several. Several tasks have one each."""
-        return TARGETS[self.label_space.kind]
+        return find_target(self.outputs.labels)
 
     @property
     def answers(self) -> np.ndarray:

@@ -7,11 +7,12 @@ calibration         a temperature                       a line for each label
 classifier          LDA, with class statistics          one label against the rest, with one covariance
 estimate            accuracy                            mean average precision
 
-`TARGETS` maps the kind of the labels (data/labels.py) to its class. Only `find_target` finds it from the
-shape of an array. Logits are [N, K] of K classes or labels.
+`find_target` finds the class from the shape of the labels. Logits are [N, K] of K classes or labels.
 """
 
+import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,8 @@ class OneLabelTarget:
         """Fit the temperature of logits, given the weight [N] of each image; there are no lines."""
         return fit_temperature(logits, labels, weights), None
 
-    @staticmethod
-    def to_probabilities(logits: np.ndarray) -> np.ndarray:
-        return softmax(logits, axis=1)
+    to_probabilities = staticmethod(partial(softmax, axis=1))
+    find_right = staticmethod(operator.eq)  # The images [N] whose class is predicted
 
     @staticmethod
     def to_logits(probabilities: np.ndarray) -> np.ndarray:
@@ -94,11 +94,6 @@ class OneLabelTarget:
     def get_names(names: list[str], answers: np.ndarray) -> list[Any]:
         """Name the class of each image."""
         return [names[index] for index in answers]
-
-    @staticmethod
-    def find_right(answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Find the images [N] whose class is predicted."""
-        return answers == labels
 
     @staticmethod
     def compute_confidences(logits: np.ndarray) -> np.ndarray:
@@ -171,9 +166,7 @@ class SeveralLabelsTarget:
         slopes, offsets = np.transpose(lines)
         return 1.0, np.stack([slopes, np.where(scores.any(axis=0), offsets, logit(shares))])
 
-    @staticmethod
-    def to_probabilities(logits: np.ndarray) -> np.ndarray:
-        return expit(logits)
+    to_probabilities = staticmethod(expit)
 
     @staticmethod
     def to_logits(probabilities: np.ndarray) -> np.ndarray:
@@ -220,11 +213,6 @@ class SeveralLabelsTarget:
 
 
 Target = type[OneLabelTarget] | type[SeveralLabelsTarget]
-
-TARGETS: dict[Any, Target] = {
-    "single_label_classification": OneLabelTarget,
-    "multi_label_classification": SeveralLabelsTarget,
-}
 
 
 def find_target(labels: np.ndarray) -> Target:
