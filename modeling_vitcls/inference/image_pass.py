@@ -4,7 +4,7 @@
 
     ImagePass      labeled images of a dataset, on any number of processes; each image is counted exactly once
     Evaluator      an ImagePass whose outputs become metrics (evaluator.py)
-    FrozenPass     an ImagePass whose outputs are the features of a frozen encoder (frozen_features.py)
+    FrozenPass     an ImagePass whose outputs are the features of a frozen encoder (frozen/features.py)
 
 Sharded models require that all processes run the same number of batches of the same size. The
 images are therefore distributed in rounds of one batch per process. The last round is padded with

@@ -12,6 +12,7 @@ complete. publishing/ builds the report and the card from the folder.
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import set_seed
 
@@ -31,7 +32,6 @@ from .plan import RunPlan, plan_run
 from .reporter import Reporter
 from .run_folder import (
     CHECKPOINTS_FOLDER,
-    EarlierRun,
     build_run_record,
     convert_sources,
     find_run,
@@ -79,30 +79,29 @@ def train(asked: FinetuneOptions) -> Path:
     # Held until the last file is in its place: two runs in one folder would mix their checkpoints.
     with ExitStack() as stack:
 
-        def open_folder() -> EarlierRun | None:
+        def open_folder() -> tuple[dict[str, Any] | None, Checkpoint | None]:
             stack.enter_context(lock_folder(folder))
             return find_run(folder, store, asked, reporter.warn)
 
         # One process looks at the folder for all of them. The others would wait for its lock.
-        earlier = run_on_main(open_folder)
+        recorded, checkpoint = run_on_main(open_folder)
 
-        inputs = load(asked, earlier, reporter)
-        plan = plan_run(inputs, accelerator, is_resumed=earlier is not None)
+        inputs = load(asked, recorded, reporter)
+        plan = plan_run(inputs, accelerator, is_resumed=recorded is not None)
         options = plan.options
         # Compared with the earlier run first: nothing is written if the run is another one.
         record = run_on_main(
-            partial(build_run_record, options, inputs.images, to_flags(asked), earlier)
+            partial(build_run_record, options, inputs.images, to_flags(asked), recorded)
         )
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
-        if earlier is not None and earlier.checkpoint is None:
+        if recorded is not None and checkpoint is None:
             run_on_main(clean_up)
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
-        run_on_main(partial(prepare_folder, folder, store, to_flags(options), earlier is not None))
+        run_on_main(partial(prepare_folder, folder, store, to_flags(options), recorded is not None))
         print_summary(inputs, plan, reporter)
-        checkpoint = None if earlier is None else earlier.checkpoint
         data, encoded = divide_run(inputs, plan, checkpoint, reporter)
 
         # Both kinds end in the same record.

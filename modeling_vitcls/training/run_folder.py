@@ -16,7 +16,7 @@ import operator
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,29 +50,20 @@ SOURCE_FLAGS = ("model", "teacher")  # Flags whose values may be models in the o
 PATH_FLAGS = ("dataset", *SOURCE_FLAGS)  # Flags whose values may be paths
 
 
-@dataclass(frozen=True)
-class EarlierRun:
-    """The run in the output folder that `resume=True` continues or, if it is finished, repeats.
-
-    Attributes:
-        metadata: its record (`build_run_record`), and what its checkpoint adds to the record.
-        checkpoint: None if it is finished.
-    """
-
-    metadata: dict[str, Any]
-    checkpoint: Checkpoint | None
-
-
 def find_run(
     folder: Path, store: CheckpointStore, options: FinetuneOptions, warn: Callable[[str], None]
-) -> EarlierRun | None:
-    """Look at the output folder. Return the run to resume, or None if a new one may start.
+) -> tuple[dict[str, Any] | None, Checkpoint | None]:
+    """Look at the output folder for the run that `resume=True` continues or, if it is finished, repeats.
 
     Args:
         folder: output folder.
         store: the checkpoints in it.
         options: the flags of the new run.
         warn: prints a warning about a damaged checkpoint.
+
+    Returns:
+        The record of the run (`build_run_record`), with what its checkpoint adds to the record, or
+        None if a new one may start; and the checkpoint, or None for a finished or a new run.
 
     Raises:
         ValueError: if files would be replaced without `overwrite=True`, or the run in the folder is
@@ -82,10 +73,10 @@ def find_run(
     # The results are looked for first: a finished run may have no checkpoints left to continue
     # from, and has nothing left to do.
     if options.resume and is_finished:
-        return read_finished_run(folder)
+        return read_finished_run(folder), None
     checkpoint = store.load_newest(warn) if options.resume else None
     if checkpoint is not None:
-        return EarlierRun(checkpoint.metadata, checkpoint)
+        return checkpoint.metadata, checkpoint
     # Nothing is removed yet. `prepare_folder` removes the old files after the data and the model
     # were read without an error, so a typo costs no finished run.
     if options.overwrite:
@@ -98,10 +89,10 @@ def find_run(
         )
     else:
         check_replaceable(folder, store)
-    return None
+    return None, None
 
 
-def read_finished_run(folder: Path) -> EarlierRun:
+def read_finished_run(folder: Path) -> dict[str, Any]:
     """Read the record of a finished run. Raise ValueError if its weights are not those it wrote."""
     results = read_json(folder / RESULTS_FILE)
     if hash_weights(folder) != results.get("weights_sha256"):
@@ -120,7 +111,7 @@ def read_finished_run(folder: Path) -> EarlierRun:
             "or from another version. Choose a different `output_dir`, or set `overwrite=True` without "
             "`resume`"
         ) from None
-    return EarlierRun(results | {"flags": flags}, None)
+    return results | {"flags": flags}
 
 
 def check_replaceable(folder: Path, store: CheckpointStore) -> None:
@@ -244,26 +235,26 @@ def convert_sources(
     return replace(options, **values)
 
 
-def take_derived_values(options: FinetuneOptions, earlier: EarlierRun) -> FinetuneOptions:
+def take_derived_values(options: FinetuneOptions, recorded: dict[str, Any]) -> FinetuneOptions:
     """Give a resumed run the values that its start derived for unset flags, and the same commits.
 
     Args:
         options: as the person set them.
-        earlier: the run that is resumed.
+        recorded: record of the run that is resumed.
 
     Raises:
         ValueError: if a flag has another value than in the earlier run.
     """
     flags = to_flags(options)
-    derived = earlier.metadata["chosen_flags"]
-    for name, asked in earlier.metadata["flags"].items():
+    derived = recorded["chosen_flags"]
+    for name, asked in recorded["flags"].items():
         # A person may copy the derived value from the log into the command; that is no change.
         accepted_values = (asked, derived.get(name, asked))
         is_same = is_same_source if name in PATH_FLAGS else operator.eq
         value = flags.get(name)  # Another version may have had other flags
         is_accepted = any(is_same(accepted, value) for accepted in accepted_values)
         if not is_accepted and name not in CHANGEABLE_FLAGS:
-            raise ValueError(describe_flag_change(name, value, options.output_dir, earlier))
+            raise ValueError(describe_flag_change(name, value, options.output_dir, recorded))
 
     # The batch size may change, so it is derived only while it is unset.
     values = {
@@ -274,9 +265,9 @@ def take_derived_values(options: FinetuneOptions, earlier: EarlierRun) -> Finetu
     return replace(options, **values)
 
 
-def describe_flag_change(name: str, value: Any, folder: Path, earlier: EarlierRun) -> str:
+def describe_flag_change(name: str, value: Any, folder: Path, recorded: dict[str, Any]) -> str:
     """Say how a flag differs from the run in a folder that is resumed, and what to do."""
-    asked = earlier.metadata["flags"][name]
+    asked = recorded["flags"][name]
     advice = "Use the same flags, or choose a different `output_dir`"
     # More epochs are another run: the learning rate of every past step depends on the total.
     if name in ("epochs", "max_steps"):
@@ -285,7 +276,7 @@ def describe_flag_change(name: str, value: Any, folder: Path, earlier: EarlierRu
         advice = f"{asked} does not exist. Restore it, or choose a different `output_dir`"
 
     asked_text = format_flag_value(asked)
-    derived = earlier.metadata["chosen_flags"]
+    derived = recorded["chosen_flags"]
     if name in derived:
         asked_text += f" ({format_flag_value(derived[name])} was chosen)"
     return (
@@ -304,7 +295,7 @@ def format_flag_value(value: Any) -> str:
 
 
 def build_run_record(
-    options: FinetuneOptions, images: Splits, flags: dict[str, Any], earlier: EarlierRun | None
+    options: FinetuneOptions, images: Splits, flags: dict[str, Any], recorded: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Build what checkpoints and results.json contain about the run.
 
@@ -312,7 +303,7 @@ def build_run_record(
         options: flags with the values of the plan.
         images: of the run.
         flags: flags as the person set them.
-        earlier: run that is resumed, whose record is compared.
+        recorded: record of the run that is resumed, which is compared.
 
     Raises:
         ValueError: as `check_run_unchanged`.
@@ -325,14 +316,14 @@ def build_run_record(
         "mixed_precision": state.mixed_precision,
         "data": describe_data(images),
     }
-    if earlier is None:
+    if recorded is None:
         chosen = {name: value for name, value in to_flags(options).items() if value != flags[name]}
         return record | {"flags": make_flags_relative(flags), "chosen_flags": chosen}
 
-    check_run_unchanged(earlier.metadata, record, options.output_dir)
+    check_run_unchanged(recorded, record, options.output_dir)
     # The flags are the same, and values that were derived at the first start stay derived, even if
     # the person has typed them since.
-    return record | {name: earlier.metadata[name] for name in ("flags", "chosen_flags")}
+    return record | {name: recorded[name] for name in ("flags", "chosen_flags")}
 
 
 def check_run_unchanged(earlier: dict[str, Any], current: dict[str, Any], folder: Path) -> None:

@@ -32,7 +32,7 @@ from .model import (
 )
 from .options import FinetuneOptions
 from .reporter import Reporter
-from .run_folder import SOURCE_FLAGS, EarlierRun, convert_sources, take_derived_values
+from .run_folder import SOURCE_FLAGS, convert_sources, take_derived_values
 from .teacher import Teacher, load_teacher
 
 
@@ -69,12 +69,14 @@ class RunInputs:
         return 0 if rows is None else int(find_trained_images(self.images.train, rows).sum())
 
 
-def load(options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporter) -> RunInputs:
+def load(
+    options: FinetuneOptions, recorded: dict[str, Any] | None, reporter: Reporter
+) -> RunInputs:
     """Read the labels of the images, and load the models. No image is decoded.
 
     Args:
         options: as the person set them.
-        earlier: run that is resumed.
+        recorded: record of the run that is resumed.
         reporter: output of the run, with its accelerator.
 
     Raises:
@@ -82,10 +84,10 @@ def load(options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporte
             earlier run had other flags.
     """
     recorded_precision = None
-    if earlier is not None:
+    if recorded is not None:
         # Derived values come from the record: this machine might derive others.
-        options = take_derived_values(options, earlier)
-        recorded_precision = earlier.metadata["mixed_precision"]
+        options = take_derived_values(options, recorded)
+        recorded_precision = recorded["mixed_precision"]
     accelerator = reporter.accelerator
     state = PartialState()
 

@@ -21,7 +21,6 @@ from modeling_vitcls.training.options import (
     FinetuneOptions,
 )
 from modeling_vitcls.training.run_folder import (
-    EarlierRun,
     convert_sources,
     make_flags_relative,
     take_derived_values,
@@ -119,7 +118,7 @@ def test_files_of_a_run_contain_no_local_paths(
     assert str(tmp_path) not in text
 
     recorded = {"flags": make_flags_relative(to_flags(options)), "chosen_flags": {}}
-    assert take_derived_values(options, EarlierRun(recorded, None)) == options
+    assert take_derived_values(options, recorded) == options
 
     monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, from any working folder
     assert is_local(flags["dataset"])
@@ -134,7 +133,7 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
 
     def check(current: FinetuneOptions, **changes: Any) -> None:
         recorded = {"flags": before | changes, "chosen_flags": {}}
-        take_derived_values(current, EarlierRun(recorded, None))
+        take_derived_values(current, recorded)
 
     before = to_flags(build("data/teach"))
     assert before["dataset"] == f"{here}/data/teach"

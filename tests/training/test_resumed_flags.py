@@ -25,7 +25,7 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.flags import get_flag_fields, to_arguments
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.reporter import Reporter
-from modeling_vitcls.training.run_folder import EarlierRun, convert_sources, take_derived_values
+from modeling_vitcls.training.run_folder import convert_sources, take_derived_values
 
 
 NOT_SPELLED = ("config", "output_dir", "resume", "overwrite")
@@ -83,8 +83,7 @@ def resume(folder: Path, command: list[str]) -> FinetuneOptions:
     """Return the options of a resumed run."""
     arguments = [*command, "--output-dir", str(folder), "--resume"]
     _, options = parse_command_line(arguments)
-    earlier = EarlierRun(read_record(folder), None)
-    return take_derived_values(convert_sources(options, resolve_name), earlier)
+    return take_derived_values(convert_sources(options, resolve_name), read_record(folder))
 
 
 @pytest.mark.parametrize("flags", [(), ("--image-size", "224"), ("--epochs", "2.0")])

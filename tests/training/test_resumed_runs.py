@@ -23,7 +23,7 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.flags import to_flags
 from modeling_vitcls.training.checkpoints import CheckpointStore, format_state, read_training_state
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.run_folder import EarlierRun, take_derived_values
+from modeling_vitcls.training.run_folder import take_derived_values
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
@@ -132,12 +132,12 @@ def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message:
 def test_a_resumed_run_uses_the_commits_with_which_it_was_started() -> None:
     options = build_options(Path("run"), model="acme/vit", teacher="acme/other")
     chosen = {"model": f"acme/vit@{'0' * 40}", "teacher": f"acme/other@{'1' * 40}"}
-    earlier = EarlierRun({"flags": to_flags(options), "chosen_flags": chosen}, None)
+    recorded = {"flags": to_flags(options), "chosen_flags": chosen}
     for sources in ({}, chosen):
-        resumed = take_derived_values(replace(options, **sources), earlier)
+        resumed = take_derived_values(replace(options, **sources), recorded)
         assert (resumed.model, resumed.teacher) == tuple(chosen.values())
     with raises_one_line("`model` acme/vit (acme/vit@", f"is acme/vit@{'2' * 40}"):
-        take_derived_values(replace(options, model=f"acme/vit@{'2' * 40}"), earlier)
+        take_derived_values(replace(options, model=f"acme/vit@{'2' * 40}"), recorded)
 
 
 def test_an_initial_model_that_is_gone_is_named() -> None:
@@ -145,7 +145,7 @@ def test_an_initial_model_that_is_gone_is_named() -> None:
     options = build_options(Path("run"), model="vit")
     flags = to_flags(options) | {"model": "./vit"}
     with raises_one_line("./vit does not exist. Restore it"):
-        take_derived_values(options, EarlierRun({"flags": flags, "chosen_flags": {}}, None))
+        take_derived_values(options, {"flags": flags, "chosen_flags": {}})
 
 
 def test_a_run_resumed_on_a_machine_without_bfloat16_keeps_its_precision(
