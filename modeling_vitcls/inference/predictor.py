@@ -67,6 +67,11 @@ PREDICTION_BATCH_SIZE = 32  # Default number of images per forward pass on GPUs
 IMAGE_COLUMNS = ("image", "bytes", "path")  # Column names of images in Ray, Spark and `datasets`
 
 
+if hasattr(os, "register_at_fork"):  # Not on Windows
+    # Threads do not survive a fork: a child that computed with several would wait for them forever
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
+
 class Predictor:
     """A loaded model to keep, which predicts photos as `predict` does.
 
