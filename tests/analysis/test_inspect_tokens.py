@@ -1,15 +1,15 @@
 """The command scripts/inspect_tokens.py: folders of images, datasets, and one-line errors."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from helpers.local_hub import LocalHub
+from helpers.photo_folders import draw_noise
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_both
-from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, inspect_tokens
 from modeling_vitcls.analysis.inspect_tokens import write_inspection
@@ -38,12 +38,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write images of two classes, one without a class, and an unreadable file."""
     folder = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
     for name, count in {"cat": 5, "owl": 5, "else": 1}.items():
         (folder / name).mkdir()
         for number in range(count):
-            values = generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-            Image.fromarray(values).save(folder / name / f"{name}{number}.png")
+            (photo,) = draw_noise((40, 60), seed=zlib.crc32(f"{name}{number}".encode()))
+            photo.save(folder / name / f"{name}{number}.png")
     (folder / "cat" / "broken [old].png").write_bytes(b"no picture")
     return folder
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import numpy as np
 import torch
+from helpers.photo_folders import draw_noise
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.varied_models import center_logits
 from PIL import Image
@@ -18,15 +18,8 @@ from modeling_vitcls.data.labels import OneLabel
 
 
 NUM_IMAGES = 18
+IMAGES = draw_noise(*[(32, 32)] * NUM_IMAGES)
 PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-
-
-def build_images(*shapes: tuple[int, int]) -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    return [
-        Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8))
-        for shape in shapes or [(32, 32)] * NUM_IMAGES
-    ]
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
@@ -34,7 +27,7 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     model = ViTCLSForImageClassification(
         build_tiny_config(**{"num_labels": 8, "num_register_tokens": 2, **fields})
     )
-    return center_logits(model, PROCESSOR(build_images(), return_tensors="pt")["pixel_values"])
+    return center_logits(model, PROCESSOR(IMAGES, return_tensors="pt")["pixel_values"])
 
 
 def read(model: Any, images: Any, labels: Any, processor: Any = PROCESSOR) -> Any:
@@ -45,9 +38,8 @@ def read(model: Any, images: Any, labels: Any, processor: Any = PROCESSOR) -> An
 
 def inspect(model: Any, count: int = NUM_IMAGES, **settings: Any) -> Any:
     """Measure images without labels, and show the first one."""
-    images = build_images()[:count]
-    labeled = LabeledImages(images, [None] * count)
-    chosen = [(images[0], {"name": "first"})]
+    labeled = LabeledImages(IMAGES[:count], [None] * count)
+    chosen = [(IMAGES[0], {"name": "first"})]
     return inspect_images(model, PROCESSOR, labeled, batch_size=4, chosen=chosen, **settings)
 
 
@@ -57,14 +49,14 @@ def inspect(model: Any, count: int = NUM_IMAGES, **settings: Any) -> Any:
 def test_the_first_images_of_a_sorted_dataset_are_of_several_classes() -> None:
     model = build_classifier()
     labels = [0] * 9 + [1] * 9
-    batch = read(model, build_images(), labels)[0]
+    batch = read(model, IMAGES, labels)[0]
     assert set(batch.labels.tolist()) == {0, 1}
 
 
 def test_images_of_several_shapes_keep_their_labels() -> None:
     """The processor keeps the aspect ratio, and one image is unreadable."""
     model = build_classifier()
-    images = build_images(*[(32, 32), (32, 48)] * 4)
+    images = draw_noise(*[(32, 32), (32, 48)] * 4)
     images[3] = Image.new("F", (32, 32))
     processor = ViTCLSImageProcessor(size={"shortest_edge": 32})
     found = {}

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.photo_folders import draw_noise
 from helpers.tiny_models import build_tiny_config, get_largest_difference, randomize
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -23,7 +24,7 @@ from modeling_vitcls.analysis.token_use import find_token_use
 PROCESSOR = ViTCLSImageProcessor(
     size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 40}
 )
-PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8))
+PHOTO = draw_noise((80, 120))[0]
 PIXELS = PROCESSOR(PHOTO, return_tensors="pt")["pixel_values"]
 TOKENS: dict[str, Any] = {"num_register_tokens": 2, "num_hidden_layers": 3}
 

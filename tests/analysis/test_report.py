@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from helpers.photo_folders import draw_noise
 from helpers.tiny_models import TASKS, build_tiny_config, randomize
 from helpers.varied_models import center_logits
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from modeling_vitcls import (
@@ -25,25 +24,17 @@ from modeling_vitcls.version import __version__
 
 
 NAMES = ["</script><b>wide</b>.png", *(f"{number} & more.png" for number in range(17))]
+SHAPES = [(60, 90), *[(40, 40)] * 17]
 PROCESSOR = ViTCLSImageProcessor(
     size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}
 )
-
-
-def build_pil_images(count: int = len(NAMES)) -> list[Image.Image]:
-    """Return images of 90 x 60 and 40 x 40 pixels."""
-    generator = np.random.default_rng(0)
-    sizes = [(60, 90) if index == 0 else (40, 40) for index in range(count)]
-    return [
-        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes
-    ]
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     config = build_tiny_config(
         **{"num_labels": 8, "num_hidden_layers": 3, "num_register_tokens": 3} | fields
     )
-    pixels = PROCESSOR(build_pil_images(), return_tensors="pt")["pixel_values"]
+    pixels = PROCESSOR(draw_noise(*SHAPES), return_tensors="pt")["pixel_values"]
     return center_logits(ViTCLSForImageClassification(config), pixels)
 
 
@@ -59,7 +50,7 @@ def model() -> ViTCLSForImageClassification:
 @pytest.fixture(scope="module")
 def report(model: ViTCLSForImageClassification, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("report") / "report.html"
-    images = build_pil_images()
+    images = draw_noise(*SHAPES)
     chosen = [
         (image, {"name": name, "truth": "A & <B>", "kind": "wrong"})
         for image, name in zip(images[:3], NAMES, strict=False)
@@ -132,7 +123,7 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     """Two images are sufficient for a page, but not for statements about effects."""
     file = tmp_path / "folder" / "report.html"
     model = randomize(KINDS[name])
-    images = build_pil_images(2)
+    images = draw_noise(*SHAPES[:2])
     chosen = [(image, {"name": "photo.jpg"}) for image in images]
     found, photos = inspect_images(
         model, PROCESSOR, LabeledImages(images, [None] * 2), batch_size=2, chosen=chosen

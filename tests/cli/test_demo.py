@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from helpers.photo_folders import draw_noise
 from helpers.tiny_models import (
     KINDS,
     build_tiny_config,
@@ -31,8 +32,7 @@ NAMES = ("cat", "dog", "fox")
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    draw_noise((40, 50))[0].save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 

@@ -8,12 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.batch_plans import build_plan
-from helpers.photo_folders import CountedImages
-from PIL import Image
+from helpers.photo_folders import CountedImages, draw_noise
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import batches as batches_module
@@ -30,6 +28,7 @@ from modeling_vitcls.data.options import AugmentationOptions
 
 
 LABELS = OneLabel({"label": list("abcde")})
+NOISE = draw_noise(*[(12, 10)] * 9)
 
 
 def build_images(
@@ -43,14 +42,6 @@ def build_images(
         AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16])
     )
     return TrainingImages(source, augmentation, label_space, to_rgb=True, seed=seed)
-
-
-def build_noise_images(count: int) -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    return [
-        Image.fromarray(generator.integers(0, 256, (12, 10, 3), dtype=np.uint8))
-        for _ in range(count)
-    ]
 
 
 def are_equal(first: Batch, second: Batch) -> bool:
@@ -80,7 +71,7 @@ def are_equal(first: Batch, second: Batch) -> bool:
 def test_labels_of_several_classes_and_tasks_become_tensors(
     label_space: LabelSpace, labels: list[Any], expected: Any
 ) -> None:
-    images = build_images(LabeledImages(build_noise_images(2), labels), label_space=label_space)
+    images = build_images(LabeledImages(NOISE[:2], labels), label_space=label_space)
     torch.testing.assert_close(images[[(0, 0), (0, 1)]]["labels"], expected)
 
 
@@ -96,7 +87,7 @@ def test_labels_of_several_classes_and_tasks_become_tensors(
 def test_pixels_match_the_image_processor(settings: dict[str, Any]) -> None:
     """Without augmentation, training and evaluation use equal values."""
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 16}, **settings)
-    images = build_noise_images(9)
+    images = NOISE
     images[0] = images[0].convert("L")
     prepared = build_images(LabeledImages(images, [0] * 9))
     keys = [(0, index) for index in range(9)]
@@ -111,7 +102,7 @@ def test_only_small_datasets_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -
     num_bytes = 3 * 12 * 10 * 3  # three images before the random crop
     for limit, num_reads in ((num_bytes, 3), (num_bytes - 1, 6)):
         monkeypatch.setattr(batches_module, "MAX_CACHE_BYTES", limit)
-        counted = CountedImages(build_noise_images(3))
+        counted = CountedImages(NOISE[:3])
         images = build_images(LabeledImages(counted, [0, 1, 2]), crop_scale=0.5)
         assert are_equal(images[keys], images[keys])
         assert counted.num_reads == num_reads
@@ -123,7 +114,7 @@ def test_only_small_datasets_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def half_unreadable(tmp_path: Path) -> LabeledImages:
     """Return six images, of which the second, the third and the last are unreadable."""
-    for index, image in enumerate(build_noise_images(6)):
+    for index, image in enumerate(NOISE[:6]):
         if index in (1, 2, 5):
             (tmp_path / f"{index}.png").write_bytes(b"no image")
         else:
@@ -190,7 +181,7 @@ def test_a_dataset_without_any_readable_image_is_a_one_line_error(
 
 def test_workers_ignore_the_signals_that_stop_a_run() -> None:
     """Ctrl-C and a cluster's SIGTERM reach all processes, but the main process has to save."""
-    source = LabeledImages(build_noise_images(4), [0] * 4)
+    source = LabeledImages(NOISE[:4], [0] * 4)
     batches = iterate_training_batches(
         build_images(source), build_plan(4, max_steps=60, batch_size=2), 0, num_workers=2
     )
@@ -213,7 +204,7 @@ def test_workers_ignore_the_signals_that_stop_a_run() -> None:
 def test_color_images_become_gray_for_a_model_of_one_channel() -> None:
     images = [
         image.convert(mode)
-        for image, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
+        for image, mode in zip(NOISE[:4], ("L", "RGB", "RGBA", "LA"), strict=True)
     ]
     prepared = build_images(LabeledImages(images, [0, 1, 2, 3]))
     prepared = replace(prepared, to_rgb=False, num_channels=1)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.photo_folders import encode_image
+from helpers.photo_folders import draw_noise, encode_image
 from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
@@ -24,8 +24,7 @@ NUM_IMAGES = 40
 
 def make_image(index: int) -> Image.Image:
     """Return a random color image that depends only on the index."""
-    pixels = np.random.default_rng(index).integers(256, size=(8, 10, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return draw_noise((8, 10), seed=index)[0]
 
 
 def name_class(index: int) -> str:

@@ -1,6 +1,5 @@
 """Datasets: sources, columns, labels, held-out parts, unreadable images."""
 
-import io
 import struct
 import tarfile
 import zlib
@@ -11,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from helpers.photo_folders import write_photos, write_two_colors
+from helpers.photo_folders import draw_noise, encode_image, write_photos, write_two_colors
 from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
@@ -208,13 +207,10 @@ def test_a_folder_of_files_that_are_not_read_has_a_remedy(
 
 
 def test_unreadable_images_are_named(tmp_path: Path) -> None:
-    jpeg = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(jpeg, "JPEG")
     chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     contents = {
-        "truncated.jpg": jpeg.getvalue()[:-200],
+        "truncated.jpg": encode_image(draw_noise((40, 40))[0], "JPEG")[:-200],
         "empty.png": b"",
         "text.png": b"not an image",
         "bomb.png": b"\x89PNG\r\n\x1a\n" + bomb,

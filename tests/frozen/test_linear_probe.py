@@ -25,14 +25,20 @@ def draw_images(
     num_images: int, seed: int = 0, num_classes: int = 4
 ) -> tuple[dict[tuple[int, str], np.ndarray], np.ndarray]:
     """Return CLS tokens with the class and means without it, and labels."""
-    generator = np.random.default_rng(seed)
     labels = np.arange(num_images) % num_classes
+    return draw_tokens_of(np.eye(num_classes)[labels], np.random.default_rng(seed)), labels
+
+
+def draw_tokens_of(
+    labels: np.ndarray, generator: np.random.Generator
+) -> dict[tuple[int, str], np.ndarray]:
+    """Return CLS tokens with labels [N, C] of 0 and 1, and means without them."""
+    num_images, num_classes = labels.shape
     centers = np.random.default_rng(1).normal(size=(num_classes, 16))
-    features = {
-        CLS: centers[labels] + generator.normal(size=(num_images, 16)),
+    return {
+        CLS: labels @ centers + generator.normal(size=(num_images, 16)),
         MEAN: generator.normal(size=(num_images, 16)),
     }
-    return features, labels
 
 
 def test_tokens_without_the_class_are_not_chosen() -> None:
@@ -190,12 +196,7 @@ def draw_tags(num_images: int, seed: int) -> tuple[dict[tuple[int, str], np.ndar
     labels = generator.random((num_images, 4)) < [0.5, 0.5, 0.1, 0]
     labels[:, 1] &= labels[:, 0]
     labels[0, 3] = True
-    centers = np.random.default_rng(1).normal(size=(4, 16))
-    features = {
-        CLS: labels @ centers + generator.normal(size=(num_images, 16)),
-        MEAN: generator.normal(size=(num_images, 16)),
-    }
-    return features, labels.astype(np.float32)
+    return draw_tokens_of(labels, generator), labels.astype(np.float32)
 
 
 def test_several_labels_have_calibrated_probabilities() -> None:

@@ -1,4 +1,4 @@
-"""Image folders with one sub-folder per class, and images that count how often they are read."""
+"""Noise, image folders with one sub-folder per class, and images that count how often they are read."""
 
 import zlib
 from collections.abc import Iterable
@@ -26,6 +26,14 @@ def encode_image(image: Image.Image, file_format: str = "PNG", **options: Any) -
     file = BytesIO()
     image.save(file, file_format, **options)
     return file.getvalue()
+
+
+def draw_noise(*shapes: tuple[int, int], seed: int = 0) -> list[Image.Image]:
+    """Draw a color image of noise for each shape (height, width)."""
+    generator = np.random.default_rng(seed)
+    return [
+        Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes
+    ]
 
 
 def write_photos(root: Path, numbers: range, *names: str) -> Path:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from helpers.photo_folders import draw_noise
 from helpers.tiny_models import build_images, build_tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,
@@ -36,6 +36,7 @@ from modeling_vitcls.hub.model_files import hash_weights
 
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
+PHOTO = draw_noise((20, 30))[0]
 FIELDS: dict[str, Any] = {
     "id2label": LABELS,
     "num_distillation_tokens": 1,
@@ -55,11 +56,6 @@ def assert_same_logits(model: Any, wanted: Any = None, **tolerance: float) -> No
     torch.testing.assert_close(model.eval()(build_images()).logits, wanted, **tolerance)
 
 
-def build_pil_image() -> Image.Image:
-    """Return a random color image."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-
-
 @pytest.fixture(params=[ViTCLSImageProcessor, ViTCLSImageProcessorPil])
 def processor(request: pytest.FixtureRequest) -> Any:
     """Return the image processor of each backend."""
@@ -75,13 +71,11 @@ def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
 ) -> None:
     torch.manual_seed(0)
     model = ViTCLSModel(build_tiny_config(**FIELDS)).eval()
-    outputs = model(**processor(build_pil_image(), return_tensors="pt"))
-    tokens = pipeline("image-feature-extraction", model=model, image_processor=processor)(
-        build_pil_image()
-    )
+    outputs = model(**processor(PHOTO, return_tensors="pt"))
+    tokens = pipeline("image-feature-extraction", model=model, image_processor=processor)(PHOTO)
     pooled = pipeline(
         "image-feature-extraction", model=model, image_processor=processor, pool=True
-    )(build_pil_image())
+    )(PHOTO)
 
     assert torch.tensor(tokens).shape == (1, 4 + 16, 16)
     torch.testing.assert_close(torch.tensor(tokens), outputs.last_hidden_state)

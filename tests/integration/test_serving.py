@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from accelerate.utils.other import get_free_port
 from fastapi.testclient import TestClient
 from helpers.doc_pages import ROOT, read_blocks
 from helpers.fresh_processes import run_program
+from helpers.photo_folders import draw_noise, encode_image
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 
@@ -66,10 +66,7 @@ def address(folder: Path) -> Iterator[str]:
 
 def encode(size: tuple[int, int], seed: int) -> bytes:
     """Return a PNG file of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encode_image(draw_noise(size, seed=seed)[0])
 
 
 def build_icon(png: bytes) -> bytes:

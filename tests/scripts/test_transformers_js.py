@@ -9,10 +9,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers.fresh_processes import run_program
+from helpers.photo_folders import draw_noise
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_images, build_tiny_config, save_both
 from helpers.varied_models import center_logits
@@ -48,8 +48,7 @@ console.log(JSON.stringify(labels));
 
 def build_photos() -> list[Image.Image]:
     """Return noise in the size of the model: no image is resized."""
-    noise = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
-    return [Image.fromarray(pixels) for pixels in noise]
+    return draw_noise(*[(32, 32)] * 60)
 
 
 @pytest.fixture(scope="module")

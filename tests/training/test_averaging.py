@@ -45,15 +45,18 @@ def load_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def train_twice(folder: Path, encoder: Path, **flags: Any) -> list[dict[str, torch.Tensor]]:
+    """Return the encoder's weights after the last step, in their mean with the start, and before."""
+    end = build_options(folder / "end", encoder, average_with_start=0.0, **flags)
+    mean = build_options(folder / "mean", encoder, **flags)
+    return list(map(load_encoder_weights, (run_to_folder(end), run_to_folder(mean), encoder)))
+
+
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 def test_the_saved_weights_are_the_mean_of_start_and_end(
     trainable: str, encoder: Path, tmp_path: Path
 ) -> None:
-    flags: dict[str, Any] = {"trainable": trainable}
-    end = build_options(tmp_path / "end", encoder, average_with_start=0.0, **flags)
-    last = load_encoder_weights(run_to_folder(end))
-    mean = load_encoder_weights(run_to_folder(build_options(tmp_path / "mean", encoder, **flags)))
-    start = load_encoder_weights(encoder)
+    last, mean, start = train_twice(tmp_path, encoder, trainable=trainable)
 
     assert last.keys() == mean.keys() == start.keys()
     assert any(not torch.equal(last[name], start[name]) for name in start)
@@ -76,15 +79,9 @@ def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_average
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of a closed gate is lost in a mean, and the rate of the weights would not open it."""
-    flags: dict[str, Any] = {
-        "num_cls_tokens": 2,
-        "num_register_tokens": 3,
-        "learning_rate": (1e-5, 1e-3),
-    }
-    end = build_options(tmp_path / "end", encoder, average_with_start=0.0, **flags)
-    last = load_encoder_weights(run_to_folder(end))
-    mean = load_encoder_weights(run_to_folder(build_options(tmp_path / "mean", encoder, **flags)))
-    start = load_encoder_weights(encoder)
+    last, mean, start = train_twice(
+        tmp_path, encoder, num_cls_tokens=2, num_register_tokens=3, learning_rate=(1e-5, 1e-3)
+    )
 
     gates = 50 * mean["gates.gates"].abs()
     assert len(gates) == 4

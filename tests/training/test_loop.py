@@ -382,21 +382,13 @@ def test_signals_stop_training_at_the_next_check(
     assert signal.getsignal(number) is before
 
 
-def test_a_second_interrupt_ends_at_once() -> None:
+@pytest.mark.parametrize("earlier", [[signal.SIGINT] * 2, [signal.SIGTERM]], ids=str)
+def test_an_interrupt_seconds_after_another_signal_ends_at_once(earlier: list[int]) -> None:
+    """A launcher forwards an interrupt at once: after two, the checkpoint is still saved."""
     with SignalHandler() as interruption:
-        os.kill(os.getpid(), signal.SIGINT)
-        # a launcher forwards the signal: the checkpoint is still saved
-        os.kill(os.getpid(), signal.SIGINT)
-        interruption.signal_times[signal.SIGINT] -= 2
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-
-
-def test_an_interrupt_after_another_signal_ends_at_once() -> None:
-    with SignalHandler() as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        interruption.signal_times[signal.SIGTERM] -= 2
+        for number in earlier:
+            os.kill(os.getpid(), number)
+        interruption.signal_times[earlier[0]] -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
