@@ -5,7 +5,6 @@ fine-tuned model      logits of the selection images
 no selection images   logits of half of the held-out images; the error is reported for the other half
 """
 
-from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
 
@@ -46,28 +45,8 @@ SELECTION = "selection"
 HELD_OUT = "held-out"
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Temperature, or the reason why there is none."""
-
-    num_images: int
-    images: str  # `CROSS_VALIDATION`, `SELECTION` or `HELD_OUT`
-    text: str  # For the printed line
-    temperature: float | None = None
-    error_before: float | None = None  # Calibration error of other images without it, if measured
-
-    def build_record(self) -> dict[str, Any] | None:
-        """Build the field of results.json; None without a temperature."""
-        if self.temperature is None:
-            return None
-        record = {
-            "temperature": self.temperature,
-            "num_images": self.num_images,
-            "images": self.images,
-        }
-        if self.error_before is not None:
-            record["calibration_error_before"] = self.error_before
-        return record
+# The field "calibration" of results.json, None without a temperature, and the printed line about it
+Calibration = tuple[dict[str, Any] | None, str]
 
 
 def choose_heads(
@@ -115,7 +94,7 @@ def calibrate(
         # Every second image, not the first half: held-out images are often sorted by class.
         outputs = outputs.take(np.s_[::2])
     num_images = len(outputs.labels)
-    temperature = None
+    record = None
     text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
     # The temperature comes first: predictions and metrics describe the model as it is saved.
     if num_images >= MIN_IMAGES:
@@ -123,10 +102,10 @@ def calibrate(
         divide_logits(classifier.classifier, temperature)
         if classifier.distillation_classifier is not None:
             divide_logits(classifier.distillation_classifier, temperature)
+        record = {"temperature": temperature, "num_images": num_images, "images": images}
         text = f"on {num_images:,} {images} images (temperature {temperature:.2f})"
     predictions = held_out.predict(model)
-    calibration = Calibration(num_images, images, text, temperature)
-    return measure_errors(calibration, predictions), predictions, heads_text
+    return measure_errors(record, text, predictions), predictions, heads_text
 
 
 @torch.no_grad()
@@ -141,45 +120,47 @@ def describe_fold_calibration(probe: LinearProbe) -> Calibration:
     """Describe the calibration of a probe, whose temperature comes from out-of-fold logits."""
     num_images = int(np.isfinite(probe.losses_).sum())
     chosen = f"on the cross-validated predictions of {num_images:,} training images"
-    temperature = None
+    record = None
     if not num_images:
         text = "not calibrated: too few images for folds, so probabilities mean nothing"
     elif probe.lines_ is not None:
         text = f"each label {chosen}"
     else:
         temperature = round(probe.temperature_, 4)
+        record = {"temperature": temperature, "num_images": num_images, "images": CROSS_VALIDATION}
         text = f"{chosen} (temperature {temperature:.2f})"
         # A temperature of nine digits says nothing to a person.
         num_classes = len(probe.classes_)
         if np.nanmax(probe.out_of_fold_) < EQUAL_FACTOR / num_classes:
             text = f"{chosen}, which do not tell the classes apart: all are near 1/{num_classes}"
-    return Calibration(num_images, CROSS_VALIDATION, text, temperature)
+    return record, text
 
 
-def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibration:
+def measure_errors(
+    record: dict[str, Any] | None, text: str, predictions: Predictions
+) -> Calibration:
     """Measure the calibration error before and after the temperature, if there is one.
 
     The predictions are of held-out images, with the temperature. The error after it becomes their
     metric. The text names the errors unless there are few images.
     """
-    if calibration.temperature is None:
-        return calibration
+    if record is None:
+        return record, text
     outputs = predictions.outputs
-    if calibration.images == HELD_OUT:
+    if record["images"] == HELD_OUT:
         outputs = outputs.take(np.s_[1::2])  # The half to which the temperature was not fitted
     # The model divides its logits already; multiplied, they are as before.
     logits = outputs.logits
-    before = round(compute_calibration_error(logits * calibration.temperature, outputs.labels), 6)
+    before = round(compute_calibration_error(logits * record["temperature"], outputs.labels), 6)
     after = round(compute_calibration_error(logits, outputs.labels), 6)
     predictions.metrics["calibration_error"] = after
     num_images = len(outputs.labels)
-    text = calibration.text
     if num_images >= MIN_ERROR_IMAGES:
         text += (
             f"; calibration error of {num_images:,} other images {100 * before:.0f} -> "
             f"{100 * after:.0f} points"
         )
-    return replace(calibration, error_before=before, text=text)
+    return record | {"calibration_error_before": before}, text
 
 
 # New tokens ---------------------------------------------------------------------------------------

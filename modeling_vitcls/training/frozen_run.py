@@ -58,8 +58,8 @@ def run_frozen(
     task_metrics = {}
     calibration_texts = {}
     for task, head in frozen.heads.items():
-        calibration, predictions = measure_head(encoder.model, head)
-        calibration_texts[task] = calibration.text
+        (calibration, text), predictions = measure_head(encoder.model, head)
+        calibration_texts[task] = text
         task_metrics[task] = NOTHING_MEASURED if predictions is None else predictions.metrics
         measured += list_measurements(
             {task: task_metrics[task]},
@@ -74,10 +74,9 @@ def run_frozen(
     lines = describe_frozen(frozen.record)
     lines["calibration"] = join_texts(calibration_texts)
     results: dict[str, Any] = {"frozen": frozen.record}
-    calibration_record = nearest_images = None
+    nearest_images = None
     if task == "":  # The only one
         metrics = task_metrics[task]
-        calibration_record = calibration.build_record()
         if data.train.is_stratified:
             warn_about_unreadable_classes(
                 data.train.labels, features.labels, data.label_space, reporter.warn
@@ -90,7 +89,7 @@ def run_frozen(
         if predictions is not None:
             nearest_images = head.find_nearest_images(predictions.list_wrong())
     else:
-        predictions = None  # Tasks have no common ones
+        calibration = predictions = None  # Tasks have no common ones
         metrics = join_task_metrics(frozen.heads, task_metrics, data)
 
     is_cross_validated = any(each.num_folds for each in measured)
@@ -100,7 +99,7 @@ def run_frozen(
         metrics=metrics,
         split="cross-validation" if is_cross_validated else data.held_out_name,
         num_training_images=num_training_images,
-        calibration=calibration_record,
+        calibration=calibration,
         predictions=predictions,
         seconds=frozen.record["seconds"],
         nearest_images=nearest_images,
@@ -150,7 +149,7 @@ def measure_head(model: Any, head: FrozenHead) -> tuple[Calibration, Predictions
     calibration = describe_fold_calibration(head.probe)
     if head.held_out is not None:
         predictions = build_predictions(head.labels, head.predict_held_out(model))
-        return measure_errors(calibration, predictions), predictions
+        return measure_errors(*calibration, predictions), predictions
     estimate = head.probe.estimate_
     if estimate is None:
         return calibration, None

@@ -105,7 +105,8 @@ def run_steps(
     model = loop.state.model.eval()
     has_excluded = exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
-    predictions = calibration = nearest_images = heads_text = trained_scenes = None
+    predictions = nearest_images = heads_text = trained_scenes = None
+    calibration: Any = (None, "")
     has_one_label = data.label_space.kind == "single_label_classification"
     if has_one_label and len(data.held_out):
         calibration, predictions, heads_text = calibrate(inputs.model, model, held_out, selection)
@@ -134,7 +135,7 @@ def run_steps(
         metrics=metrics,
         split=data.held_out_name,
         num_training_images=len(data.train) - num_unreadable,
-        calibration=None if calibration is None else calibration.build_record(),
+        calibration=calibration[0],
         predictions=predictions,
         nearest_images=nearest_images,
         seconds=seconds,
@@ -145,7 +146,7 @@ def run_steps(
         | tokens,
         lines={
             "heads": heads_text,
-            "calibration": None if calibration is None else calibration.text,
+            "calibration": calibration[1],
             "without": tokens_text,
         },
     )
