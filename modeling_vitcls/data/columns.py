@@ -376,11 +376,21 @@ def read_groups(
 
 
 def choose_groups(
-    tables: Mapping[str, Any], dataset: str, column: str | None
-) -> tuple[dict[str, np.ndarray], str | None]:
-    """Number the groups of a column or, if it is None, of the folders below classes; and describe them.
+    tables: Mapping[str, Any],
+    dataset: str,
+    column: str | None,
+    labels: Sequence[str | None],
+    used_columns: Collection[str],
+) -> tuple[dict[str, np.ndarray], str | None, str | None]:
+    """Number the groups of a column or, if it is None, of the folders below classes.
 
-    Without groups, the result is an empty dict and None.
+    Args:
+        labels: of all rows, as texts.
+        used_columns: columns that are no groups.
+
+    Returns:
+        The group of each row, by split; a line about them or, if there are none, about a column that
+        may contain some; and the reason why the groups cannot measure one another, if they cannot.
     """
     is_folder = FOLDER_COLUMN in next(iter(tables.values())).features
     folders: set[str | None] = set()
@@ -389,14 +399,27 @@ def choose_groups(
     named = list(filter(None, folders))
     if named and column is None:
         groups, num_groups = read_groups(tables, dataset, FOLDER_COLUMN)
-        return groups, (
-            f"{num_groups:,}, one for each folder below a class: its images stay together. If they "
-            f"are no groups, set `group_column={NO_GROUPS!r}`{describe_shared_names(named)}"
+        return (
+            groups,
+            (
+                f"{num_groups:,}, one for each folder below a class: its images stay together. If they "
+                f"are no groups, set `group_column={NO_GROUPS!r}`{describe_shared_names(named)}"
+            ),
+            None,
         )
     if column is None or (is_folder and column == NO_GROUPS):
-        return {}, None
+        return {}, find_unused_groups(tables, labels, dataset, used_columns), None
     groups, num_groups = read_groups(tables, dataset, column)
-    return groups, f"column {column!r}: {num_groups:,} groups"
+    values = chain(*(read_texts(table, column, dataset) for table in tables.values()))
+    pairs = set(zip(values, labels, strict=True))
+    reason = None
+    if all(len(set(each)) == len(pairs) for each in zip(*pairs, strict=True)):
+        reason = (
+            f"each value of {column} has photos of one label only: "
+            f"{format_name_list(sorted(f'{value} {label}' for value, label in pairs))}. Add photos "
+            "of each label with other values"
+        )
+    return groups, f"column {column!r}: {num_groups:,} groups", reason
 
 
 def describe_shared_names(folders: Collection[str]) -> str:

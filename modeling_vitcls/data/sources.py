@@ -52,11 +52,9 @@ from .columns import (
     find_image_column,
     find_label_columns,
     find_stem,
-    find_unused_groups,
     has_label_column,
     read_column,
     read_labels,
-    read_texts,
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import (
@@ -178,21 +176,13 @@ def load_splits(
         for split in tables
     }
     tables = {split: table.select(labeled[split].images.rows) for split, table in tables.items()}
-    groups, fact = choose_groups(tables, dataset, options.group_column)
-    labels_of_rows = list(chain(*(part.labels for part in labeled.values())))
-    reason = None
-    if not groups:
-        used = (column, FOLDER_COLUMN, *columns)
-        fact = find_unused_groups(tables, labels_of_rows, dataset, used)
-    elif named := options.group_column:
-        values = chain(*(read_texts(table, named, dataset) for table in tables.values()))
-        pairs = set(zip(values, map(label_space.format, labels_of_rows), strict=True))
-        if all(len(set(each)) == len(pairs) for each in zip(*pairs, strict=True)):
-            reason = (
-                f"each value of {named} has photos of one label only: "
-                f"{format_name_list(sorted(f'{value} {label}' for value, label in pairs))}. Add photos "
-                "of each label with other values"
-            )
+    groups, fact, reason = choose_groups(
+        tables,
+        dataset,
+        options.group_column,
+        list(map(label_space.format, chain(*(part.labels for part in labeled.values())))),
+        (column, FOLDER_COLUMN, *columns),
+    )
     if fact is not None:
         facts["groups"] = fact
     examples = [", ".join(map(repr, names[:3])) for names in label_space.columns.values()]
