@@ -9,6 +9,7 @@
     confidence.py        calibrated probabilities
     heads.py             the classifier of each task, in the model
     border.py            does the classifier read the border?
+    camera.py            can it recognize who took the photo?
     curve.py             would more photos help?
 
 Predictions are measured in evaluation/, and a run is in training/frozen_run.py.

@@ -31,6 +31,7 @@ from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .border import describe_border, measure_border
+from .camera import describe_camera
 from .features import OWN_POOLING, FeatureLayout, Features, FrozenPass
 from .heads import FrozenHead, Heads, describe_choice, split_tasks
 from .linear_probe import (
@@ -206,7 +207,14 @@ class FrozenEncoder:
         if len(rest):
             features = features.join(compute(rest))
 
-        limit = self.measure_limit(images, sample, processor)
+        limit = measure_limit(
+            sample,
+            images,
+            processor,
+            lambda part, own: self.compute_features(
+                part, np.arange(len(part)), own, ignore_message
+            ),
+        )
         compared = features if is_divided else features.take(slice(MAX_CHOICE_IMAGES))
 
         def find_scenes() -> tuple[np.ndarray, dict[str, Any]]:
@@ -251,18 +259,6 @@ class FrozenEncoder:
         )
         features = one_pass(self.model.to(PartialState().device).eval())
         return replace(features, indices=indices[features.indices])
-
-    def measure_limit(self, images: LabeledImages, features: Features, processor: Any) -> float:
-        """Measure how near photos of a scene are, with a pass of a few mirrored images."""
-
-        def run_pass(part: LabeledImages, processor: Any) -> Features:
-            # The layout of these features, which may be another than the layout of the heads
-            one_pass = self.build_pass(
-                part, features.layout, processor=processor, warn=ignore_message
-            )
-            return one_pass(self.model.to(PartialState().device).eval())
-
-        return measure_limit(features, images, processor, run_pass)
 
     def choose_geometry(
         self, images: LabeledImages, own: Features, processor: Any
@@ -364,6 +360,9 @@ class FrozenEncoder:
         frozen = heads.freeze(train, held_out)
         record = heads.build_record(frozen) | images.geometry
         self.set_choice(record)
+        record["camera"] = join_texts(
+            {task: describe_camera(data, head) for task, head in frozen.items()}
+        )
         seconds = round(images.seconds + time.perf_counter() - start_time, 1)
         record |= {"seconds": seconds, "scenes": images.scenes}
         if images.sample.rings is not None:
@@ -475,12 +474,13 @@ def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
         "frozen": chosen,
         "heads": heads,
         "border": describe_border(record.get("border")),
+        "camera": record.get("camera"),
     }
 
 
-def join_texts(texts: Mapping[str, str]) -> str:
+def join_texts(texts: Mapping[str, str | None]) -> str:
     """Join the texts of tasks as lines below one another; the text of the only one is as it is."""
-    lines = [f"{task}: {text}" if task else text for task, text in texts.items()]
+    lines = [f"{task}: {text}" if task else text for task, text in texts.items() if text]
     return "\n".join(lines)
 
 

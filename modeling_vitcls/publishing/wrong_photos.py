@@ -83,6 +83,7 @@ def summarize_predictions(
         "curve": results.get("learning_curve"),
         "pairs": frozen.get("scenes", {}).get("pairs", []),
         "border": describe_border(frozen.get("border")),
+        "camera": frozen.get("camera"),
         "is_cross_validated": measured.num_folds > 0,
         "num_images": len(rows),
         "num_wrong": len(wrong),

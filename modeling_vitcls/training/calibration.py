@@ -5,6 +5,7 @@ fine-tuned model      logits of the selection images
 no selection images   logits of half of the held-out images; the error is reported for the other half
 """
 
+from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..frozen.linear_probe import (
     LinearProbe,
     describe_inference,
 )
-from ..frozen.scenes import TrainedScenes
+from ..frozen.scenes import TrainedScenes, measure_limit
 from ..inference.metrics import compute_calibration_error
 from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.attention_masks_vitcls import list_gated_tokens
@@ -248,29 +249,32 @@ def store_statistics(inputs: RunInputs, data: TrainingData) -> TrainedScenes | N
     """
     model = inputs.model.eval()
     images = data.train.draw(MAX_STATISTICS_IMAGES)
-    features = compute_labeled_features(inputs, images)
+    features = compute_labeled_features(inputs, images, inputs.processor)
     tokens = select_tokens(model, features)
     statistics = ClassStatistics.fit(tokens, features.labels, model.config.num_labels)
     other_images = data.held_out if data.selection is None else data.selection
     # The threshold comes from images that the model was not trained on: training images lie closer
     # to the means of their classes than any new image does.
     if len(other_images) >= MIN_DISTANCE_IMAGES:
-        others = compute_labeled_features(inputs, other_images.draw(MAX_STATISTICS_IMAGES))
+        others = compute_labeled_features(
+            inputs, other_images.draw(MAX_STATISTICS_IMAGES), inputs.processor
+        )
         distances = statistics.compute_distances(select_tokens(model, others))
         threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
         model.config.distance_threshold = threshold
     statistics.set_in_model(model)
     if inputs.frozen_encoder is None:
         return None
-    limit = inputs.frozen_encoder.measure_limit(images, features, inputs.processor)
+    compute = partial(compute_labeled_features, inputs)
+    limit = measure_limit(features, images, inputs.processor, compute)
     return TrainedScenes.of(features, limit)
 
 
-def compute_labeled_features(inputs: RunInputs, images: LabeledImages) -> Features:
+def compute_labeled_features(inputs: RunInputs, images: LabeledImages, processor: Any) -> Features:
     """Compute the features of the images that have a label: others (-100) belong to no mean."""
     layout = FeatureLayout.for_extra_heads(inputs.model.config, NUM_LAST_LAYERS)
     # The steps and evaluations have named the unreadable images
-    arguments = inputs.pass_arguments | {"warn": ignore_message}
+    arguments = inputs.pass_arguments | {"warn": ignore_message, "processor": processor}
     features = FrozenPass(images, layout, **arguments)(inputs.model)
     return features.take(features.labels >= 0)
 

@@ -160,9 +160,9 @@ def test_predictions_of_training_images_come_from_classifiers_of_other_images(
     options, results = run_on_all_labels
     rows = pd.read_parquet(options.output_dir / "predictions.parquet")
     assert len(rows) == results["num_training_images"]
-    fitted = compute_logits(options.output_dir, prepare_setup(options).data.train.images)
-    names = prepare_setup(options).data.train.images.get_names()
-    own = rows.set_index("image").loc[names, "probabilities"].map(max)
+    images = prepare_setup(options).data.train.images
+    fitted = compute_logits(options.output_dir, images)
+    own = rows.set_index("image").loc[images.get_names(), "probabilities"].map(max)
     assert own.mean() < softmax(fitted, axis=1).max(axis=1).mean()
 
 

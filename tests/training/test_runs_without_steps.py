@@ -59,6 +59,16 @@ def finetune(model: str, photos: str, output: str, *flags: str) -> dict[str, Any
     return read_json(Path(output) / "results.json") | {"printed": printed.getvalue()}
 
 
+def list_photos(folder: str = "my photos") -> list[Path]:
+    """List the photos of a folder in the order of their paths."""
+    return sorted(Path(folder).rglob("*.png"))
+
+
+def write_rows(file: str, header: str, rows: list[str]) -> None:
+    """Write a table."""
+    Path(file).write_text("\n".join([header, *rows]))
+
+
 def test_a_run_without_steps_says_how_to_train_all_layers() -> None:
     """Unless the person has asked for a frozen encoder."""
     advice = "set --epochs 5 and another --output-dir"
@@ -121,10 +131,10 @@ def test_a_class_without_readable_images_is_named_and_never_predicted(
 def test_a_damaged_photo_is_counted_whatever_task_is_last() -> None:
     """No fold can measure the last task, which has one image of each class."""
     write_files(Path("my photos"), "ants/damaged.png", content=b"no photo")
-    photos = sorted(Path("my photos").rglob("*.png"))
+    photos = list_photos()
     places = {photos[0]: "garden", photos[-1]: "wood"}
     rows = [f"{photo},{photo.parent.name},{places.get(photo, '')}" for photo in photos]
-    Path("tasks.csv").write_text("\n".join(["image,insect,place", *rows]))
+    write_rows("tasks.csv", "image,insect,place", rows)
     results = finetune("vit", "tasks.csv", "run", "--label-column", "insect", "place")
     assert results["tasks"]["insect"]["num_unreadable_images"] == 1
     assert results["num_unreadable_images"] == results["num_unreadable_training_images"] == 1
@@ -133,25 +143,23 @@ def test_a_damaged_photo_is_counted_whatever_task_is_last() -> None:
 
 
 def test_a_run_of_two_tasks_gets_a_report() -> None:
-    photos = sorted(Path("my photos").rglob("*.png"))
-    rows = [f"{photo},{photo.parent.name},{photo.stat().st_size % 2}" for photo in photos]
-    Path("tasks.csv").write_text("\n".join(["image,insect,parity", *rows]))
+    rows = [f"{photo},{photo.parent.name},{photo.stat().st_size % 2}" for photo in list_photos()]
+    write_rows("tasks.csv", "image,insect,parity", rows)
     finetune("vit", "tasks.csv", "run", "--label-column", "insect", "parity")
     assert write_report(ModelFolder(Path("run"))) is not None
 
 
 def test_a_damaged_held_out_photo_measures_no_task() -> None:
     write_files(Path("my photos"), "ants/damaged.png", content=b"no photo")
-    photos = sorted(Path("my photos").resolve().rglob("*.png"))
     rows = [
-        f"{photo},{photo.parent.name},{('few', 'many')[index % 3 > 0]}"
-        for index, photo in enumerate(photos)
+        f"../{photo},{photo.parent.name},{('few', 'many')[index % 3 > 0]}"
+        for index, photo in enumerate(list_photos())
     ]
+    Path("tables").mkdir()
     is_held_out = [index % 2 or "damaged.png" in row for index, row in enumerate(rows)]
     for name, kind in (("train", 0), ("test", 1)):
         part = [row for row, is_test in zip(rows, is_held_out, strict=True) if is_test == kind]
-        table = "\n".join(["image,insect,legs", *part])
-        write_files(Path("tables"), f"{name}.csv", content=table.encode())
+        write_rows(f"tables/{name}.csv", "image,insect,legs", part)
     results = finetune("vit", "tables", "run", "--label-column", "insect", "legs")
     assert results["split"] == "split 'test'"
     assert results["num_unreadable_images"] == 1
@@ -225,9 +233,10 @@ def test_images_that_trained_the_encoder_measure_nothing() -> None:
 
 
 def test_a_second_run_with_several_labels_has_a_result_without_interval() -> None:
-    photos = sorted(Path("my photos").rglob("*.png"))
-    rows = [f"{photo},{('small', 'small|dark')[index % 2]}" for index, photo in enumerate(photos)]
-    Path("tags.csv").write_text("\n".join(["image,label", *rows]))
+    rows = [
+        f"{photo},{('small', 'small|dark')[index % 2]}" for index, photo in enumerate(list_photos())
+    ]
+    write_rows("tags.csv", "image,label", rows)
     flags = ["--label-separator", "|", "--epochs", "1", "--held-out-fraction"]
     finetune("vit", "tags.csv", "first", *flags, "0.2")
     results = finetune("first", "tags.csv", "second", *flags, "0.6")
@@ -238,8 +247,7 @@ def test_a_second_run_with_several_labels_has_a_result_without_interval() -> Non
 def test_shots_of_one_object_do_not_measure_each_other() -> None:
     """Sixteen objects whose labels mean nothing: they are recognized, and nothing else is."""
     write_bursts(Path("bursts"))
-    shot = Path("bursts/cups/IMG_04.png")
-    shot.rename("bursts/pens/WhatsApp.png")
+    Path("bursts/cups/IMG_04.png").rename("bursts/pens/WhatsApp.png")
     results = finetune("vit", "bursts", "frozen")
     assert not results.keys() & {"images_per_second", "steps_train_encoder"}
     assert results["accuracy_interval"][0] < 0.5
@@ -273,7 +281,7 @@ def test_shots_of_one_object_are_on_one_side_of_the_held_out_photos(flags: str) 
     objects = held_out.str.extract(r"IMG_(\d+)\d.png")[0]
     assert set(objects.value_counts()) == {3}
     assert objects.nunique() in (3, 4)  # A fifth are 10 of 48 photos
-    photos = sorted(Path("bursts").rglob("*.png"))
+    photos = list_photos("bursts")
     keys = DatasetImages.from_list(list(map(str, photos))).compute_content_keys()
     splits = pd.read_parquet("run/splits.parquet").set_index("key")["split"][keys]
     assert (splits == "test").sum() == len(held_out)
@@ -332,11 +340,11 @@ def test_photos_of_a_test_folder_that_repeat_training_photos_are_named_and_the_o
 
 def test_copies_of_shots_of_a_scene_in_the_test_folder_are_still_named_as_copies() -> None:
     write_bursts(Path("photos/train"))
-    for name, numbers in (("cups", (0, 2, 4)), ("pens", (1, 3, 5))):
-        (Path("photos/test") / name).mkdir(parents=True)
-        for number in numbers:
+    for name, parity in (("cups", 0), ("pens", 1)):
+        Path("photos/test", name).mkdir(parents=True)
+        for number in range(parity, 6, 2):
             shot = f"{name}/IMG_{number}{number % 5}.png"
-            shutil.copy(Path("photos/train") / shot, Path("photos/test") / shot)
+            shutil.copy(f"photos/train/{shot}", f"photos/test/{shot}")
     results = finetune("vit", "photos", "run")
     assert "6 of the 6 held-out images are copies of training images" in results["printed"]
 
@@ -391,13 +399,24 @@ def test_two_photos_alone_have_a_sentence_and_no_number() -> None:
     assert "photos are shots of" not in printed
 
 
+@pytest.mark.parametrize("kind", ["apart", "mixed", "damaged"])
+def test_the_camera_is_named_if_each_class_has_its_own(kind: str) -> None:
+    for index, file in enumerate(list_photos()):
+        exif = Image.Exif()
+        exif[272] = "AB"[index % 2 if kind == "mixed" else index >= 15]
+        fields = exif if kind != "damaged" else b"Exif\0\0MM\0*\xff\xff\xff\xff"
+        Image.open(file).save(file, exif=fields)
+    printed = finetune("vit", "my photos", "run")["printed"]
+    assert ("camera    ants is A, bees is B: " in printed) == (kind == "apart")
+
+
 def write_table(header: str, values: list[str]) -> None:
     """Write five shots of a scene for each of the values, and their table."""
-    rows = [header]
+    rows = []
     for scene, each in enumerate(values):
         write_shots(Path("scenes"), scene)
         rows += [f"scenes/IMG_{scene}{shot}.png,{each}" for shot in range(5)]
-    Path("table.csv").write_text("\n".join(rows))
+    write_rows("table.csv", header, rows)
 
 
 def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help() -> None:
@@ -445,10 +464,10 @@ def test_classes_that_are_one_scene_each_cannot_be_held_out_and_the_error_says_w
 
 
 def test_other_file_names_change_no_result() -> None:
-    renamed = Path("renamed")
-    for index, photo in enumerate(sorted(Path("my photos").rglob("*.png"))[::-1]):
-        (renamed / photo.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(photo, renamed / photo.parent.name / f"{index:02}.png")
+    for index, photo in enumerate(list_photos()[::-1]):
+        folder = Path("renamed", photo.parent.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, folder / f"{index:02}.png")
     first, second = (
         finetune("vit", photos, f"run of {photos}") for photos in ("my photos", "renamed")
     )

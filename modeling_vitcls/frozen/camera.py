@@ -1,0 +1,93 @@
+"""Can the classifier recognize the camera instead of the object?
+
+    files of the photos -> camera, format, size and so on -> a tree predicts the label from one of them
+
+A shirt from a scanner and a t-shirt from a phone differ by more than the clothes, and no held-out photo
+shows it. The properties are read from the headers of the files.
+"""
+
+import io
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageCms
+from scipy.stats import binomtest
+from sklearn.model_selection import KFold, cross_val_score
+from sklearn.tree import DecisionTreeClassifier
+
+from ..data.images import open_encoded_image
+from ..data.splits import TrainingData
+from ..model.image_processing_vitcls import get_image_formats
+from ..runtime.files import replace_control_characters
+from .heads import FrozenHead
+from .linear_probe import NUM_FOLDS
+
+
+# Of equally good ones, the first is named.
+PROPERTIES = "camera", "software", "color profile", "file format", "size"
+MAX_PHOTOS = 2000  # Number of files that are read
+MAX_CHANCE = 0.001  # That one of the properties predicts as many photos as it does by chance
+# A value is of a label if its part of the photos of this label is as much larger than of other labels.
+MIN_DIFFERENCE = 0.5
+
+
+def describe_camera(data: TrainingData, head: FrozenHead) -> str | None:
+    """Name the property of the files that predicts the label better than the largest class, or None.
+
+    Args:
+        data: the images of the run.
+        head: the classifier. Nothing is said about one of several labels per image.
+    """
+    features = head.features
+    # One photo of each group: shots of a scene are from one camera, and would count several times.
+    rows = np.unique(features.groups, return_index=True)[1][:MAX_PHOTOS]
+    if features.labels.ndim > 1 or len(rows) < NUM_FOLDS:
+        return None
+    names = np.array(head.labels.names)[features.labels[rows]]
+    places = np.searchsorted(data.train_indices, features.indices[rows])
+    found = [read_properties(data.train.images, place) for place in places]
+    table = pd.DataFrame(found)
+    tree, folds = (
+        DecisionTreeClassifier(random_state=0),
+        KFold(NUM_FOLDS, shuffle=True, random_state=0),
+    )
+    scores = [
+        cross_val_score(tree, pd.get_dummies(table[name]), names, cv=folds).mean() for name in table
+    ]
+    best = PROPERTIES[np.argmax(scores)]
+    largest = pd.Series(names).value_counts(normalize=True).max()
+    test = binomtest(round(max(scores) * len(names)), len(names), largest, "greater")
+    shares = pd.crosstab(names, table[best], normalize="index")  # [labels, values]
+    differences = shares - (shares.sum() - shares) / (len(shares) - 1)
+    own = differences[differences.max(axis=1) >= MIN_DIFFERENCE].idxmax(axis=1)
+    if own.empty or test.pvalue * len(scores) > MAX_CHANCE:
+        return None
+    texts = [
+        f"{name} is {replace_control_characters(value) or 'unknown'}" for name, value in own.items()
+    ]
+    return (
+        f"{', '.join(texts)}: the classifier may recognize the {best}. Add photos of each class with "
+        f"each {best}"
+    )
+
+
+def read_properties(images: Any, index: int) -> dict[str, str]:
+    """Read the properties of the file of an image; "" for those that it does not state."""
+    found = dict.fromkeys(PROPERTIES, "")
+    with (
+        suppress(Exception),  # An image in memory has no file
+        open_encoded_image(images.get_encoded_image(index)) as stream,
+        Image.open(stream, formats=get_image_formats()) as image,
+    ):
+        found["file format"] = str(image.format)
+        found["size"] = f"{image.width} x {image.height}"
+        if profile := image.info.get("icc_profile"):
+            found["color profile"] = ImageCms.getProfileDescription(io.BytesIO(profile)).strip()
+        exif = image.getexif()
+        # Cameras fill the fields of EXIF with zeros.
+        found["camera"], found["software"] = (
+            str(exif.get(tag, "")).strip("\0 ")[:60] for tag in (272, 305)
+        )
+    return found
