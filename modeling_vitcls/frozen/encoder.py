@@ -321,7 +321,9 @@ class FrozenEncoder:
         num_classes = max(map(len, self.label_space.columns.values()))
         if SQUASHED_FRACTION * len(own.labels) < MIN_SQUASHED_PER_CLASS * num_classes:
             return False
-        return has_various_shapes(images.select(own.indices))
+        # Sizes come from the headers of the files. One panorama among squares changes no median.
+        ratios = [max(size) / min(size) for size in read_sizes(images.select(own.indices).images)]
+        return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
 
     # Classifiers ----------------------------------------------------------------------------------
 
@@ -417,13 +419,6 @@ class FrozenEncoder:
         """Give the model the weights of the heads."""
         for head in frozen.values():
             head.copy_to(self.model)
-
-
-def has_various_shapes(images: LabeledImages) -> bool:
-    """Decide whether squashing would change anything: is the median image clearly not square?"""
-    # Sizes come from the headers of the files. One panorama among squares changes no median.
-    ratios = [max(size) / min(size) for size in read_sizes(images.images)]
-    return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
 
 
 def put_first(labels: np.ndarray, number: int) -> np.ndarray:
