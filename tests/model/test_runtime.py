@@ -176,18 +176,22 @@ def test_compiled_models_have_the_outputs_of_eager_models(kind: str) -> None:
         assert_same_outputs(compiled(build_images(2, *size)), model(build_images(2, *size)), 1e-5)
 
 
+def check_exported(model: Any, *numbers: int) -> None:
+    """Export a model for any number of images, and compare its outputs for some numbers."""
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
+    for number in numbers:
+        images = build_images(number)
+        assert_same_outputs(program.module()(images), model(images), 1e-6)
+
+
 @pytest.mark.parametrize(
     "name", ["bare", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_TRACE)]
 )
 def test_exported_programs_take_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)
     model = build_random(ViTCLSForImageClassification, **merge_blocks(name))
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
-    for number in (1, 2, 7):
-        assert_same_outputs(
-            program.module()(build_images(number)), model(build_images(number)), 1e-6
-        )
+    check_exported(model, 1, 2, 7)
 
 
 @each_kind
@@ -195,9 +199,7 @@ def test_models_of_each_class_can_be_exported(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     model = build_random(model_class, **fields)
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
-    assert_same_outputs(program.module()(build_images(5)), model(build_images(5)), 1e-6)
+    check_exported(model, 5)
 
 
 # Parallelism plans

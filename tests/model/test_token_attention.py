@@ -1,5 +1,6 @@
 """`token_attention`: the special tokens' rows of eager attention maps."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -66,20 +67,22 @@ def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementat
         assert rows.shape == (2, NUM_LAYERS, 2, layout_of.num_prefix_tokens, num_keys)
 
 
-@pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 @pytest.mark.parametrize(
-    ("fields", "implementation"),
+    ("fields", "implementation", "is_masked"),
     [
-        *((fields, "sdpa") for fields in ATTENTIONS.values()),
-        (ATTENTIONS["scopes"], "flex_attention"),
+        *itertools.product(ATTENTIONS.values(), ["sdpa"], [False, True]),
+        (ATTENTIONS["scopes"], "flex_attention", True),
+        # Compiling it takes as long again
+        pytest.param(ATTENTIONS["scopes"], "flex_attention", False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_every_attention_equals_eager_attention(
-    fields: dict[str, Any], implementation: str, mask: torch.Tensor | None
+    fields: dict[str, Any], implementation: str, is_masked: bool
 ) -> None:
     model = build_random(ViTCLSForImageClassification, **TOKENS | fields)
     model.set_attn_implementation(implementation)
+    mask = MASK if is_masked else None
     rows = model.token_attention(build_images(), attention_mask=mask)
     assert_same_outputs(rows, get_eager_rows(model, build_images(), attention_mask=mask), 1e-5)
     assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
