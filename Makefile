@@ -60,7 +60,7 @@ cards: setup
 # The report image is a screenshot of runs/digits/report.html, which `make cards RECIPES=digits` writes.
 pictures: setup
 	$(RUN) -m playwright install chromium
-	$(RUN) -m playwright screenshot --viewport-size "1280, 900" --color-scheme light --timeout 300000 \
+	$(RUN) -m playwright screenshot --viewport-size "1280, 1060" --color-scheme light --timeout 300000 \
 		file://$(CURDIR)/runs/digits/report.html docs/images/report.png
 
 site: setup
