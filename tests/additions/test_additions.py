@@ -17,12 +17,13 @@ from helpers.read_datasets import load_training_data
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
+    edit_weights,
     raises_one_line,
     save_both,
     save_with_processor,
 )
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import modeling_vitcls
 from modeling_vitcls import (
@@ -157,11 +158,9 @@ def test_a_task_has_one_label_per_image(digits: Path, tmp_path: Path) -> None:
 def copy_and_change(source: Path, folder: Path, name: str) -> Path:
     """Copy a folder, and change one value of a tensor by one unit in the last place."""
     shutil.copytree(source, folder)
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    flat = tensors[name].reshape(-1)
-    flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf))
-    save_file(tensors, file, {"format": "pt"})
+    with edit_weights(folder) as tensors:
+        flat = tensors[name].reshape(-1)
+        flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf))
     return folder
 
 

@@ -11,6 +11,7 @@ import torch
 from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_photos
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
+from helpers.tiny_models import edit_weights
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
@@ -43,15 +44,14 @@ def pickle_weights(folder: Path) -> None:
 
 
 def add_prefix(folder: Path, prefix: str) -> None:
-    weights = load_file(folder / "model.safetensors")
-    named = {f"{prefix}{name}": weight for name, weight in weights.items()}
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    with edit_weights(folder) as weights:
+        for name in list(weights):
+            weights[prefix + name] = weights.pop(name)
 
 
 def add_stray_layer(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["vitcls.layers.2.mlp.fc1.weight"] = torch.zeros(2)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with edit_weights(folder) as weights:
+        weights["vitcls.layers.2.mlp.fc1.weight"] = torch.zeros(2)
 
 
 # Change of a folder -> words of the error.

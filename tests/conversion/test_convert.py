@@ -26,8 +26,8 @@ from helpers.source_checkpoints import (
     save_checkpoint,
     save_timm_model,
 )
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_both
-from safetensors.torch import load_file, save_file
+from helpers.tiny_models import build_tiny_config, edit_weights, raises_one_line, save_both
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import (
@@ -266,10 +266,8 @@ def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Path) -> None:
     source = save_encoder(tmp_path / "source", add_pooling_layer=False)
-    file = tmp_path / "source" / "model.safetensors"
-    weights = load_file(file)
-    weights["layernorm.scale"] = weights.pop("layernorm.weight")
-    save_file(weights, file, metadata={"format": "pt"})
+    with edit_weights(tmp_path / "source") as weights:
+        weights["layernorm.scale"] = weights.pop("layernorm.weight")
 
     with pytest.raises(
         ConversionError,

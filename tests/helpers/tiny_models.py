@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from modeling_vitcls import (
@@ -131,6 +132,15 @@ def save_both(model: Any, folder: Path, processor: Any) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@contextlib.contextmanager
+def edit_weights(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the weights of a saved model, which may be changed, and save them again."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    yield weights
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def save_with_processor(model: PreTrainedModel, folder: Path, processor: Any = None) -> Path:

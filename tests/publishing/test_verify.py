@@ -13,11 +13,11 @@ from helpers.local_hub import LocalHub, Token
 from helpers.tiny_models import (
     build_tiny_config,
     each_kind,
+    edit_weights,
     raises_one_line,
     save_classifier,
     save_with_processor,
 )
-from safetensors.torch import load_file, save_file
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -126,9 +126,8 @@ def test_code_that_does_not_load_is_an_error(
     file = folder / "modeling_vitcls.py"
     file.write_text(code + file.read_text())
     if not code:
-        weights = load_file(folder / "model.safetensors")
-        del weights["classifier.bias"]
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with edit_weights(folder) as weights:
+            del weights["classifier.bias"]
     command = f"vitcls push --model {folder} --hub-model-id ann/model"
     with raises_one_line("was pushed", "not verified", *words, command, error=OSError):
         push_and_verify(ModelFolder(folder), "ann/model")
@@ -146,9 +145,8 @@ def test_weights_that_are_corrupted_in_storage_are_noticed(hub: LocalHub, folder
 
 def test_a_folder_that_changed_after_the_push_is_noticed(hub: LocalHub, folder: Path) -> None:
     pushed = push_folder(ModelFolder(folder), "ann/model")
-    weights = load_file(folder / "model.safetensors")
-    weights["classifier.bias"] += 1
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with edit_weights(folder) as weights:
+        weights["classifier.bias"] += 1
     with raises_one_line(f": model.safetensors. Push {folder} again"):
         verify(pushed, ModelFolder(folder))
 

@@ -44,6 +44,12 @@ def make_inputs(
     )
 
 
+def leave_model_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read no schedule and no new tokens from the model, which is none."""
+    monkeypatch.setattr(plan, "resolve_schedule", lambda options, *_, **__: (options, {}))
+    monkeypatch.setattr(plan, "find_new_tokens", lambda *arguments: {})
+
+
 def make_plan(
     monkeypatch: pytest.MonkeyPatch,
     num_images: int = 600,
@@ -57,8 +63,7 @@ def make_plan(
     """Plan a run of a trained encoder; `step_minutes` is the duration of its steps on a CPU."""
     device = torch.device("cuda" if step_minutes is None else "cpu")
     monkeypatch.setattr(plan, "measure_step_minutes", lambda *arguments: step_minutes)
-    monkeypatch.setattr(plan, "resolve_schedule", lambda options, *_, **__: (options, {}))
-    monkeypatch.setattr(plan, "find_new_tokens", lambda *arguments: {})
+    leave_model_unread(monkeypatch)
     inputs = make_inputs(num_images, num_labels, has_frozen_start, num_fitted, **flags)
     return plan_run(inputs, SimpleNamespace(device=device), is_resumed)  # type: ignore[arg-type]
 
@@ -108,8 +113,7 @@ def test_the_speed_of_this_cpu_decides_if_nothing_else_does(
         return {"images_per_second": 3 * 5 * num_images / step_seconds}
 
     monkeypatch.setattr(plan, "measure_inference_speed", measure)
-    monkeypatch.setattr(plan, "resolve_schedule", lambda options, *_, **__: (options, {}))
-    monkeypatch.setattr(plan, "find_new_tokens", lambda *arguments: {})
+    leave_model_unread(monkeypatch)
     inputs = make_inputs(num_images)
     assert plan_run(inputs, Accelerator(cpu=True), is_resumed=False).reason == reason
 
