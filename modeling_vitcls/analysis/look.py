@@ -4,6 +4,7 @@ PATHS -> measure_photo (photo.py) -> build_sheet (sheet.py) -> HTML (pages.py) o
 """
 
 import textwrap
+import warnings
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..inference.inputs import compute_checksum, list_records, read_trained_chec
 from ..inference.load_model import load_model
 from ..model.field_checks_vitcls import to_pair
 from ..model.image_processing_vitcls import image_to_tensor, read_image
+from ..runtime.errors import warn_on_first_process
 from ..runtime.files import write_atomically
 from ..runtime.progress import build_console, print_warning
 from .options import LookOptions
@@ -168,7 +170,12 @@ def draw_sheet(sheet: Sheet, title: str = "") -> Image.Image:
     figure.set_size_inches(WIDTH, y + MARGIN)
     # Without pyplot, which would keep every figure in memory until it is closed.
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings(record=True) as caught:
+        canvas.draw()
+    if any("Glyph" in str(warning.message) for warning in caught):
+        warn_on_first_process(
+            "the image has boxes for characters that its font lacks. `output='sheet.html'` shows them"
+        )
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3])
 
 

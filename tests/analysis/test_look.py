@@ -1,5 +1,6 @@
 """The command `vitcls look` and the function `look`: files, and legible sheets."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,13 @@ def test_the_function_returns_the_image_of_the_command(
     )
     sheet = look(model, photo, image_size=64)
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / "out.png")))
+
+
+def test_characters_that_the_font_lacks_are_one_line(
+    model: str, photo: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    look(model, shutil.copy(photo, tmp_path / "\ue123.jpg"))
+    assert "`output='sheet.html'`" in caplog.text
 
 
 @pytest.fixture
