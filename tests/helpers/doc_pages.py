@@ -1,5 +1,7 @@
 """The pages of the documentation: their fenced blocks, and the commands in bash blocks."""
 
+import ast
+import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,3 +73,15 @@ def read_blocks(page: Path) -> list[Block]:
 def read_prose(page: Path) -> str:
     """Return a page without its fenced blocks."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def check_imports(program: str) -> int:
+    """Check that a program imports names that the package has, and return their number."""
+    num_names = 0
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("modeling_vitcls"):
+            module = importlib.import_module(str(node.module))
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{node.module} has no {missing}"
+            num_names += len(node.names)
+    return num_names
