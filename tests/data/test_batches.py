@@ -196,8 +196,9 @@ def test_workers_ignore_the_signals_that_stop_a_run() -> None:
     assert len(list(islice(batches, 50))) == 50
 
     for worker in workers:
-        worker.terminate()  # a SIGTERM from this process, as at exit
-        worker.join(timeout=10)
+        for _ in range(10):  # on a busy machine, one is lost while the other signal is pending
+            worker.terminate()  # a SIGTERM from this process, as at exit
+            worker.join(timeout=1)
         assert worker.exitcode == 0
 
 
