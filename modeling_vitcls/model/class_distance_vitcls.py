@@ -388,7 +388,7 @@ def read_sample(encoder: nn.Module) -> list[bytes]:
         if type(weight) is nn.Parameter and not weight.is_meta:
             step = max(1, weight.numel() // NUM_SAMPLES)
             numbers = weight.detach().flatten()[::step].cpu().contiguous()
-            samples.append(numbers.view(torch.uint8).numpy().tobytes())
+            samples.append(bytes(numbers.view(torch.uint8).tolist()))
     return samples
 
 
