@@ -458,4 +458,3 @@ def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
         < ran.stdout.index("2. Load the model")
         < ran.stdout.index("Done in")
     )
-    assert "This is also the accuracy in results.json" in ran.stdout
