@@ -78,9 +78,9 @@ def describe_border(record: dict[str, Any] | None) -> str | None:
     if not shares:
         return None
     text = ", ".join(f"{name}: {share:.0%}" for name, share in shares.items()) + " of the score"
-    # What speaks for one of two classes speaks against the other.
+    # Two classes have one difference of scores, so both have the same share.
     if len(record["shares"]) == 2 and len(set(shares.values())) < len(shares):
-        text = f"{max(shares.values()):.0%} of what tells {' and '.join(shares)} apart"
+        text = f"{max(shares.values()):.0%} of the difference between {' and '.join(shares)}"
     return (
         f"{text} comes from the border of the photos, {record['patches'][ring]:.0%} "
         "of their area. Look for something there that not all of them have, such as a frame"

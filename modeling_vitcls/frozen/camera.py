@@ -25,7 +25,7 @@ from .heads import FrozenHead
 from .linear_probe import NUM_FOLDS
 
 
-# Of equally good ones, the first is named.
+# The first of equally good ones is named.
 PROPERTIES = "camera", "software", "color profile", "file format", "size"
 MAX_PHOTOS = 2000  # Number of files that are read
 MAX_CHANCE = 0.001  # That one of the properties predicts as many photos as it does by chance
@@ -42,17 +42,19 @@ def describe_camera(data: TrainingData, head: FrozenHead) -> str | None:
     """
     features = head.features
     # One photo of each group: shots of a scene are from one camera, and would count several times.
-    rows = np.unique(features.groups, return_index=True)[1][:MAX_PHOTOS]
+    rows = np.unique(features.groups, return_index=True)[1]
+    rows = rows[:: 1 + len(rows) // MAX_PHOTOS]  # Of all classes, which are often in order
     if features.labels.ndim > 1 or len(rows) < NUM_FOLDS:
         return None
-    names = np.array(head.labels.names)[features.labels[rows]]
-    places = np.searchsorted(data.train_indices, features.indices[rows])
-    found = [read_properties(data.train.images, place) for place in places]
-    table = pd.DataFrame(found)
-    tree, folds = (
-        DecisionTreeClassifier(random_state=0),
-        KFold(NUM_FOLDS, shuffle=True, random_state=0),
+    names = np.take(head.labels.names, features.labels[rows])
+    table = pd.DataFrame(
+        [
+            read_properties(data.train.images, place)
+            for place in np.searchsorted(data.train_indices, features.indices[rows])
+        ]
     )
+    tree = DecisionTreeClassifier(random_state=0)
+    folds = KFold(NUM_FOLDS, shuffle=True, random_state=0)
     scores = [
         cross_val_score(tree, pd.get_dummies(table[name]), names, cv=folds).mean() for name in table
     ]

@@ -32,7 +32,7 @@ from .image_pass import find_finite
 
 
 Row = dict[str, Any]
-Outputs = dict[str, Tensor]  # Of a batch, by name
+Outputs = dict[str, Tensor]  # By name, for the images of a batch
 DISTANCE = "distance"  # Column and output with the distance to the nearest class
 
 

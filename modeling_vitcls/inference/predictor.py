@@ -67,7 +67,7 @@ PREDICTION_BATCH_SIZE = 32  # Default number of images per forward pass on GPUs
 IMAGE_COLUMNS = ("image", "bytes", "path")  # Column names of images in Ray, Spark and `datasets`
 
 
-if hasattr(os, "register_at_fork"):  # Not on Windows
+if hasattr(os, "register_at_fork"):  # Windows has no fork
     # Threads do not survive a fork: a child that computed with several would wait for them forever
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
@@ -136,7 +136,7 @@ class Predictor:
         )
 
         self.columns: PredictionColumns
-        # Of the images that trained the classifier (inputs.py)
+        # Images that trained the classifier (inputs.py)
         self.trained_checksums: frozenset[str] = frozenset()
         if options.features is None:
             heads = get_heads(self.model.config, options.threshold)
