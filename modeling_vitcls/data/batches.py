@@ -6,12 +6,9 @@ A batch is a dict:
     pixels   [B, C, H, W] `uint8`    augmented images at the model's image size
     labels                           labels; the format depends on the kind of labels (labels.py)
     index    [B] `int64`             index of the image
-    epoch    [B] `int64`             number of earlier uses of the image
     errors   {index: message}        error message of each unreadable image, which another image replaces
 """
 
-import multiprocessing
-import multiprocessing.queues
 import os
 import signal
 import sys
@@ -19,6 +16,7 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_start_method, parent_process, queues, resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,22 +72,19 @@ class TrainingImages:
         """Build the batch for a list of keys. Raise ValueError if no image can be read."""
         epochs, wanted = zip(*keys, strict=True)
         indices, pixels = zip(*map(self.load_readable_image, wanted), strict=True)
-        seeds = [
-            derive_seed(self.seed, epoch, index)
-            for epoch, index in zip(epochs, indices, strict=True)
-        ]
+        seeds = [derive_seed(self.seed, *key) for key in zip(epochs, indices, strict=True)]
         return {
             "pixels": self.augmentation(pixels, seeds),
             "labels": self.label_space.collate([self.source.labels[index] for index in indices]),
             "index": torch.tensor(indices),
-            "epoch": torch.tensor(epochs),
             "errors": {index: self.errors[index] for index in wanted if index in self.errors},
         }
 
     def load_readable_image(self, index: int) -> tuple[int, Tensor]:
         """Find the first readable image from `index` on; return its index and its pixels."""
         num_images = len(self.source)
-        for candidate in (number % num_images for number in range(index, index + num_images)):
+        for number in range(index, index + num_images):
+            candidate = number % num_images
             # A file that failed once is not opened again in every epoch.
             if candidate not in self.errors:
                 try:
@@ -127,18 +122,17 @@ def iterate_training_batches(
     Raise ValueError, without the worker's traceback, if no image can be read. Close the iterator to
     stop the workers.
     """
-    loader = build_loader(
-        dataset,
-        num_workers,
-        sampler=plan.iterate_keys(process_index, first_step),
-        pin_memory=torch.cuda.is_available(),
-    )
     try:
-        yield from loader
+        yield from load_batches(
+            dataset,
+            num_workers,
+            sampler=plan.iterate_keys(process_index, first_step),
+            pin_memory=torch.cuda.is_available(),
+        )
         return
     except ValueError as error:  # A worker puts its traceback before the message
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        # The traceback references the loader and would keep the workers alive
+        # The traceback references the iterator and would keep the workers alive
         error.__traceback__ = None
     raise ValueError(message)
 
@@ -147,12 +141,12 @@ class Normalizer:
     """Rescaling and normalization of pixels in [0, 255] with the settings of an image processor."""
 
     def __init__(self, processor: Any, device: torch.device) -> None:
-        mean, std = (
+        statistics = (
             (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         )
         mean, std = (
             torch.as_tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1)
-            for values in (mean, std)
+            for values in statistics
         )
         self.scale = (
             processor.rescale_factor if processor.do_rescale else 1.0
@@ -183,16 +177,11 @@ PREFETCH_FACTOR = 2  # Number of batches that each process loads in advance
 WORKER_ERRORS = ("DataLoader worker (pid", "DataLoader timed out", "Too many open files")
 
 
-def build_loader(dataset: Any, num_workers: int, **options: Any) -> DataLoader:
-    """Build a DataLoader whose data loading processes end with an error instead of waiting forever.
+def load_batches(dataset: Any, num_workers: int, **options: Any) -> Iterator[Any]:
+    """Iterate over a DataLoader whose processes end with an error instead of waiting forever.
 
-    Args:
-        dataset: dataset whose items are batches.
-        num_workers: number of data loading processes; 0 loads the batches in this process.
-        options: other arguments of DataLoader.
-
-    Raises:
-        ValueError: if the processes would run the script of this process again.
+    The items of `dataset` are batches, and `options` other arguments of DataLoader. Raise ValueError
+    if the processes would run the script of this process again.
     """
     if num_workers:
         check_script_is_guarded()
@@ -201,7 +190,16 @@ def build_loader(dataset: Any, num_workers: int, **options: Any) -> DataLoader:
             "prefetch_factor": PREFETCH_FACTOR,
             "worker_init_fn": prepare_worker,
         }
-    return DataLoader(dataset, batch_size=None, num_workers=num_workers, **options)
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, **options)
+    if not num_workers or not hasattr(signal, "sigwaitinfo"):  # macOS does not have it
+        return iter(loader)
+    # The processes inherit that all their threads leave SIGTERM to `wait_for_parent_signal`
+    resource_tracker.ensure_running()  # Its start unblocks SIGTERM
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager
@@ -231,9 +229,9 @@ def check_script_is_guarded() -> None:
     main = sys.modules["__main__"]
     script = getattr(main, "__file__", None)  # A notebook has none
     # `python -m` imports a module
-    if multiprocessing.get_start_method() == "fork" or not script or main.__spec__ is not None:
+    if get_start_method() == "fork" or not script or main.__spec__ is not None:
         return
-    if "__main__" not in Path(script).read_text(encoding="utf-8", errors="replace"):
+    if b"__main__" not in Path(script).read_bytes():
         raise ValueError(
             f"{script} would run again in each data loading process. Write its calls below `if "
             "__name__ == '__main__':`, or set `num_workers=0`"
@@ -244,11 +242,21 @@ def check_script_is_guarded() -> None:
 
 
 def prepare_worker(worker_index: int) -> None:
-    """Prepare a data loading process; the `worker_init_fn` of the loader."""
-    leave_signals_to_parent()
+    """Prepare a data loading process; the `worker_init_fn` of the loader.
+
+    It ignores signals that are sent to all processes: the training process still needs batches.
+    SIGTERM from the training process ends it, unless a SIGTERM from another process is pending. To
+    end it without a signal, close the iterator.
+    """
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):  # Windows has only the first
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # PyTorch's handler would end this process
+        threading.Thread(target=wait_for_parent_signal, daemon=True).start()
     # Python's thread that passes batches on would only print the error, and the parent would wait
     # for the batch.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
+    queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
 
 
 def end_worker(error: BaseException, item: Any) -> NoReturn:
@@ -256,32 +264,12 @@ def end_worker(error: BaseException, item: Any) -> NoReturn:
 
     PyTorch raises an error in the parent process.
     """
-    print(
-        f"a data loading process cannot pass on a batch: {format_error(error)}",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"a data loading process cannot pass on a batch: {format_error(error)}", file=sys.stderr)
     os._exit(1)
-
-
-def leave_signals_to_parent() -> None:
-    """Make a DataLoader worker ignore signals that are sent to all processes.
-
-    Otherwise, such a signal would stop the workers while the training process still needs batches.
-    SIGTERM from the training process stops a worker, unless a SIGTERM from another process is
-    pending. To stop the workers without a signal, close the iterator of the loader.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("SIGUSR1", "SIGHUP"):  # Windows does not have them
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS does not have it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # Inherited by the thread below
-        threading.Thread(target=wait_for_parent_signal, daemon=True).start()
 
 
 def wait_for_parent_signal() -> None:
     """Exit after a SIGTERM from the parent process, and ignore SIGTERM from other processes."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_process().pid:  # type: ignore[union-attr]
         pass
     os._exit(0)

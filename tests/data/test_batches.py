@@ -45,9 +45,7 @@ def build_images(
 
 
 def are_equal(first: Batch, second: Batch) -> bool:
-    return all(
-        torch.equal(first[name], second[name]) for name in ("pixels", "labels", "index", "epoch")
-    )
+    return all(torch.equal(first[name], second[name]) for name in ("pixels", "labels", "index"))
 
 
 # Images -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow  # each test starts a process
 # Loads batches of 1 MB in two processes.
 LOAD_BATCHES = """
 import torch
-from modeling_vitcls.data.batches import build_loader, explain_worker_errors
+from modeling_vitcls.data.batches import load_batches, explain_worker_errors
 
 class Batches(torch.utils.data.Dataset):
     def __len__(self):
@@ -25,7 +25,7 @@ class Batches(torch.utils.data.Dataset):
 if __name__ == "__main__":
     try:
         with explain_worker_errors(2):
-            print(len(list(build_loader(Batches(), 2))))
+            print(len(list(load_batches(Batches(), 2))))
     except (OSError, ValueError) as error:
         print("error:", error)
 """
