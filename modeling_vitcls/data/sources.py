@@ -230,9 +230,10 @@ def drop_unlabeled_images(
         raise ValueError(
             f"{name}: no image has a label. Set a different `label_column`, or add labels"
         )
+    is_list = isinstance(images.labels[labeled[0]], list)
     warn_on_first_process(
         f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label in "
-        f"{format_name_list(columns)})"
+        f"{format_name_list(columns)}{'; [] means none of the labels' if is_list else ''})"
     )
     return images.select(labeled)
 

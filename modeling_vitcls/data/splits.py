@@ -165,18 +165,9 @@ def load_undivided_images(
         ValueError: if the dataset has no images, no labels, too few classes, or an image with two
             labels.
     """
-    choose = partial(choose_training_splits, reads_all)
-    loaded = load_splits(options, select=choose)
+    loaded = load_splits(options, select=partial(choose_training_splits, reads_all))
     labels = loaded.label_space
-    columns = {} if isinstance(labels, SeveralLabels) else labels.columns
     title = get_title(options.dataset)
-    for column, names in columns.items():
-        if len(names) < min_classes:
-            found = f"the single class {names[0]!r}" if names else "no labels"
-            raise ValueError(
-                f"a classifier requires two or more classes, but {title} has {found} in {column!r}. "
-                f"If this is a folder of classes, set `dataset` to it"
-            )
     if isinstance(labels, SeveralLabels):
         counts = Counter(chain.from_iterable(loaded.train.labels))
         if set(counts.values()) <= {len(loaded.train)}:
@@ -184,9 +175,17 @@ def load_undivided_images(
                 f"all images of {title} have the same labels ({format_name_list(labels.names)}), so "
                 "there is nothing to learn. Add images with other labels, or `[]` for none of them"
             )
-    with_keys = add_keys(loaded.images_by_split)
-    merged = {split: merge_rows(part, title) for split, part in with_keys.items()}
-    check_contradictions(list(merged.values()), labels, title)
+    else:
+        for column, names in labels.columns.items():
+            if len(names) < min_classes:
+                found = f"the single class {names[0]!r}" if names else "no labels"
+                raise ValueError(
+                    f"a classifier requires two or more classes, but {title} has {found} in "
+                    f"{column!r}. If this is a folder of classes, set `dataset` to it"
+                )
+    parts = add_keys(loaded.images_by_split)
+    merged = {split: merge_rows(part, title) for split, part in parts.items()}
+    check_contradictions(merged.values(), labels, title)
     return replace(loaded, images_by_split=merged)
 
 
@@ -287,7 +286,7 @@ def join_labels(first: Any, second: Any) -> Any:
 
 
 def check_contradictions(
-    parts: Sequence[LabeledImages], label_space: LabelSpace, dataset: str
+    parts: Collection[LabeledImages], label_space: LabelSpace, dataset: str
 ) -> None:
     """Raise ValueError if an image has two labels of a task, in any rows, folders and splits."""
     if not label_space.columns:
@@ -399,7 +398,7 @@ def select_held_out(
 # Changes of the data ------------------------------------------------------------------------------
 
 
-def describe_data(images: Splits) -> dict[str, Any]:
+def hash_data(images: Splits) -> dict[str, Any]:
     """Describe the images of a run for checkpoints, so a resumed run can detect a change."""
     description: dict[str, Any] = {"classes": images.label_space.columns}
     for split, part in images.images_by_split.items():

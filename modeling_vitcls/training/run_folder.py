@@ -25,7 +25,7 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from ..data.sources import Splits
-from ..data.splits import describe_data
+from ..data.splits import hash_data
 from ..hub.local_paths import is_local, is_same_source, make_relative, split_prefix
 from ..hub.model_files import (
     CONFIG_FILE,
@@ -314,7 +314,7 @@ def build_run_record(
     record: dict[str, Any] = {
         "images_per_step": options.batch_size * options.gradient_accumulation_steps * num_processes,
         "mixed_precision": state.mixed_precision,
-        "data": describe_data(images),
+        "data": hash_data(images),
     }
     if recorded is None:
         chosen = {name: value for name, value in to_flags(options).items() if value != flags[name]}
