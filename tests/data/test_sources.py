@@ -105,15 +105,17 @@ def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("labels", "feature"),
+    ("labels", "feature", "hint"),
     [
-        ([0, 1, -1, 1], datasets.ClassLabel(names=["x", "y"])),
-        (["x", None, "y", "y"], datasets.Value("string")),
+        ([0, 1, -1, 1], datasets.ClassLabel(names=["x", "y"]), ""),
+        (["x", None, "y", "y"], datasets.Value("string"), ""),
+        (["x|y", None, "y", "x"], datasets.Value("string"), "; [] means none of the labels"),
     ],
 )
 def test_rows_without_a_label_are_skipped_and_counted(
     labels: list[Any],
     feature: Any,
+    hint: str,
     color_images: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -122,7 +124,7 @@ def test_rows_without_a_label_are_skipped_and_counted(
     data = read_training_data(write_table(tmp_path / "a.parquet", rows, label=feature))
     assert len(list_all(data)) == 15
     assert data.label_space.names == ["x", "y"]
-    assert "5 of 20" in caplog.text
+    assert f"5 of 20 images (no label in label{hint})" in caplog.text
 
 
 def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> None:
