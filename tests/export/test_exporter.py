@@ -194,18 +194,22 @@ def test_the_preprocessing_of_a_graph_of_one_size_makes_this_size(resize: str) -
     assert images["pixel_values"].shape == (1, 3, 24, 56)
 
 
-def test_a_graph_has_the_distances_of_the_model(tmp_path: Path) -> None:
+def test_a_graph_in_the_folder_of_the_model_has_its_distances_and_keeps_its_files(
+    tmp_path: Path,
+) -> None:
     model = build_random(ViTCLSForImageClassification, id2label=NAMES)
     random = np.random.default_rng(0)
     features = {token: random.normal(size=(60, 16)) for token in ((-1, "cls"), (-2, "mean"))}
     statistics = ClassStatistics.fit(features, np.arange(60) % 3, model.config.num_labels)
     statistics.set_in_model(model)
     folder = save_with_processor(model, tmp_path / "model")
-    report = export(folder, tmp_path / "model.onnx", dynamic=False)
+    before = (folder / "preprocessor_config.json").read_bytes()
+    report = export(folder, folder, image_size=(24, 56), dynamic=False)
     assert report["outputs"]["distance"] == ["batch"]
+    assert (folder / "preprocessor_config.json").read_bytes() == before
     loaded: Any = ViTCLSForImageClassification.from_pretrained(folder).eval()
-    images = torch.rand(3, 3, 32, 32)
-    found = OnnxGraph(tmp_path / "model.onnx")(images)["distance"]
+    images = torch.rand(3, 3, 24, 56)
+    found = OnnxGraph(folder / "model.onnx")(images)["distance"]
     torch.testing.assert_close(found, loaded(images).distance, atol=0, rtol=1e-4)
 
 
@@ -343,16 +347,9 @@ def test_a_preset_is_exported_to_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_new_folder_has_the_processor_of_a_graph_of_one_size(tmp_path: Path) -> None:
-    model = checkpoint(tmp_path / "model", ViTCLSModel)
+    model = checkpoint(tmp_path / "model", ViTCLSModel, num_hidden_layers=1)
     export(tmp_path / "model", tmp_path / "served", image_size=(24, 56), dynamic=False)
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "served")
     images = processor(Image.new("RGB", (40, 30)), return_tensors="pt")["pixel_values"]
     assert images.shape == (1, 3, 24, 56)
     check_outputs(tmp_path / "served" / "model.onnx", model, images)
-
-
-def test_an_export_into_the_folder_of_the_model_keeps_its_files(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "model", ViTCLSModel)
-    before = (tmp_path / "model" / "preprocessor_config.json").read_bytes()
-    export(tmp_path / "model", tmp_path / "model", image_size=(24, 56), dynamic=False)
-    assert (tmp_path / "model" / "preprocessor_config.json").read_bytes() == before

@@ -117,37 +117,52 @@ def check_classifier(run: Path, results: dict[str, Any], parts: list[Any], image
     np.testing.assert_allclose(softmax(compute_logits(run, images), axis=1), expected, atol=5e-3)
 
 
+def train_frozen(options: Any) -> Any:
+    """Return the options, the results, and the number of images that passed the encoder.
+
+    The speed is not measured, whose images are no photos.
+    """
+    counts = []
+    forward = ViTCLSModel.forward
+
+    def count(self: Any, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # FLOPs are counted without data
+        counts.append(len(pixel_values) if pixel_values.device.type == "cpu" else 0)
+        return forward(self, pixel_values, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "measure_inference_speed", lambda model, device: {})
+        patch.setattr(ViTCLSModel, "forward", count)
+        return options, run_training(options), sum(counts)
+
+
 @pytest.fixture(scope="module")
 def frozen_run(encoder: Path, module_path: Path) -> Any:
-    """Return the options and the results of a run that stops after the probe."""
-    options = build_options(
-        module_path / "frozen",
-        encoder,
-        held_out_fraction=0.2,
-    )
-    return options, run_training(options)
+    """Run the probe without steps, and measure it on held-out images."""
+    return train_frozen(build_options(module_path / "frozen", encoder, held_out_fraction=0.2))
 
 
 @pytest.fixture(scope="module")
 def run_on_all_labels(encoder: Path, module_path: Path) -> Any:
-    """Return the options and the results of a run without steps and without held-out images."""
-    options = build_options(module_path / "all labels", encoder)
-    return options, run_training(options)
+    """Run the probe without steps and without held-out images."""
+    return train_frozen(build_options(module_path / "all labels", encoder))
 
 
 @pytest.mark.parametrize(("name", "num_images"), [("frozen_run", 240), ("run_on_all_labels", 300)])
 def test_a_frozen_model_is_the_classifier_of_scikit_learn(
     name: str, num_images: int, request: pytest.FixtureRequest
 ) -> None:
-    options, results = request.getfixturevalue(name)
+    """No image passes the encoder twice; a few mirrored ones show how near those of one scene are."""
+    options, results, num_passed = request.getfixturevalue(name)
     train = prepare_setup(options).data.train
+    assert num_passed == 300 + NUM_MIRRORED
     assert results["steps"] == 0
     assert results["num_training_images"] == len(train) == num_images
     check_classifier(options.output_dir, results, [train], train.images.select(range(40)))
 
 
 def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> None:
-    options, results = frozen_run
+    options, results, _ = frozen_run
     held_out = prepare_setup(options).data.held_out
     predictions = compute_logits(options.output_dir, held_out.images).argmax(axis=1)
     assert results["num_images"] == len(held_out)
@@ -157,7 +172,7 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> No
 def test_predictions_of_training_images_come_from_classifiers_of_other_images(
     run_on_all_labels: Any,
 ) -> None:
-    options, results = run_on_all_labels
+    options, results, _ = run_on_all_labels
     rows = pd.read_parquet(options.output_dir / "predictions.parquet")
     assert len(rows) == results["num_training_images"]
     images = prepare_setup(options).data.train.images
@@ -169,7 +184,7 @@ def test_predictions_of_training_images_come_from_classifiers_of_other_images(
 def test_most_training_images_are_known_and_noise_is_unknown(
     run_on_all_labels: Any, tmp_path: Path
 ) -> None:
-    options, _ = run_on_all_labels
+    options, *_ = run_on_all_labels
     images = prepare_setup(options).data.train.images
     for index in range(40):
         images[index].save(tmp_path / f"digit{index}.png")
@@ -201,7 +216,7 @@ def check_nearest_images(options: Any, frozen: Path) -> Any:
 def test_the_nearest_images_of_a_wrong_prediction_have_the_most_similar_features(
     frozen_run: Any,
 ) -> None:
-    options, _ = frozen_run
+    options, *_ = frozen_run
     assert not check_nearest_images(options, options.output_dir).map(len).any()
 
 
@@ -209,36 +224,10 @@ def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
     encoder: Path, tmp_path: Path
 ) -> None:
     frozen = {"pooled_layers": (-1,), "pooling": "cls", "held_out_fraction": 0.2}
-    run_training(build_options(tmp_path / "head", encoder, **frozen))
     trained = frozen | {"max_steps": 4, "learning_rate": 0.1}
     options = build_options(tmp_path / "trained", encoder, **trained)
     run_training(options)
-    check_nearest_images(options, tmp_path / "head")
-
-
-@pytest.mark.parametrize("held_out_fraction", [0.0, 0.2])
-def test_no_image_passes_the_frozen_encoder_twice(
-    held_out_fraction: float, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Except in the measurement of the speed, whose images are no photos.
-
-    A few mirrored photos show how near those of one scene are.
-    """
-    monkeypatch.setattr(save, "measure_inference_speed", lambda model, device: {})
-    counts = []
-    forward = ViTCLSModel.forward
-
-    def count(self: Any, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # FLOPs are counted without data
-        counts.append(len(pixel_values) if pixel_values.device.type == "cpu" else 0)
-        return forward(self, pixel_values, *args, **kwargs)
-
-    monkeypatch.setattr(ViTCLSModel, "forward", count)
-    options = build_options(tmp_path / "head", encoder, held_out_fraction=held_out_fraction)
-    results = run_training(options)
-    assert results["num_training_images"] == 300 * (1 - held_out_fraction)
-    assert sum(counts) == 300 + NUM_MIRRORED
-    assert results["steps"] == 0
+    check_nearest_images(options, encoder)
 
 
 def test_a_frozen_run_is_fitted_to_the_validation_split_and_measured_on_the_test_split(
@@ -533,6 +522,7 @@ def test_several_labels_train_a_frozen_model_and_are_cross_validated(
 def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alone(
     encoder: Path, tagged_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    """And it is not repeated if it is finished."""
     tasks = ("half", "number")
     options = build_tag_options(tmp_path / "run", encoder, tagged_digits, label_column=tasks)
     results = run_training(options)
@@ -541,6 +531,8 @@ def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alon
     half = results["tasks"]["half"]
     stated = f"half: {half['num_right']} of {half['num_images']} right; about "
     assert stated in capsys.readouterr().out
+    assert run_training(replace(options, resume=True)) == results
+    assert capsys.readouterr().out.startswith("finished ")
     model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path / "run").eval()
     images = [Image.open(file) for file in sorted((tagged_digits / "images").iterdir())]
     found = model(process(tmp_path / "run", images)).logits
@@ -553,17 +545,6 @@ def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alon
         assert own["accuracy_interval"] == pytest.approx(alone["accuracy_interval"], abs=1e-3)
         expected = softmax(compute_logits(run, images), axis=1)
         np.testing.assert_allclose(found[task].softmax(1).detach(), expected, atol=1e-3)
-
-
-def test_a_finished_run_of_tasks_is_not_repeated(
-    encoder: Path, tagged_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    tasks = ("half", "number")
-    options = build_tag_options(tmp_path / "run", encoder, tagged_digits, label_column=tasks)
-    results = run_training(options)
-    capsys.readouterr()
-    assert run_training(replace(options, resume=True)) == results
-    assert capsys.readouterr().out.startswith("finished ")
 
 
 def test_a_task_that_no_fold_can_measure_leaves_the_others_their_result(

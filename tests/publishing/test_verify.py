@@ -21,12 +21,9 @@ from helpers.tiny_models import (
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.push import push_folder
-from modeling_vitcls.publishing.verify import (
-    compare_outputs,
-    push_and_verify,
-    verify,
-)
+from modeling_vitcls.publishing.push import PushedCommit, push_folder
+from modeling_vitcls.publishing.verification_script import collect_outputs
+from modeling_vitcls.publishing.verify import compare_outputs, push_and_verify, verify
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
@@ -108,34 +105,51 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     assert "MY_SECRET" not in environment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "word"),
     [
-        ("", ["lacks the weights classifier.bias"]),
-        pytest.param("raise KeyError('x')\n", ["cannot load", "KeyError"], marks=pytest.mark.slow),
-        pytest.param(CATCHING_IMPORT, ["cannot load", "modeling_vitcls"], marks=pytest.mark.slow),
-        pytest.param(
-            "import os\nos._exit(3)\n", ["cannot load", "exit status 3"], marks=pytest.mark.slow
-        ),
+        ("raise KeyError('x')\n", "KeyError"),
+        (CATCHING_IMPORT, "modeling_vitcls"),
+        ("import os\nos._exit(3)\n", "exit status 3"),
     ],
 )
 def test_code_that_does_not_load_is_an_error(
-    hub: LocalHub, folder: Path, code: str, words: list[str]
+    hub: LocalHub, folder: Path, code: str, word: str
 ) -> None:
-    """The weights lack a tensor, or the code fails, requires this package, or ends the process."""
+    """The code fails, requires this package, or ends the process."""
     file = folder / "modeling_vitcls.py"
     file.write_text(code + file.read_text())
-    if not code:
-        with edit_weights(folder) as weights:
-            del weights["classifier.bias"]
-    command = f"vitcls push --model {folder} --hub-model-id ann/model"
-    with raises_one_line("was pushed", "not verified", *words, command, error=OSError):
+    with raises_one_line("was pushed", "not verified", "cannot load", word, error=OSError):
         push_and_verify(ModelFolder(folder), "ann/model")
 
 
 # Files --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the pushed files here and with this package, which is faster than in a new process."""
+
+    def load(commit: PushedCommit, auto_class: str, trusts_code: bool) -> Any:
+        return collect_outputs(commit.repo_id, auto_class, {"revision": commit.sha})
+
+    monkeypatch.setattr("modeling_vitcls.publishing.verify.run_verification_script", load)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_weights_without_a_tensor_are_named_with_the_command_that_pushes_again(
+    hub: LocalHub, folder: Path
+) -> None:
+    with edit_weights(folder) as weights:
+        del weights["classifier.bias"]
+    words = ("was pushed", "not verified", "lacks the weights classifier.bias")
+    command = f"vitcls push --model {folder} --hub-model-id ann/model"
+    with raises_one_line(*words, command, error=OSError):
+        push_and_verify(ModelFolder(folder), "ann/model")
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_weights_that_are_corrupted_in_storage_are_noticed(hub: LocalHub, folder: Path) -> None:
     pushed = push_folder(ModelFolder(folder), "ann/model")
     hub.corrupt("ann/model", "model.safetensors")

@@ -1,7 +1,6 @@
 """Steps from trained weights end at the mean of the start and the end."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from modeling_vitcls.training.run_results import describe_gates
 pytestmark = [
     pytest.mark.usefixtures("few_digits"),
 ]
+
+LAST = "checkpoints/step-00000004"
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +46,29 @@ def load_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def train_twice(folder: Path, encoder: Path, **flags: Any) -> list[dict[str, torch.Tensor]]:
-    """Return the encoder's weights after the last step, in their mean with the start, and before."""
-    end = build_options(folder / "end", encoder, average_with_start=0.0, **flags)
-    mean = build_options(folder / "mean", encoder, **flags)
-    return list(map(load_encoder_weights, (run_to_folder(end), run_to_folder(mean), encoder)))
+def train(folder: Path, encoder: Path, **flags: Any) -> Path:
+    """Train, and keep the weights of steps 2 and 4, without the mean."""
+    kept: dict[str, Any] = {"save_every": 2, "keep_checkpoints": 2}
+    return run_to_folder(build_options(folder / "run", encoder, **kept | flags))
+
+
+@pytest.fixture(scope="module")
+def whole(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that trains all weights."""
+    return train(tmp_path_factory.mktemp("whole"), encoder)
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 def test_the_saved_weights_are_the_mean_of_start_and_end(
-    trainable: str, encoder: Path, tmp_path: Path
+    trainable: str, encoder: Path, whole: Path, tmp_path: Path
 ) -> None:
-    last, mean, start = train_twice(tmp_path, encoder, trainable=trainable)
+    if trainable == "full":
+        folders = [whole / LAST, whole, encoder]
+    else:
+        flags = {"trainable": trainable}
+        end = build_options(tmp_path / "end", encoder, average_with_start=0.0, **flags)
+        folders = [run_to_folder(end), train(tmp_path, encoder, **flags), encoder]
+    last, mean, start = map(load_encoder_weights, folders)
 
     assert last.keys() == mean.keys() == start.keys()
     assert any(not torch.equal(last[name], start[name]) for name in start)
@@ -64,24 +76,23 @@ def test_the_saved_weights_are_the_mean_of_start_and_end(
         torch.testing.assert_close(mean[name], (start[name] + last[name]) / 2)
 
 
-def test_an_interrupted_run_ends_at_the_same_mean_to_the_bit(encoder: Path, tmp_path: Path) -> None:
-    flags: dict[str, Any] = {"save_every": 2, "keep_checkpoints": 2}
-    options = build_options(tmp_path / "run", encoder, **flags)
-    folder = run_to_folder(options)
-    whole = (folder / "model.safetensors").read_bytes()
+def test_an_interrupted_run_ends_at_the_same_mean_to_the_bit(
+    encoder: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
     forget_end(folder, 4)
-
-    run_to_folder(replace(options, resume=True))
-    assert (folder / "model.safetensors").read_bytes() == whole
+    train(tmp_path, encoder, resume=True)
+    weights = [(each / "model.safetensors").read_bytes() for each in (folder, whole)]
+    assert weights[0] == weights[1]
 
 
 def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_averaged(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of a closed gate is lost in a mean, and the rate of the weights would not open it."""
-    last, mean, start = train_twice(
-        tmp_path, encoder, num_cls_tokens=2, num_register_tokens=3, learning_rate=(1e-5, 1e-3)
-    )
+    flags = {"num_cls_tokens": 2, "num_register_tokens": 3, "learning_rate": (1e-5, 1e-3)}
+    run = train(tmp_path, encoder, **flags)
+    last, mean, start = map(load_encoder_weights, (run / LAST, run, encoder))
 
     gates = 50 * mean["gates.gates"].abs()
     assert len(gates) == 4
