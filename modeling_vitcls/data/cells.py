@@ -91,6 +91,8 @@ def read_label_names(
             f"{where} declares the labels {', '.join(map(repr, own_names[:20]))}, so `label_names` "
             "has no effect. Remove `label_names`"
         )
+    if len({*classes}) < len(classes):
+        raise ValueError(f"`label_names={label_names}` has a name twice. Give each class its own")
 
     items = {cell: split_labels(value, separator) for cell, value in column.values.items()}
     is_split = separator not in (None, NO_SEPARATOR)
@@ -103,8 +105,8 @@ def read_label_names(
         names[split] = [found.get(cell) for cell in cells]
 
     rows = filter(None, chain.from_iterable(names.values()))
-    found_names = sorted(set(chain.from_iterable(rows)))
-    if label_names and (unused := set(classes) - {*map(normalize_name, found_names)}):
+    found_names = sorted({*map(normalize_name, chain.from_iterable(rows))})
+    if label_names and (unused := set(classes).difference(found_names)):
         warn_on_first_process(
             f"WARNING: {where}: no image has a label of {format_name_list(sorted(unused))}. Check the "
             "spelling; numbers are counted from 0"
@@ -120,7 +122,6 @@ def read_label_names(
         elif separator != NO_SEPARATOR:
             warn_about_joined_names(where, found_names)
         classes = sort_classes(found_names)
-    classes = list(dict.fromkeys(map(normalize_name, classes)))
     warn_about_similar_classes(where, classes)
     return classes, names, has_lists
 

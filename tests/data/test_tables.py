@@ -40,9 +40,10 @@ def write_csv(
     photos: Path, labels: list[str], name: str = "table.csv", separator: str = ",", **columns: Any
 ) -> str:
     """Write a table of the first images and their labels, with more columns."""
+    file = photos / name
     table = pd.DataFrame({"file_name": FILES[: len(labels)], "label": labels, **columns})
-    table.to_csv(photos / name, sep=separator, index=False)
-    return str(photos / name)
+    table.to_csv(file, sep=separator, index=False)
+    return str(file)
 
 
 def write_table(file: Path, **columns: Any) -> Path:
@@ -86,11 +87,12 @@ def read_labels(dataset: Any, split: str = "train", **options: Any) -> list[str 
 def test_text_labels_keep_their_spelling(
     labels: list[str], name: str, photos: Path, tmp_path: Path
 ) -> None:
-    files = [str(photos / file) for file in FILES[: len(labels)]]
+    files = FILES[: len(labels)]
     if name == "metadata.csv":  # which is beside the images
-        files = FILES[: len(labels)]
         for file in files:
             os.link(photos / file, tmp_path / file)
+    else:
+        files = [str(photos / file) for file in files]
     table = write_table(tmp_path / name, file_name=files, label=labels)
     is_folder = name in ("metadata.csv", "train.csv")  # the second is a split
     assert read_labels(tmp_path if is_folder else table) == labels
@@ -149,6 +151,12 @@ def test_truth_values_are_names_and_never_indices(photos: Path) -> None:
         assert read_labels(dataset, label_names=("True", "False")) == ["True", "False", "True"]
         with raises_one_line("not one of the 2 classes"):
             read_labels(dataset, label_names=("no", "yes"))
+
+
+def test_a_label_name_that_is_given_twice_is_refused(photos: Path) -> None:
+    table = write_csv(photos, ["0", "1", "2"], "indices.csv")
+    with raises_one_line("`label_names=", "twice"):
+        read_labels(table, label_names=("cat", "cat", "dog"))
 
 
 def test_decimal_numbers_are_no_labels_unless_they_are_named(photos: Path) -> None:
