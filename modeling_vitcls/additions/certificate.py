@@ -42,6 +42,7 @@ from ..model.modeling_vitcls import (
 from ..runtime.files import read_json
 from ..runtime.progress import track
 from ..runtime.system import format_device_name, get_versions, has_bfloat16
+from .options import VerifyUnchangedOptions
 
 
 MODEL_CLASSES = {
@@ -250,9 +251,7 @@ def describe_certificate(certificate: dict[str, Any]) -> str:
 # Two models ---------------------------------------------------------------------------------------
 
 
-def verify_models(
-    old: str, new: str, dataset: str | None = None, split: str | None = None
-) -> dict[str, Any]:
+def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     """Compare two models on a split of a dataset or on random pixels, print and return the result.
 
     The result is the certificate with `difference` None, or only `difference`.
@@ -260,10 +259,11 @@ def verify_models(
     Raises:
         ValueError, OSError: if a model or the dataset cannot be read.
     """
-    old_folder = open_vitcls(old)
-    new_folder = open_vitcls(new)
-    if dataset is not None:
-        data = load_evaluation_data(DataOptions(dataset=dataset), split, use_labels=False)
+    old_folder = open_vitcls(options.old)
+    new_folder = open_vitcls(options.new)
+    if options.dataset is not None:
+        images = DataOptions(dataset=options.dataset)
+        data = load_evaluation_data(images, options.split, use_labels=False)
         pixels = draw_pixels(data.images, old_folder.load_processor())
     else:
         config = old_folder.config

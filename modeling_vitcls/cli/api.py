@@ -129,8 +129,11 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     if hasattr(images, "columns") or hasattr(images, "column_names"):
         images, flags = None, {"dataset": images, **flags}
     options = build_options(PredictOptions, model=model, **flags)
-    if options.strict:
-        raise ValueError("`strict` sets the exit status of the command. Read `error` of the rows")
+    if options.strict or options.output:
+        raise ValueError(
+            "`output` and `strict` are for the command. Use the rows that are returned, such as "
+            "`pandas.DataFrame(rows).to_csv(...)`, and their `error`"
+        )
     if images is None:
         options.check_images()
         records, _ = open_input(options)
@@ -289,7 +292,7 @@ def verify_unchanged(
     from ..additions.certificate import verify_models
 
     options = build_options(VerifyUnchangedOptions, old=old, new=new, dataset=dataset, **flags)
-    return verify_models(options.old, options.new, options.dataset, options.split)
+    return verify_models(options)
 
 
 # Options ------------------------------------------------------------------------------------------

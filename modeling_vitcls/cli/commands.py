@@ -212,7 +212,7 @@ def run_verify_unchanged(options: VerifyUnchangedOptions) -> None:
     """
     from ..additions.certificate import verify_models
 
-    if verify_models(options.old, options.new, options.dataset, options.split)["difference"]:
+    if verify_models(options)["difference"]:
         raise SystemExit(1)
 
 

@@ -92,27 +92,22 @@ def test_predict_and_evaluate_answer_the_same_under_any_torch_default(
         assert evaluate(folder, build_photos(), split="train", num_workers=0)["loss"] == loss
 
 
-def read_random_numbers() -> tuple[float, float, float]:
-    """Return the next random numbers of torch, NumPy and Python, without drawing them."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    numbers = torch.rand(1).item(), np.random.rand(), random.random()
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-    return numbers
+def read_random_states() -> tuple[Any, ...]:
+    """Return the states of the random numbers of torch, NumPy and Python."""
+    return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()
 
 
 def test_a_run_leaves_the_random_numbers_of_its_caller(tmp_path: Path) -> None:
     """Also a run that fails."""
-    numbers = read_random_numbers()
+    states = read_random_states()
     finetune(dataset=build_photos(), output_dir=tmp_path / "run", **FLAGS)
-    assert read_random_numbers() == numbers
+    assert read_random_states() == states
 
     with pytest.raises(ValueError, match="learning_rate"):
         finetune(dataset=build_photos(), output_dir=tmp_path / "other", **FLAGS, learning_rate=-1.0)
     with pytest.raises(ValueError, match="overwrite"):
         finetune(dataset=build_photos(), output_dir=tmp_path / "run", **FLAGS)
-    assert read_random_numbers() == numbers
+    assert read_random_states() == states
 
 
 # Functions ----------------------------------------------------------------------------------------
@@ -190,6 +185,8 @@ def test_look_writes_the_sheet_that_it_returns(
         look(folder, image, output="sheet.pdf")
 
 
-def test_missing_images_name_the_argument() -> None:
+def test_predict_names_an_argument_that_is_missing_or_has_no_effect() -> None:
     with raises_one_line("`images`"):
         predict("m")
+    with raises_one_line("`output`", "to_csv"):
+        predict("m", "photo.jpg", output="rows.csv")
