@@ -67,11 +67,6 @@ PREDICTION_BATCH_SIZE = 32  # Default number of images per forward pass on GPUs
 IMAGE_COLUMNS = ("image", "bytes", "path")  # Column names of images in Ray, Spark and `datasets`
 
 
-if hasattr(os, "register_at_fork"):  # Windows has no fork
-    # Threads do not survive a fork: a child that computed with several would wait for them forever
-    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
-
-
 class Predictor:
     """A loaded model to keep, which predicts photos as `predict` does.
 
@@ -117,6 +112,7 @@ class Predictor:
         options = PredictOptions(**given)
         check_types(options, given)
         options.check()
+        self.process_id = os.getpid()
 
         # All processes, and the cache of `datasets`, then have the same commit of a model on the Hub
         source = options.model if is_preset(options.model) else pin_revision(options.model)
@@ -178,8 +174,7 @@ class Predictor:
                 one image in it, or already a column of the predictions.
         """
         if hasattr(images, "columns"):  # A table of Arrow or pandas
-            has_arrow = hasattr(images, "to_pydict")
-            images = images.to_pydict() if has_arrow else images.to_dict("list")
+            images = images.to_pydict() if hasattr(images, "to_pydict") else images.to_dict("list")
         if isinstance(images, Mapping):
             return self.add_columns(images)
         return list(self.iterate_rows(wrap_images(list_sources(images))))
@@ -229,6 +224,9 @@ class Predictor:
             records: All images.
             batches: Indices of the images of each batch (`divide`). Default: all images.
         """
+        if os.getpid() != self.process_id:
+            # Threads do not survive a fork: computing with several would wait for them forever
+            torch.set_num_threads(1)
         known: dict[int, Row] = {}  # What is known without the model
 
         def prepare(index: int) -> Tensor | str:

@@ -86,12 +86,12 @@ def test_a_file_that_is_written_over_the_weights_changes_no_answer(
     assert np.array_equal(row["features"], expected["features"])
 
 
-def test_a_fork_of_a_process_that_has_computed_does_not_wait() -> None:
+def test_a_fork_of_a_process_that_has_computed_does_not_wait(predictor: Predictor) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    pixels = torch.ones(2000, 2000)
-    pixels.exp()
-    child = get_context("fork").Process(target=pixels.exp)
+    photo = Image.new("RGB", (2000, 2000))
+    predictor(photo)
+    child = get_context("fork").Process(target=predictor, args=(photo,))
     child.start()
     torch.set_num_threads(before)
     child.join(20)
