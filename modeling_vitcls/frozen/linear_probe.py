@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils import check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..inference.metrics import round_floats
+from ..runtime.flags import check_value
 from ..runtime.progress import track
 from .class_statistics import (
     KNOWN_RECALL,
@@ -125,7 +126,7 @@ def list_candidates(
     inferences = tuple(INFERENCE_TEXTS) if DISTILLATION in found else (None,)
     kinds = [kind for kind in found if kind != DISTILLATION]
     poolings = [*kinds, "cls_mean"] if len(kinds) == 2 else kinds
-    if pooling is not None and pooling in (*kinds, "cls_mean"):
+    if pooling in (*kinds, "cls_mean"):
         poolings = [pooling]
 
     layer_choices: list[tuple[int, ...]] = [(-1,)]
@@ -272,18 +273,22 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Args:
             features: [N, D] of each token, or of one.
             labels: [N] or, for several labels per image, [N, L] of 0 and 1.
-            groups: [N]; images of a group are in one fold.
+            groups: [N]; images of a group are in one fold. Those without one are one group.
 
         Raises:
-            ValueError: if there are fewer than two images, features are not finite, or labels are
-                no classes.
+            ValueError: if there are fewer than two images, features are not finite, labels are no
+                classes, or `pooling` or `class_weight` is unknown.
         """
         if len(labels) < 2:
             raise ValueError("a classifier requires two readable images with labels. Add images")
-        features = to_tokens(features)
+        check_value(
+            self, "pooling", self.pooling in (None, *POOLING_TEXTS), "cls, mean or cls_mean"
+        )
+        check_value(self, "class_weight", self.class_weight in (None, "balanced"), "balanced")
+        features = self.read_tokens(features, is_new=True)
         labels = np.asarray(labels)
         check_classification_targets(labels)
-        groups = None if groups is None else np.asarray(groups)
+        groups = None if groups is None else pd.factorize(np.asarray(groups))[0]
         check_consistent_length(*features.values(), labels, groups)
         if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
             raise ValueError(
@@ -351,8 +356,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self, cross_validated: CrossValidated, labels: np.ndarray, groups: np.ndarray | None
     ) -> None:
         """Choose the candidate with the lowest log loss; without folds, the simplest one."""
-        candidates = list(cross_validated.logits)
-        self.candidate_ = candidates[0]
+        self.candidate_, *_ = cross_validated.logits
         self.table_: list[dict[str, Any]] = []
         self.estimate_: dict[str, Any] | None = None
         self.losses_ = np.full(len(labels), np.nan)
@@ -370,7 +374,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ]
         self.table_ = [score.row for score in scores]
         # If losses are equal, the first one wins, because the simplest candidate comes first.
-        chosen = scores[int(np.argmin([row["loss"] for row in self.table_]))]
+        chosen = min(scores, key=lambda score: score.row["loss"])
         self.candidate_ = chosen.candidate
         self.temperature_, self.lines_ = chosen.temperature, chosen.lines
         self.losses_ = chosen.losses
@@ -387,7 +391,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Fit what was chosen to all images, also to images that took no part in the choice."""
         chosen_classes = self.classes_
         self.classes_, indices = self.target_.encode(labels)
-        self.out_of_fold_ = add_classes(self.out_of_fold_, chosen_classes, self.classes_)
+        # Classes that no image of the choice has
+        places = np.searchsorted(self.classes_, chosen_classes)
+        self.out_of_fold_ = expand_rows(self.out_of_fold_.T, places, len(self.classes_)).T
         heads = self.candidate_.heads
         if self.lines_ is not None:
             slopes, offsets = self.lines_
@@ -473,6 +479,24 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         return bool(self.num_folds_ and self.target_.count_largest(labels) > 2)
 
+    def read_tokens(self, features: Any, is_new: bool = False) -> TokenFeatures:
+        """Check features as scikit-learn does: a dict with an entry of each token, or [N, D] of one token.
+
+        Raise ValueError if any is not finite, such as the features of an unreadable image, or, unless
+        `is_new`, if the columns are not those of `fit`.
+        """
+        by_token = features if isinstance(features, Mapping) else {(-1, "own"): features}
+        tokens: dict[Token, np.ndarray] = {}
+        for token, values in by_token.items():
+            tokens[token] = validate_data(self, values, reset=is_new, ensure_all_finite=False)
+            is_finite = np.isfinite(tokens[token]).all(axis=1)
+            if not is_finite.all():
+                raise ValueError(
+                    f"the features are not finite for {(~is_finite).sum():,} of {len(is_finite):,} "
+                    "images, such as those that cannot be read. Leave out their rows"
+                )
+        return tokens
+
     def compute_logits(self, features: TokenFeatures) -> np.ndarray:
         """Compute logits [N, K] before the temperature."""
         heads = zip(self.candidate_.heads, self.heads_, strict=True)
@@ -483,7 +507,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict_proba(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict probabilities [N, K] from the features [N, D] of each token."""
         check_is_fitted(self)
-        logits = self.compute_logits(to_tokens(features))
+        logits = self.compute_logits(self.read_tokens(features))
         return self.target_.to_probabilities(logits / self.temperature_)
 
     def predict(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
@@ -505,13 +529,13 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def build_record(self, num_images: int) -> dict[str, Any]:
         """Record the choice and the results of all candidates for results.json."""
+        candidate = self.candidate_
         record: dict[str, Any] = {
             "num_training_images": num_images,
             "num_folds": self.num_folds_,
-            "layers": list(self.candidate_.layers),
-            "pooling": self.candidate_.pooling,
+            "layers": list(candidate.layers),
+            "pooling": candidate.pooling,
         }
-        candidate = self.candidate_
         if candidate.inference is not None:
             record["distillation_inference"] = candidate.inference
             record["distillation_losses"] = {
@@ -522,24 +546,6 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.estimate_ is not None:
             record |= {**self.estimate_, "loss": float(np.nanmean(self.losses_))}
         return round_floats(record | {"candidates": self.table_})
-
-
-def to_tokens(features: Any) -> TokenFeatures:
-    """Check features as scikit-learn does: a dict with an entry of each token, or [N, D] of one token.
-
-    Raise ValueError if any is not finite, such as the features of an unreadable image.
-    """
-    by_token = features if isinstance(features, Mapping) else {(-1, "own"): features}
-    tokens: dict[Token, np.ndarray] = {}
-    for token, values in by_token.items():
-        tokens[token] = check_array(values, ensure_all_finite=False)
-        is_finite = np.isfinite(tokens[token]).all(axis=1)
-        if not is_finite.all():
-            raise ValueError(
-                f"the features are not finite for {(~is_finite).sum():,} of {len(is_finite):,} "
-                "images, such as those that cannot be read. Leave out their rows"
-            )
-    return tokens
 
 
 def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> tuple[Token, ...]:
@@ -559,11 +565,6 @@ def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> t
 def stack_tokens(features: TokenFeatures, tokens: Sequence[Token]) -> np.ndarray:
     """Put the tokens of a classifier side by side, in the order of its weights: [N, T * D]."""
     return np.concatenate([features[token] for token in tokens], axis=1).astype(np.float64)
-
-
-def add_classes(probabilities: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Add classes that no image of the choice has: probabilities [N, old] -> [N, new]."""
-    return expand_rows(probabilities.T, np.searchsorted(new, old), len(new)).T
 
 
 # Cross-validation ---------------------------------------------------------------------------------
@@ -590,13 +591,10 @@ def split_folds(
     labels = target.find_strata(target.encode(labels)[1])
     if num_folds is None:
         num_folds = NUM_FOLDS_OF_FEW if len(labels) <= FEW_IMAGES else NUM_FOLDS
-    if groups is None or len(np.unique(groups)) == len(groups):
-        groups = np.arange(len(labels))
-        splitter: Any = StratifiedKFold
-    else:
-        # Numbered in the order of the images, whatever the numbers were
-        groups = pd.factorize(groups)[0]
-        splitter = StratifiedGroupKFold
+    # Numbered in the order of the images, whatever the numbers were; images without a group are one
+    groups = np.arange(len(labels)) if groups is None else pd.factorize(groups)[0]
+    is_grouped = groups.max() + 1 < len(labels)
+    splitter: Any = StratifiedGroupKFold if is_grouped else StratifiedKFold
     num_groups = np.array(
         [len(np.unique(groups[labels == label])) for label in range(labels.max() + 1)]
     )
