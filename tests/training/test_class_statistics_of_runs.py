@@ -45,7 +45,7 @@ def adapted(module_path: Path, trained: Path) -> Path:
     return run_to_folder(build_tiny_options(module_path / "adapted", "digits", **flags))
 
 
-@pytest.fixture(params=["trained", "frozen", "adapted"])
+@pytest.fixture(params=["frozen", "adapted"])
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 

@@ -149,13 +149,11 @@ def test_the_choice_between_heads_is_that_of_the_log_loss_out_of_fold() -> None:
 
 
 def test_images_that_trained_a_kept_classifier_measure_nothing(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A frozen run fits its classifier to every label; without a probe, steps continue with it."""
-    source = tmp_path / "mlp"
-    run_training(build_options(source, encoder, trainable="head"))
     flags = {"probe": False, "max_steps": 1, "held_out_fraction": 0.2}
-    results = run_training(build_options(tmp_path / "next", source, **flags))
+    results = run_training(build_options(tmp_path / "next", frozen, **flags))
     assert "accuracy_interval" not in results
     assert results["num_images_of_encoder"] == results["num_images"]
     assert "without an interval" in capsys.readouterr().out

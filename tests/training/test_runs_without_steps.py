@@ -50,13 +50,44 @@ def sources(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
 
-def finetune(model: str, photos: str, output: str, *flags: str) -> dict[str, Any]:
-    """Run `vitcls finetune` here; return results.json and, as "printed", what it printed."""
+@pytest.fixture(scope="module")
+def frozen(encoder: Path, module_path: Path) -> dict[str, Any]:
+    """Return what a frozen run on `my photos` says."""
+    photos = write_unequal_photos(module_path / "my photos")
+    return finetune(encoder, photos, module_path / "frozen")
+
+
+@pytest.fixture(scope="module")
+def tuned(encoder: Path, frozen: dict[str, Any], module_path: Path) -> dict[str, Any]:
+    """Return what a run with three steps on these photos says."""
+    flags = ("--epochs", "1", "--batch-size", "8")
+    return finetune(encoder, module_path / "my photos", module_path / "tuned", *flags)
+
+
+@pytest.fixture(scope="module")
+def of_bursts(encoder: Path, module_path: Path) -> dict[str, Any]:
+    """Return what a frozen run says about shots of sixteen objects and a vase.
+
+    The labels of the objects mean nothing. The vase is a class of one scene.
+    """
+    photos = module_path / "bursts"
+    write_bursts(photos)
+    write_shots(photos / "vase", scene=40)
+    (photos / "cups/IMG_04.png").rename(photos / "pens/WhatsApp.png")
+    return finetune(encoder, photos, module_path / "of bursts")
+
+
+def finetune(model: object, photos: object, output: str | Path, *flags: str) -> dict[str, Any]:
+    """Run `vitcls finetune` here; return results.json and, as "printed", what it printed.
+
+    The output folder is "folder".
+    """
     reset_accelerate()
-    paths = ["--model", model, "--dataset", photos, "--output-dir", output]
+    paths = ["--model", str(model), "--dataset", str(photos), "--output-dir", str(output)]
     with redirect_stdout(StringIO()) as printed:
         main(["finetune", *paths, "--num-workers", "0", "--no-report", *flags])
-    return read_json(Path(output) / "results.json") | {"printed": printed.getvalue()}
+    results = read_json(Path(output) / "results.json")
+    return results | {"printed": printed.getvalue(), "folder": Path(output)}
 
 
 def list_photos(folder: str = "my photos") -> list[Path]:
@@ -69,38 +100,39 @@ def write_rows(file: str, header: str, rows: list[str]) -> None:
     Path(file).write_text("\n".join([header, *rows]))
 
 
-def test_a_run_without_steps_says_how_to_train_all_layers() -> None:
+def test_a_run_without_steps_says_how_to_train_all_layers(frozen: Any, tuned: Any) -> None:
     """Unless the person has asked for a frozen encoder."""
-    advice = "set --epochs 5 and another --output-dir"
-    for output, flags in (("frozen", []), ("head", ["--trainable", "head"])):
-        frozen = finetune("vit", "my photos", output, *flags)
-        assert frozen["steps"] == 0
-        assert (advice in frozen["printed"]) is (output == "frozen")
+    head = finetune("vit", "my photos", "head", "--trainable", "head")
+    for results in (frozen, head):
+        assert results["steps"] == 0
+        advice = "set --epochs 5 and another --output-dir"
+        assert (advice in results["printed"]) is (results is frozen)
 
-    results = finetune("vit", "my photos", "tuned", "--epochs", "5")
-    assert results["steps"] > 0
-    start = results["before_steps"]["accuracy"]
-    printed = results["printed"]
-    num_images = results["num_images"]
+    assert tuned["steps"] == 3
+    start = tuned["before_steps"]["accuracy"]
+    printed = tuned["printed"]
+    num_images = tuned["num_images"]
     num_right = round(start * num_images)
     assert f". Before the steps: {num_right} of {num_images} right" in printed
-    assert ("which was better" in printed) is (start > results["accuracy"])
-    original = ViTCLSModel.from_pretrained("frozen").state_dict()
-    trained = ViTCLSModel.from_pretrained("tuned").state_dict()
+    assert ("which was better" in printed) is (start > tuned["accuracy"])
+    original, trained = (
+        ViTCLSModel.from_pretrained(results["folder"]).state_dict() for results in (frozen, tuned)
+    )
     names = [f"layers.{index}.mlp.fc1.weight" for index in range(5)]
     assert not any(torch.equal(original[name], trained[name]) for name in names)
 
 
-def test_a_run_that_continues_a_model_is_compared_with_this_model_itself() -> None:
+def test_a_run_that_continues_a_model_is_compared_with_this_model_itself(
+    frozen: Any, tuned: Any
+) -> None:
     """On the held-out photos of both runs; photos that trained the model compare nothing."""
-    tuned = finetune("vit", "my photos", "tuned", "--epochs", "1")
-    again = finetune("tuned", "my photos", "again", "--epochs", "1")
+    again = finetune(tuned["folder"], "my photos", "again", "--epochs", "1")
     assert again["initial_classifier"] == {"accuracy": tuned["accuracy"]}
-    assert f"{Path.cwd() / 'tuned'} itself: " in again["printed"]
+    assert f"{tuned['folder']} itself: " in again["printed"]
 
-    finetune("vit", "my photos", "frozen")
     flags = ("--epochs", "1", "--held-out-fraction", "0.2")
-    assert finetune("frozen", "my photos", "known", *flags)["initial_classifier"] is None
+    known = finetune(frozen["folder"], "my photos", "known", *flags)
+    assert known["initial_classifier"] is None
 
 
 def test_a_run_below_chance_counts_the_predictions_that_it_writes() -> None:
@@ -211,25 +243,26 @@ def test_a_run_on_pairs_of_photos_says_why_none_will_be_unknown() -> None:
     assert read_json(Path("frozen/config.json")).get("distance_threshold") is None
 
 
-def test_images_that_trained_the_encoder_measure_nothing() -> None:
+def test_images_that_trained_the_encoder_measure_nothing(frozen: Any, tuned: Any) -> None:
     """It knows their labels, also under new names and after another run. A frozen one does not."""
 
-    def has_interval(model: str, output: str, *flags: str) -> bool:
-        """Train, and check that a warning and the card say why there is no interval."""
-        results = finetune(model, "my photos", output, *flags)
+    def has_interval(results: Any) -> bool:
+        """Check that a warning and the card say why there is no interval."""
         has_interval = "accuracy_interval" in results
-        card = Path(output, "README.md").read_text()
+        card = (results["folder"] / "README.md").read_text()
         assert ("trained the encoder" in results["printed"]) is not has_interval
         assert ("The encoder was trained on" in card) is not has_interval
         return has_interval
 
-    assert has_interval("vit", "frozen")
-    assert has_interval("vit", "steps", "--epochs", "1", "--batch-size", "8")
+    assert has_interval(frozen)
+    assert has_interval(tuned)
     Path("my photos/ants").rename("my photos/insects")
-    assert has_interval("frozen", "frozen-again")
-    assert not has_interval("steps", "second")
-    assert not has_interval("steps", "held-out", "--held-out-fraction", "0.4")
-    assert not has_interval("second", "third")
+    assert has_interval(finetune(frozen["folder"], "my photos", "frozen-again"))
+    steps = tuned["folder"]
+    assert not has_interval(finetune(steps, "my photos", "second"))
+    flags = ("--held-out-fraction", "0.4")
+    assert not has_interval(finetune(steps, "my photos", "held-out", *flags))
+    assert not has_interval(finetune("second", "my photos", "third"))
 
 
 def test_a_second_run_with_several_labels_has_a_result_without_interval() -> None:
@@ -244,21 +277,19 @@ def test_a_second_run_with_several_labels_has_a_result_without_interval() -> Non
     assert "without an interval" in results["printed"]
 
 
-def test_shots_of_one_object_do_not_measure_each_other() -> None:
-    """Sixteen objects whose labels mean nothing: they are recognized, and nothing else is."""
-    write_bursts(Path("bursts"))
-    Path("bursts/cups/IMG_04.png").rename("bursts/pens/WhatsApp.png")
-    results = finetune("vit", "bursts", "frozen")
-    assert not results.keys() & {"images_per_second", "steps_train_encoder"}
-    assert results["accuracy_interval"][0] < 0.5
-    assert results["accuracy"] < 0.75
-    printed = results["printed"]
-    assert "80 of 80 photos are shots of " in printed
-    first, second = results["frozen"]["scenes"]["pairs"][0]
+def test_shots_of_one_object_do_not_measure_each_other(of_bursts: Any) -> None:
+    """Objects whose labels mean nothing: they are recognized, and nothing else is."""
+    assert not of_bursts.keys() & {"images_per_second", "steps_train_encoder"}
+    assert of_bursts["accuracy_interval"][0] < 0.5
+    assert of_bursts["accuracy"] < 0.75
+    printed = of_bursts["printed"]
+    assert "80 of 85 photos are shots of " in printed
+    first, second = of_bursts["frozen"]["scenes"]["pairs"][0]
     assert {Path(first).parent.name, Path(second).parent.name} == {"cups", "pens"}
     assert "pens/WhatsApp.png" in (first, second)
     assert f"have two labels, such as {first} and {second}" in printed
-    wrong = pd.read_parquet("frozen/predictions.parquet").explode("nearest_images").dropna()
+    rows = pd.read_parquet(of_bursts["folder"] / "predictions.parquet")
+    wrong = rows.explode("nearest_images").dropna()
     assert (wrong["image"].str[5:-5] != wrong["nearest_images"].str[5:-5]).all()
 
 
@@ -309,14 +340,13 @@ def test_photos_beyond_the_limit_of_a_start_are_not_compared_and_a_line_says_how
     assert "before_steps" in results
 
 
-def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what() -> None:
-    write_bursts(Path("photos"))
-    write_shots(Path("photos/vase"), scene=40)
-    results = finetune("vit", "photos", "run")
-    assert results["frozen"]["scenes"]["divided_classes"] == ["vase"]
-    counts = {row["name"]: row["images"] for row in results["per_class"]}
-    assert counts == {"cups": 40, "pens": 40, "vase": 5}
-    assert "all photos of vase are shots of one scene" in results["printed"]
+def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what(
+    of_bursts: Any,
+) -> None:
+    assert of_bursts["frozen"]["scenes"]["divided_classes"] == ["vase"]
+    counts = {row["name"]: row["images"] for row in of_bursts["per_class"]}
+    assert counts == {"cups": 39, "pens": 41, "vase": 5}
+    assert "all photos of vase are shots of one scene" in of_bursts["printed"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--max-steps", "1")], ids=["frozen", "steps"])
@@ -349,25 +379,25 @@ def test_copies_of_shots_of_a_scene_in_the_test_folder_are_still_named_as_copies
     assert "6 of the 6 held-out images are copies of training images" in results["printed"]
 
 
-@pytest.mark.parametrize(
-    "flags", [(), ("--max-steps", "1", "--held-out-fraction", "0")], ids=["frozen", "steps"]
-)
+@pytest.mark.parametrize("kind", ["frozen", "steps"])
 def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the_others_measured(
-    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    kind: str, of_bursts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Shots of known scenes, one of them a training photo that was saved again, and other photos."""
-    write_bursts(Path("photos"))
-    finetune("vit", "photos", "run", *flags)
+    run = of_bursts
+    photos = run["folder"].with_name("bursts")
+    if kind == "steps":
+        run = finetune("vit", photos, "run", "--max-steps", "1", "--held-out-fraction", "0")
     for scene in range(10, 16):
         write_shots(Path("more") / ("cups", "pens")[scene % 2], scene, [5])
     flower = photograph("flower.jpg")
     flower.resize((140, 100)).save("more/cups/flower.jpg")
     flower.crop((0, 0, 200, 200)).save("more/pens/flower.jpg")
-    with Image.open("photos/cups/IMG_00.png") as image:
+    with Image.open(photos / "cups/IMG_00.png") as image:
         image.save("more/cups/WhatsApp.jpg", quality=70)
     reset_accelerate()
     capsys.readouterr()
-    results = evaluate("run", "more")
+    results = evaluate(run["folder"], "more")
     known = results["in_trained_scenes"]
     names = {f"{('cups', 'pens')[scene % 2]}/IMG_{scene}5.png" for scene in range(10, 16)}
     assert {*known["names"]} == names | {"cups/WhatsApp.jpg"}
@@ -376,14 +406,6 @@ def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the
     printed = capsys.readouterr().out
     assert "7 of 9 photos are of scenes that trained the model" in printed
     assert f"The others: {known['num_right']} of 2 right (95%: " in printed
-
-
-def test_a_photo_of_one_color_joins_no_scene() -> None:
-    write_bursts(Path("photos"))
-    Image.new("RGB", (140, 100)).save("photos/cups/lens cap.png")
-    results = finetune("vit", "photos", "run")
-    assert results["accuracy_interval"][0] < 0.5
-    assert "80 of 81 photos are shots of " in results["printed"]
 
 
 def test_two_photos_alone_have_a_sentence_and_no_number() -> None:
@@ -397,6 +419,14 @@ def test_two_photos_alone_have_a_sentence_and_no_number() -> None:
     assert "--held-out-fraction" not in printed  # It could hold out nothing
     assert "no result measures classes with one image: dusk, noon. Add images" in printed
     assert "photos are shots of" not in printed
+
+
+def test_a_photo_of_one_color_joins_no_scene() -> None:
+    write_bursts(Path("photos"))
+    Image.new("RGB", (140, 100)).save("photos/cups/lens cap.png")
+    results = finetune("vit", "photos", "run")
+    assert results["accuracy_interval"][0] < 0.5
+    assert "80 of 81 photos are shots of " in results["printed"]
 
 
 @pytest.mark.parametrize("kind", ["apart", "mixed", "damaged"])
@@ -437,7 +467,7 @@ def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help() -> None:
     assert "not evaluated" not in more["printed"]
 
 
-def test_classes_that_are_one_scene_each_have_a_sentence_and_no_number() -> None:
+def test_classes_that_are_one_scene_each_have_no_number_and_cannot_be_held_out() -> None:
     for scene, name in enumerate(("vase", "bowl")):
         write_shots(Path("scenes") / name, scene, range(12))
     results = finetune("vit", "scenes", "run")
@@ -445,6 +475,9 @@ def test_classes_that_are_one_scene_each_have_a_sentence_and_no_number() -> None
     printed = results["printed"]
     assert "24 of 24 photos are shots of 2 scenes" in printed
     assert "not evaluated, because 24 photos share a scene with another one, such as " in printed
+    reason = "no image can be held out, because the photos of each class are shots of one scene"
+    with raises_one_line(reason):
+        modeling_vitcls.finetune("vit", "scenes", "held-out", held_out_fraction=0.25)
 
 
 def test_groups_of_one_label_each_are_the_reason_that_nothing_is_measured() -> None:
@@ -454,25 +487,14 @@ def test_groups_of_one_label_each_are_the_reason_that_nothing_is_measured() -> N
     assert f"not evaluated, because {reason}" in printed
 
 
-def test_classes_that_are_one_scene_each_cannot_be_held_out_and_the_error_says_why() -> None:
-    for scene, name in enumerate(("vase", "bowl")):
-        write_shots(Path("scenes") / name, scene, range(12))
-    with raises_one_line(
-        "no image can be held out, because the photos of each class are shots of one scene"
-    ):
-        modeling_vitcls.finetune("vit", "scenes", "run", held_out_fraction=0.25)
-
-
-def test_other_file_names_change_no_result() -> None:
+def test_other_file_names_change_no_result(frozen: Any) -> None:
     for index, photo in enumerate(list_photos()[::-1]):
         folder = Path("renamed", photo.parent.name)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(photo, folder / f"{index:02}.png")
-    first, second = (
-        finetune("vit", photos, f"run of {photos}") for photos in ("my photos", "renamed")
-    )
-    assert first["confusion_matrix"] == second["confusion_matrix"]
-    assert first["frozen"]["candidates"] == second["frozen"]["candidates"]
+    renamed = finetune("vit", "renamed", "run")
+    assert renamed["confusion_matrix"] == frozen["confusion_matrix"]
+    assert renamed["frozen"]["candidates"] == frozen["frozen"]["candidates"]
 
 
 def test_shots_of_one_scene_in_all_classes_are_not_joined_and_a_line_says_so() -> None:
