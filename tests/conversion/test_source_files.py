@@ -523,18 +523,15 @@ def test_unreadable_files_and_unused_families_are_refused(tmp_path: Path) -> Non
         FileSource.from_file(tmp_path / "missing.pth")
     with raises_one_line("`family='dino'`", "timm:test_vit", error=ConversionError):
         load_source("timm:test_vit", family="dino")
-    (tmp_path / "weights.ckpt").touch()
-    with raises_one_line("weights.ckpt", error=ConversionError):
-        FileSource.from_file(tmp_path / "weights.ckpt")
-    (tmp_path / "damaged.pth").write_bytes(b"damaged")
-    with raises_one_line("damaged.pth", error=ConversionError):
-        FileSource.from_file(tmp_path / "damaged.pth")
-    (tmp_path / "model.onnx").touch()
-    with raises_one_line("model.onnx is one file of a model", error=ConversionError):
-        load_source(str(tmp_path / "model.onnx"))
-    (tmp_path / "config.json").write_text("{}")
-    with raises_one_line("config.json is one file of a model", "folder", error=ConversionError):
-        load_source(str(tmp_path / "config.json"))
+    for name, content, words in (
+        ("weights.ckpt", "", ""),
+        ("damaged.pth", "damaged", ""),
+        ("model.onnx", "", " is one file of a model"),
+        ("config.json", "{}", " is one file of a model"),
+    ):
+        (tmp_path / name).write_text(content)
+        with raises_one_line(name + words, error=ConversionError):
+            load_source(str(tmp_path / name))
 
 
 def test_no_code_in_a_file_runs(tmp_path: Path) -> None:

@@ -271,9 +271,9 @@ def measure_recalls(num_classes: int, counts: tuple[int, int], seed: int) -> np.
     return np.vstack([np.stack(recalls, axis=1), [estimated, is_right[0].mean()]])
 
 
-@pytest.mark.parametrize("num_classes", [2, 5, 20, 100])
+@pytest.mark.parametrize("num_classes", [2, 20, 100])
 @pytest.mark.parametrize(
-    "counts", [(few, many) for many in range(1, 6) for few in range(1, many + 1)]
+    "counts", [(few, many) for many in (1, 2, 3, 5) for few in {1, min(2, many), many}]
 )
 def test_with_few_images_classes_are_found_as_often_as_by_the_nearest_mean(
     counts: tuple[int, int], num_classes: int
