@@ -42,7 +42,7 @@ def build_splits_table(parts: Mapping[str, Any], task: str = "") -> pd.DataFrame
         for split, part in parts.items()
         if isinstance(part, LabeledImages) and len(part)
     ]
-    return pd.concat(tables, ignore_index=True) if tables else EMPTY_TABLE
+    return pd.concat(tables) if tables else EMPTY_TABLE
 
 
 def write_splits(table: pd.DataFrame, folder: Path) -> None:
@@ -56,7 +56,7 @@ def write_splits(table: pd.DataFrame, folder: Path) -> None:
 def read_splits(folder: ModelFolder) -> pd.DataFrame:
     """Read which images a model was trained on; an empty table if its folder does not say.
 
-    Raise ValueError if the file is damaged.
+    Raise ValueError if the file is damaged, or its keys are no checksums.
     """
     file = folder.path / SPLITS_FILE
     if not file.is_file():
@@ -66,10 +66,13 @@ def read_splits(folder: ModelFolder) -> pd.DataFrame:
                 "on are not recognized"
             )
         return EMPTY_TABLE
-    remedy = "Remove it to use the model without the list of its training images"
-    with explain_damage(file, remedy):
+    with explain_damage(file, "Remove it to use the model without the list of its training images"):
         check_parquet_size(file)
-        return pd.read_parquet(file, columns=list(EMPTY_TABLE))
+        table = pd.read_parquet(file, columns=list(EMPTY_TABLE))
+        # No image would have other keys, such as text
+        if table["key"].dtype != np.uint64:
+            raise ValueError("the column key has no unsigned integers of 64 bits")
+        return table
 
 
 def list_encoder_rows(folder: ModelFolder | None, keeps_classifier: bool = False) -> pd.DataFrame:
@@ -81,16 +84,17 @@ def list_encoder_rows(folder: ModelFolder | None, keeps_classifier: bool = False
     if folder is None:
         return EMPTY_TABLE
     splits = select_task(read_splits(folder), None)
-    results = folder.results
-    has_trained = results.get("steps") and results.get("steps_train_encoder", True)
-    is_trained = keeps_classifier or has_trained
+    is_trained = keeps_classifier or (
+        folder.results.get("steps") and folder.results.get("steps_train_encoder", True)
+    )
     is_seen = splits["split"] != "test" if is_trained else splits["split"] == "encoder"
     return splits[is_seen].assign(split="encoder")
 
 
 def select_task(splits: pd.DataFrame, task: str | None) -> pd.DataFrame:
     """Select the rows about an added task, or about the model itself (None)."""
-    return splits[splits["task"] == (task or "")]
+    # Other programs write an empty text as a missing value
+    return splits[splits["task"].fillna("") == (task or "")]
 
 
 def find_trained_images(images: LabeledImages, splits: pd.DataFrame) -> np.ndarray:

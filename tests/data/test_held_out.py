@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_photos
@@ -17,7 +18,7 @@ from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import describe_divided_groups, describe_leaks
-from modeling_vitcls.data.splits_table import read_splits
+from modeling_vitcls.data.splits_table import read_splits, select_task
 from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.options import EvaluateOptions
@@ -26,6 +27,13 @@ from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
 
 def get_names(part: Any) -> set[str]:
     return set(part.images.get_names())
+
+
+def write_rows(folder: Path, *rows: str) -> Path:
+    """Write a table: its header, and a row for each image."""
+    table = folder / "table.csv"
+    table.write_text("\n".join(rows))
+    return table
 
 
 def run(output: Path, dataset: Path, **flags: Any) -> dict[str, Any]:
@@ -70,8 +78,8 @@ def test_the_split_depends_only_on_the_content_of_the_images(tmp_path: Path) -> 
 
     paths = sorted(folder.glob("*/*.png"))
     rows = [f"here/{path.relative_to(folder)},{path.parent.name}" for path in paths]
-    (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[::-1]]))
-    listed = read_training_data(tmp_path / "list.csv").held_out
+    table = write_rows(tmp_path, "image,label", *rows[::-1])
+    listed = read_training_data(table).held_out
     assert {(tmp_path / name).read_bytes() for name in listed.images.get_names()} == contents
 
     pairs = [(path.read_bytes(), path.parent.name) for path in paths]
@@ -99,9 +107,8 @@ def test_a_class_that_shares_its_only_group_with_another_class_is_named(tmp_path
     write_photos(tmp_path / "photos", range(6))
     rows = [f"photos/cat/{index}.png,cat,farm" for index in range(6)]
     rows += [f"photos/dog/{index}.png,dog,{('farm', 'town')[index % 2]}" for index in range(6)]
-    (tmp_path / "table.csv").write_text("\n".join(["image,label,place", *rows]))
-    flags = {"group_column": "place", "held_out_fraction": 0.0}
-    data = read_training_data(tmp_path / "table.csv", **flags)
+    table = write_rows(tmp_path, "image,label,place", *rows)
+    data = read_training_data(table, group_column="place", held_out_fraction=0.0)
     (line,) = describe_divided_groups(data)
     assert line.startswith("all images of cat are in one group with images of other classes")
 
@@ -113,8 +120,7 @@ def test_copies_join_the_groups_of_a_table(tmp_path: Path) -> None:
         f"{path},{path.parent.name},{path.parent.name}{int(path.stem) // 2}"
         for path in sorted(folder.glob("*/*.png"))
     ]
-    table = tmp_path / "table.csv"
-    table.write_text("\n".join(["image,label,animal", *rows]))
+    table = write_rows(tmp_path, "image,label,animal", *rows)
     data = read_training_data(table, group_column="animal")
     groups = [set(part.groups.tolist()) for part in (data.train, data.held_out)]
     assert len(groups[0] | groups[1]) == 5  # cat0 and cat2 are one
@@ -125,8 +131,7 @@ def test_an_image_with_two_labels_is_an_error(tmp_path: Path) -> None:
     """They are one file in two rows, or one content in two splits."""
     write_photos(tmp_path / "train", range(4))
     rows = [f"train/{name}/{index}.png,{name}" for name in ("cat", "dog") for index in range(4)]
-    table = tmp_path / "table.csv"
-    table.write_text("\n".join(["image,label", *rows, "train/cat/3.png,dog"]))
+    table = write_rows(tmp_path, "image,label", *rows, "train/cat/3.png,dog")
     with raises_one_line("have several labels", "train/cat/3.png is 'dog'"):
         read_training_data(table)
 
@@ -149,8 +154,7 @@ def test_an_image_with_two_labels_among_tags_and_tasks_is_an_error(
 ) -> None:
     write_photos(tmp_path, range(4), "cat")
     lines = [f"cat/{index}.png,{rows[index % 2]}" for index in range(4)]
-    table = tmp_path / "table.csv"
-    table.write_text("\n".join([f"image,{columns}", *lines, f"cat/2.png,{second}"]))
+    table = write_rows(tmp_path, f"image,{columns}", *lines, f"cat/2.png,{second}")
     flags = {"label_separator": ";"} if columns == "tags" else {}
     with raises_one_line("cat/2.png", *words):
         read_training_data(table, label_column=tuple(columns.split(",")), **flags)
@@ -161,8 +165,7 @@ def test_rows_of_one_image_count_once(tmp_path: Path, caplog: pytest.LogCaptureF
     write_photos(tmp_path, range(4))
     files = [f"{name}/{number}.png" for number in range(4) for name in ("cat", "dog")]
     rows = [f"{file},{person},{file[:3]}" for person in ("ann", "bob", "eva") for file in files]
-    table = tmp_path / "table.csv"
-    table.write_text("\n".join(["image,annotator,label", *rows]))
+    table = write_rows(tmp_path, "image,annotator,label", *rows)
     data = read_training_data(table, held_out_fraction=0.25)
     assert (len(data.train), len(data.held_out)) == (6, 2)
     assert "24 rows name 8 images" in caplog.text
@@ -170,7 +173,7 @@ def test_rows_of_one_image_count_once(tmp_path: Path, caplog: pytest.LogCaptureF
     assert len(evaluated.images) == 8
 
     rows = [f"{file},{file[:3]},\n{file},,{'xy'[index // 4]}" for index, file in enumerate(files)]
-    table.write_text("\n".join(["image,kind,place", *rows]))
+    write_rows(tmp_path, "image,kind,place", *rows)
     tasks = read_training_data(table, label_column=("kind", "place"), held_out_fraction=0)
     assert tasks.label_space.format(tasks.train.labels[0]) == "kind cat, place x"
     assert len(tasks.train) == 8
@@ -181,10 +184,8 @@ def test_copies_in_the_held_out_split_are_reported(tmp_path: Path) -> None:
     write_photos(tmp_path / "test", range(8, 13))
     (warning,) = describe_leaks(read_training_data(tmp_path), None)
     assert "4 of the 10 held-out images" in warning
+    shutil.rmtree(tmp_path / "test")
     write_photos(tmp_path / "test", range(20, 25))
-    for name in ("cat", "dog"):
-        for number in (8, 9):
-            (tmp_path / "test" / name / f"{number}.png").unlink()
     assert describe_leaks(read_training_data(tmp_path), None) == []
 
 
@@ -206,21 +207,19 @@ def test_the_label_columns_of_a_run_are_used_in_its_evaluation(
         f"{path},{path.parent.name}|all,{'old' if index % 2 else 'new'}"
         for index, path in enumerate(paths)
     ]
-    (tmp_path / "table.csv").write_text("\n".join(["image,tags,age", *rows]))
+    table = write_rows(tmp_path, "image,tags,age", *rows)
 
     for name, flags in (
         ("tags", {"label_column": "tags", "label_separator": "|"}),
         ("tasks", {"label_column": ["age", "tags"]}),
     ):
         reset_accelerate()
-        results = run(tmp_path / name, tmp_path / "table.csv", **flags)
+        results = run(tmp_path / name, table, **flags)
         metric = results["selection_metric"]
-        assert evaluate(tmp_path / name, tmp_path / "table.csv")[metric] == pytest.approx(
-            results[metric], abs=1e-5
-        )
+        assert evaluate(tmp_path / name, table)[metric] == pytest.approx(results[metric], abs=1e-5)
     assert re.search(r"age: \d of \d right .*\s+tags: \d of \d right", capsys.readouterr().out)
     with raises_one_line("`label_column`"):  # the flags are used as a whole
-        evaluate(tmp_path / "tags", tmp_path / "table.csv", label_separator="|")
+        evaluate(tmp_path / "tags", table, label_separator="|")
 
 
 def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -239,6 +238,15 @@ def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_damaged_splits_are_named(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
     assert not len(read_splits(ModelFolder(tmp_path)))
-    (tmp_path / "splits.parquet").write_text("{")
+    file = tmp_path / "splits.parquet"
+    file.write_text("{")
     with raises_one_line("splits.parquet", "Remove it"):
         read_splits(ModelFolder(tmp_path))
+    pd.DataFrame({"key": ["1"], "split": "train", "task": ""}).to_parquet(file)
+    with raises_one_line("splits.parquet", "column key"):
+        read_splits(ModelFolder(tmp_path))
+
+
+def test_splits_that_were_a_csv_file_are_those_of_the_model() -> None:
+    table = pd.DataFrame({"key": [1], "split": "train", "task": [None]})
+    assert len(select_task(table, None)) == 1
