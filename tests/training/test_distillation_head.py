@@ -27,8 +27,8 @@ TEACHING: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def encoder(module_path: Path, few_digits: None) -> Path:
-    """Return a trained encoder of six layers, without a classifier."""
-    flags = {"num_hidden_layers": 6, "max_steps": 80, "batch_size": 32, "learning_rate": 3e-3}
+    """Return a trained encoder of five layers, without a classifier."""
+    flags = {"num_hidden_layers": 5, "max_steps": 60, "batch_size": 32, "learning_rate": 3e-3}
     run = run_to_folder(build_tiny_options(module_path / "run", "digits", **flags))
     processor = ViTCLSImageProcessor.from_pretrained(run)
     return save_both(ViTCLSModel.from_pretrained(run), module_path / "encoder", processor)
