@@ -146,6 +146,8 @@ def test_a_height_and_a_width_may_be_a_list() -> None:
 
 def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
     assert ModelOptions(model="vitcls-tiny").get_config_values() == {}
+    no_gates = {"gate_new_tokens": False}
+    assert ModelOptions(model="m", **no_gates).get_config_values() == no_gates
 
     options = ModelOptions(
         model="vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.command_in_process import run_here
+from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import (
@@ -61,14 +61,6 @@ def show(model: Any, processor: Any = PROCESSOR) -> Sheet:
     return build_sheet(measure_photo(randomize(model), processor, photograph("flower.jpg"), use))
 
 
-def read_error(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the error of a command, which is one line."""
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
-
-
 # Files --------------------------------------------------------------------------------------------
 
 
@@ -107,11 +99,8 @@ def test_a_folder_without_readable_photos_is_an_error(
         (),
     ],
 )
-def test_unusable_flags_are_reported_before_the_model_is_loaded(
-    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_here("look", *flags, "--model", "no/such/model") == 2
-    read_error(capsys)
+def test_unusable_flags_are_reported_before_the_model_is_loaded(flags: tuple[str, ...]) -> None:
+    fail("look", *flags, "--model", "no/such/model", status=2)
 
 
 # Sheets -------------------------------------------------------------------------------------------
@@ -190,15 +179,18 @@ def test_every_tile_of_a_page_is_within_reach_and_names_are_text(
     page.close()
 
 
-def test_the_function_returns_the_image_of_the_command(
+def test_the_function_returns_and_writes_the_image_of_the_command(
     model: str, photo: str, tmp_path: Path
 ) -> None:
     assert (
         run_here("look", photo, "--model", model, "-o", tmp_path / "out.png", "--image-size", "64")
         == 0
     )
-    sheet = look(model, photo, image_size=64)
-    assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / "out.png")))
+    sheet = look(model, photo, image_size=64, output=tmp_path / "mine.png")
+    for name in ("out.png", "mine.png"):
+        assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / name)))
+    with raises_one_line("`output=", ".png"):
+        look(model, photo, output="sheet.pdf")
 
 
 def test_characters_that_the_font_lacks_are_one_line(

@@ -19,7 +19,7 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import TINY
 from PIL import Image
 
-from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict
+from modeling_vitcls import evaluate, finetune, inspect_tokens, predict
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.runtime.flags import get_flag_fields
 from modeling_vitcls.training.options import FinetuneOptions
@@ -171,18 +171,6 @@ def test_the_docstring_of_a_function_names_the_class_of_its_flags(function: Any)
     module, _, stem = name.rpartition(".")
     options = importlib.import_module(f"modeling_vitcls.{module}")
     assert get_flag_fields(getattr(options, f"{stem}Options")).keys() > {"model", "dataset"}
-
-
-def test_look_writes_the_sheet_that_it_returns(
-    trained: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    folder, _ = trained
-    image, _ = build_photos()[0]
-    sheet = look(folder, image, output=tmp_path / "sheet.png")
-    with Image.open(tmp_path / "sheet.png") as written:
-        assert written.size == sheet.size
-    with raises_one_line("`output=", ".png"):
-        look(folder, image, output="sheet.pdf")
 
 
 def test_predict_names_an_argument_that_is_missing_or_has_no_effect() -> None:

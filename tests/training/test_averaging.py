@@ -106,13 +106,6 @@ def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_average
     assert "of the 2 CLS tokens, and the others act as registers" in capsys.readouterr().out
 
 
-def test_without_gates_new_tokens_act_from_the_first_step(encoder: Path, tmp_path: Path) -> None:
-    flags: dict[str, Any] = {"num_register_tokens": 3, "gate_new_tokens": False}
-    saved = load_encoder_weights(run_to_folder(build_options(tmp_path / "run", encoder, **flags)))
-    assert saved["embeddings.register_tokens"].shape[1] == 3
-    assert "gates.gates" not in saved
-
-
 def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_are_worth(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
