@@ -29,7 +29,7 @@ def write_page(
     source: str | None = None,
     commit: str | None = None,
     predictions: Mapping[str, Any] | None = None,
-    class_tables: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
+    tables: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
 ) -> None:
     """Write the report of an inspection atomically.
 
@@ -42,7 +42,7 @@ def write_page(
         commit: Hub commit of the model, if it is from the Hub.
         predictions: headline, metrics of unequal classes, wrong images and calibration
             (publishing/wrong_photos.py).
-        class_tables: rows of each table of classes, by title (inference/stated_result.py).
+        tables: rows of each table of metrics or classes, by title (inference/stated_result.py).
 
     Raises:
         OSError: if the file cannot be written.
@@ -57,7 +57,7 @@ def write_page(
         inspection=inspection,
         photos=photos,
         predictions=predictions,
-        class_tables=class_tables or {},
+        tables=tables or {},
         effects=list_effects(inspection),
     )
     Path(file).parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_for_inference
 from ..inference.options import EvaluateOptions
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
-from ..inference.stated_result import build_class_tables, build_metric_rows, format_name
+from ..inference.stated_result import build_class_tables, build_metric_table, format_name
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.errors import format_name_list
@@ -209,16 +209,15 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
     speed_text = f"{results['images_per_second']:,} images/s"
     console.print(f"{images_text} ({part_text}), {speed_text}", markup=False)
-    tables = {"": [["Metric", "Value (95% interval)"], *build_metric_rows(results)]}
-    for title, rows in build_class_tables(results, format_name).items():
-        tables[title] = [list(rows[0]), *(list(row.values()) for row in rows)]
-    for title, (header, *cells) in tables.items():
-        table = Table(title=title or None, title_justify="left")
-        for index, name in enumerate(header):
+    tables = build_metric_table(results, format_name) | build_class_tables(results, format_name)
+    for title, rows in tables.items():
+        table = Table(title=title, title_justify="left")
+        for name in rows[0]:
             # The columns of classes after the first one contain numbers
-            table.add_column(name, justify="right" if title and index else "left")
-        for row in cells:
-            table.add_row(*map(escape, row))
+            is_number = title != "Metrics" and name != "Class"
+            table.add_column(name, justify="right" if is_number else "left")
+        for row in rows:
+            table.add_row(*map(escape, row.values()))
         console.print(table)
     if text := describe_in_trained_scenes(results.get("in_trained_scenes", {})):
         console.print(text, style="bold yellow", markup=False)

@@ -198,12 +198,16 @@ def list_titles(results: MetricValues) -> dict[str, MetricValues]:
     }
 
 
-def build_metric_rows(results: MetricValues) -> list[list[str]]:
-    """List the name of each measured metric, and its value as `state_result` says it."""
-    return [
-        [name, state_result(metrics, key, format_name)]
-        for metrics, key, name in list_metrics(results)
-    ]
+def build_metric_table(
+    results: MetricValues, format_label: Callable[[str], str] = replace_control_characters
+) -> Tables:
+    """Build the table of the measured metrics, with their values as `state_result` says them."""
+    return {
+        "Metrics": [
+            {"Metric": name, "Value (95% interval)": state_result(metrics, key, format_label)}
+            for metrics, key, name in list_metrics(results)
+        ]
+    }
 
 
 def build_class_tables(

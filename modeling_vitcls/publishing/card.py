@@ -28,7 +28,7 @@ from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
 from ..inference.stated_result import (
     build_class_tables,
-    build_metric_rows,
+    build_metric_table,
     format_name,
     format_percent,
     format_small_percent,
@@ -144,7 +144,7 @@ def render_card(
         "card_data": Markup(
             ModelCardData(**build_metadata(folder, name, license_source)).to_yaml()
         ),
-        "metrics": build_metric_rows(folder.results),
+        "metrics": build_metric_table(folder.results, format_name)["Metrics"],
         "class_tables": build_class_tables(folder.results, format_name),
     }
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"

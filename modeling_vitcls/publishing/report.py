@@ -28,7 +28,12 @@ from ..hub.model_files import CARD_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE, WRONG_
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
 from ..inference.metrics import MetricValues
-from ..inference.stated_result import Measurement, build_class_tables, read_addition
+from ..inference.stated_result import (
+    Measurement,
+    build_class_tables,
+    build_metric_table,
+    read_addition,
+)
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.progress import track
 from .card import write_card
@@ -186,7 +191,8 @@ def draw_page(
         shown,
         source=source,
         predictions=predictions,
-        class_tables=build_class_tables(metrics),
+        # A headline would say the same.
+        tables=({} if predictions else build_metric_table(metrics)) | build_class_tables(metrics),
     )
     sheet_file = folder.path / SAMPLE_IMAGES_FILE
     sheet_file.parent.mkdir(exist_ok=True)

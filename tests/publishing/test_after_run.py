@@ -108,6 +108,15 @@ def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Pat
     assert set(captions) == {"dusk → noon", "noon → noon", "x → x"}
 
 
+def test_a_report_without_rows_of_photos_has_a_table_of_the_metrics(tmp_path: Path) -> None:
+    """There are none of several labels per image."""
+    write_photos(tmp_path / "photos", range(4), "dusk", "noon", "x")
+    results = {"steps": 0, "accuracy": 0.75, "num_images": 400}
+    run = write_run_folder(tmp_path / "run", results, {"dataset": str(tmp_path / "photos")})
+    write_report(ModelFolder(run))
+    assert "<td>300 of 400 right" in (run / "report.html").read_text()
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_report_reads_the_images_that_measured_the_run(split: str, tmp_path: Path) -> None:
     """A frozen run trains on the validation split, too, and is measured on the test split."""
