@@ -31,24 +31,11 @@ RUN = "--model m --dataset d --output-dir o"
 
 def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    flags = [
-        "--config",
-        str(recipe),
-        "--output-dir",
-        "out",
-        "--model",
-        "vitcls-tiny",
-        "--dataset",
-        "data",
-    ]
+    flags = f"--config {recipe} --output-dir out --model vitcls-tiny --dataset data".split()
     recipe.write_text("epochs: 3\nbatch_size: 7\n")
 
     options = parse_flags("finetune", [*flags, "--epochs", "5"])
-    assert (options.epochs, options.batch_size, options.dataset) == (
-        5,
-        7,
-        "data",
-    )
+    assert (options.epochs, options.batch_size, options.dataset) == (5, 7, "data")
 
     recipe.write_text("# no flags\n")
     assert replace(parse_flags("finetune", flags), config=None) == parse_flags(

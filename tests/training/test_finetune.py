@@ -66,16 +66,8 @@ def recipe_run(color_images: Path, module_path: Path) -> Path:
     """Run a recipe with batches of 14, and two CLS tokens, a distillation token and registers."""
     folder = module_path / "my-model"
     reset_accelerate()
-    flags = [
-        "--config",
-        RECIPE,
-        "--dataset",
-        color_images,
-        "--batch-size",
-        14,
-        *SHORT_RUN_FLAGS.split(),
-    ]
-    assert run_in_process("finetune.py", *flags, "--output-dir", folder) == 0
+    flags = f"--config {RECIPE} --dataset {color_images} --batch-size 14 {SHORT_RUN_FLAGS}"
+    assert run_in_process("finetune.py", *flags.split(), "--output-dir", folder) == 0
     return folder
 
 
@@ -123,15 +115,9 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
     """
     forget_end(shutil.copytree(recipe_run, tmp_path / "run"), 7)
 
-    flags = (
-        "--config",
-        recipe_run / "config.resolved.yaml",
-        "--output-dir",
-        tmp_path / "run",
-        "--batch-size",
-        7,
-    )
-    printed = run_together("finetune.py", *flags, "--resume", log=tmp_path / "log")
+    paths = f"--config {recipe_run}/config.resolved.yaml --output-dir {tmp_path}/run"
+    flags = f"{paths} --batch-size 7 --resume".split()
+    printed = run_together("finetune.py", *flags, log=tmp_path / "log")
     # only the main process prints
     assert printed.count(f" on {NUM_HELD_OUT_COLORS} held-out images") == 1
     assert "resumed   after step 5 of 7" in printed
