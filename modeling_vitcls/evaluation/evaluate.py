@@ -240,13 +240,13 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
     """
     if data_space.kind != model_space.kind:
         raise ValueError(
-            f"the model was trained for {model_space.kind}, but the labels of the dataset are for "
-            f"{data_space.kind}. Select other columns with `label_column`, or set `label_separator`"
+            f"the model was trained for {model_space.kind}, but the labels are for {data_space.kind}. Select other "
+            "columns with `label_column` (a column for each task, empty without labels), or set `label_separator`"
         )
     if data_space.tasks.keys() != model_space.tasks.keys():
         raise ValueError(
-            f"the model has the tasks {', '.join(model_space.tasks)}, but the dataset has "
-            f"{', '.join(data_space.tasks)}. Select the columns of the tasks with `label_column`"
+            f"the model has the tasks {', '.join(model_space.tasks)}, but the dataset {', '.join(data_space.tasks)}. "
+            "Add a column for each task, empty without labels, and select them with `label_column`"
         )
     matches = {
         task: match_names(own.names, model_space.tasks[task].names)
