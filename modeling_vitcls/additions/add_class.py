@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.cells import normalize_name, warn_about_similar_classes
+from ..data.cells import normalize_name, warn_about_similar_names
 from ..data.images import LabeledImages
 from ..data.in_memory import get_title
 from ..data.labels import LabelSpace, get_label_space
@@ -138,7 +138,7 @@ def load_new_images(
         raise ValueError(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
-    warn_about_similar_classes(f"{images.name} and the model", [*old_names, *label_space.names])
+    warn_about_similar_names(f"{images.name} and the model", [*old_names, *label_space.names])
     return label_space, images.train
 
 

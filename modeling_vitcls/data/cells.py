@@ -122,7 +122,7 @@ def read_label_names(
         elif separator != NO_SEPARATOR:
             warn_about_joined_names(where, found_names)
         classes = sort_classes(found_names)
-    warn_about_similar_classes(where, classes)
+    warn_about_similar_names(where, classes)
     return classes, names, has_lists
 
 
@@ -308,8 +308,8 @@ def warn_about_joined_names(where: str, names: Sequence[str]) -> None:
         )
 
 
-def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:
-    """Log a warning about classes whose names differ only in case, white space or invisible characters."""
+def warn_about_similar_names(where: str, names: Sequence[str]) -> None:
+    """Log a warning about names that differ only in case, white space or invisible characters."""
     groups: dict[str, list[str]] = {}
     for name in names:
         visible = "".join(each for each in name if unicodedata.category(each) != "Cf")
@@ -318,8 +318,8 @@ def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:
     alike = [" and ".join(map(ascii, group)) for group in groups.values() if len(group) > 1]
     if alike:
         warn_on_first_process(
-            f"WARNING: {where}: separate classes differ only in case, white space or invisible "
-            f"characters: {', '.join(alike[:10])}. Merge them, or give each class one name"
+            f"WARNING: {where}: separate names differ only in case, white space or invisible "
+            f"characters: {', '.join(alike[:10])}. Merge them, or give each class or group one name"
         )
 
 

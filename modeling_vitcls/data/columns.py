@@ -26,6 +26,7 @@ from .cells import (
     parse_text,
     read_label_names,
     spell_label,
+    warn_about_similar_names,
 )
 from .folder_layout import FOLDER_COLUMN, SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .images import DatasetImages, resolve_path
@@ -334,7 +335,7 @@ def divide_by_column(
     if column is None or column in label_columns:
         return splits, {}
 
-    names = [(name or "").strip().lower() for name in read_texts(table, column, dataset)]
+    names = [(name or "").strip().lower() for name in read_texts(splits, column, dataset)]
     unknown = set(names) - SPLIT_BY_FOLDER_NAME.keys()
     if unknown:
         values = format_name_list(sorted(map(repr, unknown)))
@@ -363,15 +364,16 @@ def read_groups(
     """
     import pandas as pd
 
-    texts = [read_texts(table, column, dataset) for table in tables.values()]
-    names = [row if text is None else text for row, text in enumerate(chain(*texts))]
+    texts = read_texts(tables, column, dataset)
+    warn_about_similar_names(f"{dataset}: the column {column!r}", sorted({*filter(None, texts)}))
+    names = [row if text is None else text for row, text in enumerate(texts)]
     codes, different = pd.factorize(np.array(names, object))
     if len(different) == 1 < len(names):
         raise ValueError(
             f"{dataset}: the column {column!r} has {different[0]!r} in all {len(names):,} rows, so no group "
             "can be held out. Set `group_column` to a column with several values, or omit it"
         )
-    parts = np.split(codes, np.cumsum(list(map(len, texts)))[:-1])
+    parts = np.split(codes, np.cumsum(list(map(len, tables.values())))[:-1])
     return dict(zip(tables, parts, strict=True)), len(different)
 
 
@@ -410,8 +412,7 @@ def choose_groups(
     if column is None or (is_folder and column == NO_GROUPS):
         return {}, find_unused_groups(tables, labels, dataset, used_columns), None
     groups, num_groups = read_groups(tables, dataset, column)
-    values = chain(*(read_texts(table, column, dataset) for table in tables.values()))
-    pairs = set(zip(values, labels, strict=True))
+    pairs = set(zip(read_texts(tables, column, dataset), labels, strict=True))
     reason = None
     if all(len(set(each)) == len(pairs) for each in zip(*pairs, strict=True)):
         reason = (
@@ -451,7 +452,7 @@ def find_unused_groups(
     for name, feature in features.items():
         if name in used_columns or is_image_feature(feature):
             continue
-        values = list(chain(*(read_texts(table, name, dataset) for table in tables.values())))
+        values = read_texts(tables, name, dataset)
         is_named = GROUP_COLUMN_NAME.fullmatch(name) and 1 < len(set(values)) < len(values)
         if is_named or look_like_groups(values, labels):
             return (
@@ -481,10 +482,13 @@ def look_like_groups(values: Sequence[str | None], labels: Sequence[Any]) -> boo
     return bool(chance < np.log(MAX_CHANCE))
 
 
-def read_texts(table: Any, column: str, dataset: str) -> list[str | None]:
-    """Read a column as text; None for an empty cell. Raise ValueError without this column."""
-    check_column(table, column, dataset)
-    return list(map(spell_label, read_column(table, column)))
+def read_texts(tables: Mapping[str, Any], column: str, dataset: str) -> list[str | None]:
+    """Read a column of all splits as text; None for an empty cell. Raise ValueError without it."""
+    texts: list[str | None] = []
+    for table in tables.values():
+        check_column(table, column, dataset)
+        texts += map(spell_label, read_column(table, column))
+    return texts
 
 
 def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetImages:

@@ -283,7 +283,7 @@ def test_similar_class_folders_are_named_once(
     for name in ("photos", f"../{tmp_path.name}/photos"):
         load_undivided_images(DataOptions(dataset=name))
     (record,) = caplog.records
-    assert "the class folders: separate classes differ only in case" in record.getMessage()
+    assert "the class folders: separate names differ only in case" in record.getMessage()
     assert "'Ameise' and 'ameise'. Merge them" in record.getMessage()
 
 

@@ -173,7 +173,7 @@ def test_the_unicode_forms_of_a_name_are_one_class(photos: Path) -> None:
 def test_labels_that_look_alike_are_named(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = write_csv(photos, ["cat", "cat\u200b", "Dog", "dog ", "owl"], "alike.csv")
     assert len(set(read_labels(table))) == 5
-    for name in ("'cat\\u200b'", "'dog '", "separate classes"):
+    for name in ("'cat\\u200b'", "'dog '", "separate names"):
         assert name in caplog.text
 
 
@@ -237,16 +237,17 @@ def test_tables_that_cannot_be_used_are_named(content: str, words: list[str], ph
 
 
 @pytest.mark.parametrize(
-    ("labels", "names", "words"),
+    ("labels", "flags", "words"),
     [
-        (["cat", "nan", "dog"], None, "has the class 'nan'. If it means"),
-        (["1", "2", "1"], ("cat", "dog", "owl"), "no image has a label of cat"),
+        (["cat", "nan", "dog"], {}, "has the class 'nan'. If it means"),
+        (["1", "2", "1"], {"label_names": ("cat", "dog", "owl")}, "no image has a label of cat"),
+        (["p1", "P1", "p2"], {"group_column": "patient"}, "'patient': separate names differ only"),
     ],
 )
-def test_labels_that_may_be_a_mistake_are_asked_about(
-    labels: list[str], names: Any, words: str, photos: Path, caplog: pytest.LogCaptureFixture
+def test_labels_and_groups_that_may_be_a_mistake_are_asked_about(
+    labels: list[str], flags: Any, words: str, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read_splits_of(write_csv(photos, labels, "odd.csv"), label_names=names)
+    read_splits_of(write_csv(photos, labels, "odd.csv", patient=labels), **flags)
     assert words in caplog.text
 
 
@@ -440,16 +441,17 @@ def test_the_images_of_a_group_are_on_one_side(photos: Path) -> None:
 @pytest.mark.parametrize("name", ["Objekt", "specimen", "nr"])
 def test_a_column_with_the_shape_of_groups_is_named(name: str, photos: Path) -> None:
     """Its values have a few rows of one class; those of other columns have not, or are classes."""
-    labels = ["a"] * 6 + ["b"] * 6
-    columns = {"weather": ["sun", "rain", "fog", "sun"] * 3, "shape": ["x"] * 6 + ["y"] * 6}
+    labels = [*"aaaaaabbbbbb"]
+    weather = ["sun", "rain", "fog", "sun"] * 3
     objects = [f"{label}{index // 2}" for index, label in enumerate(labels)]
-    table = write_csv(photos, labels, "shape.csv", note=range(12), **columns, **{name: objects})
+    columns = {"note": range(12), "weather": weather, "shape": [*"xxxxxxyyyyyy"], name: objects}
+    table = write_csv(photos, labels, "shape.csv", **columns)
     fact = load_undivided_images(DataOptions(dataset=table)).facts["groups"]
     assert f"`group_column={name!r}`" in fact
 
 
 def test_a_column_of_one_group_is_an_error(photos: Path) -> None:
-    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", camera=["Canon"] * NUM_IMAGES)
+    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", camera="Canon")
     with raises_one_line("'camera' has 'Canon' in all 12 rows", "`group_column`"):
         load_undivided_images(DataOptions(dataset=table, group_column="camera"))
 
