@@ -61,7 +61,7 @@ OTHER_COMMANDS = (
 ).split()
 # flags of pip, hf, pytest, accelerate and servers that the text mentions
 OTHER_FLAGS = {
-    *"--workers --preload --cpu --num_processes --config_file".split(),
+    *"--workers --preload --cpu --num_processes --mixed_precision --config_file".split(),
     *"--help --help-all --tyro-print-completion --node-rank --version --include".split(),
     *"--local-dir --revision --shm-size --torch-backend".split(),
 }
