@@ -219,7 +219,7 @@ def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:
         return io.BytesIO(content)
     try:
         return open_regular_file(path)
-    except OSError:  # An address, a file in an archive, a device, or a missing file
+    except (OSError, ValueError):  # An address, a file in an archive, a device, none, or no path
         return io.BytesIO(path.encode(errors="surrogateescape"))
 
 

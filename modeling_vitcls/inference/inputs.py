@@ -243,9 +243,10 @@ def open_input(options: PredictOptions) -> tuple[Sequence[ImageRecord], list[str
 
 def compute_checksum(content: Any) -> str | None:
     """Compute the checksum of a path or an encoded image; None for arrays and PIL images."""
-    if not isinstance(content, str | bytes | Path):
+    if isinstance(content, Path):
+        content = str(content)
+    if not isinstance(content, str | bytes):
         return None
-    content = content if isinstance(content, bytes) else str(content)
     key = compute_content_key(open_encoded_image(to_encoded_image(content, Path())))
     return f"{key:016x}"
 

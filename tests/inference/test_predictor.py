@@ -182,6 +182,7 @@ async def read_later() -> bytes:
 
 
 BAD_PHOTOS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a path with a null character": (lambda: "a\0.jpg", "null byte"),
     "a closed file": (build_closed_file, "closed file"),
     "a text file": (lambda: io.StringIO("text"), "mode 'rb'"),
     "an empty file": (lambda: io.BytesIO(b""), "empty"),
