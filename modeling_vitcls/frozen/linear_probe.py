@@ -281,9 +281,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         if len(labels) < 2:
             raise ValueError("a classifier requires two readable images with labels. Add images")
-        check_value(
-            self, "pooling", self.pooling in (None, *POOLING_TEXTS), "cls, mean or cls_mean"
-        )
+        # The features of "max" and "attention" are the model's own.
+        poolings = None, "max", "attention", *POOLING_TEXTS
+        check_value(self, "pooling", self.pooling in poolings, "cls, mean or cls_mean")
         check_value(self, "class_weight", self.class_weight in (None, "balanced"), "balanced")
         features = self.read_tokens(features, is_new=True)
         labels = np.asarray(labels)
@@ -296,10 +296,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             )
         self.target_ = find_target(labels)
         self.classes_, targets = self.target_.encode(labels)
-        candidates = list_candidates(features, self.layers, self.pooling)
         folds = split_folds(targets, groups)
         self.num_folds_ = len(folds)
-
+        candidates = list_candidates(features, self.layers, self.pooling)
         cross_validated = self.cross_validate(features, targets, candidates, folds)
         self.choose(cross_validated, targets, groups)
         self.refit(features, labels)
@@ -440,9 +439,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             read = {token: features[token] for token in chain(*self.candidate_.heads)}
             folds = split_folds(labels, groups, NUM_FOLDS)
             fewer = self.cross_validate(read, labels, [self.candidate_], folds)
-            logits = fewer.logits[self.candidate_]
-            score = Score.of(self.candidate_, logits, labels, self.weigh(labels))
-            fewer_temperature = score.temperature
+            fewer_temperature = Score.of(
+                self.candidate_, fewer.logits[self.candidate_], labels, self.weigh(labels)
+            ).temperature
         self.temperature_ = extrapolate_temperature(
             self.temperature_,
             fewer_temperature,
@@ -455,7 +454,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # Distances out of fold: an image is closer to a mean that contains it than a new image
         # would be.
         tokens = choose_statistics_tokens(features, self.candidate_)
-        distances = cross_validated.distances.get(tokens, np.array([]))
+        distances = cross_validated.distances.get(tokens, np.empty(0))
         distances = distances[np.isfinite(distances)]
         if len(distances) >= MIN_DISTANCE_IMAGES:
             self.distance_threshold_ = float(np.quantile(distances, KNOWN_RECALL, method="higher"))

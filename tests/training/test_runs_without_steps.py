@@ -141,7 +141,10 @@ def test_a_run_below_chance_counts_the_predictions_that_it_writes() -> None:
     rows = pd.read_parquet("run/predictions.parquet")
     num_right = (rows["label"] == rows["prediction"]).sum()
     assert results["num_right"] == num_right == np.trace(results["confusion_matrix"])
-    assert f"{num_right} of 30 right; about 32% of new photos" in results["printed"]
+    assert (
+        f"{num_right} of 30 right; about {results['accuracy']:.0%} of new photos"
+        in results["printed"]
+    )
     assert num_right / 30 == pytest.approx(results["accuracy"], abs=0.02)
 
 
