@@ -399,7 +399,7 @@ def select_held_out(
 
 
 def hash_data(images: Splits) -> dict[str, Any]:
-    """Describe the images of a run for checkpoints, so a resumed run can detect a change."""
+    """Hash the images of a run for checkpoints, so a resumed run can detect a change."""
     description: dict[str, Any] = {"classes": images.label_space.columns}
     for split, part in images.images_by_split.items():
         content = get_keys(part).tobytes() + json.dumps(part.labels).encode()

@@ -43,7 +43,7 @@ def describe_camera(data: TrainingData, head: FrozenHead) -> str | None:
     features = head.features
     # One photo of each group: shots of a scene are from one camera, and would count several times.
     rows = np.unique(features.groups, return_index=True)[1]
-    rows = rows[:: 1 + len(rows) // MAX_PHOTOS]  # Of all classes, which are often in order
+    rows = rows[:: 1 + len(rows) // MAX_PHOTOS]  # The classes are often in order
     if features.labels.ndim > 1 or len(rows) < NUM_FOLDS:
         return None
     names = np.take(head.labels.names, features.labels[rows])

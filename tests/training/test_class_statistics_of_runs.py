@@ -14,9 +14,7 @@ import modeling_vitcls
 from modeling_vitcls import ViTCLSForImageClassification, predict
 
 
-pytestmark = [
-    pytest.mark.usefixtures("few_digits"),
-]
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 add_class = partial(modeling_vitcls.add_class, num_workers=0)
 STRIPES = np.zeros((30, 8, 8), np.uint8)
@@ -45,7 +43,7 @@ def adapted(module_path: Path, trained: Path) -> Path:
     return run_to_folder(build_tiny_options(module_path / "adapted", "digits", **flags))
 
 
-@pytest.fixture(params=["frozen", "adapted"])
+@pytest.fixture(params=["trained", "frozen", "adapted"])
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
