@@ -75,10 +75,16 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
 
 
 # Linear layers ------------------------------------------------------------------------------------
-def pack_weight(weight: Tensor, num_rows: int) -> Tensor:
-    """Reorder a weight [out, in] once for inputs of `num_rows`, if oneDNN is then the fastest."""
-    if weight.is_cpu and weight.dtype in PACKED_DTYPES and not count_dispatch_modes():
-        return onednn_reorder(weight.contiguous(), num_rows)
+def pack_weight(weight: Tensor, inputs: Tensor) -> Tensor:
+    """Reorder a weight [out, in] once if oneDNN is then the fastest.
+
+    Args:
+        weight: of a layer.
+        inputs: [B, N, D], of all layers. The weight is reordered for the rows of one image: the bits
+            must not depend on the size of the first batch.
+    """
+    if weight.is_cpu and weight.dtype in PACKED_DTYPES and inputs.shape[2] >= MIN_PACKED_WIDTH:
+        return onednn_reorder(weight.contiguous(), inputs.shape[1])
     return weight
 
 
@@ -129,10 +135,12 @@ HAS_ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and None not in (onednn_linear, onednn_reorder)
 )
+# Calls of packed weights take longer, more than narrow layers gain.
+MIN_PACKED_WIDTH = 128
 # The dtypes of weights that are packed
 PACKED_DTYPES: set[torch.dtype] = set()
 if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-    if (HAS_AMX or HAS_AVX512_BFLOAT16) and is_onednn_correct(torch.bfloat16):
+    if HAS_AVX512_BFLOAT16 and is_onednn_correct(torch.bfloat16):
         PACKED_DTYPES.add(torch.bfloat16)
     if not HAS_AMX and is_onednn_correct(torch.float32):
         PACKED_DTYPES.add(torch.float32)

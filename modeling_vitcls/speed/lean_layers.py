@@ -448,10 +448,8 @@ def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Produc
         # While a CUDA graph is recorded, nothing is computed that could be kept.
         if products is None or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()):
             return products
-        # The rows of one image: the bits must not depend on the size of the first batch
-        num_rows = inputs.shape[1]
         products = [
-            (pack_weight(weight.to(dtype), num_rows), None if bias is None else bias.to(dtype))
+            (pack_weight(weight.to(dtype), inputs), None if bias is None else bias.to(dtype))
             for weight, bias in products
         ]
     # Kept, as other tensors could otherwise get their addresses

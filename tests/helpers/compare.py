@@ -3,7 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
+
+from modeling_vitcls.speed import cpu_kernels
 
 
 Tensors = dict[str, torch.Tensor]
@@ -15,6 +18,14 @@ FLOAT32_LIMIT = (
 # precision: the mean over tensors, and the maximum. The rounding errors of two correct programs are
 # equal only on average.
 MEAN_RATIO, MAX_RATIO = 1.25, 2.0
+
+
+def pack_weights(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Pack weights of any width in a dtype, also where that is not the fastest."""
+    if not cpu_kernels.HAS_ONEDNN:
+        pytest.skip("this CPU or PyTorch has no oneDNN")
+    monkeypatch.setattr(cpu_kernels, "PACKED_DTYPES", {dtype})
+    monkeypatch.setattr(cpu_kernels, "MIN_PACKED_WIDTH", 0)
 
 
 def run_step(

@@ -9,6 +9,7 @@ import torch
 from helpers.compare import (
     Tensors,
     assert_as_exact_in_half_precision,
+    pack_weights,
     run_step,
     stack_models,
 )
@@ -38,26 +39,14 @@ def use_chunked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pack_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pack weights in float32, also where that is not the fastest."""
-    if not cpu_kernels.HAS_ONEDNN:
-        pytest.skip("this CPU or PyTorch has no oneDNN")
-    monkeypatch.setattr(cpu_kernels, "PACKED_DTYPES", {torch.float32})
+    pack_weights(monkeypatch, torch.float32)
 
 
 @pytest.fixture
-def pack_bfloat16(pack_float32: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pack weights in bfloat16, and compute their products in float32 if the CPU cannot."""
-    monkeypatch.setattr(cpu_kernels, "PACKED_DTYPES", {torch.bfloat16})
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-    reorder, linear = cpu_kernels.onednn_reorder, cpu_kernels.onednn_linear
-
-    def multiply(inputs: torch.Tensor, weight: Any, bias: Any, *others: Any) -> torch.Tensor:
-        rounded = inputs.bfloat16().float()
-        return linear(rounded, weight, bias.float(), *others).bfloat16()
-
-    monkeypatch.setattr(cpu_kernels, "onednn_reorder", lambda weight, n: reorder(weight.float(), n))
-    monkeypatch.setattr(cpu_kernels, "onednn_linear", multiply)
+def pack_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU does not multiply bfloat16")
+    pack_weights(monkeypatch, torch.bfloat16)
 
 
 def build_models(seed: int = 0, frozen: bool = False, **fields: Any) -> tuple[Any, Any]:
@@ -227,6 +216,14 @@ def test_packed_weights_compute_where_they_apply() -> None:
             counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
     assert ONEDNN not in list_operators(model, images)  # with gradients
+
+
+@pytest.mark.usefixtures("pack_float32")
+@torch.no_grad()
+def test_weights_of_narrow_layers_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_models(frozen=True)[0]
+    monkeypatch.setattr(cpu_kernels, "MIN_PACKED_WIDTH", 1 + model.config.hidden_size)
+    assert ONEDNN not in list_operators(model, build_images())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

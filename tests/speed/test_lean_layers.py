@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.compare import Tensors, assert_equal_in_float32, run_step, stack_models
+from helpers.compare import (
+    Tensors,
+    assert_equal_in_float32,
+    pack_weights,
+    run_step,
+    stack_models,
+)
 from helpers.tiny_models import build_images, build_tiny_config, randomize, record_outputs
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -20,7 +26,6 @@ from modeling_vitcls.model.blocks_vitcls import (
     ViTCLSLayers,
     ViTCLSMLP,
 )
-from modeling_vitcls.speed import cpu_kernels
 from modeling_vitcls.speed.lean_layers import find_plan
 from scripts.benchmark import build_timm_vit, count_kernels
 
@@ -49,9 +54,7 @@ MODES = ("lean", "frozen", "packed")
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run each test with lean layers, with frozen weights, and with frozen weights for oneDNN."""
     if request.param == "packed":
-        if not cpu_kernels.HAS_ONEDNN:
-            pytest.skip("this CPU or PyTorch has no oneDNN")
-        monkeypatch.setattr(cpu_kernels, "PACKED_DTYPES", {torch.float32})
+        pack_weights(monkeypatch, torch.float32)
     return request.param
 
 
