@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,7 @@ class OldModel:
         Returns:
             The features with these groups, the limit, and the record of `keep_together`.
         """
-
-        def run_pass(part: LabeledImages, processor: Any) -> Features:
-            return self.compute_features(part, label_space, processor=processor)
-
+        run_pass = partial(self.compute_features, label_space=label_space)
         known = self.trained_scenes.get("")
         limit = 0.0
         if known is not None and known.layout == features.layout:

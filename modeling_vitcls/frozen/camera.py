@@ -25,8 +25,9 @@ from .heads import FrozenHead
 from .linear_probe import NUM_FOLDS
 
 
+FOLDER = "folder above the class"  # A table may name files in scans/shirt and phone/t-shirt
 # The first of equally good ones is named.
-PROPERTIES = "camera", "software", "color profile", "file format", "size"
+PROPERTIES = "camera", "software", "color profile", "file format", "size", FOLDER
 MAX_PHOTOS = 2000  # Number of files that are read
 MAX_CHANCE = 0.001  # That one of the properties predicts as many photos as it does by chance
 # A value is of a label if its part of the photos of this label is as much larger than of other labels.
@@ -53,6 +54,10 @@ def describe_camera(data: TrainingData, head: FrozenHead) -> str | None:
             for place in np.searchsorted(data.train_indices, features.indices[rows])
         ]
     )
+    table[FOLDER] = [
+        file.rpartition(f"/{name}/")[0]
+        for file, name in zip(features.names[rows], names, strict=True)
+    ]
     tree = DecisionTreeClassifier(random_state=0)
     folds = KFold(NUM_FOLDS, shuffle=True, random_state=0)
     scores = [
@@ -89,7 +94,8 @@ def read_properties(images: Any, index: int) -> dict[str, str]:
             found["color profile"] = ImageCms.getProfileDescription(io.BytesIO(profile)).strip()
         exif = image.getexif()
         # Cameras fill the fields of EXIF with zeros.
-        found["camera"], found["software"] = (
-            str(exif.get(tag, "")).strip("\0 ")[:60] for tag in (272, 305)
+        make, model, found["software"] = (
+            str(exif.get(tag, "")).strip("\0 ")[:60] for tag in (271, 272, 305)
         )
+        found["camera"] = model or make
     return found

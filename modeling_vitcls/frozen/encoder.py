@@ -211,8 +211,8 @@ class FrozenEncoder:
             sample,
             images,
             processor,
-            lambda part, own: self.compute_features(
-                part, np.arange(len(part)), own, ignore_message
+            lambda part, processor: self.compute_features(
+                part, np.arange(len(part)), processor, ignore_message
             ),
         )
         compared = features if is_divided else features.take(slice(MAX_CHOICE_IMAGES))
@@ -406,7 +406,8 @@ class FrozenEncoder:
 
     def set_frozen(self, frozen: Mapping[str, FrozenHead]) -> None:
         """Make the model the frozen one: with its heads, class statistics and threshold."""
-        self.set_heads(frozen)
+        for head in frozen.values():
+            head.copy_to(self.model)
         config = self.model.config
         probe = frozen[""].probe if "" in frozen else None
         if probe is not None and probe.statistics_ is not None:
@@ -414,11 +415,6 @@ class FrozenEncoder:
             # classifier.
             probe.statistics_.expand(probe.classes_, config.num_labels).set_in_model(self.model)
             config.distance_threshold = probe.distance_threshold_
-
-    def set_heads(self, frozen: Mapping[str, FrozenHead]) -> None:
-        """Give the model the weights of the heads."""
-        for head in frozen.values():
-            head.copy_to(self.model)
 
 
 def put_first(labels: np.ndarray, number: int) -> np.ndarray:

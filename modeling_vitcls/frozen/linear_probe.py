@@ -107,20 +107,19 @@ class Candidate:
 
     def join(self, heads: Sequence[np.ndarray]) -> np.ndarray:
         """Join the logits of the heads to those that are returned."""
-        first, *second = heads
-        if self.inference == DISTILLATION:
-            (first,) = second
-        return np.mean(heads, axis=0) if self.inference == "mean" else first
+        if self.inference == "mean":
+            return np.mean(heads, axis=0)
+        return heads[-1 if self.inference == DISTILLATION else 0]
 
 
 def list_candidates(
-    features: TokenFeatures, layers: Sequence[int] | None = None, pooling: str | None = None
+    features: TokenFeatures, layers: Sequence[int] | None, pooling: str | None
 ) -> list[Candidate]:
     """List the candidates for some features, the simplest first.
 
     Args:
         features: their tokens.
-        layers, pooling: what to read, if it is given.
+        layers, pooling: what to read; None to choose.
     """
     found = {kind: None for _, kind in features}
     inferences = tuple(INFERENCE_TEXTS) if DISTILLATION in found else (None,)
@@ -476,7 +475,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         It needs two images of a class in every fold, and folds that calibrate it. Several labels
         have one of all images.
         """
-        return bool(self.num_folds_ and self.target_.count_largest(labels) > 2)
+        return bool(self.num_folds_ and labels.ndim == 1 and np.bincount(labels).max() > 2)
 
     def read_tokens(self, features: Any, is_new: bool = False) -> TokenFeatures:
         """Check features as scikit-learn does: a dict with an entry of each token, or [N, D] of one token.
@@ -571,7 +570,7 @@ def stack_tokens(features: TokenFeatures, tokens: Sequence[Token]) -> np.ndarray
 
 def split_folds(
     labels: np.ndarray,
-    groups: np.ndarray | None = None,
+    groups: np.ndarray | None,
     num_folds: int | None = None,
     min_classes: int = 2,
 ) -> Folds:

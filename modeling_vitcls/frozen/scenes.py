@@ -71,7 +71,7 @@ def measure_limit(
     features: Features,
     images: LabeledImages,
     processor: Any,
-    run_pass: Callable[[LabeledImages, Any], Features],
+    run_pass: Callable[..., Features],
 ) -> float:
     """Measure below which cosine distance photos are near; 0 if the encoder cannot tell scenes apart.
 
@@ -81,7 +81,7 @@ def measure_limit(
         features: of the readable ones of the images.
         images: the photos.
         processor: their image processor.
-        run_pass: computes these features of images with an image processor.
+        run_pass: computes these features of images with a `processor`.
     """
     drawn = np.random.default_rng(0).permutation(len(features.names))[:NUM_MIRRORED]
     own = features.take(drawn)
@@ -89,7 +89,7 @@ def measure_limit(
     def process(image: Image.Image, **arguments: Any) -> Any:
         return processor(ImageOps.mirror(image), **arguments)
 
-    mirrored = run_pass(images.select(own.indices), process)
+    mirrored = run_pass(images.select(own.indices), processor=process)
     # On one process for all: rounding on another CPU could turn a close pair.
     return run_on_main(partial(compute_limit, features, own, mirrored))  # type: ignore[no-any-return]
 

@@ -42,11 +42,6 @@ class OneLabelTarget:
     find_strata = staticmethod(np.asarray)  # Folds are stratified by the class [N] of each image
 
     @staticmethod
-    def count_largest(labels: np.ndarray) -> int:
-        """Count the images of the largest class."""
-        return int(np.bincount(labels).max())
-
-    @staticmethod
     def fit_tokens(
         features: TokenFeatures,
         labels: np.ndarray,
@@ -129,11 +124,6 @@ class SeveralLabelsTarget:
         strata = np.where(counts.min(axis=1) < num_images, counts.argmin(axis=1), num_labels)
         # The only image of a stratum would train every fold, so it joins those without a label.
         return np.where(np.bincount(strata)[strata] < 2, num_labels, strata)
-
-    @staticmethod
-    def count_largest(labels: np.ndarray) -> int:
-        """There are no classes, and no statistics of them."""
-        return 0
 
     @staticmethod
     def fit_tokens(

@@ -258,7 +258,8 @@ def start_steps(
     start = measure_initial_classifier(inputs, data)
     if encoder is not None and images is not None:
         frozen = encoder.fit(images, data, ignore_message)
-        encoder.set_heads(frozen.heads)
+        for head in frozen.heads.values():
+            head.copy_to(encoder.model)
         reporter.print_lines(describe_frozen(frozen.record))
         start |= {
             "frozen": frozen.record,

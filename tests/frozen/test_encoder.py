@@ -65,10 +65,10 @@ def encoder(module_path: Path) -> Path:
     return save_both(ViTCLSModel.from_pretrained(run), module_path / "encoder", processor)
 
 
-def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
+def build_options(folder: Path, encoder: Path, dataset: str | Path = "digits", **flags: Any) -> Any:
     """Return the options of a frozen run or, with `max_steps`, of one with steps."""
     settings = {"model": encoder, "probe": True, "select": None, "batch_size": 32}
-    return build_tiny_options(folder, "digits", **settings | flags)
+    return build_tiny_options(folder, dataset, **settings | flags)
 
 
 def process(run: Path, images: Any) -> torch.Tensor:
@@ -238,7 +238,7 @@ def test_a_frozen_run_is_fitted_to_the_validation_split_and_measured_on_the_test
         images, labels = digits.images[index:90:3], digits.target[index:90:3]
         for label in range(10):
             save_images(tmp_path / "photos" / split / str(label), 15 * images[labels == label])
-    options = replace(build_options(tmp_path / "run", encoder), dataset=str(tmp_path / "photos"))
+    options = build_options(tmp_path / "run", encoder, tmp_path / "photos")
     results = run_training(options)
     data = prepare_setup(options).data
     assert results["num_training_images"] == 60
@@ -274,8 +274,8 @@ def test_class_weights_raise_the_recall_of_a_small_class_as_both_runs_say(
     printed = ""
     for balance in ("none", "weights"):
         flags = {"class_balance": balance, "pooling": "cls", "pooled_layers": (-1,)}
-        options = build_options(tmp_path / balance, encoder, **flags)
-        results = run_training(replace(options, dataset=str(unequal_photos)))
+        options = build_options(tmp_path / balance, encoder, unequal_photos, **flags)
+        results = run_training(options)
         recalls[balance] = results["per_class"][0]["recall"]
         balanced[balance] = results["balanced_accuracy"]
         printed += capsys.readouterr().out
@@ -321,7 +321,7 @@ def test_class_weights_are_advised_if_loss_and_balanced_accuracy_improve(
 
 def balance(values: np.ndarray, labels: np.ndarray) -> float:
     """Average values [N] over images, and then over classes."""
-    return float(np.mean([values[labels == label].mean() for label in np.unique(labels)]))
+    return pd.Series(values).groupby(labels).mean().mean()
 
 
 @pytest.mark.parametrize(("trainable", "rate"), [("full", 4e-4), ("lora", 5e-4)])
@@ -405,9 +405,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     processor = ViTCLSImageProcessor.from_pretrained(own)
     set_resize(processor, "crop", (32, 32))
     processor.save_pretrained(own)
-    results = run_training(
-        build_tiny_options(tmp_path / "run", folder, model=own, probe=True, select=None)
-    )
+    results = run_training(build_options(tmp_path / "run", own, folder))
 
     assert results["frozen"]["resize"] == "squash"
     assert get_resize(ViTCLSImageProcessor.from_pretrained(tmp_path / "run")) == "squash"
@@ -452,8 +450,7 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
     processor.do_center_crop = True
     processor.crop_size = SizeDict(height=32, width=32)
     processor.save_pretrained(own)
-    flags = {"model": own, "probe": True, "select": None}
-    results = run_training(build_tiny_options(tmp_path / "run", folder, **flags))
+    results = run_training(build_options(tmp_path / "run", own, folder))
     assert results["frozen"]["geometry"]["losses"].keys() == {"crop", "squash"}
 
     saved = ViTCLSImageProcessor.from_pretrained(tmp_path / "run")
@@ -491,8 +488,8 @@ def tagged_digits(module_path: Path) -> Path:
 
 def build_tag_options(folder: Path, encoder: Path, tagged_digits: Path, **flags: Any) -> Any:
     """Return the options of a run on the tagged digits."""
-    start = {"model": encoder, "probe": True, "select": None, "label_column": ("tags",)}
-    return build_tiny_options(folder, tagged_digits / "train.csv", **start | flags)
+    columns = {"label_column": ("tags",)}
+    return build_options(folder, encoder, tagged_digits / "train.csv", **columns | flags)
 
 
 def test_several_labels_train_a_frozen_model_and_are_cross_validated(

@@ -4,6 +4,7 @@ The encoder is converted and has a native side of 280 pixels; the photos are not
 classes have different sizes.
 """
 
+import os
 import shutil
 from contextlib import redirect_stdout
 from io import StringIO
@@ -180,19 +181,16 @@ def test_a_damaged_photo_is_counted_whatever_task_is_last_and_two_tasks_get_a_re
 
 def test_a_damaged_held_out_photo_measures_no_task() -> None:
     write_files(Path("my photos"), "ants/damaged.png", content=b"no photo")
-    rows = [
-        f"../{photo},{photo.parent.name},{('few', 'many')[index % 3 > 0]}"
-        for index, photo in enumerate(list_photos())
-    ]
-    Path("tables").mkdir()
-    is_held_out = [index % 2 or "damaged.png" in row for index, row in enumerate(rows)]
-    for name, kind in (("train", 0), ("test", 1)):
-        part = [row for row, is_test in zip(rows, is_held_out, strict=True) if is_test == kind]
-        write_rows(f"tables/{name}.csv", "image,insect,legs", part)
-    results = finetune("vit", "tables", "run", "--label-column", "insect", "legs")
+    rows = []
+    for index, photo in enumerate(list_photos()):
+        split = "test" if index % 2 or photo.stem == "damaged" else "train"
+        rows.append(f"{photo},{photo.parent.name},{('few', 'many')[index % 3 > 0]},{split}")
+    write_rows("tasks.csv", "image,insect,legs,split", rows)
+    results = finetune("vit", "tasks.csv", "run", "--label-column", "insect", "legs")
     assert results["split"] == "split 'test'"
     assert results["num_unreadable_images"] == 1
-    assert results["num_images"] == results["tasks"]["legs"]["num_images"] == sum(is_held_out) - 1
+    assert results["num_images"] == results["tasks"]["legs"]["num_images"]
+    assert results["num_images"] == sum(row.endswith("test") for row in rows) - 1
 
 
 @pytest.mark.filterwarnings("error::scipy.linalg.LinAlgWarning")
@@ -428,13 +426,24 @@ def test_a_photo_of_one_color_joins_no_scene() -> None:
 
 @pytest.mark.parametrize("kind", ["apart", "mixed", "damaged"])
 def test_the_camera_is_named_if_each_class_has_its_own(kind: str) -> None:
+    """By its model or, if a file states none, by its make."""
     for index, file in enumerate(list_photos()):
         exif = Image.Exif()
-        exif[272] = "AB"[index % 2 if kind == "mixed" else index >= 15]
+        is_second = index % 2 if kind == "mixed" else index >= 15
+        exif[271 if is_second else 272] = "AB"[is_second]
         fields = exif if kind != "damaged" else b"Exif\0\0MM\0*\xff\xff\xff\xff"
         Image.open(file).save(file, exif=fields)
     printed = finetune("vit", "my photos", "run")["printed"]
     assert ("camera    ants is A, bees is B: " in printed) == (kind == "apart")
+
+
+def test_the_folder_above_the_class_is_named_if_each_class_of_a_table_has_its_own() -> None:
+    for name, folder in (("ants", "scans"), ("bees", "phone")):
+        os.renames(f"my photos/{name}", f"{folder}/{name}")
+    rows = [f"{file},{file.parent.name}" for file in list_photos(".")]
+    write_rows("table.csv", "image,label", rows)
+    printed = finetune("vit", "table.csv", "run")["printed"]
+    assert "camera    ants is scans, bees is phone: " in printed
 
 
 def write_table(header: str, values: list[str]) -> None:
