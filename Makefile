@@ -11,7 +11,7 @@
 # make browser    install Chromium for the tests of HTML pages, which are skipped without Chromium
 # make docs       test the documentation: links, flags and code blocks
 # make dist      build the wheel and the source distribution, and check them
-# make gpu        run tests and benchmarks on a CUDA device, and write docs/speed-gpu.md
+# make -k gpu     measure the speed on a CUDA device, train with sharded weights, and test the models
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -26,7 +26,8 @@ test-quick test test-all coverage test-floor: export OMP_NUM_THREADS := 1
 # Let Python cache bytecode. Otherwise, each subprocess of a test compiles libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: dist demo cards pictures site test-quick test test-all coverage test-floor check lint browser docs gpu setup clean
+.PHONY: dist demo cards pictures site test-quick test test-all coverage test-floor check lint browser docs gpu gpu-speed \
+	gpu-sharded gpu-tests setup clean
 
 demo: setup
 	$(RUN) scripts/demo.py
@@ -110,8 +111,20 @@ browser: setup
 docs: setup
 	$(RUN) -m pytest tests/integration/test_docs.py
 
-gpu: setup
-	$(RUN) scripts/tools/gpu.py
+gpu: gpu-speed gpu-sharded gpu-tests
+
+# Written to docs/speed-gpu.md
+gpu-speed: setup
+	$(RUN) scripts/benchmark.py --work inference step --device cuda --backends torch compiled --batch-sizes 1 64 \
+		--markdown docs/speed-gpu.md
+
+gpu-sharded: setup
+	$(RUN) -m accelerate.commands.launch --config_file scripts/accelerate/fsdp2.yaml \
+		--num_processes $$($(RUN) -c "import torch; print(torch.cuda.device_count())") \
+		-m modeling_vitcls.cli finetune --config digits --max-steps 10 --no-report --overwrite --output-dir runs/fsdp2
+
+gpu-tests: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/model -n 4 --dist loadfile -m "not slow"
 
 setup: $(VENV)/installed
 
