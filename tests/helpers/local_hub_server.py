@@ -1,8 +1,7 @@
 """HTTP routes of the local Hub in local_hub.py.
 
-A route is a method, a pattern and a function of (hub, pattern match, request) that returns a
-Response. Invalid requests raise `ErrorResponse`, whose headers contain the reason, as on the real
-Hub.
+A route is a method, a pattern and a function of a request that returns a Response. Invalid requests
+raise `ErrorResponse`, whose headers contain the reason, as on the real Hub.
 """
 
 import base64
@@ -25,8 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """A request of a client."""
+    """A request of a client to a Hub."""
 
+    hub: "LocalHub"
+    names: dict[str, str]  # Parts of the path, by the names in the pattern of the route
     headers: dict[str, str]
     body: bytes
     token: "Token | None"  # None if the request has no token
@@ -34,6 +35,30 @@ class Request:
     def json(self) -> Any:
         """Return the body, parsed as JSON."""
         return json.loads(self.body or b"{}")
+
+    def get_readable(self) -> "Repository":
+        """Return the repository, which the token must be able to read.
+
+        Repositories that it cannot read are reported as missing.
+        """
+        repo_id = self.names["repo"]
+        repository = self.hub.repositories.get(repo_id)
+        if repository is None or (
+            repository.private and not (self.token and self.token.can_read(repo_id))
+        ):
+            if self.token is None:
+                raise ErrorResponse(401, "Invalid username or password.", "RepoNotFound")
+            raise ErrorResponse(404, "Repository not found", "RepoNotFound")
+        return repository
+
+    def get_writable(self) -> "Repository":
+        """Return the repository, to which the token must be able to write."""
+        repository = self.get_readable()
+        if not (self.token and self.token.can_write(self.names["repo"])):
+            raise ErrorResponse(
+                403, "Forbidden: you must use a write token to upload to a repository."
+            )
+        return repository
 
 
 @dataclass(frozen=True)
@@ -66,50 +91,27 @@ LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)")
 PREFIXES = {"model": "", "space": "spaces/"}
 
 
-# Permissions and revisions ------------------------------------------------------------------------
-
-
-def get_readable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository":
-    """Return a repository that the token can read.
-
-    Repositories that it cannot read are reported as missing.
-    """
-    repository = hub.repositories.get(repo_id)
-    if repository is None or (
-        repository.private and not (request.token and request.token.can_read(repo_id))
-    ):
-        if request.token is None:
-            raise ErrorResponse(401, "Invalid username or password.", "RepoNotFound")
-        raise ErrorResponse(404, "Repository not found", "RepoNotFound")
-    return repository
-
-
-def get_writable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository":
-    """Return a repository that the token can write to."""
-    repository = get_readable(hub, repo_id, request)
-    if not (request.token and request.token.can_write(repo_id)):
-        raise ErrorResponse(403, "Forbidden: you must use a write token to upload to a repository.")
-    return repository
+# Revisions ---------------------------------------------------------------------------------------
 
 
 def get_commit(repository: "Repository", revision: str) -> tuple[str, "Commit"]:
     """Return the hash and the commit of a revision."""
-    name = repository.resolve(unquote(revision))
+    name = repository.resolve(revision)
     if name is None:
-        raise ErrorResponse(404, f"Invalid rev id: {unquote(revision)}", "RevisionNotFound")
+        raise ErrorResponse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
     return name, repository.commits[name]
 
 
 # Repositories ------------------------------------------------------------------------------------
 
 
-def check_write_access(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def check_write_access(request: Request) -> Response:
     """Return an empty response if the token may write to the repository."""
-    get_writable(hub, match["repo"], request)
+    request.get_writable()
     return Response({})
 
 
-def create_repository(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def create_repository(request: Request) -> Response:
     """Create a repository with an initial commit; status 409 if the repository exists."""
     requested = request.json()
     if request.token is None:
@@ -121,16 +123,16 @@ def create_repository(hub: "LocalHub", match: re.Match[str], request: Request) -
         raise ErrorResponse(
             403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"'
         )
-    url = f"{hub.url}/{repo_id}"
-    if repo_id in hub.repositories:
+    url = f"{request.hub.url}/{repo_id}"
+    if repo_id in request.hub.repositories:
         return Response({"error": f"You already created this {kind} repo", "url": url}, 409)
-    default = "private" if namespace in hub.private_by_default else "public"
+    default = "private" if namespace in request.hub.private_by_default else "public"
     visibility = {True: "private", False: "public", None: requested.get("visibility", default)}
-    hub.create(repo_id, private=visibility[requested.get("private")] == "private")
+    request.hub.create(repo_id, private=visibility[requested.get("private")] == "private")
     return Response({"url": url})
 
 
-def validate_card(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def validate_card(request: Request) -> Response:
     """Return whether the YAML header of a README.md is valid."""
     content = request.json()["content"]
     header = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
@@ -141,10 +143,10 @@ def validate_card(hub: "LocalHub", match: re.Match[str], request: Request) -> Re
     return Response({"errors": [], "warnings": []})
 
 
-def create_branch(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def create_branch(request: Request) -> Response:
     """Create a branch from `main` or the requested starting point."""
-    repository = get_writable(hub, match["repo"], request)
-    branch = unquote(match["name"])
+    repository = request.get_writable()
+    branch = request.names["name"]
     if branch in repository.branches:
         raise ErrorResponse(409, f"Reference already exists: refs/heads/{branch}")
     repository.branches[branch], _ = get_commit(
@@ -156,26 +158,27 @@ def create_branch(hub: "LocalHub", match: re.Match[str], request: Request) -> Re
 # Reading ------------------------------------------------------------------------------------------
 
 
-def repository_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def repository_info(request: Request) -> Response:
     """Return information about a revision."""
-    repository = get_readable(hub, match["repo"], request)
-    name, commit = get_commit(repository, match["revision"] or "main")
-    repo_id = "/".join(match["repo"].split("/")[-2:])
+    repository = request.get_readable()
+    name, commit = get_commit(repository, request.names["revision"] or "main")
+    repo_id = "/".join(request.names["repo"].split("/")[-2:])
     return Response(
         {
             "id": repo_id,
             "sha": name,
             "private": repository.private,
-            "gated": "auto" if match["repo"] in hub.gated else False,
+            "gated": "auto" if request.names["repo"] in request.hub.gated else False,
             "siblings": [{"rfilename": path} for path in sorted(commit.files)],
         }
     )
 
 
-def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def tree(request: Request) -> Response:
     """Return all files below a folder, with their hashes."""
-    _, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
-    start = f"{unquote(match['folder'])}/" if match["folder"] else ""
+    _, commit = get_commit(request.get_readable(), request.names["revision"])
+    folder = request.names["folder"]
+    start = folder and f"{folder}/"
     entries = []
     for path, file in sorted(commit.files.items()):
         entry: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
@@ -188,29 +191,32 @@ def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     return Response(entries)
 
 
-def resolve(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def resolve(request: Request) -> Response:
     """Return the content of a file, or the address of an LFS file in the storage."""
-    name, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
-    if match["repo"] in hub.gated:
-        raise ErrorResponse(403, f"Access to model {match['repo']} is restricted", "GatedRepo")
-    file = commit.files.get(unquote(match["file"]))
+    name, commit = get_commit(request.get_readable(), request.names["revision"])
+    if request.names["repo"] in request.hub.gated:
+        raise ErrorResponse(
+            403, f"Access to model {request.names['repo']} is restricted", "GatedRepo"
+        )
+    file = commit.files.get(request.names["file"])
     if file is None:
         raise ErrorResponse(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": name})
     headers = {"X-Repo-Commit": name, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
     if file.is_lfs:
-        location = f"{hub.storage_url}/objects/{file.sha256}"
+        location = f"{request.hub.storage_url}/objects/{file.sha256}"
         linked = {
             "X-Linked-Etag": f'"{file.sha256}"',
             "X-Linked-Size": str(file.size),
             "Location": location,
         }
         return Response(b"", 302, headers | linked)
-    return get_byte_range(hub.contents[file.sha256], request, headers)
+    return get_byte_range(request.hub.contents[file.sha256], request, headers)
 
 
-def stored_object(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def stored_object(request: Request) -> Response:
     """Return an LFS file from the storage."""
-    return get_byte_range(hub.contents[match["sha256"]], request, {"ETag": f'"{match["sha256"]}"'})
+    sha256 = request.names["sha256"]
+    return get_byte_range(request.hub.contents[sha256], request, {"ETag": f'"{sha256}"'})
 
 
 def get_byte_range(content: bytes, request: Request, headers: dict[str, str]) -> Response:
@@ -226,9 +232,9 @@ def get_byte_range(content: bytes, request: Request, headers: dict[str, str]) ->
 # Writing ------------------------------------------------------------------------------------------
 
 
-def preupload(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def preupload(request: Request) -> Response:
     """Return for each file whether it is an LFS file, and the hash of the file in the branch."""
-    _, commit = get_commit(get_writable(hub, match["repo"], request), match["revision"])
+    _, commit = get_commit(request.get_writable(), request.names["revision"])
     entries = []
     for path in (file["path"] for file in request.json()["files"]):
         there = commit.files.get(path)
@@ -248,32 +254,32 @@ def is_lfs(path: str) -> bool:
     return LFS_NAMES.fullmatch(path) is not None
 
 
-def lfs_batch(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def lfs_batch(request: Request) -> Response:
     """Return upload addresses of LFS files. Files that are already stored need no upload."""
-    get_writable(hub, match["repo"], request)
+    request.get_writable()
     objects = []
     for requested in request.json()["objects"]:
         response: dict[str, Any] = {"oid": requested["oid"], "size": requested["size"]}
-        if requested["oid"] not in hub.contents:
+        if requested["oid"] not in request.hub.contents:
             response["actions"] = {
-                "upload": {"href": f"{hub.storage_url}/objects/{requested['oid']}"},
+                "upload": {"href": f"{request.hub.storage_url}/objects/{requested['oid']}"},
             }
         objects.append(response)
     return Response({"transfer": "basic", "objects": objects})
 
 
-def store_object(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def store_object(request: Request) -> Response:
     """Store an LFS file; its hash must match the address."""
-    if hashlib.sha256(request.body).hexdigest() != match["sha256"]:
+    if hashlib.sha256(request.body).hexdigest() != request.names["sha256"]:
         raise ErrorResponse(400, "XAmzContentSHA256Mismatch")
-    hub.contents[match["sha256"]] = request.body
+    request.hub.contents[request.names["sha256"]] = request.body
     return Response()
 
 
-def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+def make_commit(request: Request) -> Response:
     """Apply all changes as one commit on a branch, or none of them."""
-    repository = get_writable(hub, match["repo"], request)
-    branch = unquote(match["revision"])
+    repository = request.get_writable()
+    branch = request.names["revision"]
     changes = [json.loads(line) for line in request.body.splitlines()]
     parent, commit = get_commit(repository, branch)
     files = dict(commit.files)
@@ -288,9 +294,13 @@ def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Resp
                         412, "A commit has happened since. Please refresh and try again."
                     )
             case "file":
-                files[value["path"]] = hub.store(value["path"], base64.b64decode(value["content"]))
+                files[value["path"]] = request.hub.store(
+                    value["path"], base64.b64decode(value["content"])
+                )
             case "lfsFile":
-                files[value["path"]] = hub.store(value["path"], hub.contents[value["oid"]])
+                files[value["path"]] = request.hub.store(
+                    value["path"], request.hub.contents[value["oid"]]
+                )
             case "deletedFile":
                 del files[value["path"]]
     name = repository.commit(branch, header["summary"], files)
@@ -298,14 +308,14 @@ def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Resp
         {
             "success": True,
             "commitOid": name,
-            "commitUrl": f"{hub.url}/{match['repo']}/commit/{name}",
+            "commitUrl": f"{request.hub.url}/{request.names['repo']}/commit/{name}",
         }
     )
 
 
 # HTTP ---------------------------------------------------------------------------------------------
 
-Routes = list[tuple[str, re.Pattern[str], Callable[["LocalHub", re.Match[str], Request], Response]]]
+Routes = list[tuple[str, re.Pattern[str], Callable[[Request], Response]]]
 
 REPO = r"(?P<repo>(spaces/|datasets/)?[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
@@ -358,10 +368,13 @@ def build_handler(hub: "LocalHub") -> type[BaseHTTPRequestHandler]:
             method = "GET" if self.command == "HEAD" else self.command
             try:
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                request = Request(headers, body, self.token())
+                token = self.token()
                 for route_method, pattern, handle in ROUTES:
                     if route_method == method and (match := pattern.fullmatch(where.path)):
-                        return handle(hub, match, request)
+                        names = {
+                            name: unquote(part or "") for name, part in match.groupdict().items()
+                        }
+                        return handle(Request(hub, names, headers, body, token))
                 raise ErrorResponse(404, f"no such route: {method} {where.path}")
             except ErrorResponse as refusal:
                 return refusal.response
