@@ -58,12 +58,15 @@ def describe_camera(data: TrainingData, head: FrozenHead) -> str | None:
         file.rpartition(f"/{name}/")[0]
         for file, name in zip(features.names[rows], names, strict=True)
     ]
+    table = table.loc[:, table.nunique() > 1]
+    if table.empty:
+        return None
     tree = DecisionTreeClassifier(random_state=0)
     folds = KFold(NUM_FOLDS, shuffle=True, random_state=0)
     scores = [
         cross_val_score(tree, pd.get_dummies(table[name]), names, cv=folds).mean() for name in table
     ]
-    best = PROPERTIES[np.argmax(scores)]
+    best = table.columns[np.argmax(scores)]
     largest = pd.Series(names).value_counts(normalize=True).max()
     test = binomtest(round(max(scores) * len(names)), len(names), largest, "greater")
     shares = pd.crosstab(names, table[best], normalize="index")  # [labels, values]
