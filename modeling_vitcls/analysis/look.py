@@ -146,7 +146,7 @@ CHARACTER_WIDTH = 0.0088  # average, with a font of one point
 LINE_HEIGHT = 0.0195
 
 
-def draw_sheet(sheet: Sheet, title: str = "") -> Image.Image:
+def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
     """Draw the sheet of a photo below a title, which names the model and the photo.
 
     Returns:

@@ -94,7 +94,7 @@ def choose_scale(values: Tensor, is_signed: bool = False) -> ScalarMappable:
     return ScalarMappable(Normalize(0, limit, clip=True), COLORMAP)
 
 
-def to_upright_rgb(image: Image.Image, bit_depth: int = 16) -> Image.Image:
+def to_upright_rgb(image: Image.Image, bit_depth: int) -> Image.Image:
     """Convert an image to 8-bit RGB as the image processor does: upright and on white.
 
     `bit_depth` is the number of bits that 16-bit images use.

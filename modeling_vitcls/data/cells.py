@@ -50,7 +50,7 @@ class LabelColumn:
     """
 
     def __init__(
-        self, dataset: str, name: str, cells: Mapping[str, Sequence[Any]], is_folder: bool = False
+        self, dataset: str, name: str, cells: Mapping[str, Sequence[Any]], is_folder: bool
     ) -> None:
         self.name = name
         self.where = f"{dataset}: {'the class folders' if is_folder else f'the column {name!r}'}"

@@ -141,7 +141,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def set_up_evaluation(
-    mixed_precision: str = "auto",
+    mixed_precision: str,
 ) -> tuple[Accelerator, Console, Callable[[str], None]]:
     """Build the accelerator, the console of the main process, and a function that warns."""
     accelerator = build_accelerator(mixed_precision=mixed_precision)

@@ -74,7 +74,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     report_name = f"{target.name}.json"
     with (
         lock_folder(target.parent, "output"),
-        stage_files(target.parent, last=report_name) as folder,
+        stage_files(target.parent, report_name) as folder,
     ):
         file = folder / target.name
         description = build_model_record(model, processor, source, list(expected[0]))

@@ -3,14 +3,12 @@
 import copy
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..model.field_checks_vitcls import to_pair
 from ..runtime.system import format_device_name
 
 
@@ -54,20 +52,19 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def count_flops(model: Any, image_size: int | Sequence[int] | None = None) -> int:
+def count_flops(model: Any) -> int:
     """Count the FLOPs of a forward pass of one image, on the meta device.
 
     `torch.utils.flop_counter` counts matrix products and convolutions; a multiply-add counts as
-    two. `image_size` is in pixels and defaults to `config.image_size`.
+    two.
     """
-    height, width = to_pair(image_size or model.config.image_size)
     config = copy.deepcopy(model.config)
     # The counter supports fused kernels only on some devices
     config._attn_implementation = "eager"
 
     with torch.device("meta"):
         counted = model.new_like(config).eval()
-        pixel_values = torch.empty(1, config.num_channels, height, width)
+        pixel_values = torch.empty(1, config.num_channels, *config.image_height_width)
         with FlopCounterMode(display=False) as counter:
             counted(pixel_values)
     return int(counter.get_total_flops())

@@ -28,8 +28,8 @@ def build_attention_mask(
     hidden_states: Tensor,
     attention_mask: Tensor | None,
     grid_size: Size,
-    relative_position_bias: "RelativePositionBias | None" = None,
-    gates: "TokenGates | None" = None,
+    relative_position_bias: "RelativePositionBias | None",
+    gates: "TokenGates | None",
 ) -> Any:
     """Combine the masks and biases in the format that the attention implementation expects.
 

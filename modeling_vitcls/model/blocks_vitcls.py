@@ -338,7 +338,7 @@ class ViTCLSAttention(nn.Module):
         return self.o_proj(self.norm(attn_output)), weights
 
     def project_qkv(
-        self, hidden_states: Tensor, num_queries: int | None = None
+        self, hidden_states: Tensor, num_queries: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim].
 

@@ -545,7 +545,7 @@ def image_to_tensor(
 
 
 def pil_to_tensor(
-    image: PIL.Image.Image, to_rgb: bool, bit_depth: int = 16, num_channels: int | None = None
+    image: PIL.Image.Image, to_rgb: bool, bit_depth: int, num_channels: int | None = None
 ) -> Tensor:
     """Convert one PIL image of any mode to an upright [C, H, W] `uint8` tensor.
 
@@ -619,9 +619,7 @@ def to_channels_first(
     )
 
 
-def to_uint8(
-    pixels: Tensor, do_rescale: bool, bit_depth: int = 16, name: str = "an image"
-) -> Tensor:
+def to_uint8(pixels: Tensor, do_rescale: bool, bit_depth: int, name: str = "an image") -> Tensor:
     """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255.
 
     Floats are from 0 to 1; without rescaling, they become `float32`. The conversion is necessary,

@@ -75,7 +75,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 
     def project_qkv(
-        self, hidden_states: Tensor, num_queries: int | None = None
+        self, hidden_states: Tensor, num_queries: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the queries, keys and values of both maps of each head.
 

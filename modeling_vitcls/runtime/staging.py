@@ -80,7 +80,7 @@ def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Pa
         check_output_is_empty(output, parameter)
         # A folder without config.json is never loaded, so a part of the files is not taken for a
         # model.
-        with stage_files(output, last=LAST_FILE) as folder:
+        with stage_files(output, LAST_FILE) as folder:
             yield folder
 
 
@@ -100,14 +100,14 @@ def check_output_is_empty(output: Path, parameter: str = "output") -> None:
 
 
 @contextmanager
-def stage_files(folder: Path, first: str = "", last: str = "") -> Iterator[Path]:
+def stage_files(folder: Path, last: str, first: str = "") -> Iterator[Path]:
     """Yield a hidden folder for files, and move them to `folder` at the end.
 
     The folder must be locked.
 
     Args:
         folder: an existing folder.
-        first, last: names of the files to move first and last.
+        last, first: names of the files to move last and first.
     """
     staging_folder = folder / STAGING_FOLDER
     # Files that a killed command has moved are not removed here; this command replaces them. A list

@@ -75,7 +75,7 @@ def average_with_start(
     model: nn.Module,
     start: Sequence[Tensor],
     fraction: float,
-    new_tokens: Collection[str] = (),
+    new_tokens: Collection[str],
 ) -> None:
     """Replace the trained weights with the mean of the weights before and after the steps.
 

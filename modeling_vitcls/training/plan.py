@@ -176,9 +176,7 @@ def measure_step_minutes(model: Any, accelerator: Accelerator, num_images: int) 
     return math.ceil(num_passes / images_per_second / 60)
 
 
-def choose_held_out_fraction(
-    kind: str, num_images: int, num_labels: int, num_fitted: int = 0
-) -> float:
+def choose_held_out_fraction(kind: str, num_images: int, num_labels: int, num_fitted: int) -> float:
     """Choose the fraction of the images that measure a run, if no split does.
 
     `num_fitted` is the number of images to which the model was fitted before the run.

@@ -60,7 +60,7 @@ def save_output(
             # A run that is killed at any time is continued by --resume: config.json marks the folder
             # of a model and results.json a finished run, so these two are moved last.
             with (
-                stage_files(output_dir, CONFIG_FILE, RESULTS_FILE) as folder,
+                stage_files(output_dir, RESULTS_FILE, CONFIG_FILE) as folder,
                 silence_transformers(),
             ):
                 model_class = write_model(inputs, folder, weights)

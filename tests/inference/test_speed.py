@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, each_kind, randomize
+from helpers.tiny_models import build_images, build_random, each_kind
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSModel
@@ -21,9 +21,10 @@ from modeling_vitcls.inference.speed import count_flops
 def test_flops_equal_those_of_torch(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any], variant: dict[str, Any]
 ) -> None:
-    model: Any = randomize(model_class(build_tiny_config(**variant, **fields, patch_size=[8, 4])))
+    sizes = {"image_size": [32, 40], "patch_size": [8, 4]}
+    model: Any = build_random(model_class, **variant, **fields, **sizes)
     assert model.config._attn_implementation == "sdpa"
-    flops = count_flops(model, (32, 40))
+    flops = count_flops(model)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
