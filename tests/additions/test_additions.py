@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_in_process import run_here
-from helpers.digits_models import DIGITS, LABELS, PIXELS, train_digits_model
+from helpers.digits_models import DIGITS, LABELS, PIXELS, STRIPES, train_digits_model
 from helpers.read_datasets import load_training_data
 from helpers.tiny_models import (
     build_images,
@@ -220,10 +220,6 @@ def test_nothing_is_written_if_an_old_output_would_change(
 
 
 # Classes -----------------------------------------------------------------------------------------
-
-
-STRIPES = np.zeros((30, 8, 8), np.uint8)
-STRIPES[:, :, ::2] = np.arange(200, 230, dtype=np.uint8)[:, None, None]
 
 
 def build_new(pixels: np.ndarray, name: str) -> list[tuple[Image.Image, str]]:

@@ -11,13 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.tiny_models import save_both
 from helpers.tiny_options import (
     build_tiny_options,
     prepare_setup,
     read_metrics,
-    run_to_folder,
     run_training,
+    save_digits_encoder,
 )
 from PIL import Image
 from scipy.special import softmax
@@ -57,12 +56,7 @@ pytestmark = pytest.mark.usefixtures("few_digits")
 @pytest.fixture(scope="module")
 def encoder(module_path: Path) -> Path:
     """Return an encoder without a classifier that was trained on digits."""
-    options = build_tiny_options(
-        module_path / "run", "digits", max_steps=60, batch_size=32, learning_rate=3e-3
-    )
-    run = run_to_folder(options)
-    processor = ViTCLSImageProcessor.from_pretrained(run)
-    return save_both(ViTCLSModel.from_pretrained(run), module_path / "encoder", processor)
+    return save_digits_encoder(module_path)
 
 
 def build_options(folder: Path, encoder: Path, dataset: str | Path = "digits", **flags: Any) -> Any:

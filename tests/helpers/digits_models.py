@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
@@ -14,6 +15,9 @@ DIGITS = load_digits()
 PIXELS = (torch.tensor(DIGITS.images, dtype=torch.float32) / 8 - 1).unsqueeze(1)  # [1797, 1, 8, 8]
 LABELS = torch.tensor(DIGITS.target)
 NUM_TRAINED = 1500
+# Images [30, 8, 8] that look like no digit
+STRIPES = np.zeros((30, 8, 8), np.uint8)
+STRIPES[:, :, ::2] = np.arange(200, 230, dtype=np.uint8)[:, None, None]
 HELD_OUT = PIXELS[NUM_TRAINED : NUM_TRAINED + 128], LABELS[NUM_TRAINED : NUM_TRAINED + 128]
 
 

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from helpers.accelerate_state import reset_accelerate
+from helpers.tiny_models import save_both
+from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
@@ -65,6 +67,14 @@ def run_to_folder(options: Any) -> Path:
     """Train in this process, and return the output folder."""
     reset_accelerate()
     return train(options)
+
+
+def save_digits_encoder(folder: Path, **flags: Any) -> Path:
+    """Train a tiny model on digits, and save its encoder without the classifier."""
+    training = {"max_steps": 60, "batch_size": 32, "learning_rate": 3e-3}
+    run = run_to_folder(build_tiny_options(folder / "run", "digits", **training | flags))
+    processor = ViTCLSImageProcessor.from_pretrained(run)
+    return save_both(ViTCLSModel.from_pretrained(run), folder / "encoder", processor)
 
 
 def forget_end(folder: Path, last_step: int) -> None:

@@ -37,6 +37,8 @@ from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_weights
 
 
+Photos = dict[str, Path]  # By name
+Rows = dict[str, dict[str, Any]]  # Of `predict`, by name of the photo
 NAMES = ("ant", "bee", "wasp")
 TOP_K = 4  # All labels
 TOLERANCE = 1e-5
@@ -75,7 +77,7 @@ Answer = dict[str, float] | str  # Label -> probability, or why there is none
 
 
 @pytest.fixture(scope="module")
-def photos(module_path: Path) -> dict[str, Path]:
+def photos(module_path: Path) -> Photos:
     return write_odd_photos(module_path / "odd")
 
 
@@ -84,7 +86,7 @@ def photos(module_path: Path) -> dict[str, Path]:
 )
 def model(
     request: pytest.FixtureRequest,
-    photos: dict[str, Path],
+    photos: Photos,
     module_path: Path,
 ) -> Path:
     """Return a folder of a classifier that tells distances and unknown photos.
@@ -119,7 +121,7 @@ def graph(model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(model: Path, photos: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def rows(model: Path, photos: Photos) -> Rows:
     """Return the rows of `predict` in float32, by name of the photo."""
     found = predict(model, list(photos.values()), top_k=TOP_K, mixed_precision="no")
     return dict(zip(photos, found, strict=True))
@@ -133,9 +135,7 @@ def read_answer(row: dict[str, Any]) -> Answer:
     return {label: probability for label, probability in labels.items() if label is not None}
 
 
-def check_answers(
-    found: dict[str, Answer], rows: dict[str, dict[str, Any]], tolerance: float = TOLERANCE
-) -> None:
+def check_answers(found: dict[str, Answer], rows: Rows, tolerance: float = TOLERANCE) -> None:
     """Check the answers of a door for all photos."""
     assert {name for name, answer in found.items() if isinstance(answer, str)} == set(REFUSED)
     for name, row in rows.items():
@@ -148,7 +148,7 @@ def check_answers(
             assert "\n" not in answer, name
 
 
-def ask_one_by_one(classify: Any, photos: dict[str, Path]) -> dict[str, Answer]:
+def ask_one_by_one(classify: Any, photos: Photos) -> dict[str, Answer]:
     found: dict[str, Answer] = {}
     for name, file in photos.items():
         try:
@@ -159,22 +159,20 @@ def ask_one_by_one(classify: Any, photos: dict[str, Path]) -> dict[str, Answer]:
 
 
 def test_predict_answers_every_odd_photo_and_refuses_the_others(
-    rows: dict[str, dict[str, Any]],
+    rows: Rows,
 ) -> None:
     check_answers({name: read_answer(row) for name, row in rows.items()}, rows)
     assert all(row["distance"] is not None for row in rows.values() if not row["error"])
 
 
 def test_the_pipeline_with_the_package_needs_no_trust(
-    model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
+    model: Path, photos: Photos, rows: Rows
 ) -> None:
     classify = transformers.pipeline("image-classification", str(model))
     check_answers(ask_one_by_one(classify, photos), rows)
 
 
-def test_the_folder_alone(
-    model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
-) -> None:
+def test_the_folder_alone(model: Path, photos: Photos, rows: Rows) -> None:
     """The pipeline of transformers, and the handler of an Inference Endpoint."""
     (model / "handler.py").write_text(read_program("handler.py"))
     helpers = Path(sys.modules["helpers.odd_photos"].__file__ or "").parent
@@ -187,7 +185,7 @@ def test_the_folder_alone(
 
 
 def test_the_onnx_file_with_the_image_processor(
-    model: Path, graph: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
+    model: Path, graph: Path, photos: Photos, rows: Rows
 ) -> None:
     processor = ViTCLSImageProcessor.from_pretrained(model)
     session = onnxruntime.InferenceSession(graph)
@@ -208,8 +206,8 @@ def test_the_onnx_file_with_the_image_processor(
 @pytest.mark.usefixtures("graph")
 def test_the_lines_without_torch(
     model: Path,
-    photos: dict[str, Path],
-    rows: dict[str, dict[str, Any]],
+    photos: Photos,
+    rows: Rows,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Pillow resizes by up to 2 of 255 gray levels differently than torchvision."""
@@ -243,8 +241,8 @@ def read_program(name: str) -> str:
 
 def test_the_server(
     model: Path,
-    photos: dict[str, Path],
-    rows: dict[str, dict[str, Any]],
+    photos: Photos,
+    rows: Rows,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program: dict[str, Any] = {}
@@ -265,7 +263,7 @@ def test_the_server(
     check_answers(found, rows)
 
 
-def test_evaluation(model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]) -> None:
+def test_evaluation(model: Path, photos: Photos, rows: Rows) -> None:
     """The images that trained the model are left out."""
     labeled = [(str(photos[name]), row["label"]) for name, row in rows.items() if row["label"]]
     file = model.parent / "rows.parquet"
@@ -280,9 +278,7 @@ def test_evaluation(model: Path, photos: dict[str, Path], rows: dict[str, dict[s
         assert probabilities == pytest.approx(read_answer(rows[name]), abs=TOLERANCE), name
 
 
-def test_the_page_of_the_demo(
-    model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
-) -> None:
+def test_the_page_of_the_demo(model: Path, photos: Photos, rows: Rows) -> None:
     page = build_page(DemoOptions(model=str(model)))
     (function,) = {each.fn for each in page.fns.values() if each.api_name == "predict"}
     for name in ("gray16.png", "alpha.png", "exif6.jpg"):
@@ -298,7 +294,7 @@ def test_the_page_of_the_demo(
 
 
 def test_threads_that_share_a_predictor_get_the_rows_of_predict(
-    model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
+    model: Path, photos: Photos, rows: Rows
 ) -> None:
     """Whatever other commands of the process, and the caller's defaults, are."""
     predictor = Predictor(model, top_k=TOP_K, mixed_precision="no", num_workers=0)
@@ -318,9 +314,7 @@ def test_threads_that_share_a_predictor_get_the_rows_of_predict(
         assert (row["distance"] or np.nan) == pytest.approx(expected, rel=1e-4, nan_ok=True), name
 
 
-def test_predictors_and_pipelines_keep_their_precision(
-    model: Path, photos: dict[str, Path]
-) -> None:
+def test_predictors_and_pipelines_keep_their_precision(model: Path, photos: Photos) -> None:
     """accelerate has one precision per process, that of the last command."""
     plain = photos["plain.png"]
     expected = predict(model, plain, top_k=TOP_K, mixed_precision="bf16")

@@ -3,9 +3,9 @@
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.digits_models import STRIPES
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
 from PIL import Image
@@ -17,8 +17,6 @@ from modeling_vitcls import ViTCLSForImageClassification, predict
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 add_class = partial(modeling_vitcls.add_class, num_workers=0)
-STRIPES = np.zeros((30, 8, 8), np.uint8)
-STRIPES[:, :, ::2] = np.arange(200, 230, dtype=np.uint8)[:, None, None]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 NEW = [(Image.fromarray(pixels), "stripes") for pixels in STRIPES]
 

@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import randomize, save_both
-from helpers.tiny_options import build_tiny_options, prepare_setup, run_to_folder, run_training
+from helpers.tiny_options import (
+    build_tiny_options,
+    prepare_setup,
+    run_to_folder,
+    run_training,
+    save_digits_encoder,
+)
 from scipy.special import softmax
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.frozen.linear_probe import LinearProbe
 
 
@@ -28,10 +34,7 @@ TEACHING: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def encoder(module_path: Path, few_digits: None) -> Path:
     """Return a trained encoder of five layers, without a classifier."""
-    flags = {"num_hidden_layers": 5, "max_steps": 60, "batch_size": 32, "learning_rate": 3e-3}
-    run = run_to_folder(build_tiny_options(module_path / "run", "digits", **flags))
-    processor = ViTCLSImageProcessor.from_pretrained(run)
-    return save_both(ViTCLSModel.from_pretrained(run), module_path / "encoder", processor)
+    return save_digits_encoder(module_path, num_hidden_layers=5)
 
 
 def build_options(folder: Path, model: Path, **flags: Any) -> Any:
