@@ -30,6 +30,7 @@ from ..inference.intervals import compute_proportion_interval
 from ..inference.metrics import (
     NOTHING_MEASURED,
     MetricValues,
+    compute_losses,
     measure,
     round_floats,
     select_scalars,
@@ -245,7 +246,7 @@ def build_rows(
         "label": target.get_names(names, outputs.labels),
         "prediction": target.get_names(names, predictions.answers),
         "probabilities": list(target.to_probabilities(outputs.logits)),
-        "loss": target.compute_losses(outputs.logits, outputs.labels),
+        "loss": compute_losses(outputs.logits, outputs.labels),
     }
     if nearest_images is not None:
         columns["nearest_images"] = [

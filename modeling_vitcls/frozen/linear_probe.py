@@ -32,7 +32,7 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ..inference.metrics import round_floats
+from ..inference.metrics import compute_losses, round_floats
 from ..runtime.flags import check_value
 from ..runtime.progress import track
 from .class_statistics import (
@@ -188,7 +188,7 @@ class Score:
             calibrated = logits / temperature
         else:
             calibrated = logits * lines[0] + lines[1]
-        losses = target.compute_losses(calibrated, labels)
+        losses = compute_losses(calibrated, labels)
         row["loss"] = float(np.average(losses[known], weights=weights[known]))
         is_right = target.find_right(target.predict(calibrated[known]), labels[known])
         row["accuracy"] = float(is_right.mean())

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, log_softmax, logit, softmax
+from scipy.special import expit, logit, softmax
 
 from ..inference.intervals import estimate_after_choice, estimate_average_precision
+from ..inference.metrics import compute_losses
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from .class_statistics import ClassStatistics, Token, TokenFeatures, build_label_scores
 from .confidence import fit_line, fit_temperature
@@ -73,11 +74,6 @@ class OneLabelTarget:
         return logits - logits.max(axis=1, keepdims=True)  # type: ignore[no-any-return]
 
     @staticmethod
-    def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Compute the cross-entropy [N]."""
-        return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
-
-    @staticmethod
     def predict(logits: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> np.ndarray:
         """Predict the class index [N] of each image; the threshold is for several labels."""
         return logits.argmax(axis=1)
@@ -100,7 +96,7 @@ class OneLabelTarget:
         groups: np.ndarray | None,
     ) -> dict[str, Any]:
         """Estimate the accuracy of the candidate with the lowest log loss, corrected for the choice."""
-        losses = np.stack([OneLabelTarget.compute_losses(each, labels) for each in logits])
+        losses = np.stack([compute_losses(each, labels) for each in logits])
         is_right = np.stack([each.argmax(axis=1) == labels for each in logits])
         return estimate_after_choice(losses, is_right, weights, groups)
 
@@ -161,12 +157,6 @@ class SeveralLabelsTarget:
         return logit(np.clip(probabilities, 1e-12, 1 - 1e-12))
 
     @staticmethod
-    def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Compute the binary cross-entropy [N], the mean over the labels."""
-        with np.errstate(invalid="ignore"):  # NaN for images that no fold left out
-            return (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
-
-    @staticmethod
     def predict(logits: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> np.ndarray:
         """Predict the labels whose probability is at least the threshold: a mask [N, L]."""
         return expit(logits) >= threshold
@@ -195,7 +185,7 @@ class SeveralLabelsTarget:
         groups: np.ndarray | None,
     ) -> dict[str, Any]:
         """Estimate the mean average precision of the candidate with the lowest log loss."""
-        losses = [SeveralLabelsTarget.compute_losses(each, labels).mean() for each in logits]
+        losses = [compute_losses(each, labels).mean() for each in logits]
         return estimate_average_precision(logits[int(np.argmin(losses))], labels, groups)
 
 

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from scipy.special import expit, softmax
+from scipy.special import expit, log_softmax, softmax
+from scipy.stats import binned_statistic
 from sklearn.metrics import average_precision_score
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..data.labels import LabelKind, LabelSpace, PerTask, SeveralLabels
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -253,21 +251,23 @@ def compute_class_metrics(names: Sequence[str], counts: Sequence[list[int]]) -> 
 
 def compute_mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     """Average the log losses of images in double precision: of one label [N], or of a mask [N, L]."""
-    scores = torch.from_numpy(logits).double()
-    targets = torch.from_numpy(labels)
-    if labels.ndim == 2:
-        return float(F.binary_cross_entropy_with_logits(scores, targets.double()))
-    return float(F.cross_entropy(scores, targets))
+    return float(compute_losses(logits.astype(np.float64), labels).mean())
+
+
+def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the log losses [N] of images: of one label [N], or the mean over a mask [N, L]."""
+    if labels.ndim == 1:
+        return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
+    with np.errstate(invalid="ignore"):  # NaN for images that no fold left out
+        return (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
 
 
 def compute_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     """Compute the expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
-    probabilities = torch.from_numpy(softmax(logits, axis=1))
-    targets = torch.from_numpy(labels)
-    return float(
-        # Its check of the arguments refuses a single class.
-        multiclass_calibration_error(probabilities, targets, logits.shape[1], validate_args=False)
-    )
+    confidences = softmax(logits, axis=1).max(axis=1)
+    gaps = (logits.argmax(axis=1) == labels) - confidences
+    sums = binned_statistic(confidences, gaps, "sum", 15, (0, 1)).statistic
+    return float(np.abs(sums).sum() / len(labels))
 
 
 def safe_divide(numerator: int, denominator: int) -> float | None:

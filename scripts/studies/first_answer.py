@@ -39,10 +39,10 @@ from photos import (
 from PIL import Image
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import log_loss
-from torchmetrics.functional.classification import multiclass_calibration_error
 from transformers import AutoImageProcessor, AutoModel
 
 from modeling_vitcls import evaluate, finetune
+from modeling_vitcls.inference.metrics import compute_calibration_error
 
 
 BATCH_SIZE = 8
@@ -149,16 +149,10 @@ def run_peer(options: Options, chosen: list[Path]) -> dict[str, float]:
 
 def compute_metrics(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Return the accuracy, log loss and calibration error of probabilities [N, K]."""
-    error = multiclass_calibration_error(
-        torch.from_numpy(probabilities).float(),
-        torch.from_numpy(targets),
-        probabilities.shape[1],
-        n_bins=15,
-    )
     return {
         "accuracy": float((probabilities.argmax(axis=1) == targets).mean()),
         "log_loss": log_loss(targets, probabilities, labels=range(probabilities.shape[1])),
-        "calibration_error": float(error),
+        "calibration_error": compute_calibration_error(np.log(probabilities), targets),
     }
 
 
