@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, log_softmax, softmax
 from scipy.stats import binned_statistic
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, confusion_matrix
 
 from ..data.labels import LabelKind, LabelSpace, PerTask, SeveralLabels
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -153,8 +153,8 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
         "per_class": per_class,
     }
     if num_classes <= MAX_MATRIX_CLASSES:
-        pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
-        values["confusion_matrix"] = pairs.reshape(num_classes, num_classes).tolist()
+        matrix = confusion_matrix(labels, predictions, labels=range(num_classes))
+        values["confusion_matrix"] = matrix.tolist()
     return values
 
 

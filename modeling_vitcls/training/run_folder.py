@@ -36,7 +36,7 @@ from ..hub.model_files import (
     RESULTS_FILE,
     hash_weights,
 )
-from ..hub.model_folder import dump_flags
+from ..hub.model_folder import SOURCE_FLAGS, dump_flags
 from ..runtime.errors import format_name_list
 from ..runtime.files import read_json, read_text, write_atomically
 from ..runtime.flags import expand_home, to_flags
@@ -46,8 +46,7 @@ from .options import FinetuneOptions
 
 
 CHECKPOINTS_FOLDER = "checkpoints"
-SOURCE_FLAGS = ("model", "teacher")  # Flags whose values may be models in the output folder
-PATH_FLAGS = ("dataset", *SOURCE_FLAGS)  # Flags whose values may be paths
+MODEL_FLAGS = ("model", "teacher")  # Flags whose values may be models in the output folder
 
 
 def find_run(
@@ -80,7 +79,7 @@ def find_run(
     # Nothing is removed yet. `prepare_folder` removes the old files after the data and the model
     # were read without an error, so a typo costs no finished run.
     if options.overwrite:
-        sources = {flag: getattr(options, flag) for flag in SOURCE_FLAGS}
+        sources = {flag: getattr(options, flag) for flag in MODEL_FLAGS}
         check_sources_not_removed(folder, sources)
     elif is_finished:
         raise ValueError(
@@ -176,7 +175,7 @@ def prepare_folder(
 
 def make_flags_relative(flags: dict[str, Any]) -> dict[str, Any]:
     """Make the local paths among the flags relative to the current directory."""
-    paths = flags.keys() & {*PATH_FLAGS, "output_dir"}
+    paths = flags.keys() & {*SOURCE_FLAGS, "output_dir"}
     return flags | {name: make_relative(flags[name]) for name in paths}
 
 
@@ -226,7 +225,7 @@ CHANGEABLE_FLAGS = (
 
 
 def convert_sources(
-    options: FinetuneOptions, convert: Callable[[str], str], flags: Iterable[str] = PATH_FLAGS
+    options: FinetuneOptions, convert: Callable[[str], str], flags: Iterable[str] = SOURCE_FLAGS
 ) -> FinetuneOptions:
     """Replace the dataset, the model and the teacher, as far as they are set and among `flags`."""
     values: dict[str, Any] = {
@@ -250,7 +249,7 @@ def take_derived_values(options: FinetuneOptions, recorded: dict[str, Any]) -> F
     for name, asked in recorded["flags"].items():
         # A person may copy the derived value from the log into the command; that is no change.
         accepted_values = (asked, derived.get(name, asked))
-        is_same = is_same_source if name in PATH_FLAGS else operator.eq
+        is_same = is_same_source if name in SOURCE_FLAGS else operator.eq
         value = flags.get(name)  # Another version may have had other flags
         is_accepted = any(is_same(accepted, value) for accepted in accepted_values)
         if not is_accepted and name not in CHANGEABLE_FLAGS:

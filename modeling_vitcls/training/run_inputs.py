@@ -32,7 +32,7 @@ from .model import (
 )
 from .options import FinetuneOptions
 from .reporter import Reporter
-from .run_folder import SOURCE_FLAGS, convert_sources, take_derived_values
+from .run_folder import MODEL_FLAGS, convert_sources, take_derived_values
 from .teacher import Teacher, load_teacher
 
 
@@ -96,7 +96,7 @@ def load(
         # The commit is fixed before the first file is read. Otherwise, a push to the Hub in the
         # meantime could combine the configuration of one version with the weights of another.
         options = convert_sources(
-            options, lambda name: name if is_preset(name) else pin_revision(name), SOURCE_FLAGS
+            options, lambda name: name if is_preset(name) else pin_revision(name), MODEL_FLAGS
         )
         initial = resolve_initial_model(options.model)
     # Before the model is built, which needs to know the labels.

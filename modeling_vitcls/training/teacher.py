@@ -79,16 +79,14 @@ class Teacher(nn.Module):
         source: str,
         model: nn.Module,
         preprocessing: TeacherPreprocessing,
-        label_indices: list[int] | None,
+        label_indices: list[int],
         note: str,
     ) -> None:
         super().__init__()
         self.source = source
         self.model: Any = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        self.label_indices = (
-            label_indices  # Positions of the student's labels; None if all are the same
-        )
+        self.label_indices = label_indices  # Positions of the student's labels
 
         height, width = preprocessing.height_width
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -110,7 +108,7 @@ class Teacher(nn.Module):
                 f"the outputs of the teacher {self.source} are not finite for {num_wrong} of "
                 f"{len(logits)} images. Use another teacher, or set `mixed_precision='no'`"
             )
-        return logits if self.label_indices is None else logits[:, self.label_indices]
+        return logits[:, self.label_indices]
 
 
 def load_teacher(
@@ -143,21 +141,18 @@ def measure(teacher: Teacher, student: nn.Module, images: Evaluator) -> MetricVa
 
 def match_labels(
     source: str, names: list[str] | None, num_labels: int, labels: list[str]
-) -> tuple[list[int] | None, str]:
+) -> tuple[list[int], str]:
     """Find each label in the teacher's logits; also return a note on the mapping.
 
-    If the teacher has the same labels in the same order, return None and an empty note. `names` is
-    None if its labels have no names.
+    `names` is None if its labels have no names.
     """
     names = names and list(map(normalize_name, names))
     if names is None and num_labels == len(labels):
         return (
-            None,
+            list(range(num_labels)),
             f"; the teacher's {num_labels} labels have no names and are assumed to be in the "
             "dataset's order",
         )
-    if names == labels:
-        return None, ""
 
     if missing_names := [name for name in labels if (names or []).count(name) != 1]:
         names_text = (
