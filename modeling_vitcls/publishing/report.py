@@ -8,7 +8,6 @@ contain them. Their predictions are read from predictions.parquet. The report me
 and effects than `vitcls inspect`.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +26,6 @@ from ..hub.connection import silence_transformers
 from ..hub.model_files import CARD_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE, WRONG_PHOTOS_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
-from ..inference.metrics import MetricValues
 from ..inference.stated_result import (
     Measurement,
     build_class_tables,
@@ -88,23 +86,16 @@ def write_run_page(folder: ModelFolder) -> str | None:
     if not len(images):
         return None
 
-    rows = read_predictions(folder)
-    predictions = None
-    if rows is not None:
-        write_wrong_photos(folder.path / WRONG_PHOTOS_FILE, rows)
-        num_folds = results["frozen"]["num_folds"] if is_cross_validated else 0
-        measured = Measurement("", "accuracy", results, num_folds)
-        predictions = summarize_predictions(measured, results, rows)
+    # Tasks have folds of their own, and no common result
+    num_folds = results["frozen"].get("num_folds", 0) if is_cross_validated else 0
     return draw_page(
         folder,
         images,
         source=f"{results['dataset']}, {source}",
-        # There are rows only for one label per image. Tasks have no common names.
-        names=[] if rows is None else data.label_space.names,
         photos=find_photos(data.held_out, data.train, data.selection),
-        rows=rows,
-        predictions=predictions,
-        metrics=results,
+        photo_labels=data.label_space,
+        measured=Measurement("", "accuracy", results, num_folds),
+        record=results,
         label_space=data.label_space,
     )
 
@@ -113,23 +104,16 @@ def write_addition_page(folder: ModelFolder) -> str:
     """Show the photos of the last addition, and what was said of them when they were left out."""
     *_, record = folder.additions.values()
     data = load_undivided_images(read_data_options(folder.shown_flags), min_classes=1)
-    names = data.label_space.names
-    rows = read_predictions(folder)
-    predictions = None
-    if rows is not None:
-        write_wrong_photos(folder.path / WRONG_PHOTOS_FILE, rows)
-        measured = read_addition(record, format_name_list(names, 5))
-        predictions = summarize_predictions(measured, record, rows)
+    name = format_name_list(data.label_space.names, 5)
     return draw_page(
         folder,
         # The classifier of the model has other labels
         replace(data.train, labels=[None] * len(data.train)),
         source=record["dataset"],
-        names=names,
         photos=find_photos(*data.images_by_split.values()),
-        rows=rows,
-        predictions=predictions,
-        metrics=record.get("result", {}),
+        photo_labels=data.label_space,
+        measured=read_addition(record, name) if "result" in record else Measurement(name, "", {}),
+        record=record,
     )
 
 
@@ -138,28 +122,31 @@ def draw_page(
     images: LabeledImages,
     *,
     source: str,
-    names: Sequence[str],
     photos: Photos,
-    rows: Any,
-    predictions: dict[str, Any] | None,
-    metrics: MetricValues,
+    photo_labels: LabelSpace,
+    measured: Measurement,
+    record: dict[str, Any],
     label_space: LabelSpace = UNLABELED,
 ) -> str:
     """Measure a model with images, write both files, and return the faults.
 
     Args:
         source: description of the images.
-        names: of their labels.
         photos: all photos that the page may show.
-        rows, predictions: of photos that did not train what predicted them, and their summary.
-        metrics: of the run or the addition, also of each class.
+        photo_labels: their labels.
+        measured: result of photos that did not train what predicted them; without any, no metrics.
+        record: of the run or the addition.
         label_space: of the images, if the model has their labels.
     """
     processor = folder.load_processor()
     chosen: Any = []
+    rows = read_predictions(folder)
+    predictions = None
     # Without one label per image, there are no wrong photos to show, but results per label.
-    if predictions is not None:
-        predictions |= draw_pictures(predictions, photos, names, processor.bit_depth)
+    if rows is not None:
+        write_wrong_photos(folder.path / WRONG_PHOTOS_FILE, rows)
+        predictions = summarize_predictions(measured, record, rows)
+        predictions |= draw_pictures(predictions, photos, photo_labels.names, processor.bit_depth)
         # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.
         if predictions["is_cross_validated"]:
             rows = rows[rows["label"] == rows["prediction"]]
@@ -192,7 +179,8 @@ def draw_page(
         source=source,
         predictions=predictions,
         # A headline would say the same.
-        tables=({} if predictions else build_metric_table(metrics)) | build_class_tables(metrics),
+        tables=({} if predictions else build_metric_table(measured.metrics))
+        | build_class_tables(measured.metrics),
     )
     sheet_file = folder.path / SAMPLE_IMAGES_FILE
     sheet_file.parent.mkdir(exist_ok=True)
