@@ -24,9 +24,11 @@ if TYPE_CHECKING:
         predict,
         verify_unchanged,
     )
-    from .conversion.from_timm import convert_from_timm
-    from .conversion.from_transformers import convert_from_transformers
-    from .conversion.to_transformers import convert_to_transformers
+    from .conversion.convert_models import (
+        convert_from_timm,
+        convert_from_transformers,
+        convert_to_transformers,
+    )
     from .frozen.linear_probe import LinearProbe
     from .inference.predictor import Predictor
     from .model.configuration_vitcls import ViTCLSConfig
@@ -86,9 +88,11 @@ IMPORT_STRUCTURE = {
         "verify_unchanged",
     ),
     "model.configuration_vitcls": ("ViTCLSConfig",),
-    "conversion.from_timm": ("convert_from_timm",),
-    "conversion.from_transformers": ("convert_from_transformers",),
-    "conversion.to_transformers": ("convert_to_transformers",),
+    "conversion.convert_models": (
+        "convert_from_timm",
+        "convert_from_transformers",
+        "convert_to_transformers",
+    ),
     "frozen.linear_probe": ("LinearProbe",),
     "inference.predictor": ("Predictor",),
     "model.image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),

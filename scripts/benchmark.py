@@ -46,8 +46,7 @@ from transformers import PreTrainedModel
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, use_fast_modules
 from modeling_vitcls.cli.parsing import run_script
-from modeling_vitcls.conversion.from_timm import convert_from_timm
-from modeling_vitcls.conversion.from_transformers import convert_from_transformers
+from modeling_vitcls.conversion.convert_models import convert_from_timm, convert_from_transformers
 from modeling_vitcls.conversion.parity_report import build_random_images
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.onnx_file import OnnxGraph

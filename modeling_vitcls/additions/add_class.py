@@ -53,7 +53,10 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
 
     features = old.compute_features(images, label_space, has_logits=True)
     names = label_space.names
-    check_has_images(names, features.labels)
+    if len(missing := np.setdiff1d(np.arange(len(names)), features.labels)):
+        raise ValueError(
+            f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
+        )
     features, limit, scenes_record = old.keep_scenes_together(images, features, label_space)
     trained_scenes = dict(old.trained_scenes)
     if "" in trained_scenes:
@@ -80,11 +83,11 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     # keep their bits.
     extended.class_distance.fingerprint.copy_(model.class_distance.fingerprint)
 
-    layers = list(dict.fromkeys(layer for layer, _ in statistics.tokens))
+    layers = dict.fromkeys(layer for layer, _ in statistics.tokens)
     record: dict[str, Any] = {
         "kind": "classes",
         "labels": names,
-        "reads": f"means of the {describe_layers(layers)}",
+        "reads": f"means of the {describe_layers(list(layers))}",
         "dataset": strip_folders(get_title(options.dataset)),
         "scenes": scenes_record,
     }
@@ -105,26 +108,12 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         rows = build_rows(predictions, find_nearest_images(wrong, features, statistics.tokens))
         if threshold is not None:
             record["num_unknown"] = int((distances[measured] > threshold).sum())
-        warn_about_unmeasured(names, features.labels, features.labels[measured])
+        if unmeasured := np.setdiff1d(features.labels, features.labels[measured]).tolist():
+            warn_on_first_process(
+                f"no result measures {format_name_list([names[label] for label in unmeasured])}, "
+                "because the class has one image or one group. Add images"
+            )
     return Addition(extended, record, {"train": images}, trained_scenes, rows)
-
-
-def check_has_images(names: list[str], labels: np.ndarray) -> None:
-    """Raise ValueError if a class has no image, given the labels of the readable ones."""
-    missing = np.setdiff1d(np.arange(len(names)), labels)
-    if len(missing):
-        raise ValueError(
-            f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
-        )
-
-
-def warn_about_unmeasured(names: list[str], labels: np.ndarray, measured: np.ndarray) -> None:
-    """Name the classes of images [N] of which none was left out."""
-    if unmeasured := np.setdiff1d(labels, measured).tolist():
-        warn_on_first_process(
-            f"no result measures {format_name_list([names[label] for label in unmeasured])}, "
-            "because the class has one image or one group. Add images"
-        )
 
 
 def load_new_images(

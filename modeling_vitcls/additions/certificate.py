@@ -16,9 +16,9 @@ What is not proven:
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,12 @@ def compare_outputs(old: Any, new: Any, pixels: Sequence[Tensor], batch_size: in
     Raise ModelsDiffer if one of the new outputs differs.
     """
     names: list[str] = []
-    for batch in iterate_batches(pixels, batch_size):
+    by_shape = sorted(pixels, key=lambda image: image.shape)
+    # Images of the same shape, in batches [B, C, H, W]
+    for batch in chain.from_iterable(
+        torch.stack(list(images)).split(batch_size)
+        for _, images in groupby(by_shape, key=lambda image: image.shape)
+    ):
         inputs = batch.to(old.device, old.dtype)
         outputs = compute_outputs(old, inputs)
         new_outputs = compute_outputs(new, inputs)
@@ -229,13 +234,6 @@ def compute_outputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
         if outputs.get(name) is not None and outputs[name].shape[1]:
             named[name] = outputs[name]
     return named | (outputs.task_logits or {})
-
-
-def iterate_batches(pixels: Sequence[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Yield batches [B, C, H, W] of images of the same shape."""
-    by_shape = sorted(pixels, key=lambda image: image.shape)
-    for _, images in groupby(by_shape, key=lambda image: image.shape):
-        yield from torch.stack(list(images)).split(batch_size)
 
 
 def describe_certificate(certificate: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ Tables of rules map the names of the parameters.
     from_state_dict.py        conversion of published state dicts (DINO, DINOv2, TIPS, MAE, ...) through timm
     source_files.py           published state-dict files: loading, and detection of the family
     to_transformers.py        conversion of ViTCLS models to transformers
+    convert_models.py         the three conversions in memory, which compare outputs
     processors.py             conversion of preprocessing settings to an image processor
     source_models.py          loading of a timm or transformers model by name
     parity_report.py          largest output differences between the source and the converted model

@@ -80,8 +80,8 @@ def convert_to_native(source_name: str, output: Path) -> Report:
     """
     with create_output_folder(output) as output_folder:
         folder = open_vitcls(source_name)
-        is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
-        model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
+        classifier = ViTCLSForImageClassification
+        model_class = classifier if folder.architecture == classifier.__name__ else ViTCLSModel
         model: ViTCLSPreTrainedModel = folder.load(model_class)
 
         match = find_transformers_class(model)
@@ -104,9 +104,13 @@ def convert_to_native(source_name: str, output: Path) -> Report:
             )
         if not folder.has_processor:
             native.notes.append("neither model has an image processor")
-        preprocessing = {"assumed_because": ""}
         return write_parity_report(
-            output_folder, source_name, native, model, preprocessing=preprocessing, is_native=True
+            output_folder,
+            source_name,
+            native,
+            model,
+            preprocessing={"assumed_because": ""},
+            is_native=True,
         )
 
 

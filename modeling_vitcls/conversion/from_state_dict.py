@@ -24,7 +24,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,9 +51,9 @@ class FileFamily:
     """How to load one family: its timm model, and how its authors resample."""
 
     timm_name: str  # timm model with the preprocessing of the family; its sizes are replaced
-    resampling: Fields | None  # None if position embeddings are not resampled (rotary)
+    resampling: Fields  # Empty if position embeddings are not resampled (rotary)
     # Other timm models, by the weight that selects them; the first match is used.
-    timm_names: Mapping[str, str] | None = None
+    timm_names: Mapping[str, str] = field(default_factory=dict)
 
 
 GATE = "blocks.0.mlp.w3.weight"  # Weight of a gated MLP
@@ -70,7 +70,7 @@ FAMILIES = {  # The names are values of --family
     ),
     "dinov3": FileFamily(
         "vit_small_patch16_dinov3_qkvb.lvd1689m",
-        None,
+        {},
         {
             f"{GATE} blocks.0.attn.qkv.bias": "vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
             GATE: "vit_small_plus_patch16_dinov3.lvd1689m",
@@ -134,7 +134,7 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
     The converted weights are changed in place, and fields of the configuration are returned.
     `weights` are the published weights.
     """
-    fields = dict(get_family(family, weights).resampling or {})
+    fields = dict(get_family(family, weights).resampling)
     if family == "dinov3" and "rope_embed.periods" in weights:
         # The published periods are rounded to bfloat16, and the authors' code uses them as they
         # are. timm and transformers compute new ones.
@@ -252,7 +252,7 @@ def build_timm_model(weights: Weights, family: str) -> Any:
 
     try:
         entry = get_family(family, weights)
-        names = (entry.timm_names or {}).items()
+        names = entry.timm_names.items()
         name = next(
             (name for keys, name in names if weights.keys() >= set(keys.split())), entry.timm_name
         )
@@ -272,8 +272,8 @@ def build_timm_model(weights: Weights, family: str) -> Any:
             "another family, or use timm:NAME@FILE"
         ) from error
     # Use the size at which the weights were trained; timm's entry may name another.
-    size = {"input_size": (3, *model.patch_embed.img_size)}
-    model.pretrained_cfg |= PREPROCESSING.get(family, {}) | size
+    model.pretrained_cfg |= PREPROCESSING.get(family, {})
+    model.pretrained_cfg["input_size"] = (3, *model.patch_embed.img_size)
     return model.eval()
 
 

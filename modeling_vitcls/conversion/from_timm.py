@@ -3,7 +3,7 @@
 The classes are `VisionTransformer`, `VisionTransformerDistilled` (DeiT) and `Eva` (EVA, PE, DINOv3,
 ...).
 
-    model = convert_from_timm(timm.create_model("vit_base_patch16_clip_224.openai", pretrained=True))
+    model = convert_timm_model(timm.create_model("vit_base_patch16_clip_224.openai", pretrained=True))
 
 timm_modules.py reads the configuration from the modules. This file contains the rules for parameter
 names, and exact rewrites that involve several parameters:
@@ -44,26 +44,8 @@ TIMM_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 TIMM_MODULES = ("vision_transformer", "deit", "eva")  # Modules of timm.models with these classes
 
 
-def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
-    """Convert a timm ViT to a vitcls model in eval mode with the same outputs, dtype and device.
-
-    The source is left unchanged. A model with a classifier becomes a
-    `ViTCLSForImageClassification`. A model without a classifier (`num_classes=0`) becomes a
-    `ViTCLSModel`, whose `pooler_output`, if any, equals the output of timm's model. For image sizes
-    other than the native size, the outputs equal those that the source returns after a call to its
-    `set_input_size`.
-
-    Raises:
-        ConversionError: If the class or a feature is not supported.
-
-    Examples:
-        >>> import timm, torch
-        >>> from modeling_vitcls import convert_from_timm
-        >>> source = timm.create_model("vit_tiny_patch16_224").eval()
-        >>> model = convert_from_timm(source)
-        >>> image = torch.randn(1, 3, 224, 224)
-        >>> torch.testing.assert_close(model(image).logits, source(image), rtol=0, atol=1e-4)
-    """
+def convert_timm_model(model: nn.Module) -> ViTCLSPreTrainedModel:
+    """Convert a timm ViT as `convert_from_timm` does, without comparing outputs."""
     config, weights = read_timm_model(model)
     return build_converted_model(config, weights, add_pooling_layer=has_pooler(model))
 
@@ -254,7 +236,7 @@ STEM_RULES = [
 ]
 
 BLOCK_RULES = [
-    Rule("blocks.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
+    Rule("blocks.{i}.(norm1|in_norm).{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
     Rule("blocks.{i}.attn.qkv.{rest}", QKV_NAMES),
     Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
@@ -262,7 +244,7 @@ BLOCK_RULES = [
     # k_proj, v_proj
     Rule("blocks.{i}.attn.{x}_proj.{rest}", "layers.{i}.attention.{x}_proj.{rest}", repeat_kv),
     Rule("blocks.{i}.(attn.)?sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
-    Rule("blocks.{i}.attn.proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
+    Rule("blocks.{i}.(attn.proj|attn_out_proj).{rest}", "layers.{i}.attention.o_proj.{rest}"),
     # lambda_full, norm, q_norm, k_norm
     Rule("blocks.{i}.attn.{rest}", "layers.{i}.attention.{rest}"),
     Rule("blocks.{i}.ls{n}.gamma", "layers.{i}.layer_scale{n}.lambda1"),  # VisionTransformer
@@ -273,12 +255,10 @@ BLOCK_RULES = [
 ]
 
 PARALLEL_RULES = [
-    Rule("blocks.{i}.in_norm.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV_NAMES], split_mlp_qkv),
     Rule("blocks.{i}.mlp_bias", "layers.{i}.mlp.fc1.bias"),
     Rule("blocks.{i}.{x}_norm.{rest}", "layers.{i}.attention.{x}_norm.{rest}"),  # q_norm, k_norm
     Rule("blocks.{i}.lambda_full", "layers.{i}.attention.lambda_full"),
-    Rule("blocks.{i}.attn_out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
     Rule("blocks.{i}.mlp_out_proj.{rest}", "layers.{i}.mlp.fc2.{rest}"),
     Rule(
         "blocks.{i}.out_proj.weight",

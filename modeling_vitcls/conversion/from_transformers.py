@@ -1,6 +1,6 @@
 """Convert transformers models to ViTCLS models with the same outputs.
 
-    model = convert_from_transformers(AutoModel.from_pretrained("facebook/dinov2-base"))
+    model = convert_transformers_model(AutoModel.from_pretrained("facebook/dinov2-base"))
 
 This file lists the supported classes. The parameter names and configurations of each family are in
 transformers_families.py.
@@ -26,31 +26,8 @@ from .weight_rules import (
 )
 
 
-def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
-    """Convert a transformers ViT to a vitcls model with the same outputs, dtype and device.
-
-    The result is in eval mode, and the source is left unchanged. A classifier becomes a
-    `ViTCLSForImageClassification` with the same labels. An image embedding model (CLIP with
-    projection) also becomes a `ViTCLSForImageClassification`, with the embeddings as logits. Any
-    other model becomes a `ViTCLSModel`.
-
-    For image sizes other than the native size, the outputs equal the outputs of the source with
-    `interpolate_pos_encoding=True`. The converted MAE encoder uses all patches in order, without
-    random masking. The `image_size` of a converted RADIO model is the maximum image size, because
-    RADIO stores position embeddings for that size.
-
-    Raises:
-        ConversionError: If the class or a feature is not supported, or weights are missing or
-            unexpected.
-
-    Examples:
-        >>> from modeling_vitcls import convert_from_transformers
-        >>> from transformers import ViTConfig, ViTModel
-        >>> config = ViTConfig(hidden_size=96, num_attention_heads=3, intermediate_size=384)
-        >>> model = convert_from_transformers(ViTModel(config).eval())
-        >>> model.config.token_counts
-        (1, 0, 0)
-    """
+def convert_transformers_model(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
+    """Convert a transformers ViT as `convert_from_transformers` does, without comparing outputs."""
     name = type(model).__name__
     # A class with this name in other code, such as remote code, may compute something else.
     if name not in CONVERTIBLE_CLASSES or not type(model).__module__.startswith("transformers."):
@@ -76,9 +53,12 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
         *family.rules,
     ]
     weights = convert_weights(family.prepare_weights(weights), rules, config)
-    # The class decides, not the weights: a classifier with `num_labels=0` has none.
-    has_classifier = convertible_class.encoder_name is not None
-    return build_converted_model(config, weights, has_classifier=has_classifier)
+    return build_converted_model(
+        config,
+        weights,
+        # The class decides, not the weights: a classifier with `num_labels=0` has none.
+        has_classifier=convertible_class.encoder_name is not None,
+    )
 
 
 @dataclass(frozen=True)
@@ -102,6 +82,10 @@ HEAD_RULES = [
     Rule("visual_projection.weight", ["classifier.weight", "classifier.bias"], append_zero_bias),
 ]
 
+VIT_ENCODER = ConvertibleClass(families.VIT)
+VIT_CLASSIFIER = ConvertibleClass(families.VIT, "vit")
+INTERNVL_ENCODER = ConvertibleClass(families.INTERNVL)
+BEIT_ENCODER = ConvertibleClass(families.BEIT)
 CLIP_ENCODER = ConvertibleClass(families.CLIP, fields={"pooled_norm": True})
 CLIP_EMBEDDER = ConvertibleClass(
     families.CLIP,
@@ -114,16 +98,16 @@ CLIP_CLASSIFIER = ConvertibleClass(
 )
 
 CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
-    "ViTModel": ConvertibleClass(families.VIT),
-    "ViTForImageClassification": ConvertibleClass(families.VIT, "vit"),
+    "ViTModel": VIT_ENCODER,
+    "ViTForImageClassification": VIT_CLASSIFIER,
     "DeiTModel": ConvertibleClass(families.DEIT),
     "DeiTForImageClassification": ConvertibleClass(
         families.DEIT, "deit", {"distillation_head": False}
     ),
     "DeiTForImageClassificationWithTeacher": ConvertibleClass(families.DEIT, "deit"),
-    "ViTMSNModel": ConvertibleClass(families.VIT),
-    "ViTMSNForImageClassification": ConvertibleClass(families.VIT, "vit"),
-    "ViTMAEModel": ConvertibleClass(families.VIT),
+    "ViTMSNModel": VIT_ENCODER,
+    "ViTMSNForImageClassification": VIT_CLASSIFIER,
+    "ViTMAEModel": VIT_ENCODER,
     "IJepaModel": ConvertibleClass(families.IJEPA),
     "IJepaForImageClassification": ConvertibleClass(families.IJEPA, "ijepa"),
     "Dinov2Model": ConvertibleClass(families.DINOV2),
@@ -154,11 +138,11 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     ),
     "PixioModel": ConvertibleClass(families.PIXIO),
     "Aimv2VisionModel": ConvertibleClass(families.AIMV2),
-    "BeitModel": ConvertibleClass(families.BEIT),
+    "BeitModel": BEIT_ENCODER,
     "BeitForImageClassification": ConvertibleClass(families.BEIT, "beit"),
-    "Data2VecVisionModel": ConvertibleClass(families.BEIT),
+    "Data2VecVisionModel": BEIT_ENCODER,
     "Data2VecVisionForImageClassification": ConvertibleClass(families.BEIT, "data2vec_vision"),
-    "InternVLVisionModel": ConvertibleClass(families.INTERNVL),
-    "QianfanOCRVisionModel": ConvertibleClass(families.INTERNVL),
+    "InternVLVisionModel": INTERNVL_ENCODER,
+    "QianfanOCRVisionModel": INTERNVL_ENCODER,
     "RadioModel": ConvertibleClass(families.RADIO),
 }

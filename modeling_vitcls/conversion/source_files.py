@@ -189,12 +189,14 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
 
     Raise ConversionError if no family or several families match.
     """
-    matches = (
-        family
-        for family, pattern in FAMILY_PATTERNS.items()
-        if any(re.fullmatch(pattern, name) for name in weights)
+    family = next(
+        (
+            family
+            for family, pattern in FAMILY_PATTERNS.items()
+            if any(re.fullmatch(pattern, name) for name in weights)
+        ),
+        None,
     )
-    family = next(matches, None)
     registers = weights.get("register_tokens")
     candidates = ["dino", "ibot", "msn", "mae", "deit", "ijepa"]
 

@@ -27,8 +27,8 @@ from ..hub.loading import (
 from ..model.field_checks_vitcls import Size
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
-from .from_timm import TIMM_MODULES, convert_from_timm
-from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
+from .from_timm import TIMM_MODULES, convert_timm_model
+from .from_transformers import CONVERTIBLE_CLASSES, convert_transformers_model
 from .processors import (
     ConvertedPreprocessing,
     convert_timm_preprocessing,
@@ -49,7 +49,7 @@ class Source:
 
     def __init__(self, name: str, model: nn.Module, revision: str | None, notes: list[str]) -> None:
         self.name = name  # As on the command line
-        self.model: Any = model.eval()
+        self.model: Any = model
         self.revision = revision  # Commit hash on the Hub; None if the hash is unknown
         self.notes = notes  # Notes for the user about loading the model
         self.saved_dtype = next(model.parameters()).dtype
@@ -64,8 +64,16 @@ class TimmSource(Source):
 
         The name may have a tag, `@FILE`, or timm's prefix `hf-hub:` or `local-dir:`.
         """
-        if ":" not in name:
-            check_timm_architecture(name.partition("@")[0].partition(".")[0])
+        from timm.models import is_model_in_modules, list_models
+
+        architecture = name.partition("@")[0].partition(".")[0]
+        # Checked before any download
+        if ":" not in name and not is_model_in_modules(architecture, TIMM_MODULES):
+            similar = difflib.get_close_matches(
+                architecture, list_models(module=list(TIMM_MODULES)), n=1
+            )
+            hint = f"Did you mean {similar[0]}?" if similar else "docs/converting.md lists all"
+            raise ConversionError(f"timm:{architecture} is not a plain ViT of timm. {hint}")
         try:
             model, commit = load_timm_model(name)
         except Exception as error:  # Downloads raise errors of many types
@@ -79,12 +87,12 @@ class TimmSource(Source):
     @property
     def image_size(self) -> Size:
         """Native height and width in pixels."""
-        height, width = self.model.patch_embed.img_size
-        return height, width
+        size: Size = self.model.patch_embed.img_size
+        return size
 
     def convert(self) -> ViTCLSPreTrainedModel:
         """Convert the model. Raise ConversionError if the conversion cannot be exact."""
-        return convert_from_timm(self.model)
+        return convert_timm_model(self.model)
 
     def compute_outputs(self, pixel_values: Tensor) -> Outputs:
         """Compute a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W].
@@ -98,7 +106,8 @@ class TimmSource(Source):
             model.set_input_size(img_size=size)
         sequence = model.forward_features(pixel_values)
         output_name = "logits" if model.num_classes else "pooled"
-        return {"sequence": sequence, output_name: model.forward_head(sequence)}
+        # Not `forward_head`: a program may have changed `forward`.
+        return {"sequence": sequence, output_name: model(pixel_values)}
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
         """Convert the preprocessing of the source to an image processor."""
@@ -150,8 +159,8 @@ class TransformersSource(Source):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def convert(self) -> ViTCLSPreTrainedModel:
-        """Convert the model with `convert_from_transformers`."""
-        return convert_from_transformers(self.model)
+        """Convert the model with `convert_transformers_model`."""
+        return convert_transformers_model(self.model)
 
     def compute_outputs(self, pixel_values: Tensor) -> Outputs:
         """Compute the outputs for images [B, C, H, W].
@@ -186,7 +195,7 @@ class TransformersSource(Source):
         if "spatial_shapes" in parameters:
             return flatten_patches(pixel_values, config.patch_size)
 
-        inputs: dict[str, Any] = {"pixel_values": pixel_values}
+        inputs: dict[str, Any] = {"pixel_values": pixel_values, "return_dict": True}
         if (
             "interpolate_pos_encoding" in parameters
             and tuple(pixel_values.shape[-2:]) != self.image_size
@@ -196,11 +205,9 @@ class TransformersSource(Source):
         # MAE sorts the patches by this noise, and would mask the last ones.
         if "noise" in parameters:
             config.mask_ratio = 0.0
-            height, width = pixel_values.shape[-2:]
-            num_patches = (height // config.patch_size) * (width // config.patch_size)
+            patches = pixel_values[:, 0, :: config.patch_size, :: config.patch_size].flatten(1)
             # Ascending noise keeps the patches in their order.
-            noise = torch.arange(num_patches, dtype=torch.float32)
-            inputs["noise"] = noise.expand(len(pixel_values), -1)  # [B, rows * columns]
+            inputs["noise"] = torch.ones_like(patches).float().cumsum(1)  # [B, rows * columns]
         return inputs
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
@@ -235,16 +242,6 @@ def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:
     return model
 
 
-def check_timm_architecture(name: str) -> None:
-    """Raise ConversionError, before any download, unless timm has a ViT of this name."""
-    from timm.models import is_model_in_modules, list_models
-
-    if not is_model_in_modules(name, TIMM_MODULES):
-        similar = difflib.get_close_matches(name, list_models(module=list(TIMM_MODULES)), n=1)
-        hint = f"Did you mean {similar[0]}?" if similar else "docs/converting.md lists all of them"
-        raise ConversionError(f"timm:{name} is not a plain ViT of timm. {hint}")
-
-
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     """Choose the transformers class that loads a checkpoint, or only its encoder.
 
@@ -255,9 +252,10 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     model_name, encoder_name = (
         f"{type(each).__name__.removesuffix('Config')}Model" for each in (config, encoder_config)
     )
+    name = architecture
     # ViTForX, or CLIPModel but not LlavaForX
-    has_encoder = encoder_config is config or architecture == model_name
-    name = encoder_name if architecture not in CONVERTIBLE_CLASSES and has_encoder else architecture
+    if name not in CONVERTIBLE_CLASSES and (encoder_config is config or name == model_name):
+        name = encoder_name
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
             f"{architecture or type(config).__name__} cannot be converted. Use a plain ViT that "
@@ -319,6 +317,6 @@ def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Any]:
     patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     return {
         "pixel_values": patches,
-        "pixel_attention_mask": torch.ones(batch_size, rows * columns),
+        "pixel_attention_mask": pixel_values.new_ones(batch_size, rows * columns),
         "spatial_shapes": torch.tensor([[rows, columns]] * batch_size),
     }

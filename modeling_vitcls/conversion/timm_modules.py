@@ -268,9 +268,8 @@ def read_qkv_biases(attention: TimmModule) -> Fields:
     if attention.qkv is not None:
         return {"qkv_bias": attention.qkv.bias is not None}
     return {
-        "query_bias": attention.q_proj.bias is not None,
-        "key_bias": attention.k_proj.bias is not None,
-        "value_bias": attention.v_proj.bias is not None,
+        f"{name}_bias": getattr(attention, f"{name[0]}_proj").bias is not None
+        for name in ("query", "key", "value")
     }
 
 
@@ -296,8 +295,8 @@ def read_layer_scale(block: TimmModule) -> Fields:
 
     If only attention has LayerScale, the MLP's LayerScale values become 1.
     """
-    layer_scale = getattr(block, "ls1", getattr(block, "ls", None))  # VisionTransformer
-    if layer_scale is not None and is_present(layer_scale):
+    layer_scale: Any = getattr(block, "ls1", getattr(block, "ls", None))  # VisionTransformer
+    if is_present(layer_scale):
         return {"layer_scale_init_value": float(layer_scale.init_values)}
     has_layer_scale = getattr(block, "gamma_1", None) is not None  # Eva
     return {"layer_scale_init_value": float(block.init_values)} if has_layer_scale else {}

@@ -1,6 +1,7 @@
 """Convert ViTCLS models to transformers models with the same outputs.
 
-    built_in = convert_to_transformers(ViTCLSForImageClassification.from_pretrained(path))
+    model = ViTCLSForImageClassification.from_pretrained(path)
+    built_in = build_transformers_model(find_transformers_class(model), model)
 
 A class in `TARGETS` supports a model if the configuration of the class, converted by
 transformers_families.py, equals the configuration of the model. If no class supports the model, the
@@ -17,7 +18,6 @@ A ViT or DeiT with a non-square image_size accepts only images of that size, bec
 interpolates position embeddings only from a square grid.
 """
 
-import copy
 import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +27,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..model.adaptation_vitcls import remove_open_gates, replace_fields
+from ..model.adaptation_vitcls import replace_fields
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS
@@ -44,46 +44,6 @@ from .weight_rules import (
 
 
 logger = logging.get_logger(__name__)
-
-
-def convert_to_transformers(
-    model: ViTCLSPreTrainedModel, native_size_only: bool = False
-) -> PreTrainedModel:
-    """Convert a model to a transformers model in eval mode with the same outputs, dtype and device.
-
-    `ViTCLSForImageClassification` becomes an image classification model of type ViT, DeiT, DINOv2
-    or DINOv2 with registers. `ViTCLSModel` becomes the base model of one of these architectures, or
-    of DINOv3. Biases and LayerScale values that only the transformers class has are set to 0 and 1,
-    respectively. If the transformers class has no mask token, the mask token is dropped with a
-    warning. If no class supports the model directly, an equivalent form of the model is converted.
-
-    Args:
-        model: Model to convert.
-        native_size_only: Whether the outputs must be equal only for images of `config.image_size`.
-            The transformers class may then resample position embeddings differently from the model
-            at other sizes.
-
-    Raises:
-        ConversionError: If no class supports the model. The message names the nearest class and the
-            unsupported fields.
-
-    Examples:
-        >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel, convert_to_transformers
-        >>> model = ViTCLSModel(ViTCLSConfig.from_preset("tiny"))
-        >>> type(convert_to_transformers(model)).__name__
-        'ViTModel'
-    """
-    if model.config.gated_tokens:
-        model = copy.deepcopy(model)
-        remove_open_gates(model)
-    match = find_transformers_class(model)
-    if match.resampling and not native_size_only:
-        raise ConversionError(
-            f"{match.target} has the same outputs only at {model.config.image_size} pixels, because "
-            f"it resamples position embeddings differently: {', '.join(match.resampling)}. Set "
-            "`native_size_only=True` if one size is enough"
-        )
-    return build_transformers_model(match, model)
 
 
 # Names of the transformers classes to which models are converted.
@@ -255,9 +215,8 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
     A target may have biases and LayerScale that the model does not have. These parameters are set
     to `NEUTRAL_WEIGHTS`.
     """
-    if name == "layer_scale_init_value":
-        return value is not None and target_value is None
-    if name.endswith("_bias") and name != "relative_position_bias":
+    is_bias = name.endswith("_bias") and name != "relative_position_bias"
+    if is_bias or name == "layer_scale_init_value":
         return bool(value and not target_value)
     # For these fields, 0, False, "" and None all say that the model has no such part.
     return bool((value or None) != (target_value or None))

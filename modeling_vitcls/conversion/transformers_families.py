@@ -76,9 +76,10 @@ COMMON_RULES = [
     Rule("pre_layrnorm.{rest}", "embeddings.norm.{rest}"),
     Rule("{stack}.{i}.(norm1|layer_norm1|rms_norm1).{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("{stack}.{i}.(norm2|layer_norm2|rms_norm2).{rest}", "layers.{i}.layernorm_after.{rest}"),
-    Rule("{stack}.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
-    Rule("{stack}.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
-    Rule("{stack}.{i}.attention.attention.value.{rest}", "layers.{i}.attention.v_proj.{rest}"),
+    Rule(  # query, key, value
+        r"{stack}.{i}.attention.attention.(?P<x>[qkv])\w+.{rest}",
+        "layers.{i}.attention.{x}_proj.{rest}",
+    ),
     Rule(
         "{stack}.{i}.(attention|self_attn).(output.dense|out_proj|projection_layer).{rest}",
         "layers.{i}.attention.o_proj.{rest}",
@@ -209,17 +210,14 @@ def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
 # authors' code, transformers resamples position embeddings without an offset.
 
 
-def select_by_mlp_type(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
-    """Select the tensor for the first target if the MLP is plain, else for the second."""
-    return [tensor, tensor[:0]] if config.mlp_type == "mlp" else [tensor[:0], tensor]
-
-
 # DINOv3 (arXiv 2508.10104). The plain MLP has the parameter names of a gated MLP without the gate.
 DINOV3_RULES = [
     Rule(
         f"model.layer.{{i}}.mlp.{name}.{{rest}}",
         [f"layers.{{i}}.mlp.{plain_name}.{{rest}}", f"layers.{{i}}.mlp.{name}.{{rest}}"],
-        select_by_mlp_type,
+        lambda tensor, config: (
+            [tensor, tensor[:0]] if config.mlp_type == "mlp" else [tensor[:0], tensor]
+        ),
     )
     for name, plain_name in (("up_proj", "fc1"), ("down_proj", "fc2"))
 ]
@@ -229,10 +227,9 @@ DINOV3_RULES = [
 # attention only.
 SAPIENS2_RULES = [
     Rule(
-        "model.layer.{i}.attention.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv
-    ),
-    Rule(
-        "model.layer.{i}.attention.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv
+        "model.layer.{i}.attention.(?P<kv>[kv])_proj.{rest}",
+        "layers.{i}.attention.{kv}_proj.{rest}",
+        repeat_kv,
     ),
     Rule("model.layer.{i}.layer_scale1.lambda1", LAYER_SCALES, append_ones),
     *DINOV3_RULES,
@@ -285,21 +282,10 @@ SIGLIP2_RULES = [
 # InternViT (arXiv 2312.14238), which is part of InternVL and Qianfan-OCR.
 
 
-def read_internvl_fields(config: Any, weights: Weights) -> Fields:
-    """Read the fields of InternViT, which has no pooler."""
-    norm_type = "layernorm" if config.norm_type == "layer_norm" else "rmsnorm"
-    return read_common_fields(config, weights) | {"norm_type": norm_type}
-
-
 def add_identity_projection(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
     """Replace a missing query projection with the identity and a zero bias, after the probe."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
     return [tensor, identity, identity.new_zeros(config.hidden_size)]
-
-
-def append_missing_bias(tensor: Tensor, config: ViTCLSConfig) -> Sequence[Tensor]:
-    """Add a zero bias to a weight, or an empty one if the model has biases."""
-    return [tensor, tensor[:0]] if config.qkv_bias else append_zero_bias(tensor, config)
 
 
 # AIMv2 (arXiv 2411.14402).
@@ -309,8 +295,13 @@ AIMV2_RULES = [
         ["pooler.probe", "pooler.q_proj.weight", "pooler.q_proj.bias"],
         add_identity_projection,
     ),
-    Rule("head.k_proj.weight", ["pooler.k_proj.weight", "pooler.k_proj.bias"], append_missing_bias),
-    Rule("head.v_proj.weight", ["pooler.v_proj.weight", "pooler.v_proj.bias"], append_missing_bias),
+    Rule(
+        "head.(?P<kv>[kv])_proj.weight",
+        ["pooler.{kv}_proj.weight", "pooler.{kv}_proj.bias"],
+        lambda tensor, config: (
+            [tensor, tensor[:0]] if config.qkv_bias else append_zero_bias(tensor, config)
+        ),
+    ),
     Rule("head.output_proj.{rest}", "pooler.o_proj.{rest}"),
     Rule("head.{rest}", "pooler.{rest}"),
 ]
@@ -465,5 +456,11 @@ AIMV2 = TransformersFamily(read_aimv2_fields, AIMV2_RULES, NO_SPECIAL_TOKENS)
 BEIT = TransformersFamily(
     read_beit_fields, BEIT_RULES, prepare_weights=stack_position_biases, has_square_grid=True
 )
-INTERNVL = TransformersFamily(read_internvl_fields, has_square_grid=True)
+INTERNVL = TransformersFamily(
+    lambda config, weights: (
+        read_common_fields(config, weights)
+        | {"norm_type": "layernorm" if config.norm_type == "layer_norm" else "rmsnorm"}
+    ),
+    has_square_grid=True,
+)
 RADIO = TransformersFamily(read_radio_fields, RADIO_RULES, prepare_weights=fold_pixel_normalization)

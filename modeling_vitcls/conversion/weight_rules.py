@@ -120,9 +120,12 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
             unmatched_names.append(name)
             continue
 
-        converted_tensors = (
-            rule.transform(tensor, config) if rule.transform else divide(tensor, len(targets))
-        )
+        converted_tensors: Sequence[Tensor] = [tensor][: len(targets)]
+        if rule.transform:
+            converted_tensors = rule.transform(tensor, config)
+        elif len(targets) > 1:
+            # A fused projection [3 * D, ...] becomes equal parts [D, ...].
+            converted_tensors = tensor.chunk(len(targets))
         for target, converted_weight in zip(targets, converted_tensors, strict=True):
             if converted_weight.numel():
                 converted_weights[target] = converted_weight
@@ -165,11 +168,6 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
             f"the target model has no counterparts of these weights: {format_name_list(unused_names, 8)}"
         )
     return reverted_weights
-
-
-def divide(tensor: Tensor, num_parts: int) -> Sequence[Tensor]:
-    """Divide a tensor, such as a fused projection [3 * D, ...], into equal parts [D, ...]."""
-    return tensor.chunk(num_parts) if num_parts > 1 else [tensor] * num_parts
 
 
 def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]:

@@ -127,7 +127,8 @@ def scan_folder(path: Path) -> ImageFolder:
             if is_hidden(name) or name.lower().startswith(SYSTEM_PREFIXES)
         ]
         for name in unread:
-            if count := count_images(Path(parent, name)):
+            paths = [path for path in Path(parent, name).rglob("*") if not is_hidden(path.name)]
+            if count := sum(path.suffix.lower() in IMAGE_SUFFIXES for path in paths):
                 folder.skipped_folders.append(f"{relative_parent / name} (images: {count:,})")
         # Changed in place, because `os.walk` visits the folders that remain in this list. A folder
         # that was visited before is left out, or a link to a parent would never end.
@@ -141,12 +142,6 @@ def scan_folder(path: Path) -> ImageFolder:
             if not is_hidden(name):
                 folder.add(str(relative_parent / name))
     return folder
-
-
-def count_images(folder: Path) -> int:
-    """Count the images at any depth of a folder."""
-    files = [file for file in folder.rglob("*") if not is_hidden(file.name)]
-    return sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
 
 
 def is_hidden(name: str) -> bool:

@@ -154,10 +154,14 @@ def load(
 
     # What trained the weights before this run.
     has_trained_heads = all(name.startswith("vitcls.") for name in new_parameter_names)
+    teacher_folder = None
+    if options.teacher is not None and (Path(options.teacher) / SPLITS_FILE).is_file():
+        teacher_folder = ModelFolder(Path(options.teacher))
     encoder_rows = [
         # Without a fitted start, the classifier stays the checkpoint's.
         list_encoder_rows(initial.folder, frozen_encoder is None and has_trained_heads),
-        list_teacher_rows(options.teacher),
+        # The student learns their labels from the teacher.
+        list_encoder_rows(teacher_folder, keeps_classifier=True),
     ]
     # The images to which the initial classifier was fitted, if it has the same labels
     fitted_rows = None
@@ -211,11 +215,3 @@ def load_images(options: FinetuneOptions, initial: InitialModel) -> Splits:
                 f"`{flag}` requires one label per image, but the labels are {kind}. Remove `{flag}`"
             )
     return images
-
-
-def list_teacher_rows(teacher: str | None) -> pd.DataFrame:
-    """List the images that trained the teacher in a run: the student learns their labels from it."""
-    folder = None
-    if teacher is not None and (Path(teacher) / SPLITS_FILE).is_file():
-        folder = ModelFolder(Path(teacher))
-    return list_encoder_rows(folder, keeps_classifier=True)

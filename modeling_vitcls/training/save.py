@@ -67,8 +67,17 @@ def save_output(
                 # The hashes tie the results to these weights and settings: nothing publishes them
                 # with others.
                 weights_hash = hash_weights(folder)
-                record = {"weights_sha256": weights_hash, "settings_sha256": hash_settings(folder)}
-                record |= write_provenance(inputs, folder)
+                record: dict[str, Any] = {
+                    "weights_sha256": weights_hash,
+                    "settings_sha256": hash_settings(folder),
+                }
+                record["provenance"] = None
+                if not inputs.initial.has_random_weights:
+                    provenance = find_provenance(inputs.initial.name)
+                    record["provenance"] = provenance.copy_to(folder)  # With the license files
+                if inputs.options.teacher is not None:
+                    teacher_provenance = find_provenance(inputs.options.teacher)
+                    record["teacher_provenance"] = teacher_provenance.to_dict()
                 # Read back from disk: the trained model may be sharded or have LoRA layers, and
                 # this is what others will load.
                 device = inputs.model.device
@@ -111,13 +120,3 @@ def write_model(inputs: RunInputs, folder: Path, weights: Tensors) -> Any:
     model.save_pretrained(folder, state_dict=merge_lora(weights))
     inputs.processor.save_pretrained(folder)
     return model_class
-
-
-def write_provenance(inputs: RunInputs, folder: Path) -> dict[str, Any]:
-    """Write the license files of the initial weights, and build the records about the sources."""
-    record: dict[str, Any] = {"provenance": None}
-    if not inputs.initial.has_random_weights:
-        record["provenance"] = find_provenance(inputs.initial.name).copy_to(folder)
-    if inputs.options.teacher is not None:
-        record["teacher_provenance"] = find_provenance(inputs.options.teacher).to_dict()
-    return record

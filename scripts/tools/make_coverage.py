@@ -18,7 +18,7 @@ import transformers
 from random_weights import randomize_weights
 from transformers.utils import logging
 
-from modeling_vitcls.conversion.from_timm import TIMM_CLASSES, convert_from_timm
+from modeling_vitcls.conversion.from_timm import TIMM_CLASSES, convert_timm_model
 from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.source_models import TimmSource, TransformersSource
@@ -127,7 +127,7 @@ def measure_timm_model(name: str) -> tuple[float | None, str]:
     """
     try:
         model = build_timm_model(name)
-        converted_model = convert_from_timm(model)
+        converted_model = convert_timm_model(model)
         comparisons, reason = compare_models(
             TimmSource(f"timm:{name}", model, None, []), converted_model
         )

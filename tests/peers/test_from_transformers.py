@@ -9,7 +9,7 @@ import transformers
 from helpers.tiny_models import raises_one_line
 from torch import nn
 
-from modeling_vitcls import convert_from_transformers
+from modeling_vitcls import convert_from_transformers, convert_to_transformers
 from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.source_models import TransformersSource
@@ -166,6 +166,25 @@ def test_unsupported_models_are_refused_by_name(why: str) -> None:
         pytest.skip(f"transformers {transformers.__version__} has no RADIO for videos")
     with raises_one_line(message, error=ConversionError):
         convert_from_transformers(source)
+
+
+def test_edited_models_are_refused_in_both_directions() -> None:
+    source = CASES["vit classifier"].build()
+    ours = convert_from_transformers(source)
+    source.vit.layernorm.eps = ours.vitcls.layernorm.eps = 1.0
+    with raises_one_line("differ", "Undo", error=ConversionError):
+        convert_from_transformers(source)
+    with raises_one_line("differ", error=ConversionError):
+        convert_to_transformers(ours)
+
+
+def test_a_source_that_cannot_run_is_converted_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = CASES["vit"].build()
+    source.forward = None
+    convert_from_transformers(source)
+    assert "were not compared" in caplog.text
 
 
 def test_a_class_of_the_same_name_is_refused() -> None:

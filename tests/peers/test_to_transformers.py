@@ -198,9 +198,7 @@ def test_models_that_are_exact_at_one_size_only_require_a_flag(
 
 def test_everything_about_the_model_is_kept() -> None:
     labels = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}
-    config = ViTCLSConfig(
-        **{k: v for k, v in BASE.items() if k != "num_labels"} | labels, hidden_dropout_prob=0.1
-    )
+    config = ViTCLSConfig(**BASE | labels | {"num_labels": 2, "hidden_dropout_prob": 0.1})
     model = ViTCLSForImageClassification(config).to(torch.bfloat16).train()
 
     converted = convert_to_transformers(model)
@@ -229,14 +227,12 @@ def test_everything_about_the_model_is_kept() -> None:
     assert type(exact).__name__ == "Dinov2WithRegistersModel"  # at all sizes, unlike ViTModel
 
 
+@torch.no_grad()
 def test_a_classifier_with_class_statistics_is_converted_without_them() -> None:
     """A frozen run stores them, and transformers returns no distance."""
     statistics = {"tokens": [[-1, "cls"]], "num_classes": 3}
     model = ViTCLSForImageClassification(ViTCLSConfig(**BASE, class_statistics=statistics)).eval()
-    converted = convert_to_transformers(model)
-    pixel_values = torch.rand(2, 3, 32, 32)
-    expected = model(pixel_values).logits
-    torch.testing.assert_close(converted(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
+    assert_same_outputs(model, convert_to_transformers(model), "vit classifier", (32, 32))
 
 
 def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -321,7 +317,4 @@ def test_pooling_without_weights_is_left_to_the_user() -> None:
     native: Any = convert_to_transformers(model)
     assert type(native).__name__ == "ViTModel"
     assert native.pooler is None
-    expected = model(images((32, 32))).last_hidden_state
-    torch.testing.assert_close(
-        native(images((32, 32))).last_hidden_state, expected, atol=1e-5, rtol=1e-5
-    )
+    assert_same_outputs(model, native, "vit without pooler", (32, 32))
