@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ..conversion.parity_report import build_random_images
 from ..data.evaluation_data import load_evaluation_data
 from ..data.images import LabeledImages
 from ..data.labels import get_label_space
@@ -266,7 +267,7 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     else:
         config = old_folder.config
         shape = (NUM_IMAGES, config.num_channels, *config.image_height_width)
-        pixels = list(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        pixels = list(build_random_images(shape))
 
     try:
         certificate = certify(old_folder, new_folder.path, pixels)

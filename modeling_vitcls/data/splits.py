@@ -60,7 +60,6 @@ class TrainingData:
 
     name: str
     label_space: LabelSpace
-    train_split: str  # Name of the split with the training images
     train: LabeledImages
     held_out: LabeledImages
     held_out_split: str | None  # None if the held-out images were drawn from the only split
@@ -106,7 +105,7 @@ def divide_images(
     """
     check_can_divide(images, held_out_fraction, needs_selection)
     train, *others = images.images_by_split.values()
-    train_split, *names = images.images_by_split
+    _, *names = images.images_by_split
     reason = SINGLE_GROUPS
     if groups is not None:
         train = replace(train, groups=np.asarray(groups))
@@ -139,7 +138,6 @@ def divide_images(
     return TrainingData(
         name=images.name,
         label_space=images.label_space,
-        train_split=train_split,
         train=train,
         held_out=held_out,
         held_out_split=names[-1] if names else None,
