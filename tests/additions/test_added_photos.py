@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from helpers.accelerate_state import reset_accelerate
-from helpers.command_in_process import run_here
+from helpers.command_in_process import finetune
 from helpers.photo_folders import write_bursts, write_shots
 from helpers.source_checkpoints import save_converted_encoder
 
@@ -37,25 +37,17 @@ def encoder(module_path: Path) -> Path:
     return save_converted_encoder(module_path, num_layers=6)
 
 
-def finetune(encoder: Path, photos: Path, folder: Path, *flags: str) -> Path:
-    """Run `vitcls finetune` with a frozen encoder, and return the output folder."""
-    reset_accelerate()
-    paths = ("--model", encoder, "--dataset", photos, "--output-dir", folder)
-    assert run_here("finetune", *paths, "--num-workers", 0, "--no-report", *flags) == 0
-    return folder
-
-
 @pytest.fixture(scope="module")
 def run(encoder: Path, bursts: Path, module_path: Path) -> Path:
     """Return a frozen run on the objects."""
-    return finetune(encoder, bursts, module_path / "run")
+    return finetune(encoder, bursts, module_path / "run")["folder"]
 
 
 @pytest.fixture(scope="module")
 def with_other_tokens(encoder: Path, bursts: Path, module_path: Path) -> Path:
     """Return a frozen run that reads two layers and a distillation token."""
     flags = "--pooled-layers -6 -1 --model-config num_distillation_tokens=1"
-    return finetune(encoder, bursts, module_path / "other", *flags.split())
+    return finetune(encoder, bursts, module_path / "other", *flags.split())["folder"]
 
 
 @pytest.fixture

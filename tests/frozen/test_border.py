@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.command_in_process import run_here
+from helpers.command_in_process import finetune
 from helpers.sample_photographs import photograph
 from helpers.source_checkpoints import save_converted_encoder
 from PIL import Image, ImageOps
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.frozen.features import mark_rings
-from modeling_vitcls.runtime.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +47,19 @@ def write_clothes(folder: Path, has_frame: bool) -> None:
     (folder / "table.csv").write_text("\n".join(rows))
 
 
-def finetune(folder: Path, capsys: pytest.CaptureFixture[str], flags: str) -> tuple[str, Any]:
+def measure(folder: Path, flags: str) -> tuple[str, Any]:
     """Return the output of a run, and its measurement of the border."""
-    places = ["--model", folder / "vit", "--dataset", folder / "table.csv", "--output-dir"]
-    command = ["finetune", *places, folder / "run", "--no-report", "--mixed-precision", "no"]
-    assert run_here(*command, *flags.split()) == 0
-    return capsys.readouterr().out, read_json(folder / "run/results.json")["frozen"].get("border")
+    paths = (folder / name for name in ("vit", "table.csv", "run"))
+    results = finetune(*paths, "--mixed-precision", "no", *flags.split())
+    return results["printed"], results["frozen"].get("border")
 
 
 @pytest.mark.parametrize("pooling", ["mean", pytest.param("cls_mean", marks=pytest.mark.slow)])
 def test_a_class_in_a_frame_is_named_and_its_share_is_that_of_its_patches(
-    pooling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pooling: str, tmp_path: Path
 ) -> None:
     write_clothes(tmp_path, has_frame=True)
-    printed, border = finetune(tmp_path, capsys, f"--label-column kind --pooling {pooling}")
+    printed, border = measure(tmp_path, f"--label-column kind --pooling {pooling}")
     assert "comes from the border of the photos" in printed
     assert border["shares"]["pants"][1] > 1.25 * border["patches"][1]
 
@@ -110,11 +108,11 @@ def score_pants(model: Any, processor: Any, files: list[Path], is_kept: torch.Te
     ids=["steps", "tasks", "several labels"],
 )
 def test_a_run_of_any_kind_names_the_label_in_a_frame(
-    flags: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: str, name: str, tmp_path: Path
 ) -> None:
     """Before its steps, if it has any."""
     write_clothes(tmp_path, has_frame=True)
-    printed, border = finetune(tmp_path, capsys, flags)
+    printed, border = measure(tmp_path, flags)
     assert re.search(f"border    .*{name}", printed)
     assert "comes from the border of the photos" in printed
     assert border["shares"][name][1] > 1.25 * border["patches"][1]
@@ -130,10 +128,9 @@ def test_no_border_is_named(
     pooling: str,
     is_measured: bool,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_clothes(tmp_path, has_frame)
-    printed, border = finetune(tmp_path, capsys, f"--label-column kind --pooling {pooling}")
+    printed, border = measure(tmp_path, f"--label-column kind --pooling {pooling}")
     assert "comes from the border" not in printed
     assert bool(border["shares"]) == is_measured
 

@@ -6,8 +6,6 @@ classes have different sizes.
 
 import os
 import shutil
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
+from helpers.command_in_process import finetune
 from helpers.photo_folders import (
     write_bursts,
     write_files,
@@ -30,7 +29,6 @@ from PIL import Image
 
 import modeling_vitcls
 from modeling_vitcls import ViTCLSModel, evaluate, predict
-from modeling_vitcls.cli import main
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.report import write_report
@@ -76,19 +74,6 @@ def of_bursts(encoder: Path, module_path: Path) -> dict[str, Any]:
     write_shots(photos / "vase", scene=40)
     (photos / "cups/IMG_04.png").rename(photos / "pens/WhatsApp.png")
     return finetune(encoder, photos, module_path / "of bursts")
-
-
-def finetune(model: object, photos: object, output: str | Path, *flags: str) -> dict[str, Any]:
-    """Run `vitcls finetune` here; return results.json and, as "printed", what it printed.
-
-    The output folder is "folder".
-    """
-    reset_accelerate()
-    paths = ["--model", str(model), "--dataset", str(photos), "--output-dir", str(output)]
-    with redirect_stdout(StringIO()) as printed:
-        main(["finetune", *paths, "--num-workers", "0", "--no-report", *flags])
-    results = read_json(Path(output) / "results.json")
-    return results | {"printed": printed.getvalue(), "folder": Path(output)}
 
 
 def list_photos(folder: str = "my photos") -> list[Path]:
