@@ -22,7 +22,7 @@ from five and ten folds (confidence.py).
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain, product, starmap
 from typing import Any
 
 import numpy as np
@@ -120,20 +120,31 @@ def list_candidates(
     Args:
         features: their tokens.
         layers, pooling: what to read; None to choose.
+
+    Raises:
+        ValueError: if the features lack what to read.
     """
     found = {kind: None for _, kind in features}
     inferences = tuple(INFERENCE_TEXTS) if DISTILLATION in found else (None,)
     kinds = [kind for kind in found if kind != DISTILLATION]
-    poolings = [*kinds, "cls_mean"] if len(kinds) == 2 else kinds
-    if pooling in (*kinds, "cls_mean"):
+    poolings = [*kinds, "cls_mean"]
+    if pooling is not None and "own" not in kinds:
         poolings = [pooling]
-
-    layer_choices: list[tuple[int, ...]] = [(-1,)]
+    layer_choices = [(-1,), tuple(range(-NUM_LAST_LAYERS, 0))]
     if layers is not None:
         layer_choices = [tuple(layers)]
-    elif min(layer for layer, _ in features) <= -NUM_LAST_LAYERS:
-        layer_choices.append(tuple(range(-NUM_LAST_LAYERS, 0)))
-    return [Candidate(*each) for each in product(layer_choices, poolings, inferences)]
+
+    candidates = [
+        candidate
+        for candidate in starmap(Candidate, product(layer_choices, poolings, inferences))
+        if set() < set(chain(*candidate.heads)) <= features.keys()
+    ]
+    if not candidates:
+        raise ValueError(
+            f"`layers` or `pooling` names tokens that the features lack. They have {list(features)}: "
+            "set both to some of these, or compute features with others"
+        )
+    return candidates
 
 
 def describe_candidate(row: Mapping[str, Any]) -> str:
@@ -190,8 +201,9 @@ class Score:
             calibrated = logits * lines[0] + lines[1]
         losses = compute_losses(calibrated, labels)
         row["loss"] = float(np.average(losses[known], weights=weights[known]))
-        is_right = target.find_right(target.predict(calibrated[known]), labels[known])
-        row["accuracy"] = float(is_right.mean())
+        row["accuracy"] = float(
+            target.find_right(target.predict(calibrated[known]), labels[known]).mean()
+        )
         return cls(candidate, calibrated, temperature, lines, losses, row)
 
 
@@ -361,8 +373,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.out_of_fold_ = np.full((len(labels), len(self.classes_)), np.nan)
         weights = self.weigh(labels)
         # Without folds, the probability of each of several labels is its share of the images.
-        no_scores = np.zeros(self.out_of_fold_.shape)
-        self.temperature_, self.lines_ = self.target_.calibrate(no_scores, labels, weights)
+        self.temperature_, self.lines_ = self.target_.calibrate(
+            np.zeros_like(self.out_of_fold_), labels, weights
+        )
         if not self.num_folds_:
             return
 
@@ -385,7 +398,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             None if groups is None else groups[known],
         )
 
-    def refit(self, features: TokenFeatures, labels: np.ndarray) -> "LinearProbe":
+    def refit(self, features: TokenFeatures, labels: np.ndarray) -> None:
         """Fit what was chosen to all images, also to images that took no part in the choice."""
         chosen_classes = self.classes_
         self.classes_, indices = self.target_.encode(labels)
@@ -403,7 +416,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 (weight * slopes[:, None], bias * slopes + offsets) for weight, bias in scores
             ]
             self.statistics_ = None
-            return self
+            return
 
         tokens = choose_statistics_tokens(features, self.candidate_)
         fitted = ClassStatistics.fit(
@@ -414,7 +427,6 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         self.heads_ = [fitted.select(head).build_classifier(self.is_balanced) for head in heads]
         self.statistics_ = fitted.select(tokens) if tokens else None
-        return self
 
     def calibrate(
         self,
@@ -505,8 +517,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict_proba(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict probabilities [N, K] from the features [N, D] of each token."""
         check_is_fitted(self)
-        logits = self.compute_logits(self.read_tokens(features))
-        return self.target_.to_probabilities(logits / self.temperature_)
+        return self.target_.to_probabilities(
+            self.compute_logits(self.read_tokens(features)) / self.temperature_
+        )
 
     def predict(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict the most probable label [N] of each image; of several, those above 0.5: [N, L]."""

@@ -208,6 +208,9 @@ class ModelFolder:
             # Without transformers' warnings about missing and unused weights
             with silence_transformers():
                 model, loading_info = model_class.from_pretrained(self.path, **arguments)
+            # How a program wanted the outputs that saved the model
+            model.config.return_dict = True
+            model.config.output_hidden_states = False
             # Files that are mapped into memory and then overwritten change the outputs, and
             # shortened ones end the process.
             for tensor in (*model.parameters(), *model.buffers()):

@@ -115,6 +115,11 @@ def test_training_does_not_start_from_weights_without_a_place() -> None:
     assert "register_tokens" in fail(*command.split())
 
 
+def test_how_a_program_wanted_the_outputs_of_a_model_does_not_matter() -> None:
+    edit(Path("model"), return_dict=False, output_hidden_states=True)
+    assert run_here(*"evaluate --model model --dataset photos --num-workers 0".split()) == 0
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -147,7 +152,6 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
     monkeypatch.setattr(Evaluator, "predict", replace_weights)
     command = "evaluate --model model --dataset photos --output a.json --num-workers 0"
     assert run_here(*command.split()) == 0
-
     assert hash_weights(place / "model") != read_weights
     assert json.loads(Path("a.json").read_text())["weights_sha256"] == read_weights
 
@@ -156,11 +160,12 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
 def run(module_path: Path) -> Path:
     """Return the folder of a run whose photographs are next to it."""
     photos = write_photos(module_path / "photos", range(8))
-    sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --intermediate-size 16"
-    training = "--image-size 16 --patch-size 8 --max-steps 1 --batch-size 4 --num-workers 0"
-    flags = ["--dataset", photos, "--output-dir", module_path / "run", "--no-report"]
-    words = f"finetune --model vitcls-tiny {sizes} {training}".split()
-    assert run_here(*words, *flags) == 0
+    command = (
+        "finetune --model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
+        "--intermediate-size 16 --image-size 16 --patch-size 8 --max-steps 1 --batch-size 4 "
+        f"--num-workers 0 --no-report --dataset {photos} --output-dir {module_path / 'run'}"
+    )
+    assert run_here(*command.split()) == 0
     return module_path / "run"
 
 
@@ -212,14 +217,12 @@ def test_a_folder_wins_over_a_preset_a_built_in_dataset_and_another_project(name
     Path("photos").rename("digits/test")
     write_photos(Path("test"), range(1))
 
-    data = ["--dataset", "digits", "--num-workers", "0"]
-    assert (
-        run_here("evaluate", "--model", name, *data, "--split", "test", "--output", "a.json") == 0
-    )
+    words = f"--model {name} --dataset digits --num-workers 0"
+    assert run_here(*f"evaluate {words} --split test --output a.json".split()) == 0
     assert json.loads(Path("a.json").read_text())["num_images"] == 16
 
-    steps = ["--output-dir", "run", "--max-steps", "1", "--select", "last", "--no-report"]
-    assert run_here("finetune", "--model", name, *data, *steps) == 0
+    steps = "--output-dir run --max-steps 1 --select last --no-report"
+    assert run_here(*f"finetune {words} {steps}".split()) == 0
     results = json.loads(Path("run/results.json").read_text())
     assert results["num_training_images"] == 16
     assert json.loads(Path("run/config.json").read_text())["num_register_tokens"] == 1

@@ -302,7 +302,7 @@ def test_class_weights_are_advised_if_loss_and_balanced_accuracy_improve(
     accuracies = [balance(each, labels) for each in is_right]
     assert (losses[1] < losses[0] and accuracies[1] > accuracies[0]) == is_advised
 
-    images = SimpleNamespace(labels=labels, groups=None, get_tokens=lambda: {(-1, "cls"): features})
+    images = SimpleNamespace(labels=labels, groups=None, get_tokens=lambda: {(-1, "own"): features})
     frozen = SimpleNamespace(
         probe=probe,
         features=SimpleNamespace(take=lambda rows: images),

@@ -68,10 +68,12 @@ def test_columns_that_fit_has_not_seen_are_refused() -> None:
         LinearProbe().fit(table.values, [0, 1]).predict([[1]])
 
 
-@pytest.mark.parametrize("name", ["pooling", "class_weight"])
-def test_an_unknown_setting_is_refused(name: str) -> None:
-    with raises_one_line(name):
-        LinearProbe(**{name: "balance"}).fit(*draw_images(40))
+@pytest.mark.parametrize(
+    "setting", [{"pooling": "balance"}, {"class_weight": "balance"}, {"layers": [-2]}]
+)
+def test_settings_that_do_not_fit_the_features_are_refused(setting: dict[str, Any]) -> None:
+    with raises_one_line(*setting):
+        LinearProbe(**setting).fit(*draw_images(40))
 
 
 def test_images_without_a_group_are_one_group() -> None:
