@@ -29,6 +29,7 @@ FOLDER = "folder above the class"  # A table may name files in scans/shirt and p
 # The first of equally good ones is named.
 PROPERTIES = "camera", "software", "color profile", "file format", "size", FOLDER
 MAX_PHOTOS = 2000  # Number of files that are read
+MIN_PHOTOS = 3  # Mean number of a class; with fewer, hardly any is in the folds that train
 MAX_CHANCE = 0.001  # That one of the properties predicts as many photos as it does by chance
 # A value is of a label if its part of the photos of this label is as much larger than of other labels.
 MIN_DIFFERENCE = 0.5
@@ -45,7 +46,7 @@ def describe_camera(data: TrainingData, head: FrozenHead) -> str | None:
     # One photo of each group: shots of a scene are from one camera, and would count several times.
     rows = np.unique(features.groups, return_index=True)[1]
     rows = rows[:: 1 + len(rows) // MAX_PHOTOS]  # The classes are often in order
-    if features.labels.ndim > 1 or len(rows) < NUM_FOLDS:
+    if features.labels.ndim > 1 or len(rows) < MIN_PHOTOS * len(head.labels.names):
         return None
     names = np.take(head.labels.names, features.labels[rows])
     table = pd.DataFrame(

@@ -36,7 +36,7 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
     num_images = len(probe.losses_)
     if probe.lines_ is not None or not MIN_CURVE_IMAGES <= num_images <= FEW_IMAGES:
         return None
-    images = head.features.take(np.arange(num_images))
+    images = head.features.take(slice(num_images))
     read = probe.candidate_.tokens
     tokens = {token: images.get_tokens()[token] for token in read}
     classes, labels = np.unique(images.labels, return_inverse=True)
@@ -65,13 +65,14 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
 
     gains = pd.DataFrame({"gain": is_right[-1] - is_right[1], "label": labels, "group": groups})
     by_group = gains.dropna().groupby(["label", "group"])["gain"].mean()
-    if len(by_group) < 2:  # The gain has no error, without which nothing is said
+    num_trained = np.reshape(sizes, (-1, len(SHARES))).mean(axis=0)
+    # The gain has no error, or the parts have one size, such as one image of each class.
+    if len(by_group) < 2 or num_trained[0] == num_trained[-1]:
         return None
     by_class = by_group.groupby("label").agg(["mean", "sem"])
     best = by_class["mean"].idxmax()
     is_clear = by_class["mean"][best] > MIN_STANDARD_ERRORS * by_class["sem"][best]
     accuracies = np.nanmean(is_right, axis=1)
-    num_trained = np.reshape(sizes, (-1, len(SHARES))).mean(axis=0)
     line = np.polyfit(np.log(num_trained), accuracies, 1)
     return round_floats(  # type: ignore[no-any-return]
         {

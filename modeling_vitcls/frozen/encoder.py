@@ -406,15 +406,15 @@ class FrozenEncoder:
 
     def set_frozen(self, frozen: Mapping[str, FrozenHead]) -> None:
         """Make the model the frozen one: with its heads, class statistics and threshold."""
-        for head in frozen.values():
-            head.copy_to(self.model)
         config = self.model.config
-        probe = frozen[""].probe if "" in frozen else None
-        if probe is not None and probe.statistics_ is not None:
-            # A label without training images keeps its place, so the rows stay aligned with the
-            # classifier.
-            probe.statistics_.expand(probe.classes_, config.num_labels).set_in_model(self.model)
-            config.distance_threshold = probe.distance_threshold_
+        for task, head in frozen.items():
+            head.copy_to(self.model)
+            statistics = head.probe.statistics_
+            if not task and statistics is not None:
+                # A label without training images keeps its place, so the rows stay aligned with the
+                # classifier.
+                statistics.expand(head.probe.classes_, config.num_labels).set_in_model(self.model)
+                config.distance_threshold = head.probe.distance_threshold_
 
 
 def put_first(labels: np.ndarray, number: int) -> np.ndarray:

@@ -266,7 +266,7 @@ def describe_class_weights(frozen: FrozenHead) -> str | None:
     if probe.is_balanced or probe.lines_ is not None or not probe.num_folds_:
         return None
     # The images of the choice are the first ones.
-    images = frozen.features.take(np.arange(len(probe.losses_)))
+    images = frozen.features.take(slice(len(probe.losses_)))
     candidate = probe.candidate_
     weighted = LinearProbe(candidate.layers, candidate.pooling, "balanced")
     with threadpool_limits(limits=1):

@@ -92,13 +92,13 @@ class OneLabelTarget:
     def estimate(
         logits: Sequence[np.ndarray],
         labels: np.ndarray,
-        weights: np.ndarray | None,
+        weights: np.ndarray,
         groups: np.ndarray | None,
     ) -> dict[str, Any]:
         """Estimate the accuracy of the candidate with the lowest log loss, corrected for the choice."""
         losses = np.stack([compute_losses(each, labels) for each in logits])
         is_right = np.stack([each.argmax(axis=1) == labels for each in logits])
-        return estimate_after_choice(losses, is_right, weights, groups)
+        return estimate_after_choice(losses * weights, is_right, groups)
 
 
 class SeveralLabelsTarget:
@@ -181,7 +181,7 @@ class SeveralLabelsTarget:
     def estimate(
         logits: Sequence[np.ndarray],
         labels: np.ndarray,
-        weights: np.ndarray | None,
+        weights: np.ndarray,
         groups: np.ndarray | None,
     ) -> dict[str, Any]:
         """Estimate the mean average precision of the candidate with the lowest log loss."""

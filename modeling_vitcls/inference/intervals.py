@@ -52,7 +52,6 @@ def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
 def estimate_after_choice(
     losses: np.ndarray,
     is_right: np.ndarray,
-    weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Estimate the accuracy of the candidate with the lowest loss, corrected for the choice.
@@ -64,8 +63,7 @@ def estimate_after_choice(
     `MIN_CORRECTED_IMAGES`, the correction is noise, and the accuracy stays uncorrected.
 
     Args:
-        losses, is_right: [C, N] out-of-fold results of C candidates for N images.
-        weights: [N] of the losses; default: equal.
+        losses, is_right: [C, N] out-of-fold results of C candidates for N images; losses may be weighted.
         groups: [N]; a sample contains all images of a group or none.
 
     Returns:
@@ -73,7 +71,6 @@ def estimate_after_choice(
     """
     num_images = losses.shape[1]
     groups, num_groups = number_groups(groups, num_images)
-    losses = losses if weights is None else losses * weights
     generator = np.random.default_rng(0)
     accuracies = []
     for _ in range(NUM_RESAMPLES):
