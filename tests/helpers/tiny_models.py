@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -55,27 +55,40 @@ TOKENS: dict[str, Any] = {
 }
 
 TASKS = {"species": 4, "age": 2}
-# Name -> model class, required fields, and inputs in addition to the images.
-KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
-    "model": (ViTCLSModel, {}, {}),
-    "classifier": (
+
+
+class Kind(NamedTuple):
+    """A class of models, the fields that it requires, and inputs in addition to the images."""
+
+    model_class: type
+    fields: dict[str, Any]
+    inputs: dict[str, Any]
+
+    def build(self, **fields: Any) -> Any:
+        """Return a tiny model with random parameters, in eval mode."""
+        return build_random(self.model_class, **self.fields, **fields)
+
+
+KINDS = {
+    "model": Kind(ViTCLSModel, {}, {}),
+    "classifier": Kind(
         ViTCLSForImageClassification,
         {"num_distillation_tokens": 1},
         {"labels": torch.tensor([0, 2])},
     ),
-    "multi_task": (
+    "multi_task": Kind(
         ViTCLSForMultiTaskClassification,
         {"num_cls_tokens": 2, "tasks": TASKS},
         {"labels": {"species": torch.tensor([3, 0]), "age": torch.tensor([1, 0])}},
     ),
-    "masked": (
+    "masked": Kind(
         ViTCLSForMaskedImageModeling,
         {},
         {"bool_masked_pos": torch.arange(32).view(2, 16) % 3 == 0},
     ),
-    "backbone": (ViTCLSBackbone, {"out_indices": [0, 2]}, {}),
+    "backbone": Kind(ViTCLSBackbone, {"out_indices": [0, 2]}, {}),
 }
-each_kind = pytest.mark.parametrize(("model_class", "fields", "inputs"), KINDS.values(), ids=KINDS)
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 # Name -> fields that change the blocks.
 BLOCKS: dict[str, dict[str, Any]] = {

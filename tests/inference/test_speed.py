@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_random, each_kind
+from helpers.tiny_models import Kind, build_images, each_kind
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSModel
@@ -18,11 +18,8 @@ from modeling_vitcls.inference.speed import count_flops
 )
 @each_kind
 @torch.no_grad()
-def test_flops_equal_those_of_torch(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any], variant: dict[str, Any]
-) -> None:
-    sizes = {"image_size": [32, 40], "patch_size": [8, 4]}
-    model: Any = build_random(model_class, **variant, **fields, **sizes)
+def test_flops_equal_those_of_torch(kind: Kind, variant: dict[str, Any]) -> None:
+    model = kind.build(**variant, image_size=[32, 40], patch_size=[8, 4])
     assert model.config._attn_implementation == "sdpa"
     flops = count_flops(model)
     assert model.config._attn_implementation == "sdpa"

@@ -13,6 +13,7 @@ import torch
 from helpers.tiny_models import (
     BLOCKS,
     TASKS,
+    Kind,
     assert_same_outputs,
     build_images,
     build_random,
@@ -333,10 +334,8 @@ def test_maps_of_tokens_require_a_cls_token() -> None:
 
 
 @each_kind
-def test_images_of_a_wrong_shape_are_errors(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
-) -> None:
-    model = model_class(build_tiny_config(**fields))
+def test_images_of_a_wrong_shape_are_errors(kind: Kind) -> None:
+    model = kind.build()
     for shape in ((2, 32, 32, 1), (2, 7, 32, 3), (2, 32, 7, 3)):
         batch, height, width, channels = shape
         with raises_one_line("num_channels" if channels == 1 else f"{height} x {width}"):
@@ -366,8 +365,6 @@ def test_wrong_inputs_are_errors() -> None:
 
 
 @each_kind
-def test_an_unknown_argument_is_an_error(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
-) -> None:
+def test_an_unknown_argument_is_an_error(kind: Kind) -> None:
     with raises_one_line("pixel_value", error=TypeError):
-        model_class(build_tiny_config(**fields))(build_images(), pixel_value=build_images())
+        kind.build()(build_images(), pixel_value=build_images())

@@ -1,9 +1,8 @@
 """Outputs contain only tensors, which gather and pytrees handle."""
 
-from typing import Any
-
 import torch
 from helpers.tiny_models import (
+    Kind,
     build_images,
     build_random,
     build_tiny_config,
@@ -20,12 +19,10 @@ from modeling_vitcls.model.modeling_vitcls import (
 
 @torch.no_grad()
 @each_kind
-def test_outputs_hold_tensors_only(
-    model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]
-) -> None:
-    model = build_random(model_class, **fields)
+def test_outputs_hold_tensors_only(kind: Kind) -> None:
+    model = kind.build()
     model.set_attn_implementation("eager")
-    output = model(build_images(), **inputs, output_hidden_states=True, output_attentions=True)
+    output = model(build_images(), **kind.inputs, output_hidden_states=True, output_attentions=True)
     assert {"hidden_states", "attentions"} <= output.keys()
     assert all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(output.to_tuple()))
 

@@ -10,6 +10,7 @@ from helpers.compare import run_step
 from helpers.tiny_models import (
     BLOCKS,
     POSITIONS,
+    Kind,
     assert_same_outputs,
     build_images,
     build_random,
@@ -59,39 +60,34 @@ def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_kind
 def test_half_precision_is_close_to_float32_for_float32_images(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any], dtype: torch.dtype
+    kind: Kind, dtype: torch.dtype
 ) -> None:
     """Images may be float32; positions are resampled in float32 for other image sizes."""
-    model = model_class(build_tiny_config(**fields)).eval()
-    expected = model(build_images(), **inputs)
+    model: Any = kind.model_class(build_tiny_config(**kind.fields)).eval()
+    expected = model(build_images(), **kind.inputs)
     model.to(dtype)
-    output = model(build_images(), **inputs)
+    output = model(build_images(), **kind.inputs)
 
     for name, value in output.items():
         if name != "loss" and isinstance(value, torch.Tensor):
             assert value.dtype == dtype, name
     for got, exact in zip(list_tensors(output), list_tensors(expected), strict=True):
         assert get_largest_difference(got.float(), exact) < 0.1
-    for kind in POSITIONS:
-        other = (
-            model_class(build_tiny_config(**fields, position_embedding_type=kind)).eval().to(dtype)
-        )
+    for positions in POSITIONS:
+        other = kind.build(position_embedding_type=positions).to(dtype)
         assert all(value.isfinite().all() for value in list_tensors(other(build_images(2, 24, 56))))
 
 
 @each_kind
-def test_autocast_is_close_to_float32_and_has_finite_gradients(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
-) -> None:
+def test_autocast_is_close_to_float32_and_has_finite_gradients(kind: Kind) -> None:
     """Weights stay in float32, as in mixed-precision training."""
-    fields = {"position_embedding_type": "learned_rope_mixed", "num_register_tokens": 2, **fields}
-    model = build_random(model_class, **fields)
+    model = kind.build(position_embedding_type="learned_rope_mixed", num_register_tokens=2)
 
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        expected = model(build_images(), **inputs)
+        expected = model(build_images(), **kind.inputs)
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(build_images(), **inputs)
+            output = model(build_images(), **kind.inputs)
         for got, exact in zip(list_tensors(output), list_tensors(expected), strict=True):
             assert get_largest_difference(got.float(), exact) < 0.1 * exact.abs().max().clamp(
                 min=1.0
@@ -195,11 +191,8 @@ def test_exported_programs_take_any_number_of_images(name: str) -> None:
 
 
 @each_kind
-def test_models_of_each_class_can_be_exported(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
-) -> None:
-    model = build_random(model_class, **fields)
-    check_exported(model, 5)
+def test_models_of_each_class_can_be_exported(kind: Kind) -> None:
+    check_exported(kind.build(), 5)
 
 
 # Parallelism plans

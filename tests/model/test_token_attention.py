@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.tiny_models import (
     TOKENS,
+    Kind,
     assert_no_recording,
     assert_same_outputs,
     build_images,
@@ -107,10 +108,8 @@ def test_padding_masks_of_flash_attention_equal_eager_attention(fields: dict[str
 
 
 @each_kind
-def test_every_class_has_the_rows_of_eager_attention(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
-) -> None:
-    model = build_random(model_class, **fields)
+def test_every_class_has_the_rows_of_eager_attention(kind: Kind) -> None:
+    model = kind.build()
     assert_same_outputs(
         model.token_attention(build_images()), get_eager_rows(model, build_images()), 1e-5
     )

@@ -11,7 +11,7 @@ import torch
 from helpers.fresh_processes import run_python
 from helpers.local_hub import LocalHub, Token
 from helpers.tiny_models import (
-    build_tiny_config,
+    Kind,
     each_kind,
     edit_weights,
     raises_one_line,
@@ -60,15 +60,14 @@ def test_the_script_pushes_and_verifies_a_private_model(
 @pytest.mark.slow
 @each_kind
 def test_each_kind_of_model_is_verified_at_its_commit(
-    hub: LocalHub, tmp_path: Path, model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]
+    hub: LocalHub, tmp_path: Path, kind: Kind
 ) -> None:
-    model = model_class(build_tiny_config(**fields))
-    mine = ModelFolder(save_with_processor(model, tmp_path / "mine"))
+    mine = ModelFolder(save_with_processor(kind.build(), tmp_path / "mine"))
     first = push_folder(mine, "ann/model")
     push_folder(ModelFolder(save_classifier(tmp_path / "other")), "ann/model")
     report = verify(first, mine)
     assert first.sha in report
-    assert model_class.__name__ in report
+    assert kind.model_class.__name__ in report
     assert f"code of modeling_vitcls {vitcls.__version__}" in report
 
 
