@@ -11,7 +11,7 @@ a part (photo.py) has a sign. The sheet of a photo is in sheet.py.
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -41,8 +41,7 @@ def extract_patch_maps(rows: Tensor, config: ViTCLSConfig, image_size: Size) -> 
     Returns:
         Maps [..., gh, gw], where gh and gw are the numbers of rows and columns of patches.
     """
-    patch_rows = rows[..., config.token_layout.patches]
-    return patch_rows.unflatten(-1, config.get_grid_size(image_size))
+    return rows[..., config.token_layout.patches].unflatten(-1, config.get_grid_size(image_size))
 
 
 def overlay(image: Image.Image, values: Tensor, scale: ScalarMappable) -> Image.Image:
@@ -66,8 +65,7 @@ def overlay(image: Image.Image, values: Tensor, scale: ScalarMappable) -> Image.
     strength = np.clip(np.abs(smooth) / scale.norm.vmax, 0, 1)
     opacity = (0.25 + 0.6 * strength)[:, :, None]  # [h, w, 1]
     gray = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]
-    blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
-    return to_picture(blended)
+    return to_picture(gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity)
 
 
 def draw_map(values: Tensor, scale: ScalarMappable) -> Image.Image:
@@ -110,6 +108,8 @@ def draw_region(image: Image.Image, region: VisibleRegion, side: int) -> Image.I
     left, top, right, bottom = map(round, region)
     picture = Image.new("RGB", (right - left, bottom - top), "#808080")
     picture.paste(image, (-left, -top))
-    is_small = 2 * max(picture.size) < side
-    method = Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS
-    return ImageOps.contain(picture, (side, side), method)
+    longer = max(picture.size)
+    # At least one pixel wide, unlike `ImageOps.contain`
+    size = [max(1, length * side // longer) for length in picture.size]
+    resampling = Image.Resampling
+    return picture.resize(size, resampling.NEAREST if 2 * longer < side else resampling.LANCZOS)

@@ -105,9 +105,11 @@ class TimmSource(Source):
             model = copy.deepcopy(model)
             model.set_input_size(img_size=size)
         sequence = model.forward_features(pixel_values)
-        output_name = "logits" if model.num_classes else "pooled"
         # Not `forward_head`: a program may have changed `forward`.
-        return {"sequence": sequence, output_name: model(pixel_values)}
+        return {
+            "sequence": sequence,
+            "logits" if model.num_classes else "pooled": model(pixel_values),
+        }
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
         """Convert the preprocessing of the source to an image processor."""

@@ -91,8 +91,11 @@ def find_image_column(
 
 def find_stem(features: Features, column: str) -> str | None:
     """Find the column itself or, for a field such as `label.name`, the column of its objects."""
-    stems = [name for name in features if column == name or column.startswith(f"{name}.")]
-    return max(stems, key=len, default=None)
+    return max(
+        (name for name in features if column == name or column.startswith(f"{name}.")),
+        key=len,
+        default=None,
+    )
 
 
 def check_column(table: Any, column: str, dataset: str) -> None:
@@ -114,18 +117,17 @@ def find_label_columns(
 ) -> list[str]:
     """Find the label columns, which all splits must have; fields of objects may be such columns."""
     first = next(iter(tables.values()))
-    used = (image_column, *SPLIT_COLUMN_NAMES)
-    found = list(columns or ())
-    if not found:
-        column = find_column(
+    # A column that is named twice counts once
+    found = list(dict.fromkeys(columns or ())) or [
+        find_column(
             "label",
             {**first.features, **list_fields(first.features)},
             get_declared_names,
             LABEL_COLUMN_NAMES,
             dataset,
-            lambda each: each in first.features and each not in used,
+            lambda each: each in first.features and each not in (image_column, *SPLIT_COLUMN_NAMES),
         )
-        found.append(column)
+    ]
     for split, table in tables.items():
         for column in found:
             check_column(table, column, f"{dataset}, split {split!r}")

@@ -70,8 +70,9 @@ class Heads:
         if len(candidates) == 1:
             return candidates[0]
         layers = max((each.layers for each in candidates), key=len)
-        reads_patches = any(each.pooling != "cls" for each in candidates)
-        return Candidate(layers, "cls_mean" if reads_patches else "cls")
+        return Candidate(
+            layers, "cls_mean" if any(each.pooling != "cls" for each in candidates) else "cls"
+        )
 
     def freeze(self, features: Features, held_out: Features) -> dict[str, "FrozenHead"]:
         """Join the classifier of each task with the features of its training and held-out images."""
@@ -145,8 +146,9 @@ class FrozenHead:
         known = known[np.argsort(self.features.indices[known])]
         features = self.features.take(known)
         # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
-        logits = probe.target_.to_logits(probabilities[known]).astype(np.float32)
-        return replace(features, logits=logits)
+        return replace(
+            features, logits=probe.target_.to_logits(probabilities[known]).astype(np.float32)
+        )
 
     @torch.no_grad()
     def predict_held_out(self, model: Any) -> Features:
@@ -249,10 +251,13 @@ def describe_choice(record: dict[str, Any]) -> str:
     chosen = describe_candidate(record)
     if not record["num_folds"]:
         return f"{chosen}, without cross-validation"
-    default = record["candidates"][0]
+    default, *others = record["candidates"]
+    folds = f"in {record['num_folds']}-fold cross-validation"
+    text = f"{chosen}, log loss {record['loss']:.2f}"
+    if not others:
+        return f"{text} {folds}"
     return (
-        f"{chosen}, log loss {record['loss']:.2f}: the lowest of {len(record['candidates'])} "
-        f"candidates in {record['num_folds']}-fold cross-validation "
+        f"{text}: the lowest of {1 + len(others)} candidates {folds} "
         f"({describe_candidate(default)}: {default['loss']:.2f})"
     )
 

@@ -146,7 +146,10 @@ TRANSFORMERS_KEYWORDS = {
 }
 
 # The class statistics were fitted to the labels, and to what these fields say about the features.
-FEATURE_FIELDS = ("cls_pooling", "pooled_cls_tokens", "num_hidden_layers")
+FEATURE_FIELDS = (
+    "cls_pooling pooled_cls_tokens num_hidden_layers hidden_act layer_norm_eps num_attention_heads "
+    "norm_type mlp_type final_norm rope_theta rope_coordinates rope_axes rope_grid_offset"
+).split()
 
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint
 # (adaptation_vitcls.py).
@@ -587,8 +590,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         if "num_hidden_layers" in changes:
             stored |= dict.fromkeys(("out_features", "out_indices"))
         # The number first: what is stored is checked with the other fields, and may be no dict.
-        has_other_count = num_labels is not None and num_labels != len(stored.get("id2label") or {})
-        if "id2label" in overrides or has_other_count:
+        if "id2label" in overrides or (
+            num_labels is not None and num_labels != len(stored.get("id2label") or {})
+        ):
             changes.insert(0, "id2label")
             stored |= dict.fromkeys(("id2label", "label2id"))
         if changes and stored.pop("class_statistics", None):

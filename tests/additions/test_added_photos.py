@@ -183,8 +183,7 @@ def test_private_photos_of_an_addition_stay_on_the_machine(
 @pytest.mark.parametrize("shots", [range(1), range(5)], ids=["one photo", "one object"])
 def test_a_class_without_a_result_has_a_page(shots: range, run: Path, tmp_path: Path) -> None:
     write_shots(tmp_path / "new/vase", 40, shots)
-    record = add_class(run, tmp_path / "new", tmp_path / "class")
-    assert "result" not in record
+    assert "result" not in add_class(run, tmp_path / "new", tmp_path / "class")
     assert "report.html" in (tmp_path / "class/README.md").read_text()
 
 
@@ -195,6 +194,5 @@ def test_classes_beside_one_that_has_one_photo_are_measured(
     write_shots(tmp_path / "new/vase", 40, [0])
     for scene in range(41, 45):
         write_shots(tmp_path / "new/lamp", scene, [0])
-    record = add_class(run, tmp_path / "new", tmp_path / "class")
-    assert record["result"]["num_images"] == 4
+    assert add_class(run, tmp_path / "new", tmp_path / "class")["result"]["num_images"] == 4
     assert "no result measures vase" in caplog.text

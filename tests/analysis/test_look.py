@@ -57,8 +57,9 @@ def photo(tmp_path: Path) -> str:
 
 
 def show(model: Any, processor: Any = PROCESSOR) -> Sheet:
-    use = find_token_use(model)
-    return build_sheet(measure_photo(randomize(model), processor, photograph("flower.jpg"), use))
+    return build_sheet(
+        measure_photo(randomize(model), processor, photograph("flower.jpg"), find_token_use(model))
+    )
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -226,6 +227,10 @@ def test_an_array_and_a_tensor_are_measured_like_the_photo(model: str) -> None:
         look(model, [pixels])
 
 
+def test_a_photo_of_one_column_has_a_sheet(model: str) -> None:
+    assert look(model, Image.new("RGB", (1, 1000))).width == 1800
+
+
 def test_gray_models_take_color_photos(tmp_path: Path) -> None:
     gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     folder = save_encoder(tmp_path, gray, num_channels=1)
@@ -238,5 +243,4 @@ def test_a_photo_of_twelve_bits_is_as_bright_as_the_model_sees_it(tmp_path: Path
     photo = tmp_path / "scan.png"
     Image.fromarray(values).save(photo)
     bright = np.asarray(look(folder, Image.fromarray((values // 16).astype(np.uint8))), float)
-    difference = np.abs(np.asarray(look(folder, photo), float) - bright)
-    assert difference.mean() < 1
+    assert np.abs(np.asarray(look(folder, photo), float) - bright).mean() < 1

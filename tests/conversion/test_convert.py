@@ -260,8 +260,7 @@ def test_the_encoder_of_a_model_with_another_head_is_converted_with_a_note(tmp_p
 
 def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
     source = save_encoder(tmp_path / "source", add_pooling_layer=False)
-    made = convert_checkpoint(source, tmp_path / "made")
-    assert "no pooler" in made["notes"][0]
+    assert "no pooler" in convert_checkpoint(source, tmp_path / "made")["notes"][0]
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
 
 

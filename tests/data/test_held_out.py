@@ -169,8 +169,7 @@ def test_rows_of_one_image_count_once(tmp_path: Path, caplog: pytest.LogCaptureF
     data = read_training_data(table, held_out_fraction=0.25)
     assert (len(data.train), len(data.held_out)) == (6, 2)
     assert "24 rows name 8 images" in caplog.text
-    evaluated = load_evaluation_data(DataOptions(dataset=str(table)), None)
-    assert len(evaluated.images) == 8
+    assert len(load_evaluation_data(DataOptions(dataset=str(table)), None).images) == 8
 
     rows = [f"{file},{file[:3]},\n{file},,{'xy'[index // 4]}" for index, file in enumerate(files)]
     write_rows(tmp_path, "image,kind,place", *rows)
@@ -248,5 +247,4 @@ def test_damaged_splits_are_named(tmp_path: Path) -> None:
 
 
 def test_splits_that_were_a_csv_file_are_those_of_the_model() -> None:
-    table = pd.DataFrame({"key": [1], "split": "train", "task": [None]})
-    assert len(select_task(table, None)) == 1
+    assert len(select_task(pd.DataFrame({"key": [1], "split": "train", "task": [None]}), None)) == 1

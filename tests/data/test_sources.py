@@ -86,20 +86,22 @@ def test_web_dataset_shards_need_no_flags(tmp_path: Path) -> None:
 
 
 def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -> None:
-    """Because of missing values, `datasets` reads integers as floats, and text as None."""
+    """Because of missing values, `datasets` reads integers as floats, and text as None.
+
+    A column that is named twice counts once.
+    """
     rows = [
         f"{path},{Path(path).parent.name},{'' if index % 4 == 0 else index % 2 + 1}"
         for index, path in enumerate(list_paths(color_images))
     ]
     (tmp_path / "list.csv").write_text("\n".join(["image,shade,count", *rows]))
-    data = read_training_data(tmp_path / "list.csv", label_column=("count", "shade"))
+    data = read_training_data(tmp_path / "list.csv", label_column=("count", "shade", "count"))
 
     assert data.label_space.kind == "multi_task"
     assert "stratified" not in data.held_out_name
     assert data.label_space.columns == {"count": ["1", "2"], "shade": ["dusk", "noon"]}
 
-    counts = Counter(label["count"] for _, label in list_all(data))
-    assert counts == {None: 5, 0: 5, 1: 10}
+    assert Counter(label["count"] for _, label in list_all(data)) == {None: 5, 0: 5, 1: 10}
     for image, label in list_all(data):
         assert is_noon(image) == (label["shade"] == 1)
 

@@ -135,8 +135,10 @@ def test_classes_without_training_images_and_without_held_out_images_have_a_line
     data = divide_images(images, 0.2)
     # Test photos do not count, and their folder is no split of that name
     assert describe_class_sizes(images) == "ant: 4, bee: 4, cow: 0"
-    test_photos = load_evaluation_data(DataOptions(dataset=str(tmp_path / "test")), None)
-    assert test_photos.description == "all 10 images"
+    assert (
+        load_evaluation_data(DataOptions(dataset=str(tmp_path / "test")), None).description
+        == "all 10 images"
+    )
     assert describe_missing_classes(data) == [
         "1 of the 3 classes have no training images: cow",
         "1 of the 3 classes have no held-out images: ant",

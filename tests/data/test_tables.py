@@ -166,8 +166,7 @@ def test_decimal_numbers_are_no_labels_unless_they_are_named(photos: Path) -> No
 
 def test_the_unicode_forms_of_a_name_are_one_class(photos: Path) -> None:
     forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
-    table = write_csv(photos, [*forms, "tea"], "unicode.csv")
-    assert read_labels(table) == ["café", "café", "tea"]
+    assert read_labels(write_csv(photos, [*forms, "tea"], "unicode.csv")) == ["café", "café", "tea"]
 
 
 def test_labels_that_look_alike_are_named(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -405,8 +404,7 @@ def test_a_column_of_splits_is_used(name: str, spellings: list[str], photos: Pat
 def test_another_column_of_splits_can_be_named(photos: Path) -> None:
     part = ["train", "test"] * 6
     table = write_csv(photos, ["a", "b", "b", "a"] * 3, "part.csv", part=part)
-    data = read_training_data(table, split_column="part")
-    assert data.held_out.images.get_names() == FILES[1::2]
+    assert read_training_data(table, split_column="part").held_out.images.get_names() == FILES[1::2]
     with raises_one_line("no column 'x'", "part"):
         read_training_data(table, split_column="x")
 
@@ -471,8 +469,9 @@ def test_a_table_of_windows_names_files_with_backslashes(photos: Path) -> None:
     for file in FILES[:3]:
         os.link(photos / file, photos / "sub" / file)
     names = [f"sub\\{file}" for file in FILES[:3]]
-    table = write_table(photos / "table.csv", file_name=names, label=["a", "b", "c"])
-    assert read_labels(table) == ["a", "b", "c"]
+    assert read_labels(
+        write_table(photos / "table.csv", file_name=names, label=["a", "b", "c"])
+    ) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

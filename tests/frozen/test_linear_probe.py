@@ -42,8 +42,7 @@ def draw_tokens_of(
 
 
 def test_tokens_without_the_class_are_not_chosen() -> None:
-    probe = LinearProbe().fit(*draw_images(120))
-    assert probe.candidate_.pooling != "mean"
+    assert LinearProbe().fit(*draw_images(120)).candidate_.pooling != "mean"
 
 
 def test_it_is_an_estimator_of_scikit_learn() -> None:
