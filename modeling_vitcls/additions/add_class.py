@@ -40,8 +40,9 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     statistics = ClassStatistics.from_model(model)
     if statistics is None:
         raise ValueError(
-            f"add-class requires class statistics, but {options.model} has none. Run vitcls finetune "
-            f"--model {options.model}, or use vitcls add-task"
+            f"add-class requires class statistics, which a run with one label per image stores: "
+            f"{options.model} has none. Run vitcls finetune --model {options.model} with such labels, or "
+            "use vitcls add-task"
         )
     label_space, images = load_new_images(options, get_label_space(model.config).names)
     if num_trained := int(find_trained_images(images, read_splits(old.folder)).sum()):

@@ -161,7 +161,8 @@ def match_target(target: str, config: ViTCLSConfig) -> TargetMatch:
     changeable_fields = set(RESAMPLING_FIELDS)
     if config.position_embedding_type.startswith("learned"):
         changeable_fields.add("position_embedding_tokens")
-    if config.pooling in ("cls", "mean") and match.target_config.pooling == "cls_mean":
+    pools_both = match.target_config.pooling == "cls_mean" and config.num_cls_tokens
+    if config.pooling in ("cls", "mean") and pools_both:
         changeable_fields.add("pooling")
     changes = {
         name: getattr(match.target_config, name)

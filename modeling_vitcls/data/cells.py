@@ -261,8 +261,8 @@ def check_numbers(where: str, names: Collection[str], has_lists: bool) -> None:
     measurement = f"numbers such as {longest}: this looks like a measurement; vitcls trains classes"
     if not all(map(float.is_integer, numbers)):
         raise ValueError(
-            f"{where} has decimal {measurement}. Set `label_column` to another column, or "
-            "`label_names` to these numbers"
+            f"{where} has decimal {measurement}. Set `label_column` to another column, write classes such "
+            "as low and high, or set `label_names` to these numbers if it is the only label column"
         )
     if not has_lists and max(numbers) - min(numbers) >= len(names) > MAX_NUMBERS:
         warn_on_first_process(

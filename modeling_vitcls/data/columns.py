@@ -515,7 +515,9 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
         images = images.cast_column(column, datasets.Value("string"))  # Numbers as file names
 
     paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
-    if paths and not has_files(paths, folder):
+    if paths and not has_files(paths, folder) and has_files(paths, Path()):
+        folder = Path()  # `predict` names photos from the working folder
+    elif paths and not has_files(paths, folder):
         if similar := find_similar_names(folder / paths[0]):
             raise ValueError(
                 f"{name}: there is no file {shorten_text(paths[0])}, but {similar[0]}. Rename the files, or "

@@ -128,7 +128,6 @@ def describe_in_trained_scenes(record: Mapping[str, Any]) -> str | None:
             "accuracy": num_right / number,
             "accuracy_interval": compute_proportion_interval(num_right, number),
             "num_images": number,
-            "num_right": num_right,
         }
         text += f". The others: {state_result(others)}"
     return text

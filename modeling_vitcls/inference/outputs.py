@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -56,32 +57,36 @@ def write_csv(
     """
     table = pa.concat_tables([schema.empty_table(), *tables])
     frame = table.to_pandas()
+    decimal = "," if delimiter == ";" else "."
     for column in table.schema:
         if pa.types.is_list(column.type) or pa.types.is_string(column.type):
             values = table[column.name].to_pylist()
             if pa.types.is_list(column.type):
-                values = join_lists(values)
+                values = join_lists(values, decimal)
             frame[column.name] = [value and escape_csv_cell(value) for value in values]
 
     header = [escape_csv_cell(name) for name in table.column_names]
-    decimal = "," if delimiter == ";" else "."
     text = frame.to_csv(sep=delimiter, decimal=decimal, header=header, index=False)
     # Excel takes a file for UTF-8 only if it begins with this mark.
     encoding = "utf-8" if text.isascii() else "utf-8-sig"
     file.write_text(text, encoding=encoding, newline="")
 
 
-def join_lists(values: list[list[Any] | None]) -> list[str | None]:
+def join_lists(values: list[list[Any] | None], decimal: str) -> list[str | None]:
     """Write the labels or probabilities of each image as one text.
 
     If a label contains the separator, all lists of the column are JSON.
     """
+
+    def spell(item: Any) -> str:
+        return str(np.float32(item)).replace(".", decimal) if isinstance(item, float) else item
+
     filled = filter(None, values)
     if any(LABEL_SEPARATOR in str(item) for item in chain.from_iterable(filled)):
         return [
             None if value is None else json.dumps(value, ensure_ascii=False) for value in values
         ]
-    return [None if value is None else LABEL_SEPARATOR.join(map(str, value)) for value in values]
+    return [None if value is None else LABEL_SEPARATOR.join(map(spell, value)) for value in values]
 
 
 def write_json_rows(

@@ -202,10 +202,14 @@ class Predictor:
         rows = list(self.iterate_rows(records))
         outputs = {name: batch[name] for name in batch if name != column or name == "path"}
         arrays = self.columns.build_arrays(rows)
-        for name in arrays:
-            if name in outputs:
+        for name, values in outputs.items():
+            if name in arrays:
                 raise ValueError(
                     f"the batch has a column {name!r}, which the predictions would replace. Rename it"
+                )
+            if len(values) != len(rows):
+                raise ValueError(
+                    f"the column {name} of the batch has {len(values)} values, {column} has {len(rows)}"
                 )
         errors = np.array([row["error"] or "" for row in rows], dtype=object)
         return outputs | arrays | {"error": errors}
@@ -232,10 +236,11 @@ class Predictor:
         def prepare(index: int) -> Tensor | str:
             name, content = records[index]
             checksum = compute_checksum(content)
+            pixels = prepare_image(self.processor, content, index)
             is_trained = None
             if self.trained_checksums and checksum is not None:
-                is_trained = checksum in self.trained_checksums
-            pixels = prepare_image(self.processor, content, index)
+                # The list also has the images that the run could not read
+                is_trained = checksum in self.trained_checksums and isinstance(pixels, Tensor)
             known[index] = {
                 "image": name,
                 "checksum": checksum,

@@ -213,17 +213,17 @@ def build_metric_table(
 def build_class_tables(
     results: MetricValues, format_label: Callable[[str], str] = replace_control_characters
 ) -> Tables:
-    """Build a table of the classes that have images, for each task.
+    """Build a table of the classes that have images or predictions, for each task.
 
     If there are many classes, the table has those with most wrong predictions. `format_label` formats their names.
     """
     tables = {}
     for title, metrics in list_titles(results).items():
-        classes = [row for row in metrics.get("per_class", []) if row["images"]]
+        classes = [row for row in metrics.get("per_class", []) if row["f1"] is not None]
         name = "Each class"
         if len(classes) > MAX_CLASSES:
             name = f"The {MAX_CLASSES} classes with most wrong predictions"
-            classes.sort(key=lambda row: row["images"] * (row["recall"] - 1))
+            classes.sort(key=lambda row: row["images"] * ((row["recall"] or 0) - 1))
         if classes:
             tables[title + name] = [
                 build_class_row(metrics, row, format_label) for row in classes[:MAX_CLASSES]
@@ -238,7 +238,7 @@ def build_class_row(
     num_images = row["images"]
     cells = {
         "Class": format_label(row["name"]),
-        "Right": f"{round(row['recall'] * num_images):,} of {num_images:,}",
+        "Right": f"{round((row['recall'] or 0) * num_images):,} of {num_images:,}",
     }
     for key in ("precision", "f1", "average_precision"):
         if key in row:

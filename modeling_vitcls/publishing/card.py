@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..frozen.linear_probe import describe_candidate
-from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
+from ..hub.model_files import CARD_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
 from ..inference.stated_result import (
@@ -96,8 +96,8 @@ def render_card(
     Raises:
         ValueError: If the initial weights have another license.
     """
-    # Two parts of the path: in the folder that contains `runs`, `photos` alone may be the photos
-    local_name = "/".join(folder.path.resolve().parts[-2:])
+    # As it was given; of an absolute path, two parts, as `photos` alone may be the photos
+    local_name = "/".join(folder.path.parts[-2:]) or folder.name
     name = name or replace_control_characters(local_name)
     # First, because it may raise: a card must not be written under a license that the weights do
     # not have.
@@ -113,19 +113,26 @@ def render_card(
         "name": name,
         "version": __version__,
         "shown_files": shown_files,
-        "has_token_effects": folder.has_trained_tokens,
         "license": license_source,
-        "has_code": not folder.is_native,
-        "is_native": folder.is_native,
         "tasks": folder.config.task_labels() if folder.config is not None else {},
-        "parity": folder.parity_report,
-        "certificate": folder.certificate,
         "added_classes": list_added_classes(folder),
-        "additions": folder.additions,
-        "exports": folder.exports,
         **{
             name: getattr(folder, name)
-            for name in ("config", "results", "flags", "provenance", "teacher_provenance")
+            for name in (
+                "additions",
+                "auto_class",
+                "certificate",
+                "config",
+                "exports",
+                "has_trained_tokens",
+                "is_native",
+                "num_parameters",
+                "parity_report",
+                "provenance",
+                "results",
+                "shareable_flags",
+                "teacher_provenance",
+            )
         },
     }
 
@@ -139,7 +146,6 @@ def render_card(
     else:
         template = "model"
     variables |= build_model_variables(folder)
-    variables |= build_run_variables(folder) if is_run else {}
     variables |= {
         "card_data": Markup(
             ModelCardData(**build_metadata(folder, name, license_source)).to_yaml()
@@ -228,8 +234,6 @@ def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
     config = folder.config
     is_classifier = folder.auto_class == "AutoModelForImageClassification"
     variables = {
-        "num_parameters": folder.num_parameters,
-        "auto_class": folder.auto_class,
         "is_classifier": is_classifier,
         "has_pipeline": is_classifier and not (config is not None and config.tasks),
         "can_be_finetuned": not folder.is_native and not (folder.results and is_classifier),
@@ -241,19 +245,6 @@ def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
     groups = [f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count]
     layout = Markup(f"[ {' | '.join(groups)} ]")
     return variables | {"sequence_length": sum(counts.values()), "layout": layout}
-
-
-def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
-    """Collect what a card says about a training run: results, limitations and training."""
-    results = folder.results
-    shareable_flags = folder.shareable_flags
-    return {
-        "is_frozen": bool(results.get("frozen")) and not results["steps"],
-        "initial_model": shareable_flags["model"],
-        "is_cross_validated": results.get("split") == "cross-validation",
-        "teacher": shareable_flags.get("teacher"),
-        "recipe_file": RECIPE_FILE,
-    }
 
 
 def list_added_classes(folder: ModelFolder) -> list[str]:

@@ -66,7 +66,7 @@ def choose_heads(
         return predictions, None
     names = ("cls", "distillation", "mean")
     losses = {name: predictions.metrics[f"{name}_loss"] for name in names}
-    inference = min(losses, key=lambda name: losses[name])
+    inference = min(losses, key=losses.__getitem__)
     if inference != config.distillation_inference:
         config.distillation_inference = inference
         predictions = selection.predict(model)

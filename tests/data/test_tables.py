@@ -235,6 +235,15 @@ def test_tables_that_cannot_be_used_are_named(content: str, words: list[str], ph
         load_undivided_images(DataOptions(dataset=str(photos / "damaged.csv")))
 
 
+def test_names_of_predict_are_read_from_the_working_folder(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    names = [f"{photos.name}/{name}" for name in FILES[:2]]
+    images = read_splits_of(write_csv(tmp_path, ["a", "b"], file_name=names))
+    assert images.images_by_split["train"].images[1].size
+
+
 @pytest.mark.parametrize(
     ("labels", "flags", "words"),
     [

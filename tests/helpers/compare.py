@@ -6,18 +6,29 @@ from typing import Any
 import pytest
 import torch
 
+from modeling_vitcls import ViTCLSForImageClassification, use_fast_modules
 from modeling_vitcls.speed import cpu_kernels
+
+from .tiny_models import build_tiny_config, randomize
 
 
 Tensors = dict[str, torch.Tensor]
 
-FLOAT32_LIMIT = (
-    1e-5  # maximum difference in float32, as a fraction of the largest value of the tensor
-)
+# Maximum difference in float32, as a fraction of the largest value of the tensor
+FLOAT32_LIMIT = 1e-5
+NUM_MODELS = 8  # Number of models over which rounding errors are compared
 # Maximum error in half precision, as a multiple of the error of plain PyTorch in the same
 # precision: the mean over tensors, and the maximum. The rounding errors of two correct programs are
 # equal only on average.
 MEAN_RATIO, MAX_RATIO = 1.25, 2.0
+
+
+def build_models(seed: int = 0, frozen: bool = False, **fields: Any) -> tuple[Any, Any]:
+    """Build two classifiers with equal weights, a fast one and a plain one."""
+    fast, plain = (
+        randomize(ViTCLSForImageClassification(build_tiny_config(**fields)), seed) for _ in range(2)
+    )
+    return use_fast_modules(fast, frozen), plain
 
 
 def pack_weights(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
@@ -29,25 +40,24 @@ def pack_weights(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
 
 
 def run_step(
-    model: Any, *inputs: torch.Tensor, forward: Callable[..., Any] | None = None, **kwargs: Any
+    model: Any, images: torch.Tensor, forward: Callable[..., Any] | None = None
 ) -> Tensors:
     """Return the logits and the gradient of the loss with respect to each trained parameter.
 
     Args:
         model: a classifier; its gradients are reset.
+        images: two images.
         forward: function to call instead of the model, for example a compiled version.
-        inputs, kwargs: inputs of the forward pass for two images.
     """
     model.zero_grad()
-    output = (model if forward is None else forward)(*inputs, labels=torch.tensor([0, 2]), **kwargs)
+    output = (forward or model)(images, labels=torch.tensor([0, 2]))
     output.loss.backward()
     gradients = {
-        name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
     }
-    return {
-        "logits": output.logits.detach(),
-        **{name: grad.clone() for name, grad in gradients.items()},
-    }
+    return {"logits": output.logits.detach(), **gradients}
 
 
 def assert_equal_in_float32(found: Tensors, plain: Tensors) -> None:
@@ -55,8 +65,8 @@ def assert_equal_in_float32(found: Tensors, plain: Tensors) -> None:
     assert found.keys() == plain.keys()
     assert found
     for name, expected in plain.items():
-        difference = (found[name].double() - expected.double()).abs().max().item()
-        limit = FLOAT32_LIMIT * select_scale(name, plain).abs().max().item()
+        difference = (found[name].double() - expected.double()).abs().max()
+        limit = FLOAT32_LIMIT * select_scale(name, plain).abs().max()
         assert difference <= limit, f"{name}: {difference}, more than {limit}"
 
 

@@ -28,9 +28,10 @@ def write_rows(rows: list[dict[str, Any]], columns: Columns, file: Path) -> None
 
 
 def test_spreadsheets_of_other_languages_get_semicolons_and_decimal_commas(tmp_path: Path) -> None:
-    table = pa.table({"image": ["a;b.jpg"], "probability": [0.25]})
+    table = pa.table({"image": ["a;b.jpg"], "probability": [0.25], "each": [[0.25, 0.5]]})
     write_csv([table], table.schema, tmp_path / "rows.csv", delimiter=";")
-    assert (tmp_path / "rows.csv").read_text() == 'image;probability\n"a;b.jpg";0,25\n'
+    text = (tmp_path / "rows.csv").read_text()
+    assert text == 'image;probability;each\n"a;b.jpg";0,25;0,25|0,5\n'
 
 
 def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:

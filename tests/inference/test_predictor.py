@@ -255,10 +255,18 @@ def test_labels_of_a_batch_equal_those_of_its_photos(predictor: Predictor, photo
     assert [bool(error) for error in outputs["error"]] == [False] * 9 + [True]
 
 
-def test_a_column_of_the_batch_is_not_replaced(predictor: Predictor) -> None:
-    """Such as the true labels."""
-    with raises_one_line("'label'", "Rename"):
-        predictor({"image": [np.zeros((8, 8), np.uint8)], "label": ["cat"]})
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ({"label": ["cat"]}, "the predictions would replace. Rename"),  # Such as the true labels
+        ({"id": [7, 8]}, "the column id of the batch has 2 values, image has 1"),
+    ],
+)
+def test_a_column_of_the_batch_that_does_not_fit_is_named(
+    column: Any, words: str, predictor: Predictor
+) -> None:
+    with raises_one_line(words):
+        predictor({"image": [np.zeros((8, 8), np.uint8)], **column})
 
 
 @pytest.mark.parametrize("batch", [{"path": [], "id": []}, {}, pd.DataFrame()])

@@ -245,7 +245,11 @@ def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture
 
 
 UNSUPPORTED = [
-    (ViTCLSModel, {"num_cls_tokens": 0, "pooling": "mean"}, "num_cls_tokens=0"),
+    (
+        ViTCLSForImageClassification,
+        LAYER_SCALE | {"num_cls_tokens": 0, "pooling": "mean"},
+        "num_cls_tokens=0",
+    ),
     (ViTCLSModel, {"pooling": "attention"}, "pooler.k_proj.weight"),
     (ViTCLSModel, {"pooled_layers": [-2, -1]}, "pooled_layers=[-2, -1]"),
     (

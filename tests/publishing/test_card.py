@@ -30,6 +30,7 @@ def load_card(folder: Path, name: str | None = None, license_id: str | None = No
     tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
     kinds = [token.type for token in tokens]
     assert kinds.count("heading_open") == card.text.count("\n## ") + 1
+    assert kinds.count("table_open") == card.text.count("\n|---")
     for index, kind in enumerate(kinds[:-3]):
         if kind == "heading_open":
             assert kinds[index + 3] != "heading_open", tokens[index + 1].content

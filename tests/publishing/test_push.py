@@ -28,6 +28,7 @@ from modeling_vitcls.hub.model_files import hash_settings
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.push import (
+    PushedCommit,
     PushError,
     build_push_command,
     prepare_repository,
@@ -64,6 +65,11 @@ def folder(tmp_path: Path) -> Path:
     return target
 
 
+def push(folder: Path, **settings: Any) -> PushedCommit:
+    """Push a folder to ann/model."""
+    return push_folder(ModelFolder(folder), "ann/model", **settings)
+
+
 def run_push_command(folder: Path) -> int:
     """Push with the command, and return its exit status."""
     target = ("--hub-model-id", "ann/model", "--no-verify")
@@ -86,7 +92,7 @@ def replace_weights(folder: Path) -> None:
 
 def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) -> None:
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    pushed = push_folder(ModelFolder(folder), "ann/model")
+    pushed = push(folder)
     repository = hub.repositories["ann/model"]
     assert len(repository.commits) == 2
     assert repository.branches == {"main": pushed.sha}
@@ -102,7 +108,7 @@ def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) ->
     for name in MODEL_FILES | {"LICENSE", "results.json"}:
         assert hub.read("ann/model", name) == before[folder / name]
     assert {file: file.read_bytes() for file in before} == before
-    assert push_folder(ModelFolder(folder), "ann/model").sha == pushed.sha  # nothing changed
+    assert push(folder).sha == pushed.sha  # nothing changed
 
 
 def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Path) -> None:
@@ -159,7 +165,7 @@ def test_images_of_local_datasets_are_published_only_on_request(
 ) -> None:
     flags = {"model": "vitcls-tiny", "dataset": dataset}
     (folder / "config.resolved.yaml").write_text(yaml.safe_dump(flags))
-    push_folder(ModelFolder(folder), "ann/model", card_samples=card_samples)
+    push(folder, card_samples=card_samples)
     card = read_card(hub)
     for name in ("report.html", "images/attention.png"):
         assert (name in hub.files("ann/model")) is is_published
@@ -171,11 +177,11 @@ def test_images_of_local_datasets_are_published_only_on_request(
 def test_results_of_other_weights_are_not_published(
     hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
     assert "354 of 360 right" in read_card(hub)
 
     replace_weights(folder)
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
     names = set(hub.files("ann/model"))
     assert names >= MODEL_FILES
     assert not names & {
@@ -217,14 +223,14 @@ def test_exported_files_are_pushed_only_with_the_model_they_were_created_from(
     hub: LocalHub, folder: Path, edit: Callable[[Path], None]
 ) -> None:
     write_export(folder)
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
     names = set(hub.files("ann/model"))
 
     assert {"model.onnx", "model.onnx.data", "model.onnx.json"} <= names
     assert "| `model.onnx` | float16 | 1.5 MiB | 2.0e-06 |" in read_card(hub)
 
     edit(folder)
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
     assert not [name for name in hub.files("ann/model") if "onnx" in name]
     assert "onnx" not in read_card(hub)
 
@@ -233,7 +239,7 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
     hub: LocalHub, folder: Path
 ) -> None:
     """Shards replace a single file, and files of earlier versions are removed."""
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
     for name in ("notes.md", "handler.py", "parity_report.json", "checkpoints/step-1/state.json"):
         HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id="ann/model")
     (folder / WEIGHTS).unlink()
@@ -241,11 +247,11 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
     model.save_pretrained(folder, max_shard_size="20KB")
     write_results(folder)
     main = hub.repositories["ann/model"].branches["main"]
-    pushed = push_folder(ModelFolder(folder), "ann/model", branch="new")
+    pushed = push(folder, branch="new")
     assert hub.repositories["ann/model"].branches == {"main": main, "new": pushed.sha}
     names = set(hub.files("ann/model", "new"))
     (folder / "report.html").write_text("new")
-    again = push_folder(ModelFolder(folder), "ann/model", branch="new")  # which exists
+    again = push(folder, branch="new")  # which exists
     assert hub.repositories["ann/model"].branches == {"main": main, "new": again.sha}
 
     shards = {path.name for path in folder.glob("model-*.safetensors")}
@@ -312,8 +318,8 @@ def test_a_card_that_was_edited_on_the_hub_is_kept_until_one_is_edited_in_the_fo
     hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.create("ann/model", private=False, files={"README.md": b"---\nlicense: mit\n---\n"})
-    push_folder(ModelFolder(folder), "ann/model")
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
+    push(folder)
     assert "Generated by" in read_card(hub)
     assert "README.md" not in caplog.text
 
@@ -322,12 +328,12 @@ def test_a_card_that_was_edited_on_the_hub_is_kept_until_one_is_edited_in_the_fo
         path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="ann/model"
     )
     commit = hub.repositories["ann/model"].branches["main"]
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
     assert read_card(hub) == edited
     assert "README.md of ann/model was edited on the Hub, so it is kept" in caplog.text
 
     (folder / "README.md").write_text("# Ours\n")
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
     assert read_card(hub) == "# Ours\n"
     assert f"stays in the commit {commit}" in caplog.text
 
@@ -338,19 +344,19 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
     write_card(ModelFolder(folder))
     card = folder / "README.md"
     local_card = card.read_text()
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
     assert "# ann/model\n" in read_card(hub)
     assert "my-run" not in read_card(hub)
     assert card.read_text() == local_card
 
     text = local_card.replace(f"# {folder.parent.name}/my-run", "# My model")
     card.write_text(text)
-    push_folder(ModelFolder(folder), "ann/model")
+    push(folder)
     assert read_card(hub) == text
 
     card.write_text("---\nlicense: [\n---\n")  # invalid YAML
     with raises_one_line("README.md", "vitcls push", error=PushError):
-        push_folder(ModelFolder(folder), "ann/model")
+        push(folder)
 
 
 # Permissions --------------------------------------------------------------------------------------
@@ -430,12 +436,10 @@ def test_offline_mode_and_an_unavailable_hub_are_errors(
     with raises_one_line("HTTP 500", "push later", error=OSError):
         prepare_repository("ann/model", "x")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for push in (
-        lambda: prepare_repository("ann/model", "x"),
-        lambda: push_folder(ModelFolder(folder), "ann/model"),
-    ):
-        with raises_one_line("HF_HUB_OFFLINE"):
-            push()
+    with raises_one_line("HF_HUB_OFFLINE"):
+        prepare_repository("ann/model", "x")
+    with raises_one_line("HF_HUB_OFFLINE"):
+        push(folder)
 
 
 # Faults -------------------------------------------------------------------------------------------
@@ -444,7 +448,7 @@ def test_offline_mode_and_an_unavailable_hub_are_errors(
 @pytest.mark.parametrize("kind", ["drop", 503])
 def test_a_failed_upload_is_repeated(hub: LocalHub, folder: Path, kind: str | int) -> None:
     hub.fail("PUT", "/objects/", kind)
-    pushed = push_folder(ModelFolder(folder), "ann/model")
+    pushed = push(folder)
     assert hub.repositories["ann/model"].branches["main"] == pushed.sha
     assert set(hub.files("ann/model")) >= MODEL_FILES
     assert len(hub.repositories["ann/model"].commits) == 2
@@ -459,7 +463,7 @@ def test_a_push_gives_up_if_every_upload_fails(
     hub.fail("PUT", "/objects/", kind, times=1000)
     started = time.monotonic()
     with raises_one_line("vitcls push --model", error=PushError):
-        push_folder(ModelFolder(folder), "ann/model")
+        push(folder)
     assert time.monotonic() - started < 120
 
 
@@ -477,9 +481,9 @@ def test_another_push_in_the_meantime_is_noticed(
     monkeypatch.setattr(HfApi, "create_commit", create_second)
     monkeypatch.chdir(folder.parent)
     with raises_one_line("HTTP 412", "finish with: vitcls push", error=PushError):
-        push_folder(ModelFolder(Path(folder.name)), "ann/model")
+        push(Path(folder.name))
     assert "config.json" not in hub.files("ann/model")
-    pushed = push_folder(ModelFolder(Path(folder.name)), "ann/model")
+    pushed = push(Path(folder.name))
     assert hub.repositories["ann/model"].branches["main"] == pushed.sha
     assert set(hub.files("ann/model")) >= MODEL_FILES | {"notes.md"}
 
@@ -490,7 +494,7 @@ def test_a_failed_push_leaves_the_client_as_it_was(hub: LocalHub, folder: Path) 
     before = get_session().timeout
     hub.fail("POST", "/commit/", 403)
     with raises_one_line("HTTP 403", error=PushError):
-        push_folder(ModelFolder(folder), "ann/model")
+        push(folder)
     assert get_session().timeout == before
     assert not are_progress_bars_disabled()
 
@@ -504,4 +508,4 @@ def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folde
     hub.fail("POST", "/commit/", 403)
     command = f"vitcls push --model {folder} --hub-model-id ann/model --private --branch new"
     with raises_one_line("HTTP 403", command, error=PushError):
-        push_folder(ModelFolder(folder), "ann/model", private=True, branch="new")
+        push(folder, private=True, branch="new")

@@ -251,6 +251,13 @@ def test_all_wrong_photos_are_in_a_table(report: Path) -> None:
     assert table["nearest_image"].str.startswith("pants").all()
 
 
+def test_a_class_that_is_only_predicted_has_a_row() -> None:
+    """Its F1 is 0, and a part of the mean."""
+    tables = build_class_tables(measure_one_label(["a", "b"], np.eye(2), np.zeros(2, int)))
+    ((_, row),) = tables.values()
+    assert (row["Right"], row["F1"]) == ("0 of 0", "0%")
+
+
 def test_of_200_classes_those_with_most_wrong_predictions_are_listed() -> None:
     names = [f"class {index:03}" for index in range(200)]
     predictions = np.r_[:200, :150, :50]

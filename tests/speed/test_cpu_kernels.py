@@ -7,26 +7,26 @@ from typing import Any
 import pytest
 import torch
 from helpers.compare import (
+    NUM_MODELS,
     Tensors,
     assert_as_exact_in_half_precision,
+    build_models,
     pack_weights,
     run_step,
     stack_models,
 )
-from helpers.tiny_models import assert_same_outputs, build_images, build_tiny_config, randomize
+from helpers.tiny_models import assert_same_outputs, build_images
 from torch import nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
-from modeling_vitcls import ViTCLSForImageClassification, use_fast_modules
 from modeling_vitcls.speed import cpu_kernels
 from modeling_vitcls.speed.cpu_kernels import attend_in_chunks
 
 
 ONEDNN = "mkldnn::_linear_pointwise"
 SDPA = "aten::scaled_dot_product_attention"
-NUM_MODELS = 8  # number of models over which rounding errors are compared
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +47,6 @@ def pack_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU does not multiply bfloat16")
     pack_weights(monkeypatch, torch.bfloat16)
-
-
-def build_models(seed: int = 0, frozen: bool = False, **fields: Any) -> tuple[Any, Any]:
-    """Build two classifiers with equal weights, a fast one and a plain one."""
-    fast, plain = (
-        randomize(ViTCLSForImageClassification(build_tiny_config(**fields)), seed) for _ in range(2)
-    )
-    return use_fast_modules(fast, frozen), plain
 
 
 def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:
@@ -106,9 +98,6 @@ def test_half_precision_is_as_exact_as_plain_pytorch(
     assert_as_exact_in_half_precision(found, expected, exact)
 
 
-Attention = Callable[..., Any]
-
-
 def attend_in_eager_mode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
@@ -125,7 +114,7 @@ def attend_with_sdpa(
     )
 
 
-def compute_attention(attend: Attention, states: Tensors, dtype: torch.dtype) -> Tensors:
+def compute_attention(attend: Callable[..., Any], states: Tensors, dtype: torch.dtype) -> Tensors:
     """Return the output of an attention function, and the gradients of its inputs."""
     inputs = {name: state.to(dtype).requires_grad_() for name, state in states.items()}
     output = attend(*inputs.values(), 8**-0.5)
@@ -134,15 +123,11 @@ def compute_attention(attend: Attention, states: Tensors, dtype: torch.dtype) ->
     return {"output": output.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
-def build_states(num_queries: int, score_scale: float = 1.0, key_offset: float = 0.0) -> Tensors:
-    """Return random queries [4, 2, num_queries, 8], and keys and values [4, 2, 23, 8].
-
-    The values are exact in bfloat16.
-    """
+def build_states(score_scale: float = 1.0, key_offset: float = 0.0) -> Tensors:
+    """Return random queries, keys and values [4, 2, 23, 8], which are exact in bfloat16."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"query": num_queries, "key": 23, "value": 23}
     states = {
-        name: torch.randn(4, 2, length, 8, generator=generator) for name, length in shapes.items()
+        name: torch.randn(4, 2, 23, 8, generator=generator) for name in ("query", "key", "value")
     }
     states["query"] *= score_scale
     states["key"] += key_offset
@@ -161,7 +146,7 @@ def build_states(num_queries: int, score_scale: float = 1.0, key_offset: float =
 def test_chunked_attention_in_bfloat16_is_as_exact_as_in_pytorch(
     reference: Any, settings: dict[str, float]
 ) -> None:
-    states = build_states(23, **settings)
+    states = build_states(**settings)
     exact = compute_attention(attend_in_eager_mode, states, torch.float64)
     found, expected = (
         compute_attention(attend, states, torch.bfloat16)

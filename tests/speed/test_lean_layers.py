@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import compare
 from helpers.compare import (
+    NUM_MODELS,
     Tensors,
     assert_equal_in_float32,
     pack_weights,
     run_step,
     stack_models,
 )
-from helpers.tiny_models import build_images, build_tiny_config, randomize, record_outputs
+from helpers.tiny_models import build_images, randomize, record_outputs
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from modeling_vitcls import ViTCLSForImageClassification, use_fast_modules
 from modeling_vitcls.model.blocks_vitcls import (
     ViTCLSAttention,
     ViTCLSLayer,
@@ -46,11 +47,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hidden_dropout": {"hidden_dropout_prob": 0.1},
     "dropout": {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.0},
 }
-NUM_MODELS = 8  # number of models over which rounding errors are compared
-MODES = ("lean", "frozen", "packed")
 
 
-@pytest.fixture(params=MODES, autouse=True)
+@pytest.fixture(params=["lean", "frozen", "packed"], autouse=True)
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run each test with lean layers, with frozen weights, and with frozen weights for oneDNN."""
     if request.param == "packed":
@@ -61,15 +60,7 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.fixture
 def build_models(mode: str) -> Callable[..., tuple[Any, Any]]:
     """Return a function that builds two classifiers with equal weights, a lean and a plain one."""
-
-    def build(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
-        lean, plain = (
-            randomize(ViTCLSForImageClassification(build_tiny_config(**fields)), seed)
-            for _ in range(2)
-        )
-        return use_fast_modules(lean, frozen=mode != "lean"), plain
-
-    return build
+    return partial(compare.build_models, frozen=mode != "lean")
 
 
 def is_lean(model: Any) -> bool:
