@@ -87,8 +87,7 @@ class TimmSource(Source):
     @property
     def image_size(self) -> Size:
         """Native height and width in pixels."""
-        size: Size = self.model.patch_embed.img_size
-        return size
+        return self.model.patch_embed.img_size  # type: ignore[no-any-return]
 
     def convert(self) -> ViTCLSPreTrainedModel:
         """Convert the model. Raise ConversionError if the conversion cannot be exact."""
@@ -99,7 +98,7 @@ class TimmSource(Source):
 
         timm may raise any exception if the model does not support the image size.
         """
-        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        size = tuple(pixel_values.shape[-2:])
         model = self.model
         if size != self.image_size:
             model = copy.deepcopy(model)
@@ -207,9 +206,11 @@ class TransformersSource(Source):
         # MAE sorts the patches by this noise, and would mask the last ones.
         if "noise" in parameters:
             config.mask_ratio = 0.0
-            patches = pixel_values[:, 0, :: config.patch_size, :: config.patch_size].flatten(1)
+            size = config.patch_size
+            # The last pixel of each patch, as many as there are whole patches
+            pixels = pixel_values[:, 0, size - 1 :: size, size - 1 :: size].flatten(1)
             # Ascending noise keeps the patches in their order.
-            inputs["noise"] = torch.ones_like(patches).float().cumsum(1)  # [B, rows * columns]
+            inputs["noise"] = torch.ones_like(pixels).float().cumsum(1)  # [B, rows * columns]
         return inputs
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
