@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
+from helpers.scripts_in_process import SCRIPTS
 from PIL import Image
 
 import modeling_vitcls
@@ -23,7 +24,6 @@ from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.version import __version__
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 WRAPPERS = {
     **{name: name for name in ("finetune", "evaluate", "predict", "convert", "export")},
     "inspect": "inspect_tokens",

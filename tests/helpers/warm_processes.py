@@ -22,9 +22,9 @@ import torch
 from accelerate.utils.other import get_free_port
 
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.scripts_in_process import SCRIPTS
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 PRELOADED = (
     "modeling_vitcls.training.run datasets peft psutil pytest timm "
     "sklearn.datasets sklearn.model_selection tyro"

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
+from helpers.scripts_in_process import SCRIPTS
 
 from scripts.studies.train_cnn_teacher import train_cnn_teacher
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 
 pytestmark = pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.fresh_processes import run_python
 from helpers.local_hub import LocalHub, Token
+from helpers.scripts_in_process import SCRIPTS
 from helpers.tiny_models import (
     Kind,
     each_kind,
@@ -26,7 +27,7 @@ from modeling_vitcls.publishing.verification_script import collect_outputs
 from modeling_vitcls.publishing.verify import compare_outputs, push_and_verify, verify
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
+SCRIPT = SCRIPTS / "push_to_hub.py"
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers.doc_pages import check_imports
-
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from helpers.scripts_in_process import SCRIPTS
 
 
 @pytest.mark.parametrize("file", sorted(SCRIPTS.rglob("*.py")), ids=lambda file: file.stem)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset
 from helpers.command_in_process import parse_flags
+from helpers.scripts_in_process import SCRIPTS
 from helpers.tiny_models import raises_one_line
 from pyarrow import parquet
 from scipy import stats
@@ -27,7 +28,7 @@ from scripts.study import (
 from scripts.study import run as run_command
 
 
-RECIPES = Path(__file__).parents[2] / "scripts" / "studies"
+RECIPES = SCRIPTS / "studies"
 STUDY = {
     "title": "Pooling",
     "question": "Which pooling?",
