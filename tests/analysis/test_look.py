@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.command_in_process import fail, run_here
+from helpers.command_in_process import check_error, fail, run_here
 from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import (
@@ -89,7 +89,7 @@ def test_a_folder_without_readable_photos_is_an_error(
 ) -> None:
     write_files(tmp_path, "a.png", "b.png")
     assert run_here("look", tmp_path, "--model", model, "-o", tmp_path / "out") == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: none of the 2 photos")
+    check_error(capsys, "error: none of the 2 photos")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas
 import pytest
-from helpers.command_in_process import fail, run_here
+from helpers.command_in_process import check_error, fail, run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import save_classifier
 from transformers import ViTConfig
@@ -341,6 +341,5 @@ def test_a_dataset_that_does_not_fit_the_command_is_an_error_before_anything_is_
 
     assert run_here(*command.split(), *flags) == 1
 
-    error = capsys.readouterr().err.strip().splitlines()[-1]  # libraries print warnings before
-    assert all(word in error for word in words)
+    check_error(capsys, *words)
     assert not list(Path().glob("run/**/model.safetensors"))

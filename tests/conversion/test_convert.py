@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 import transformers
+from helpers.command_in_process import check_error
 from helpers.sample_photographs import photograph
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import (
@@ -191,10 +192,7 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
         )
         == 1
     )
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert message in error
-    assert "1e-05" in error
+    check_error(capsys, message, "1e-05")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

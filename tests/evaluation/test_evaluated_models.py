@@ -7,7 +7,7 @@ from unicodedata import normalize
 
 import pytest
 from helpers.accelerate_state import reset_accelerate
-from helpers.command_in_process import run_here
+from helpers.command_in_process import check_error, run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
@@ -38,12 +38,6 @@ def run_evaluation(model: Path, photos: Path, *flags: object) -> int:
     reset_accelerate()
     data = ["--dataset", photos, "--held-out-fraction", "0.5", "--num-workers", "0"]
     return run_here("evaluate", "--model", model, *map(str, [*data, *flags]))
-
-
-def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    error = capsys.readouterr().err.splitlines()[-1]  # after the progress of libraries
-    assert error.startswith("error: "), error
-    assert all(word in error for word in words), error
 
 
 @pytest.mark.parametrize(

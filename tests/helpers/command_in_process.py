@@ -30,6 +30,13 @@ def fail(*arguments: object, status: int = 1) -> str:
     return error
 
 
+def check_error(capsys: Any, *words: str) -> None:
+    """Check that the last line of the errors has these words; libraries print warnings before it."""
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: "), error
+    assert all(word in error for word in words), error
+
+
 def finetune(model: object, photos: object, output: str | Path, *flags: str) -> dict[str, Any]:
     """Run `vitcls finetune` here; return results.json and, as "printed", what it printed.
 

@@ -15,6 +15,7 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.command_in_process import check_error
 from helpers.photo_folders import write_files
 from helpers.prediction_photos import predict, sorted_photos, write_predictions
 from helpers.scripts_in_process import run_in_process
@@ -124,7 +125,7 @@ def test_without_any_prediction_the_status_is_1(
     images = [unreadable / name for name in ("2-cut.jpg", "absent.jpg")]
     flags = ["--model", classifier, *images, "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
-    assert "2 of the 2 images" in capsys.readouterr().err.splitlines()[-1]
+    check_error(capsys, "2 of the 2 images")
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["label"] for row in rows] == [None] * 2
     assert "2-cut.jpg" in rows[0]["error"]
@@ -139,10 +140,9 @@ def test_a_missing_file_is_named_at_the_end_and_in_the_status(
     assert run_in_process("predict.py", *flags) == 0
     assert capsys.readouterr().out.endswith("out.json: 1 of 3 images predicted\n")
     assert run_in_process("predict.py", *flags, "--num-workers", "0", "--strict") == 1
-    assert "2 of the 3 images" in capsys.readouterr().err.splitlines()[-1]
+    check_error(capsys, "2 of the 3 images")
     assert run_in_process("predict.py", *flags, unreadable / "absent.jpg") == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert f"1 of the 4 images do not exist: {unreadable / 'absent.jpg'}" in last
+    check_error(capsys, f"1 of the 4 images do not exist: {unreadable / 'absent.jpg'}")
     assert len(json.loads((tmp_path / "out.json").read_text())) == 4
 
 

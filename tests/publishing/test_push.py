@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.command_in_process import run_here
+from helpers.command_in_process import check_error, run_here
 from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_results, write_run_folder
 from helpers.photo_folders import write_files
@@ -144,9 +144,7 @@ def test_the_target_of_a_link_is_not_pushed(
     (folder / name).rename(folder.parent / "elsewhere")
     (folder / name).symlink_to(folder.parent / "elsewhere")
     assert run_push_command(folder) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert name in error
-    assert "is a link" in error
+    check_error(capsys, name, "is a link")
     assert hub.count_requests("POST", "/commit/") == 0
 
 
@@ -291,8 +289,7 @@ def test_an_incomplete_model_is_not_pushed(
 ) -> None:
     spoil(folder)
     assert run_push_command(folder) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(word in error for word in words)
+    check_error(capsys, *words)
     assert not hub.repositories
 
 

@@ -1,6 +1,7 @@
 """The programs of scripts/ that are not subcommands of `vitcls`: errors of one line."""
 
 import pytest
+from helpers.command_in_process import check_error
 from helpers.scripts_in_process import run_in_process
 
 
@@ -17,6 +18,4 @@ def test_a_wrong_flag_is_named_in_an_error_of_one_line(
     script: str, flags: str, named: str, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_in_process(script, *flags.split()) == status
-    error = capsys.readouterr().err.splitlines()[-1]  # libraries print warnings before
-    assert error.startswith("error: ")
-    assert named in error
+    check_error(capsys, named)
