@@ -114,8 +114,9 @@ def get_cached_commit(folder: str) -> str | None:
     """Find the commit hash of a folder in the cache; None for any other folder."""
     path = Path(folder)
     # The cache names the folder of a commit .../snapshots/HASH.
-    is_snapshot = path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name)
-    return path.name if is_snapshot else None
+    if path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name):
+        return path.name
+    return None
 
 
 def append_commit(source: str, folder: str) -> str:

@@ -105,8 +105,11 @@ class ModelFolder:
         """Whether the model was converted to a class of transformers, and requires no code."""
         # The model type alone says nothing: any ViT of transformers has it. Only a conversion by
         # this package writes a parity report.
-        is_native = self.read_saved(CONFIG_FILE).get("model_type") in NATIVE_MODEL_TYPES
-        return is_native and (self.path / PARITY_REPORT_FILE).is_file() and not self.code_references
+        return (
+            self.read_saved(CONFIG_FILE).get("model_type") in NATIVE_MODEL_TYPES
+            and (self.path / PARITY_REPORT_FILE).is_file()
+            and not self.code_references
+        )
 
     @cached_property
     def code_references(self) -> list[str]:
@@ -275,8 +278,11 @@ class ModelFolder:
     @property
     def has_trained_tokens(self) -> bool:
         """Whether there are several special tokens, and steps may have changed them."""
-        has_several = self.config is not None and self.config.token_layout.num_prefix_tokens > 1
-        return has_several and self.results.get("steps") != 0
+        return (
+            self.config is not None
+            and self.config.token_layout.num_prefix_tokens > 1
+            and self.results.get("steps") != 0
+        )
 
     @cached_property
     def num_parameters(self) -> int:
@@ -310,8 +316,9 @@ class ModelFolder:
     @cached_property
     def weights_sha256(self) -> dict[str, str] | None:
         """The SHA-256 of each weight file; None if one is missing."""
-        is_whole = all((self.path / name).is_file() for name in self.weight_files)
-        return hash_weights(self.path) if is_whole else None
+        if all((self.path / name).is_file() for name in self.weight_files):
+            return hash_weights(self.path)
+        return None
 
     @cached_property
     def results_of_any_weights(self) -> dict[str, Any]:

@@ -100,8 +100,9 @@ class Provenance:
 
 def check_link(link: Any, license_files: Collection[str]) -> str | None:
     """Return the link to a license if it is a web address, or one of the license files."""
-    is_link = isinstance(link, str) and (link in license_files or WEB_ADDRESS.fullmatch(link))
-    return link if is_link else None
+    if isinstance(link, str) and (link in license_files or WEB_ADDRESS.fullmatch(link)):
+        return link
+    return None
 
 
 def find_provenance(source: str) -> Provenance:
@@ -127,8 +128,7 @@ def find_provenance(source: str) -> Provenance:
         except OSError:
             # No network is no reason to stop: the base model is known from its name, and only the
             # license is not.
-            base_model = repo_id if is_hub_id(repo_id) else None
-            return Provenance(repo_id, base_model)
+            return Provenance(repo_id, repo_id if is_hub_id(repo_id) else None)
 
     try:
         card_metadata = metadata_load(folder / CARD_FILE) or {}

@@ -23,7 +23,13 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..frozen.linear_probe import describe_candidate
-from ..hub.model_files import CARD_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
+from ..hub.model_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    SAMPLE_IMAGES_FILE,
+)
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
 from ..inference.stated_result import (
@@ -38,7 +44,7 @@ from ..inference.stated_result import (
 from ..inference.token_names import count_tokens
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..model.token_layout_vitcls import TOKEN_KINDS
-from ..runtime.errors import format_name_list
+from ..runtime.errors import format_error, format_name_list
 from ..runtime.files import replace_control_characters
 from ..version import __version__
 
@@ -94,11 +100,11 @@ def render_card(
             initial weights.
 
     Raises:
-        ValueError: If the initial weights have another license.
+        ValueError: If the initial weights have another license, or a file of the folder has values
+            of other types than this package writes.
     """
     # As it was given; of an absolute path, two parts, as `photos` alone may be the photos
-    local_name = "/".join(folder.path.parts[-2:]) or folder.name
-    name = name or replace_control_characters(local_name)
+    name = name or replace_control_characters("/".join(folder.path.parts[-2:]) or folder.name)
     # First, because it may raise: a card must not be written under a license that the weights do
     # not have.
     license_source = get_license_source(folder, license_id)
@@ -137,23 +143,28 @@ def render_card(
     }
 
     is_run = "num_processes" in folder.results and bool(folder.flags)
+    template = "model"
     if folder.parity_report:
         # A conversion may carry the results of the run that trained its source, so it is asked for
         # first.
         template = "conversion"
     elif is_run:
         template = "classifier"
-    else:
-        template = "model"
-    variables |= build_model_variables(folder)
-    variables |= {
-        "card_data": Markup(
-            ModelCardData(**build_metadata(folder, name, license_source)).to_yaml()
-        ),
-        "metrics": build_metric_table(folder.results, format_name)["Metrics"],
-        "class_tables": build_class_tables(folder.results, format_name),
-    }
-    text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
+    try:
+        variables |= build_model_variables(folder)
+        variables |= {
+            "card_data": Markup(
+                ModelCardData(**build_metadata(folder, name, license_source)).to_yaml()
+            ),
+            "metrics": build_metric_table(folder.results, format_name)["Metrics"],
+            "class_tables": build_class_tables(folder.results, format_name),
+        }
+        text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
+    except (TypeError, AttributeError, LookupError) as error:
+        raise ValueError(
+            f"cannot write the card of {folder.source} from its {RESULTS_FILE} and {CONFIG_FILE}: "
+            f"{format_error(error)}. Copy these files again"
+        ) from error
     return f"{text}{SIGNATURE.format(compute_signature(text))}\n"
 
 
@@ -166,7 +177,7 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
     base_model = folder.provenance.base_model if folder.provenance else None
     # On the Hub, a model is a finetune, adapter, merge or quantized version of another. There is no
     # word for an exact copy.
-    relation = None if folder.parity_report else "finetune"
+    relation = "finetune" if base_model and not folder.parity_report else None
     is_classifier = "ForImageClassification" in folder.architecture
     dataset: Any = folder.hub_dataset if results else None
     metadata = {
@@ -175,7 +186,7 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
         "tags": [tag for tag in TAGS if tag != "vitcls" or not folder.is_native],
         "datasets": [dataset] if dataset else None,
         "base_model": base_model,
-        "base_model_relation": relation if base_model else None,
+        "base_model_relation": relation,
         **license_source.license_metadata,
     }
 
@@ -243,8 +254,10 @@ def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
         return variables
     counts = count_tokens(config)
     groups = [f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count]
-    layout = Markup(f"[ {' | '.join(groups)} ]")
-    return variables | {"sequence_length": sum(counts.values()), "layout": layout}
+    return variables | {
+        "sequence_length": sum(counts.values()),
+        "layout": Markup(f"[ {' | '.join(groups)} ]"),
+    }
 
 
 def list_added_classes(folder: ModelFolder) -> list[str]:

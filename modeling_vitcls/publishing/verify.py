@@ -169,8 +169,7 @@ def check_hashes(commit: PushedCommit, folder: ModelFolder) -> None:
 def has_content(entry: RepoFile, content: Path | bytes) -> bool:
     """Compare a file on the Hub with a content, by SHA-256 of large files, or Git's hash."""
     if entry.lfs is not None:
-        upload = CommitOperationAdd(entry.path, content).upload_info
-        return upload.sha256.hex() == entry.lfs.sha256
+        return CommitOperationAdd(entry.path, content).upload_info.sha256.hex() == entry.lfs.sha256
     return git_hash(read_content(content)) == entry.blob_id
 
 

@@ -90,8 +90,9 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_model_without_an_image_processor_is_written_without_one(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine")
     (folder / "preprocessor_config.json").unlink()
-    report = convert_to_native(str(folder), tmp_path / "native")
-    assert report["notes"] == ["neither model has an image processor"]
+    assert convert_to_native(str(folder), tmp_path / "native")["notes"] == [
+        "neither model has an image processor"
+    ]
     assert not (tmp_path / "native" / "preprocessor_config.json").exists()
 
 

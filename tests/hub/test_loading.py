@@ -203,8 +203,7 @@ def test_a_pinned_model_of_timm_loads_from_the_cache(
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
     repository = hub.create("ann/vit", private=False, files=files)
     commit = repository.branches["main"]
-    report = convert_checkpoint("timm:hf-hub:ann/vit", tmp_path / "mine")
-    assert report["source_revision"] == commit
+    assert convert_checkpoint("timm:hf-hub:ann/vit", tmp_path / "mine")["source_revision"] == commit
 
     repository.commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
     lose_hub(hub, monkeypatch)

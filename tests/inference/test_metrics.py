@@ -41,8 +41,10 @@ def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
 def test_equal_logits_are_no_right_answers_among_the_top_five() -> None:
     """A collapsed model would have 100%."""
     names = list(map(str, range(100)))
-    metrics = measure_one_label(names, np.zeros((100, 100), np.float32), np.arange(100))
-    assert metrics["top_5_accuracy"] == 0.05
+    assert (
+        measure_one_label(names, np.zeros((100, 100), np.float32), np.arange(100))["top_5_accuracy"]
+        == 0.05
+    )
 
 
 def test_metrics_of_one_label_per_image_equal_scikit_learn(by_one_process: dict[str, Any]) -> None:
@@ -128,8 +130,10 @@ def test_metrics_of_several_labels_per_image_equal_scikit_learn(
     assert metrics["num_images"] == NUM_IMAGES
     assert_per_class(metrics["per_class"], truth, answers)
 
-    measured = [row["average_precision"] for row in metrics["per_class"]]
-    assert measured == [*map(close, precisions), None]  # no image has the last class
+    assert [row["average_precision"] for row in metrics["per_class"]] == [
+        *map(close, precisions),
+        None,
+    ]  # no image has the last class
 
 
 def test_metrics_of_tasks_use_labeled_images_only(by_one_process: dict[str, Any]) -> None:

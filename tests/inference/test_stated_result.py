@@ -17,8 +17,10 @@ def build_metrics(num_right: int, num_images: int, **others: Any) -> dict[str, A
 
 
 def test_the_count_is_what_was_seen_and_the_estimate_is_corrected() -> None:
-    metrics = build_metrics(66, 80, accuracy=0.8335, accuracy_interval=[0.7199, 0.9252])
-    assert state_result(metrics) == "66 of 80 right; about 83% of new photos (72 to 93)"
+    assert (
+        state_result(build_metrics(66, 80, accuracy=0.8335, accuracy_interval=[0.7199, 0.9252]))
+        == "66 of 80 right; about 83% of new photos (72 to 93)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,8 +39,10 @@ def test_few_photos_have_a_count_and_thousands_have_decimals(
 
 
 def test_an_interval_reaches_100_only_if_its_bound_does() -> None:
-    metrics = build_metrics(999, 999, accuracy_interval=[0.9962, 1.0])
-    assert state_result(metrics) == "999 of 999 right; about 100% of new photos (99 to 100)"
+    assert (
+        state_result(build_metrics(999, 999, accuracy_interval=[0.9962, 1.0]))
+        == "999 of 999 right; about 100% of new photos (99 to 100)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,8 +65,10 @@ def test_the_share_of_guessing_is_said_if_the_sizes_of_the_classes_differ(
 def test_a_metric_that_is_no_percentage_may_be_negative(monkeypatch: pytest.MonkeyPatch) -> None:
     kappa = Metric("Kappa", is_percentage=False)
     monkeypatch.setitem(METRICS, "kappa", kappa)
-    metrics = {"kappa": -0.123, "kappa_interval": [-0.2, 0.0004], "num_images": 50}
-    assert state_result(metrics, "kappa") == "-0.12 (-0.20 to 0.00)"
+    assert (
+        state_result({"kappa": -0.123, "kappa_interval": [-0.2, 0.0004], "num_images": 50}, "kappa")
+        == "-0.12 (-0.20 to 0.00)"
+    )
 
 
 def test_a_mean_over_tasks_counts_no_images() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.model_folders import write_run_folder
 from helpers.source_checkpoints import save_timm_model
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
@@ -105,6 +105,12 @@ def test_values_of_a_folder_are_no_markdown(tmp_path: Path) -> None:
     assert "\n## Free" not in text
     assert text.count("x ## Free") == 4
     assert "javascript" not in text
+
+
+def test_values_of_another_type_are_one_line(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path / "mine", {"per_class": 5})
+    with raises_one_line("results.json", "Copy"):
+        load_card(folder)
 
 
 def test_the_card_names_all_code_files_to_read(tmp_path: Path) -> None:
@@ -254,7 +260,6 @@ def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path:
         report["provenance"] = {"name": name, "base_model": "timm/vit"}
         (tmp_path / "vit" / "parity_report.json").write_text(json.dumps(report))
         card = load_card(tmp_path / "vit")
-        is_linked = f"[`{name}`](https://huggingface.co/timm/vit)" in card.text
-        assert is_linked == (name != "mine")
+        assert (f"[`{name}`](https://huggingface.co/timm/vit)" in card.text) == (name != "mine")
         assert card.data.base_model == "timm/vit"
         assert getattr(card.data, "base_model_relation", None) is None

@@ -72,8 +72,7 @@ def push(folder: Path, **settings: Any) -> PushedCommit:
 
 def run_push_command(folder: Path) -> int:
     """Push with the command, and return its exit status."""
-    target = ("--hub-model-id", "ann/model", "--no-verify")
-    return run_here("push", "--model", folder, *target)
+    return run_here("push", "--model", folder, "--hub-model-id", "ann/model", "--no-verify")
 
 
 def read_card(hub: LocalHub) -> str:
@@ -222,9 +221,8 @@ def test_exported_files_are_pushed_only_with_the_model_they_were_created_from(
 ) -> None:
     write_export(folder)
     push(folder)
-    names = set(hub.files("ann/model"))
 
-    assert {"model.onnx", "model.onnx.data", "model.onnx.json"} <= names
+    assert {"model.onnx", "model.onnx.data", "model.onnx.json"} <= set(hub.files("ann/model"))
     assert "| `model.onnx` | float16 | 1.5 MiB | 2.0e-06 |" in read_card(hub)
 
     edit(folder)

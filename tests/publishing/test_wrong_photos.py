@@ -91,8 +91,9 @@ def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) ->
 
 
 def test_a_name_of_several_images_is_not_found() -> None:
-    train = LabeledImages(DatasetImages.from_list(["same.png", "same.png"]), [0, 1])
-    assert find_photos(train) == {}
+    assert (
+        find_photos(LabeledImages(DatasetImages.from_list(["same.png", "same.png"]), [0, 1])) == {}
+    )
 
 
 @pytest.mark.parametrize("kind", ["several labels", "no images"])
@@ -199,8 +200,9 @@ def test_the_page_shows_all_wrong_photos_and_says_what_it_measured(page: Page) -
 def test_the_page_says_what_to_check_and_how_each_class_did(page: Page) -> None:
     wrong = page.locator("#wrong")
     assert "First check whether each photo is in the right folder" in wrong.inner_text()
-    alternatives = wrong.locator("figure > img").evaluate_all("all => all.map(each => each.alt)")
-    assert set(alternatives) == WRONG
+    assert (
+        set(wrong.locator("figure > img").evaluate_all("all => all.map(each => each.alt)")) == WRONG
+    )
     rows = page.locator("table").first.locator("tbody tr").all_inner_texts()
     assert [row.split("\t") for row in rows] == [
         ["pants and trousers", "4 of 8", "100%", "67%", "skirt (4)"],
@@ -218,8 +220,7 @@ def test_the_page_draws_what_more_photos_brought(page: Page) -> None:
     )
     texts = [f"{accuracy:.0%} with {number:,.0f} photos" for accuracy, number in points]
     assert plot.get_attribute("aria-label") == ", ".join(texts)
-    words = plot.locator("text").all_text_contents()
-    assert {"training photos", "right"} <= {*words}
+    assert {"training photos", "right"} <= {*plot.locator("text").all_text_contents()}
     heights = plot.locator("circle").evaluate_all("all => all.map(each => each.cy.baseVal.value)")
     assert heights == sorted(heights, reverse=True)
 

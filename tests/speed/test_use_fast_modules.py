@@ -73,8 +73,7 @@ def test_training_ends_frozen_weights_and_a_cast_forgets_them() -> None:
     assert model.vitcls.layers.frozen_weights == {}
     assert model.train().vitcls.layers.frozen_weights is None
     assert build_frozen_model().eval().vitcls.layers.frozen_weights
-    adapted = build_frozen_model().adapt(num_register_tokens=1)
-    assert not has_fast_modules(adapted)
+    assert not has_fast_modules(build_frozen_model().adapt(num_register_tokens=1))
 
 
 def test_frozen_weights_are_made_once_for_each_precision() -> None:

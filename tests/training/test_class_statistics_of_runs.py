@@ -96,8 +96,7 @@ def test_weights_that_were_saved_in_training_have_no_distance(frozen: Path, tmp_
     model.vitcls.layers[0].mlp.fc1.weight.add_(1e-3)
     model.save_pretrained(tmp_path)
     assert ViTCLSForImageClassification.from_pretrained(tmp_path)(IMAGES).distance is None
-    row = predict(tmp_path, [NEW[0][0]])[0]
-    assert "distance" not in row
+    assert "distance" not in predict(tmp_path, [NEW[0][0]])[0]
     with raises_one_line("class statistics"):
         add_class(tmp_path, NEW, tmp_path / "new")
 

@@ -85,9 +85,8 @@ def check_resume(
     other, other_optimizer = second
     checkpoint: Any = store.load_newest(pytest.fail)
     scatter_state(checkpoint, accelerator, other, other_optimizer)
-    found = [step_once(other, other_optimizer, step) for step in range(3, 6)]
 
-    assert found == expected
+    assert [step_once(other, other_optimizer, step) for step in range(3, 6)] == expected
     for name, tensor in gather_weights(model).items():
         assert torch.equal(tensor, gather_weights(other)[name]), name
     return tensors
