@@ -127,8 +127,10 @@ def use_fast_modules(model: Model, frozen: bool = False) -> Model:
         frozen: whether the model is only read, in one process. Without gradients, its layers then
             use copies of the weights, in the precision of `torch.autocast` or else of the model.
             They are made in the next pass, and again after the weights have changed. PyTorch does
-            not count edits of `parameter.data` in place: after such an edit, call this function
-            again. `model.train()` and a pass with gradients of the weights end it.
+            not count edits of `parameter.data` in place, and steps of fused optimizers
+            (`torch.optim.AdamW(..., fused=True)`): after these, call this function again, or the
+            outputs mix old and new weights. `model.train()` and a pass with gradients of the
+            weights end it, so a training loop needs no call.
 
     Examples:
         >>> from modeling_vitcls import ViTCLSModel, use_fast_modules, use_plain_modules
