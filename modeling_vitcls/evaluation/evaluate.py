@@ -42,7 +42,7 @@ from ..inference.stated_result import build_class_tables, build_metric_table, fo
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.errors import format_name_list
-from ..runtime.files import write_json
+from ..runtime.files import escape_csv_cell, write_json
 from ..runtime.progress import build_console, print_warning
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator, build_rows, describe_in_trained_scenes, write_rows
@@ -179,8 +179,9 @@ def load_data(
     data = load_on_main(options.dataset, load)
     if not use_labels:
         return data
-    images = translate_labels(data.images, data.label_space, label_space)
-    return data._replace(images=images, label_space=label_space)
+    return data._replace(
+        images=translate_labels(data.images, data.label_space, label_space), label_space=label_space
+    )
 
 
 def get_training_columns(
@@ -268,7 +269,7 @@ def match_names(names: Sequence[str], model_names: Sequence[str]) -> Callable[[A
     """
     indices: dict[str, list[int]] = {}  # Name -> its indices in the model
     for index, name in enumerate(model_names):
-        indices.setdefault(normalize_name(name), []).append(index)
+        indices.setdefault(escape_csv_cell(normalize_name(name)), []).append(index)
 
     def translate(label: Any) -> Any:
         if isinstance(label, list):
@@ -276,7 +277,8 @@ def match_names(names: Sequence[str], model_names: Sequence[str]) -> Callable[[A
         if label is None:
             return None
         name = names[label]
-        found = indices.get(normalize_name(name), [])
+        # The tables of `predict` have control characters of names as escape sequences.
+        found = indices.get(escape_csv_cell(normalize_name(name)), [])
         if len(found) > 1:
             raise ValueError(
                 f"the model has several labels with the name {name!r}. Give these labels different "

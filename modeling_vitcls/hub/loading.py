@@ -134,8 +134,9 @@ def pin_revision(source: str) -> str:
         return source
     # The small files are enough to learn the commit. If the conversion of the model is in the
     # cache, the weights are not needed.
-    folder = get_model_folder(source.removeprefix("transformers:"), CONFIG_FILES)
-    return append_commit(source, folder)
+    return append_commit(
+        source, get_model_folder(source.removeprefix("transformers:"), CONFIG_FILES)
+    )
 
 
 def is_hub_id(source: str) -> bool:

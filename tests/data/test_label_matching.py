@@ -12,11 +12,12 @@ def build_single_label_space(*names: str) -> LabelSpace:
 
 
 def test_labels_are_matched_to_the_model_by_name() -> None:
+    """A table of `predict` has a line break in a name as an escape sequence."""
     pictures = LabeledImages([], [0, 1, 0])
     assert translate_labels(
         pictures,
-        build_single_label_space("noon", "dusk"),
-        build_single_label_space("dawn", "dusk", "noon"),
+        build_single_label_space("noon", "du\\nsk"),
+        build_single_label_space("dawn", "du\nsk", "noon"),
     ).labels == [2, 1, 2]
 
     with raises_one_line("'noon'", "only the labels label 0. Remove"):
