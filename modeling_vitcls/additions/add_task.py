@@ -20,6 +20,7 @@ from ..frozen.heads import FrozenHead
 from ..frozen.linear_probe import LinearProbe, describe_candidate, stack_tokens
 from ..frozen.scenes import TrainedScenes
 from ..hub.local_paths import strip_folders
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
 from ..runtime.errors import warn_on_first_process
@@ -34,13 +35,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     Raises:
         ValueError, OSError: if the data cannot be read, or if the name is taken.
     """
-    config = old.model.config
-    outputs = [field.name for field in fields(ViTCLSImageClassifierOutput)]
-    outputs += [*RESERVED_OUTPUT_NAMES, *config.get_extra_heads(), *(config.tasks or ())]
-    if options.name in outputs:
-        raise ValueError(
-            f"`name={options.name!r}`: the model has an output with this name. Choose another `name`"
-        )
+    check_name(options.name, old.model.config)
     images = load_undivided_images(options)
     label_space = images.label_space
     check_has_one_label(label_space, images.name)
@@ -132,3 +127,12 @@ def predict_left_out(head: FrozenHead, weight: np.ndarray, bias: np.ndarray) -> 
     if head.probe.estimate_ is None:
         return None
     return build_predictions(head.labels, head.predict_out_of_fold())
+
+
+def check_name(name: str, config: ViTCLSConfig) -> None:
+    """Raise ValueError if an output of the model has a name."""
+    outputs = [field.name for field in fields(ViTCLSImageClassifierOutput)]
+    if name in (*RESERVED_OUTPUT_NAMES, *outputs, *config.get_extra_heads(), *(config.tasks or ())):
+        raise ValueError(
+            f"`name={name!r}`: the model has an output with this name. Choose another `name`"
+        )

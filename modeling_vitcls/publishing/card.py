@@ -108,19 +108,17 @@ def render_card(
     # First, because it may raise: a card must not be written under a license that the weights do
     # not have.
     license_source = get_license_source(folder, license_id)
-    shown_files: list[str] = []
-    if folder.results:
-        shown_files = [
-            file
-            for file in (REPORT_FILE, SAMPLE_IMAGES_FILE)
-            if (folder.path / file).is_file() and file not in hidden_files
-        ]
+    # Those of other weights are not shown
+    shown_files = [
+        file
+        for file in (REPORT_FILE, SAMPLE_IMAGES_FILE)
+        if folder.results and (folder.path / file).is_file() and file not in hidden_files
+    ]
     variables = {
         "name": name,
         "version": __version__,
         "shown_files": shown_files,
         "license": license_source,
-        "tasks": folder.config.task_labels() if folder.config is not None else {},
         "added_classes": list_added_classes(folder),
         **{
             name: getattr(folder, name)
@@ -142,13 +140,12 @@ def render_card(
         },
     }
 
-    is_run = "num_processes" in folder.results and bool(folder.flags)
     template = "model"
     if folder.parity_report:
         # A conversion may carry the results of the run that trained its source, so it is asked for
         # first.
         template = "conversion"
-    elif is_run:
+    elif "num_processes" in folder.results and folder.flags:
         template = "classifier"
     try:
         variables |= build_model_variables(folder)
@@ -197,7 +194,7 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
     measured = list(list_metrics(results))
     if measured:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
-    if measured and metadata["datasets"] and is_comparable:
+    if measured and dataset and is_comparable:
         metadata["model_name"] = name
         metadata["eval_results"] = [
             EvalResult(
@@ -248,7 +245,7 @@ def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
         "is_classifier": is_classifier,
         "has_pipeline": is_classifier and not (config is not None and config.tasks),
         "can_be_finetuned": not folder.is_native and not (folder.results and is_classifier),
-        "min_transformers": ".".join(map(str, MIN_TRANSFORMERS_VERSION)),
+        "min_transformers": MIN_TRANSFORMERS_VERSION,
     }
     if config is None:
         return variables
