@@ -60,6 +60,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
     (PredictOptions, "batch_size top_k", [1], [0]),
     (PredictOptions, "num_workers", [0], [-1]),
+    (PredictOptions, "features", [None], [()]),
     (InspectOptions, "num_images max_images batch_size", [1], [0]),
     (BenchmarkOptions, "batch_sizes", [(1,)], [(4, 0)]),
     (BenchmarkOptions, "rounds", [1], [0]),
@@ -85,6 +86,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (PredictOptions, {"paths": ("a",)}, {"dataset": "c"}, "`images`"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output='a.txt'`"),
     (PredictOptions, {}, {"output": Path("folder")}, "`output='folder'`"),
+    (PredictOptions, {}, {"model": ""}, "`model` is empty"),
     (
         PredictOptions,
         {"features": ("cls",), "output": Path("a.json")},

@@ -68,7 +68,7 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Any]:
             raise SystemExit(0)
 
         if name == "convert":
-            flags = name_arguments(flags, "model", "output")
+            flags = name_arguments(flags)
         recipe = read_recipe_of_flags(flags, options_class)
         check_flags(name, flags, options_class, recipe)
 
@@ -132,11 +132,11 @@ def shorten_error(text: str) -> str:
     return ". ".join(part for part in parts if part)
 
 
-def name_arguments(flags: list[str], *names: str) -> list[str]:
-    """Put names before the arguments at the start that have none: `convert MODEL OUTPUT`."""
-    for index, name in enumerate(names):
-        if flags[2 * index :] and not flags[2 * index].startswith("-"):
-            flags = [*flags[: 2 * index], f"--{name}", *flags[2 * index :]]
+def name_arguments(flags: list[str]) -> list[str]:
+    """Put flags before the arguments at the start that have none: `convert MODEL OUTPUT`."""
+    for place, name in ((0, "--model"), (2, "--output")):
+        if flags[place:] and not flags[place].startswith("-"):
+            flags = [*flags[:place], name, *flags[place:]]
     return flags
 
 
@@ -199,14 +199,15 @@ def check_flags(
                 raise ValueError(describe_unknown_flag(flag, fields))
             given.add(name)
 
-    missing = []
-    for name, field in fields.items():
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING
         # Arguments have no flags, and tyro names them.
-        is_argument = get_origin(field.type) is Annotated
-        is_in_recipe = getattr(recipe, name, tyro.MISSING) is not tyro.MISSING
-        is_required = field.default is dataclasses.MISSING and not is_argument
-        if is_required and name not in given and not is_in_recipe:
-            missing.append(name)
+        and get_origin(field.type) is not Annotated
+        and name not in given
+        and getattr(recipe, name, tyro.MISSING) is tyro.MISSING
+    ]
     if missing and not HELP_FLAGS.intersection(flags):
         first = flags[0] if flags else "-"
         # Such as `vitcls predict runs/mine photo.jpg`

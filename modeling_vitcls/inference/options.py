@@ -137,8 +137,9 @@ class PredictOptions(ImageOptions, EngineOptions):
         super().check()
         check_minimum(self, 1, "top_k", "max_megapixels")
         check_minimum(self, 0, "num_workers")
-        suffix = ".csv" if self.output is None else self.output.suffix.lower()
-        if suffix not in (".csv", ".json", ".jsonl", ".parquet"):
+        check_value(self, "features", self.features != (), "one name or more")
+        suffixes = (".csv", ".json", ".jsonl", ".parquet")
+        if self.output is not None and self.output.suffix.lower() not in suffixes:
             raise ValueError(
                 f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file"
             )

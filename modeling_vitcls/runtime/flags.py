@@ -46,9 +46,10 @@ class Options:
             value = getattr(self, name)
             # a separator `~` is no path
             if name in PATH_FLAGS or "Path" in str(hint):
+                if value == "":  # As a path, it would be the current folder
+                    raise ValueError(f"`{name}` is empty. Set it, or leave it out")
                 value = expand_home(value)
-            is_union = get_origin(hint) in (Union, types.UnionType)
-            kinds = get_args(hint) if is_union else (hint,)
+            kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
             if isinstance(value, list):
                 value = tuple(value)
             elif isinstance(value, str) and get_origin(kinds[0]) is tuple:

@@ -270,7 +270,9 @@ def describe_flag_change(name: str, value: Any, folder: Path, recorded: dict[str
     advice = "Use the same flags, or choose a different `output_dir`"
     # More epochs are another run: the learning rate of every past step depends on the total.
     if name in ("epochs", "max_steps"):
-        advice = f"To train for more steps, start another run with `model={str(folder)!r}`"
+        advice = (
+            f"For more steps, let it finish, then start another run with `model={str(folder)!r}`"
+        )
     if is_local(asked) and not Path(split_prefix(expand_home(asked))[1]).exists():
         advice = f"{asked} does not exist. Restore it, or choose a different `output_dir`"
 

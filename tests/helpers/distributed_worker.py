@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 import traceback
@@ -234,7 +233,7 @@ def signal_to_one_process_is_known_to_all(folder: Path) -> None:
         with SignalHandler() as interruption:
             assert interruption.get_signal() is None
             if distributed.get_rank() == 1:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             assert interruption.get_signal() == number.name
 
 

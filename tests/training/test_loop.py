@@ -375,9 +375,9 @@ def test_signals_stop_training_at_the_next_check(
     before = signal.getsignal(number)
     with SignalHandler() as interruption:
         assert interruption.get_signal() is None
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert interruption.get_signal() == number.name
-        os.kill(os.getpid(), number)  # the launcher sends the signal again
+        signal.raise_signal(number)  # the launcher sends the signal again
         assert interruption.get_signal() == number.name
     assert signal.getsignal(number) is before
 
@@ -387,10 +387,10 @@ def test_an_interrupt_seconds_after_another_signal_ends_at_once(earlier: list[in
     """A launcher forwards an interrupt at once: after two, the checkpoint is still saved."""
     with SignalHandler() as interruption:
         for number in earlier:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         interruption.signal_times[earlier[0]] -= 2
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             time.sleep(1)
 
 
@@ -398,7 +398,7 @@ def test_ignored_signals_stay_ignored() -> None:
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with SignalHandler() as interruption:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert interruption.get_signal() is None
     finally:
         signal.signal(signal.SIGINT, old)

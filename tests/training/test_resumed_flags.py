@@ -3,7 +3,6 @@
 The encoder is converted and has a native side of 280 pixels, so that the run derives an image size.
 """
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -55,7 +54,7 @@ def stopped(command: list[str], module_path: Path) -> Path:
 
     def stop(reporter: Reporter, step: int) -> None:
         show_step(reporter, step)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reporter, "show_step", stop)

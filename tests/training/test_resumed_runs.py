@@ -108,7 +108,7 @@ def test_a_resumed_run_has_the_same_results(
 
 # Changes between start and resume -----------------------------------------------------------------
 
-LENGTH = "To train for more steps, start another run with `model="
+LENGTH = "For more steps, let it finish, then start another run with `model="
 CHANGES: list[tuple[dict[str, Any], str]] = [
     (
         {"learning_rate": None},
