@@ -120,7 +120,7 @@ def describe_in_trained_scenes(record: Mapping[str, Any]) -> str | None:
         return None
     text = (
         f"{len(names):,} of {record['num_images']:,} photos are of scenes that trained the "
-        f"model, such as {names[0]}, so the result is no estimate for new photos"
+        f"model, such as {names[0]}, and easier than new photos"
     )
     if number := record.get("num_others"):
         num_right = record["num_right"]
