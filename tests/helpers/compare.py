@@ -1,6 +1,6 @@
 """Compare models with and without CPU kernels: outputs and gradients by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -39,9 +39,7 @@ def pack_weights(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(cpu_kernels, "MIN_PACKED_WIDTH", 0)
 
 
-def run_step(
-    model: Any, images: torch.Tensor, forward: Callable[..., Any] | None = None
-) -> Tensors:
+def run_step(model: Any, images: torch.Tensor, forward: Any = None) -> Tensors:
     """Return the logits and the gradient of the loss with respect to each trained parameter.
 
     Args:
@@ -50,7 +48,8 @@ def run_step(
         forward: function to call instead of the model, for example a compiled version.
     """
     model.zero_grad()
-    output = (forward or model)(images, labels=torch.tensor([0, 2]))
+    # A compiled model has no truth value
+    output = (model if forward is None else forward)(images, labels=torch.tensor([0, 2]))
     output.loss.backward()
     gradients = {
         name: weight.grad.clone()
