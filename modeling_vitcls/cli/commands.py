@@ -137,7 +137,7 @@ def run_convert(options: ConvertOptions) -> None:
     if reason := report["preprocessing"]["assumed_because"]:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     if report["not_compared"]:
-        print(f"Not compared at a second size: {report['not_compared']}")
+        print(f"The models were not compared at a second size: {report['not_compared']}")
     print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
     print(
         f"\nWritten to {options.output}. README.md has the code that loads the model. To push and "

@@ -120,12 +120,14 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
             unmatched_names.append(name)
             continue
 
-        converted_tensors: Sequence[Tensor] = [tensor][: len(targets)]
+        converted_tensors: Sequence[Tensor] = ()
         if rule.transform:
             converted_tensors = rule.transform(tensor, config)
         elif len(targets) > 1:
             # A fused projection [3 * D, ...] becomes equal parts [D, ...].
             converted_tensors = tensor.chunk(len(targets))
+        elif targets:
+            converted_tensors = [tensor]
         for target, converted_weight in zip(targets, converted_tensors, strict=True):
             if converted_weight.numel():
                 converted_weights[target] = converted_weight

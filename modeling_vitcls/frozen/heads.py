@@ -70,9 +70,8 @@ class Heads:
         if len(candidates) == 1:
             return candidates[0]
         layers = max((each.layers for each in candidates), key=len)
-        return Candidate(
-            layers, "cls_mean" if any(each.pooling != "cls" for each in candidates) else "cls"
-        )
+        reads_patches = any(each.pooling != "cls" for each in candidates)
+        return Candidate(layers, "cls_mean" if reads_patches else "cls")
 
     def freeze(self, features: Features, held_out: Features) -> dict[str, "FrozenHead"]:
         """Join the classifier of each task with the features of its training and held-out images."""

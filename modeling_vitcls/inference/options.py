@@ -138,7 +138,7 @@ class PredictOptions(ImageOptions, EngineOptions):
         check_minimum(self, 1, "top_k", "max_megapixels")
         check_minimum(self, 0, "num_workers")
         check_value(self, "features", self.features != (), "one name or more")
-        suffixes = (".csv", ".json", ".jsonl", ".parquet")
+        suffixes = ".csv", ".json", ".jsonl", ".parquet"
         if self.output is not None and self.output.suffix.lower() not in suffixes:
             raise ValueError(
                 f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file"

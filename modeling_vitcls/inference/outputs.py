@@ -81,8 +81,7 @@ def join_lists(values: list[list[Any] | None], decimal: str) -> list[str | None]
     def spell(item: Any) -> str:
         return str(np.float32(item)).replace(".", decimal) if isinstance(item, float) else item
 
-    filled = filter(None, values)
-    if any(LABEL_SEPARATOR in str(item) for item in chain.from_iterable(filled)):
+    if any(LABEL_SEPARATOR in str(item) for item in chain.from_iterable(filter(None, values))):
         return [
             None if value is None else json.dumps(value, ensure_ascii=False) for value in values
         ]

@@ -140,7 +140,7 @@ MIN_PACKED_WIDTH = 128
 # The dtypes of weights that are packed
 PACKED_DTYPES: set[torch.dtype] = set()
 if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-    if HAS_AVX512_BFLOAT16 and is_onednn_correct(torch.bfloat16):
+    if (HAS_AMX or HAS_AVX512_BFLOAT16) and is_onednn_correct(torch.bfloat16):
         PACKED_DTYPES.add(torch.bfloat16)
     if not HAS_AMX and is_onednn_correct(torch.float32):
         PACKED_DTYPES.add(torch.float32)

@@ -64,8 +64,7 @@ def choose_heads(
     predictions = selection.predict(model)
     if classifier.distillation_classifier is None:
         return predictions, None
-    names = ("cls", "distillation", "mean")
-    losses = {name: predictions.metrics[f"{name}_loss"] for name in names}
+    losses = {name: predictions.metrics[f"{name}_loss"] for name in ("cls", "distillation", "mean")}
     inference = min(losses, key=losses.__getitem__)
     if inference != config.distillation_inference:
         config.distillation_inference = inference
