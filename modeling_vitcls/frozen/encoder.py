@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from threadpoolctl import threadpool_limits
 
 from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
@@ -32,9 +33,10 @@ from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .border import describe_border, measure_border
 from .camera import describe_camera
-from .features import OWN_POOLING, FeatureLayout, Features, FrozenPass
-from .heads import FrozenHead, Heads, describe_choice, split_tasks
+from .features import OWN_POOLING, FeatureLayout, Features, FrozenPass, has_searchable_pooling
+from .heads import FrozenHead, build_record, describe_choice, freeze, split_tasks
 from .linear_probe import (
+    DISTILLATION,
     NUM_LAST_LAYERS,
     LinearProbe,
     describe_inference,
@@ -160,14 +162,20 @@ class FrozenEncoder:
 
     @property
     def layout(self) -> FeatureLayout:
-        """The features that the heads of the model may read."""
+        """The features that the heads of the model may read.
+
+        A pooler with weights, or the maximum, reads all of the last layer. Its output is then the
+        only kind of token. A second head reads the mean of the distillation tokens.
+        """
         config = self.model.config
+        if not config.tasks and not has_searchable_pooling(config):  # Tasks have no pooler
+            return FeatureLayout(1, {OWN_POOLING: config.pooled_size})
         # Four layers in any case: the class statistics are of these, whatever the classifier reads.
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
-        if config.tasks:  # They have no pooler
-            return FeatureLayout.for_extra_heads(config, num_layers)
-        has_second_head = self.model.distillation_classifier is not None
-        return FeatureLayout.from_config(config, num_layers, has_second_head)
+        layout = FeatureLayout.for_extra_heads(config, num_layers)
+        if getattr(self.model, "distillation_classifier", None) is not None:
+            layout.widths[DISTILLATION] = config.hidden_size
+        return layout
 
     # Images ---------------------------------------------------------------------------------------
 
@@ -293,8 +301,8 @@ class FrozenEncoder:
         part = own.take(rows[np.isin(own.indices[rows], squashed.indices)])
         losses = {}
         for resize, features in ((own_resize, part), (SQUASH, squashed)):
-            heads = run_on_main(partial(self.fit_heads, features))
-            losses[resize] = np.concatenate([each.losses_ for each in heads.probes.values()])
+            probes = run_on_main(partial(self.fit_probes, features))
+            losses[resize] = np.concatenate([each.losses_ for each in probes.values()])
         # Both are losses of the same images, so their differences have the error. Too few images for
         # folds have none.
         differences = losses[own_resize] - losses[SQUASH]
@@ -340,11 +348,7 @@ class FrozenEncoder:
         start_time = time.perf_counter()
         train = images.select(data.train_indices)
         # On one process for all: rounding on another CPU could turn a close choice.
-        heads = run_on_main(partial(self.fit_heads, train.take(slice(MAX_CHOICE_IMAGES))))
-        # The other images are kept out of the choice, whose time grows with their number, but not of
-        # the fit.
-        if len(train.labels) > MAX_CHOICE_IMAGES:
-            heads = run_on_main(partial(heads.refit, train))
+        probes = run_on_main(partial(self.fit_probes, train))
 
         places = data.held_out_indices
         held_out = images.select(places)
@@ -359,8 +363,8 @@ class FrozenEncoder:
             pairs, _ = find_pairs(train, images.max_distance, held_out)
             in_trained_scenes = np.unique(held_out.names[pairs[:, 0]]).tolist()
 
-        frozen = heads.freeze(train, held_out)
-        record = heads.build_record(frozen) | images.geometry
+        frozen = freeze(probes, self.label_space, train, held_out)
+        record = build_record(frozen) | images.geometry
         self.set_choice(record)
         record["camera"] = join_texts(
             {task: describe_camera(data, head) for task, head in frozen.items()}
@@ -377,10 +381,24 @@ class FrozenEncoder:
             frozen, record, TrainedScenes.of(train, images.max_distance), in_trained_scenes
         )
 
-    def fit_heads(self, features: Features) -> Heads:
-        """Choose and fit the classifiers of the tasks, with the settings of the user."""
-        probe = LinearProbe(self.layers, self.read_pooling, self.class_weight)
-        return Heads.fit(self.label_space, features, probe)
+    def fit_probes(self, features: Features) -> dict[str, LinearProbe]:
+        """Choose and fit the classifier of each task, with the settings of the user.
+
+        The images of the choice are the first ones.
+        """
+        images = features.take(slice(MAX_CHOICE_IMAGES))
+        probes = {}
+        # The matrices are small: with more threads, the fits take more time in total.
+        with threadpool_limits(limits=1):
+            for task, own in split_tasks(images, self.label_space).items():
+                probe = LinearProbe(self.layers, self.read_pooling, self.class_weight)
+                probes[task] = probe.fit(own.get_tokens(), own.labels, own.groups)
+        # The other images are kept out of the choice, whose time grows with their number, but not of
+        # the fit.
+        if len(features.labels) > MAX_CHOICE_IMAGES:
+            for task, own in split_tasks(features, self.label_space).items():
+                probes[task].refit(own.get_tokens(), own.labels)
+        return probes
 
     # Model ----------------------------------------------------------------------------------------
 

@@ -36,22 +36,6 @@ class FeatureLayout:
     widths: dict[str, int]  # Kind of token -> number of features; the same in each layer
 
     @classmethod
-    def from_config(
-        cls, config: ViTCLSConfig, num_layers: int, has_distillation: bool = False
-    ) -> "FeatureLayout":
-        """Build the layout of the last `num_layers` for the classifier of a model.
-
-        A pooler with weights, or the maximum, reads all of the last layer. Its output is then the
-        only kind of token. With `has_distillation`, the mean of the distillation tokens is another.
-        """
-        if not has_searchable_pooling(config):
-            return cls(1, {OWN_POOLING: config.pooled_size})
-        layout = cls.for_extra_heads(config, num_layers)
-        if has_distillation:
-            layout.widths["distillation"] = config.hidden_size
-        return layout
-
-    @classmethod
     def for_extra_heads(cls, config: ViTCLSConfig, num_layers: int) -> "FeatureLayout":
         """Build the layout of the last `num_layers` for heads that do not use the model's pooler."""
         kinds = ("cls", "mean") if config.num_cls_tokens else ("mean",)

@@ -1,12 +1,12 @@
 """The classifiers on the features of a frozen encoder.
 
-    features, labels -> Heads.fit: choice, by cross-validation -> refit: all images -> freeze: FrozenHead of each task
+    features, labels -> LinearProbe of each task -> freeze: FrozenHead of each task -> the weights of the model
 
 The choice is made in frozen/linear_probe.py. Each of several tasks has a classifier of its own, of
 the same features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from sklearn.base import clone
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
@@ -35,73 +34,48 @@ from .linear_probe import (
 NUM_NEAREST_IMAGES = 3
 
 
-@dataclass(frozen=True)
-class Heads:
-    """The classifiers of all tasks, fitted to features.
+def find_read(probes: Collection[LinearProbe]) -> Candidate:
+    """Find what a model reads for the classifiers of all tasks."""
+    candidates = [each.candidate_ for each in probes]
+    if len(candidates) == 1:
+        return candidates[0]
+    layers = max((each.layers for each in candidates), key=len)
+    reads_patches = any(each.pooling != "cls" for each in candidates)
+    return Candidate(layers, "cls_mean" if reads_patches else "cls")
 
-    Attributes:
-        label_space: the labels of the tasks.
-        probes: the classifier of each task; without tasks, the only key is "".
-    """
 
-    label_space: LabelSpace
-    probes: dict[str, LinearProbe]
+def freeze(
+    probes: Mapping[str, LinearProbe],
+    label_space: LabelSpace,
+    features: Features,
+    held_out: Features,
+) -> dict[str, "FrozenHead"]:
+    """Join the classifier of each task with the features of its training and held-out images."""
+    tokens = find_read(probes.values()).tokens
+    held_out_parts = split_tasks(held_out, label_space)
+    frozen = {}
+    for task, own in split_tasks(features, label_space).items():
+        left_out = held_out_parts[task]
+        frozen[task] = FrozenHead(
+            task=task,
+            probe=probes[task],
+            tokens=tokens,
+            labels=label_space.tasks[task],
+            features=own,
+            held_out=left_out if len(left_out.labels) else None,
+        )
+    return frozen
 
-    @classmethod
-    def fit(cls, label_space: LabelSpace, features: Features, probe: LinearProbe) -> "Heads":
-        """Choose and fit the classifier of each task, with the settings of `probe`."""
-        probes = {}
-        # The matrices are small: with more threads, the fits take more time in total.
-        with threadpool_limits(limits=1):
-            for task, own in split_tasks(features, label_space).items():
-                probes[task] = clone(probe).fit(own.get_tokens(), own.labels, own.groups)
-        return cls(label_space, probes)
 
-    def refit(self, features: Features) -> "Heads":
-        """Fit what was chosen to all images, also to those that took no part in the choice."""
-        for task, own in split_tasks(features, self.label_space).items():
-            self.probes[task].refit(own.get_tokens(), own.labels)
-        return self
-
-    @property
-    def read(self) -> Candidate:
-        """What a model reads for the classifiers of all tasks."""
-        candidates = [each.candidate_ for each in self.probes.values()]
-        if len(candidates) == 1:
-            return candidates[0]
-        layers = max((each.layers for each in candidates), key=len)
-        reads_patches = any(each.pooling != "cls" for each in candidates)
-        return Candidate(layers, "cls_mean" if reads_patches else "cls")
-
-    def freeze(self, features: Features, held_out: Features) -> dict[str, "FrozenHead"]:
-        """Join the classifier of each task with the features of its training and held-out images."""
-        held_out_parts = split_tasks(held_out, self.label_space)
-        frozen = {}
-        for task, own in split_tasks(features, self.label_space).items():
-            left_out = held_out_parts[task]
-            frozen[task] = FrozenHead(
-                task=task,
-                probe=self.probes[task],
-                tokens=self.read.tokens,
-                labels=self.label_space.tasks[task],
-                features=own,
-                held_out=left_out if len(left_out.labels) else None,
-            )
-        return frozen
-
-    def build_record(self, frozen: Mapping[str, "FrozenHead"]) -> dict[str, Any]:
-        """Record what was chosen for results.json. The only task is the record itself."""
-        records = {
-            task: each.probe.build_record(len(each.features.labels))
-            for task, each in frozen.items()
-        }
-        if "" not in records:
-            return {
-                "layers": list(self.read.layers),
-                "pooling": self.read.pooling,
-                "tasks": records,
-            }
+def build_record(frozen: Mapping[str, "FrozenHead"]) -> dict[str, Any]:
+    """Record what was chosen for results.json. The only task is the record itself."""
+    records = {
+        task: each.probe.build_record(len(each.features.labels)) for task, each in frozen.items()
+    }
+    if "" in records:
         return records[""]
+    read = find_read([each.probe for each in frozen.values()])
+    return {"layers": list(read.layers), "pooling": read.pooling, "tasks": records}
 
 
 def split_tasks(features: Features, label_space: LabelSpace) -> dict[str, Features]:
