@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ..data.aspect_ratio import VisibleRegion, get_visible_region
 from ..data.labels import get_heads
 from ..inference.prediction_rows import Label, build_task_columns, get_logits_by_task
-from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
 from ..model.field_checks_vitcls import Size
@@ -67,13 +66,27 @@ class Attribution:
 
 
 @dataclass(frozen=True)
+class ShownToken:
+    """A token whose attention is shown.
+
+    Attributes:
+        name: of the token.
+        group: its group in `config.token_layout`.
+        layer: last layer in which it is used, numbered from 1.
+        is_read: whether a head reads it; always, in an encoder without heads.
+    """
+
+    name: str
+    group: str
+    layer: int
+    is_read: bool
+
+
+@dataclass(frozen=True)
 class PhotoMeasurements:
     """Predictions, attention and patch features of one photo.
 
     Shapes: L layers, H heads, S tokens, N keys, gh x gw patches.
-
-    The tokens are the special tokens. In a model without CLS tokens, the mean over the patches
-    comes first, because the features of an image are the mean of its patches.
 
     Attributes:
         config: configuration of the model.
@@ -85,10 +98,8 @@ class PhotoMeasurements:
             none. Empty for an encoder without tasks.
         is_unknown: whether the photo resembles none of the classes, as in `predict`.
         attributions: for at most MAX_LABELS of each task; none if the photo has one part or one color.
-        token_names: [S], name of each token.
-        are_read: [S], whether a head reads the token; all of an encoder without heads.
-        token_groups: [S], group of each token in `config.token_layout`.
-        token_layers: [S], last layer in which each token is used, numbered from 1.
+        tokens: [S], the special tokens. In a model without CLS tokens, the mean over the patches comes
+            first, because the features of an image are the mean of its patches.
         maps: [L, H, S, gh, gw], attention of each token to the patches; the rest is on special
             tokens.
         patch_layer: last layer in which the patches are used, numbered from 1.
@@ -106,10 +117,7 @@ class PhotoMeasurements:
     predictions: dict[str | None, list[Label]]
     is_unknown: bool
     attributions: list[Attribution]
-    token_names: list[str]
-    are_read: list[bool]
-    token_groups: list[str]
-    token_layers: list[int]
+    tokens: list[ShownToken]
     maps: Tensor
     patch_layer: int
     norms: Tensor
@@ -151,24 +159,20 @@ def measure_photo(
     is_unknown = distance is not None and threshold is not None and distance.item() > threshold
 
     # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
-    *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
-    names_by_group = get_token_names_by_group(config)
+    *layers, patch_layer = [max(number, 1) for number in use.num_layers]
+    tokens = []
     if not config.num_cls_tokens:
-        names_by_group = {"patches": ["patch mean"], **names_by_group}
-        token_layers.insert(0, patch_layer)
+        tokens.append(ShownToken("patch mean", "patches", patch_layer, is_read=True))
+    added_heads = config.get_extra_heads().values()
+    is_cls_read_by_added = any("cls" in str(head.pooling) for head in added_heads)
+    for group, members in use.groups.items():
+        for index in members:
+            is_read = index in use.read_tokens or (is_cls_read_by_added and group == "cls")
+            tokens.append(ShownToken(use.names[index], group, layers[index], is_read))
 
     input_size = tuple(pixel_values.shape[-2:])
     features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
     maps = extract_patch_maps(attention[0].cpu(), config, input_size)
-    added_heads = config.get_extra_heads().values()
-    is_read_by_added = any("cls" in str(head.pooling) for head in added_heads)
-    are_read = [
-        index in use.read_tokens or (is_read_by_added and group == "cls")
-        for group, members in use.groups.items()
-        for index in members
-    ]
-    if not config.num_cls_tokens:
-        are_read.insert(0, True)
     decompositions = [decompose_patches(layer) for layer in features]
     colors = torch.stack([layer_colors for layer_colors, _ in decompositions])  # [L, gh, gw, 3]
 
@@ -183,10 +187,7 @@ def measure_photo(
         predictions=predictions,
         is_unknown=is_unknown,
         attributions=attributions,
-        token_names=[name for names in names_by_group.values() for name in names],
-        are_read=are_read,
-        token_groups=[group for group, names in names_by_group.items() for _ in names],
-        token_layers=token_layers,
+        tokens=tokens,
         maps=maps,
         patch_layer=patch_layer,
         norms=features.norm(dim=-1),

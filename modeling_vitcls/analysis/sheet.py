@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..model.token_layout_vitcls import TOKEN_KINDS
 from .maps import choose_scale, draw_map, draw_region, overlay, to_picture
-from .photo import PhotoMeasurements
+from .photo import PhotoMeasurements, ShownToken
 
 
 PHOTO_SIDE = 400  # Longer side of the pictures with the photo, in pixels
@@ -183,15 +183,15 @@ def build_main_tile(measurements: PhotoMeasurements, photo: Image.Image) -> Tile
         caption = f"log odds: red {main.values.max():+.2g}, blue {main.values.min():+.2g}"
         return Tile(picture, f"{main.label[0]} without each part", caption)
 
-    layer = measurements.token_layers[0]
-    attention = measurements.maps[layer - 1, :, 0].mean(dim=0)
+    first = measurements.tokens[0]
+    attention = measurements.maps[first.layer - 1, :, 0].mean(dim=0)
     scale = choose_scale(attention)
     caption = f"bright: {scale.norm.vmax:.2%} in one patch"
-    if not measurements.are_read[0]:
+    if not first.is_read:
         caption += "; this classifier does not read it"
     if measurements.predictions:
         caption += "; no part of the photo changes the score"
-    title = f"Attention of {measurements.token_names[0]}, layer {layer}"
+    title = f"Attention of {first.name}, layer {first.layer}"
     return Tile(overlay(photo, attention, scale), title, caption)
 
 
@@ -212,11 +212,11 @@ def build_head_section(measurements: PhotoMeasurements) -> Section:
     noun = "map" if measurements.config.attention_type == "differential" else "head"
     titles = ["mean", *(f"{noun} {number}" for number in range(1, measurements.maps.shape[1] + 1))]
     rows = []
-    for index, layer in enumerate(measurements.token_layers):
-        maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
+    for index, token in enumerate(measurements.tokens):
+        maps = measurements.maps[token.layer - 1, :, index]  # [H, gh, gw]
         maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])  # [1 + H, gh, gw]
-        note = f"layer {layer}" if measurements.are_read[index] else f"layer {layer}, not read"
-        rows.append(build_attention_row(measurements, index, note, titles, maps, len(maps)))
+        note = f"layer {token.layer}" + ("" if token.is_read else ", not read")
+        rows.append(build_attention_row(token, note, titles, maps, len(maps)))
     return Section("Attention by head", BY_HEAD, 13, rows)
 
 
@@ -224,9 +224,9 @@ def build_layer_section(measurements: PhotoMeasurements) -> Section:
     """Draw the attention of each token, the features and the norms after each layer."""
     titles = [f"layer {layer}" for layer in range(1, len(measurements.maps) + 1)]
     rows = []
-    for index, num_used in enumerate(measurements.token_layers):
+    for index, token in enumerate(measurements.tokens):
         maps = measurements.maps[:, :, index].mean(dim=1)  # [L, gh, gw]
-        rows.append(build_attention_row(measurements, index, "attention", titles, maps, num_used))
+        rows.append(build_attention_row(token, "attention", titles, maps, token.layer))
 
     features, norms = [], []
     for layer, title in enumerate(titles):
@@ -242,12 +242,7 @@ def build_layer_section(measurements: PhotoMeasurements) -> Section:
 
 
 def build_attention_row(
-    measurements: PhotoMeasurements,
-    index: int,
-    note: str,
-    titles: Sequence[str],
-    maps: Tensor,
-    num_used: int,
+    token: ShownToken, note: str, titles: Sequence[str], maps: Tensor, num_used: int
 ) -> Row:
     """Build the row of a token: a tile for each map [n, gh, gw]; outputs use the first `num_used`."""
     tiles = [
@@ -256,5 +251,4 @@ def build_attention_row(
         )
         for number, (title, values) in enumerate(zip(titles, maps, strict=True))
     ]
-    color = GROUP_COLORS[measurements.token_groups[index]]
-    return Row(tiles, measurements.token_names[index], note, color)
+    return Row(tiles, token.name, note, GROUP_COLORS[token.group])

@@ -1,5 +1,6 @@
 """Names of the special tokens in tables, reports and figures, and their gates by name."""
 
+from itertools import chain
 from typing import Any
 
 from torch.distributed.tensor import DTensor
@@ -19,11 +20,6 @@ def get_token_names(config: Any) -> list[str]:
     is the CLS token of the task "species". "CLS 2 (cell 1, 2 of 2 x 2)" is a CLS token for row 1,
     column 2 of a grid of image regions (`config.cls_scopes`).
     """
-    return [name for names in get_token_names_by_group(config).values() for name in names]
-
-
-def get_token_names_by_group(config: Any) -> dict[str, list[str]]:
-    """Name the tokens of each group: "cls", "distillation" and "registers"."""
     layout = config.token_layout
     indices = range(layout.num_prefix_tokens)
     names: dict[str, list[str]] = {}
@@ -39,7 +35,7 @@ def get_token_names_by_group(config: Any) -> dict[str, list[str]]:
         if not isinstance(scope, str):
             rows, columns, row, column = scope
             names["cls"][index] += f" (cell {row + 1}, {column + 1} of {rows} x {columns})"
-    return names
+    return list(chain.from_iterable(names.values()))
 
 
 def count_tokens(config: Any) -> dict[str, int]:
