@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.progress import track
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ..conversion.open_model import open_model
@@ -26,7 +25,7 @@ from ..model.field_checks_vitcls import to_pair
 from ..model.image_processing_vitcls import image_to_tensor, read_image
 from ..runtime.errors import warn_on_first_process
 from ..runtime.files import write_atomically
-from ..runtime.progress import build_console, print_warning
+from ..runtime.progress import build_console, print_warning, track
 from .options import LookOptions
 from .pages import render
 from .photo import measure_photo
@@ -70,10 +69,7 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     model_name = get_title(options.model)
     is_single = len(photos) == 1
     written: list[Path] = []
-    watch = track(
-        photos, console=error_console, transient=True, disable=not error_console.is_terminal
-    )
-    for name, source in watch:
+    for name, source in track(photos, "drawing sheets", unit="photos", console=error_console):
         try:
             measurements = measure_photo(model, processor, read_image(source), use)
         except ValueError as error:
