@@ -1,7 +1,7 @@
 """The HTML report: one self-contained page about predictions and special tokens, without a script.
 
 inspection, photos = inspect_images(model, processor, images, batch_size=8)
-write_page("report.html", "my model", inspection, photos)
+write_page(Path("report.html"), "my model", inspection, photos)
 
 inspection.py      measurements of many images, and photos
 sheet.py           the sheet of each photo
@@ -22,7 +22,7 @@ from .sheet import ShownPhoto
 
 
 def write_page(
-    file: str | Path,
+    file: Path,
     title: str,
     inspection: Inspection,
     photos: Sequence[ShownPhoto] = (),
@@ -60,8 +60,7 @@ def write_page(
         tables=tables or {},
         effects=list_effects(inspection),
     )
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(Path(file)) as partial_file:
+    with write_atomically(file) as partial_file:
         partial_file.write_text(text, encoding="utf-8")
 
 

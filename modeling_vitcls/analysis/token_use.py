@@ -52,11 +52,8 @@ class TokenUse:
         Outputs are named as in ablation.py; the distillation head is "distillation".
         """
         config = self.config
-        layout = config.token_layout
-        special_indices = range(layout.num_prefix_tokens)
-        cls = special_indices[layout.cls]
-        distillation = set(special_indices[layout.distillation])
-
+        cls = self.groups.get("cls", [])
+        distillation = set(self.groups.get("distillation", []))
         if not self.has_head:
             return {"cls": set(cls), "distillation": distillation, "patches": {PATCHES}}
         patches = set() if config.pooling == "cls" else {PATCHES}
@@ -70,7 +67,7 @@ class TokenUse:
             pooled = config.pooled_cls_tokens or range(config.num_cls_tokens)
             heads[""] |= {cls[index] for index in pooled[:num_pooled]}
         elif config.pooling == "attention" and config.attention_pool_tokens == "all":
-            heads[""] |= set(special_indices)
+            heads[""] |= set(range(config.token_layout.num_prefix_tokens))
         if config.has_distillation_head:
             heads["distillation"] = distillation
         return heads
