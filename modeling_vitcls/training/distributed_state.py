@@ -106,11 +106,9 @@ def scatter_state(
 def scatter_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Load the weights of a checkpoint into the model on all processes."""
     weights: Any = checkpoint.load_tensors("model") if PartialState().is_main_process else {}
-    targets: dict[str, Any] = get_model_state_dict(model)
-    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even
-    # with one process.
-    is_sharded = any(isinstance(target, DTensor) for target in targets.values())
-    is_distributed = is_sharded or PartialState().num_processes > 1
+    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors, and a
+    # process group, even with one process.
+    is_distributed = distributed.is_initialized()
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
     set_model_state_dict(model, weights, options=options)
 
