@@ -26,8 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..data.batches import Batch
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
-from ..inference.metrics import METRICS, MetricValues, select_scalars
-from ..model.blocks_vitcls import ViTCLSEmbeddings
+from ..inference.metrics import MetricValues, select_scalars
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from .checkpoints import Checkpoint, CheckpointStore
@@ -82,7 +81,7 @@ class TrainingLoop:
     accelerator: Accelerator
     reporter: Reporter
     store: CheckpointStore
-    selection_metric: str
+    selection_metric: str  # Higher values are better
     unreadable_images: UnreadableImageCounter
     signals: SignalHandler
     # Number of steps between checkpoints; None to save at each evaluation
@@ -252,13 +251,8 @@ class TrainingLoop:
 
         # A loss may be NaN on one process only. If it stopped alone, the others would wait for it
         # in the next step until the timeout.
-        if self.accelerator.num_processes > 1:
-            is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
-            is_finite = bool(
-                self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes
-            )
-
-        if not is_finite:
+        num_finite = torch.tensor(int(is_finite), device=self.accelerator.device)
+        if self.accelerator.reduce(num_finite, "sum") < self.accelerator.num_processes:
             self.state.optimizer.zero_grad()
             raise RunStopped(
                 f"the loss or its gradient is not finite in step {self.state.step + 1}. Set a "
@@ -283,10 +277,7 @@ class TrainingLoop:
         score = metrics.get(self.selection_metric)
 
         best_score = state.best_score
-        metric = METRICS[self.selection_metric]
-        self.is_best = score is not None and (
-            best_score is None or metric.is_better(score, best_score)
-        )
+        self.is_best = score is not None and (best_score is None or score > best_score)
         if self.is_best:
             state.best_score = score
 
@@ -332,14 +323,9 @@ class TrainingLoop:
 
         local_tensor = torch.tensor(local_means, device=self.accelerator.device)
         means = self.accelerator.reduce(local_tensor, "mean").tolist()
-        mean_losses = {
-            name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)
-        }
+        record = {name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)}
         recent_losses.clear()
-        return {
-            **mean_losses,
-            "images_per_second": images_per_second,
-        }
+        return record | {"images_per_second": images_per_second}
 
     def measure_token_movement(self) -> dict[str, float]:
         """Measure how far each trained token has moved since the start of training (Euclidean norm)."""
@@ -400,15 +386,10 @@ class TrainingLoop:
         state.earlier_seconds = metadata["training_seconds"]
 
 
-def copy_special_tokens(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the special tokens [D] that a model trains to the CPU, by name (`cls[0]`).
-
-    The heads in linear probing have no embeddings, and therefore no tokens.
-    """
+def copy_special_tokens(model: Any) -> dict[str, Tensor]:
+    """Copy the special tokens [D] that a model trains to the CPU, by name (`cls[0]`)."""
     copies: dict[str, Tensor] = {}
-    embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
-    groups = embeddings[0].get_special_tokens() if embeddings else {}
-    for group, parameter in groups.items():
+    for group, parameter in model.vitcls.embeddings.get_special_tokens().items():
         if not parameter.requires_grad:
             continue
         tensor = parameter.detach()
