@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from rich.console import Console
 
 from ..data.images import LabeledImages
@@ -29,6 +28,7 @@ from ..data.labels import LabelSpace, get_label_space
 from ..evaluation.evaluate import set_up_evaluation
 from ..frozen.class_statistics import Token
 from ..frozen.features import OWN_POOLING, FeatureLayout, Features, FrozenPass
+from ..frozen.heads import set_weights
 from ..frozen.linear_probe import NUM_LAST_LAYERS
 from ..frozen.scenes import (
     TrainedScenes,
@@ -232,8 +232,5 @@ def append_head(
     extended.load_state_dict(model.state_dict(), strict=False)
     # This must come after the weights, because it compares the class statistics with them
     extended.eval()
-    linear = extended.extra_heads[f"task_{name}"]
-    with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(weight))
-        linear.bias.copy_(torch.from_numpy(bias))
+    set_weights(extended.extra_heads[f"task_{name}"], weight, bias)
     return extended
