@@ -32,6 +32,7 @@ from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.attention_masks_vitcls import list_gated_tokens
 from ..model.modeling_vitcls import count_output_tokens
 from .distributed_state import distribute_like, reshard
+from .model import list_last_layers
 from .plan import RunPlan
 from .run_inputs import RunInputs
 
@@ -99,9 +100,7 @@ def calibrate(
     # The temperature comes first: predictions and metrics describe the model as it is saved.
     if num_images >= MIN_IMAGES:
         temperature = round(fit_temperature(outputs.logits, outputs.labels), 4)
-        divide_logits(classifier.classifier, temperature)
-        if classifier.distillation_classifier is not None:
-            divide_logits(classifier.distillation_classifier, temperature)
+        divide_logits(classifier, temperature)
         record = {"temperature": temperature, "num_images": num_images, "images": images}
         text = f"on {num_images:,} {images} images (temperature {temperature:.2f})"
     predictions = held_out.predict(model)
@@ -109,11 +108,11 @@ def calibrate(
 
 
 @torch.no_grad()
-def divide_logits(head: nn.Module, temperature: float) -> None:
+def divide_logits(classifier: Any, temperature: float) -> None:
     """Divide the logits of a classifier by a temperature, which becomes a part of its weights."""
-    layers = [each for each in head.modules() if isinstance(each, nn.Linear)]
-    for weight in layers[-1].parameters():
-        weight.div_(temperature)
+    for layer in list_last_layers(classifier):
+        for weight in layer.parameters():
+            weight.div_(temperature)
 
 
 def describe_fold_calibration(probe: LinearProbe) -> Calibration:

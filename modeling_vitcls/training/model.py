@@ -14,7 +14,6 @@ random. For example, a new distillation token is trained with its position embed
 The mask token is already frozen and remains frozen.
 """
 
-import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -144,12 +143,11 @@ def load_with_label_space(
         encoder, missing_weights = initial.folder.load_partly(
             ViTCLSModel,
             dtype=torch.float32,
-            tasks=None,  # The checkpoint's tasks may not match the number of CLS tokens
+            tasks=None,  # They belong to the old labels, and may not match the number of CLS tokens
             **config_values,
         )
 
-        config = copy.deepcopy(encoder.config)
-        config.tasks = None  # They belong to the old labels
+        config = encoder.config
         for name, value in label_space.to_config_values().items():
             setattr(config, name, value)
         model = model_class(config)
@@ -199,6 +197,12 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
     )
     names = list_token_parameters(model)
     return {names[group] for group, old_size, new_size in group_sizes if new_size > old_size}
+
+
+def list_last_layers(model: Any) -> list[nn.Linear]:
+    """List the last layer of each head of a classifier. A head may be an MLP."""
+    heads = [each for each in (model.classifier, model.distillation_classifier) if each is not None]
+    return [[each for each in head.modules() if isinstance(each, nn.Linear)][-1] for head in heads]
 
 
 def list_token_parameters(model: Any) -> dict[str, str]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.augmentation import build_augmentation
@@ -37,6 +36,7 @@ from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import distribute_like, reshard, scatter_model
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .losses import build_objective
+from .model import list_last_layers
 from .optimizer import average_with_start, build_parameter_groups
 from .plan import RunPlan
 from .reporter import Reporter
@@ -200,14 +200,10 @@ def exclude_unreadable_classes(
     missing = warn_about_unreadable_classes(
         labels.tolist(), readable, data.label_space, reporter.warn
     )
-    for name in ("classifier", "distillation_classifier"):
-        head = getattr(model, name, None)
-        if head is not None:
-            # The last layer, because a head may be an MLP
-            *_, linear = (each for each in head.modules() if isinstance(each, nn.Linear))
-            margins = torch.zeros(len(linear.bias))
-            margins[missing] = ABSENT_CLASS_MARGIN
-            linear.bias.sub_(distribute_like(margins, margins.dtype, linear.bias))
+    for layer in list_last_layers(model):
+        margins = torch.zeros(len(layer.bias))
+        margins[missing] = ABSENT_CLASS_MARGIN
+        layer.bias.sub_(distribute_like(margins, margins.dtype, layer.bias))
     return bool(missing)
 
 
