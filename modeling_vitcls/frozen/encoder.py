@@ -133,10 +133,10 @@ class FrozenEncoder:
     processor: Any
     label_space: LabelSpace
     build_pass: Callable[..., FrozenPass]
-    resize: str | None = None
-    pooling: str | None = None
-    pooled_layers: Sequence[int] | None = None
-    class_weight: str | None = None
+    resize: str | None
+    pooling: str | None
+    pooled_layers: Sequence[int] | None
+    class_weight: str | None
 
     @property
     def layers(self) -> tuple[int, ...] | None:

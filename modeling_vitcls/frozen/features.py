@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..inference.image_pass import ImageOutputs, ImagePass
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -41,15 +41,6 @@ class FeatureLayout:
         kinds = ("cls", "mean") if config.num_cls_tokens else ("mean",)
         widths = {kind: config.compute_pooled_size(kind, 1) for kind in kinds}
         return cls(min(num_layers, config.num_hidden_layers), widths)
-
-    def split(self, values: np.ndarray) -> dict[Token, np.ndarray]:
-        """Divide features [N, all] into the features [N, D] of each token.
-
-        The order is layer after layer; in each, the order of `widths`.
-        """
-        tokens = [(layer, kind) for layer in range(-self.num_layers, 0) for kind in self.widths]
-        ends = np.cumsum([self.widths[kind] for _, kind in tokens])
-        return dict(zip(tokens, np.split(values, ends[:-1], axis=1), strict=True))
 
 
 def has_searchable_pooling(config: ViTCLSConfig) -> bool:
@@ -107,8 +98,14 @@ class Features(ImageOutputs):
     layout: FeatureLayout
 
     def get_tokens(self) -> dict[Token, np.ndarray]:
-        """Select the features [N, D] of each token, in the order of a classifier's weights."""
-        return self.layout.split(self.features)
+        """Divide the features into those [N, D] of each token, in the order of a classifier's weights.
+
+        The order is layer after layer; in each, the order of `widths`.
+        """
+        widths = self.layout.widths
+        tokens = [(layer, kind) for layer in range(-self.layout.num_layers, 0) for kind in widths]
+        ends = np.cumsum([widths[kind] for _, kind in tokens])
+        return dict(zip(tokens, np.split(self.features, ends[:-1], axis=1), strict=True))
 
 
 class FrozenPass(ImagePass):
@@ -134,15 +131,15 @@ class FrozenPass(ImagePass):
         self.has_logits = has_logits
         self.has_rings = has_rings
 
-    def __call__(self, model: nn.Module, console: Console | None = None) -> Features:
+    def __call__(self, model: Any, console: Console | None = None) -> Features:
         """Compute and return the features, with a classifier or an encoder."""
-        encoder = use_fast_modules(getattr(model, "vitcls", model), frozen=True)
+        encoder = use_fast_modules(model.base_model, frozen=True)
         outputs = self.collect(encoder, partial(self.compute, model), console)
         return Features(layout=self.layout, **vars(outputs))
 
     def compute(self, model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
         """Compute the features [B, all] and what else is required of images [B, C, H, W]."""
-        encoder = getattr(model, "vitcls", model)
+        encoder = model.base_model
         program = model if self.has_logits else encoder
         outputs = program(pixel_values, output_hidden_states=True)
         computed = {"features": pool_layers(encoder, outputs, self.layout)}

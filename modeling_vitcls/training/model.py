@@ -292,15 +292,12 @@ def set_trainable_parameters(
             "`trainable='tokens'` requires a model with special tokens. Set `num_register_tokens=4`, "
             "or `trainable='head'`"
         )
-    new_tokens = set(token_names.values()) & set(new_parameter_names)
-    if trainable == "lora" or (trainable == "tokens" and not new_tokens):
+    new_groups = [group for group, name in token_names.items() if name in new_parameter_names]
+    if trainable == "lora" or (trainable == "tokens" and not new_groups):
         trainable_names.update(token_names.values())
     trainable_names.update(new_parameter_names)
-    if new_groups := [group for group, name in token_names.items() if name in new_parameter_names]:
-        trainable_names |= {
-            f"vitcls.embeddings.position_embeddings.{group}" for group in new_groups
-        }
-        trainable_names.add("vitcls.gates.gates")
+    for group in new_groups:
+        trainable_names |= {f"vitcls.embeddings.position_embeddings.{group}", "vitcls.gates.gates"}
 
     # The mask token was frozen before, and stays so.
     trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}

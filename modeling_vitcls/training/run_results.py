@@ -1,7 +1,7 @@
 """What a run of either kind has made and measured (Outcome), results.json, and its last lines."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -67,9 +67,9 @@ class Outcome:
         num_unreadable: number of training images that could not be read.
         trained_scenes: recognizes photos of the scenes that trained the model, if the encoder can.
         in_trained_scenes: names of the held-out photos that do.
-        missing_reason: why nothing could measure the model.
         results: further fields of results.json, such as the number of steps.
         lines: to print about the frozen model and the calibration.
+        missing_reason: why nothing could measure the model.
     """
 
     data: TrainingData
@@ -80,16 +80,16 @@ class Outcome:
     calibration: dict[str, Any] | None
     predictions: Predictions | None
     seconds: float
-    nearest_images: dict[int, list[str]] | None = None
-    num_unreadable: int = 0
-    trained_scenes: TrainedScenes | None = None
-    in_trained_scenes: Sequence[str] = ()
+    nearest_images: dict[int, list[str]] | None
+    num_unreadable: int
+    trained_scenes: TrainedScenes | None
+    in_trained_scenes: Sequence[str]
+    results: dict[str, Any]
+    lines: dict[str, str | None]
     missing_reason: str = (
         "no image was held out. Set `held_out_fraction`, such as 0.2 (with few images per class, the "
         "default is 0)"
     )
-    results: dict[str, Any] = field(default_factory=dict)
-    lines: dict[str, str | None] = field(default_factory=dict)
 
 
 def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -> dict[str, Any]:
