@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversion.open_model import open_model
-from ..data.aspect_ratio import get_output_size
 from ..data.evaluation_data import EvaluationData
 from ..data.images import DatasetImages, LabeledImages
 from ..data.labels import UNLABELED, LabelSpace, get_label_space
@@ -22,7 +21,7 @@ from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
 from ..hub.model_folder import ModelFolder
 from ..inference.inputs import list_records
-from ..inference.load_model import choose_batch_size, load_model
+from ..inference.load_model import load_for_inference
 from ..runtime.distributed import resolve_precision
 from ..runtime.progress import build_console, print_warning, track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
@@ -41,16 +40,14 @@ def write_inspection(options: InspectOptions) -> Inspection:
     console = build_console()
     error_console = build_console(stderr=True)
     folder = open_model(options.model)
-    model = load_model(folder)
-    processor = folder.load_processor()
-    precision = resolve_precision(options.mixed_precision, model.device, model.config)
-    batch_size = choose_batch_size(
-        options.batch_size,
-        model.config,
-        get_output_size(processor, model.config.image_height_width),
-        model.device,
-        MAX_BATCH_SIZE,
+    model, processor, batch_size = load_for_inference(
+        folder,
+        device=None,
+        use_head=None,
+        batch_size=options.batch_size,
+        max_batch_size=MAX_BATCH_SIZE,
     )
+    precision = resolve_precision(options.mixed_precision, model.device, model.config)
     label_space = get_label_space(model.config) if find_token_use(model).has_head else UNLABELED
     data = open_images(options, label_space, folder)
     options.output.parent.mkdir(

@@ -11,7 +11,6 @@ import torch
 from ..data.aspect_ratio import get_output_size, set_resize
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.field_checks_vitcls import Size
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -35,9 +34,9 @@ CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
 
 def load_for_inference(
     folder: ModelFolder,
-    device: torch.device,
+    device: torch.device | None,
     *,
-    use_head: bool,
+    use_head: bool | None,
     batch_size: int | None,
     max_batch_size: int,
     resize: str | None = None,
@@ -46,9 +45,9 @@ def load_for_inference(
 
     Args:
         folder: The model.
-        device: The device.
-        use_head: Whether to load the classifier.
-        batch_size: Number of images of a process; None to choose it.
+        device, use_head: As in `load_model`.
+        batch_size: Number of images of a process; None to choose it: `max_batch_size` but, on CPUs, at
+            most `CPU_BATCH_TOKENS` tokens.
         max_batch_size: Default batch size on GPUs.
         resize: How images become the input (crop, squash, pad). Default: unchanged.
 
@@ -71,7 +70,11 @@ def load_for_inference(
     image_size = get_output_size(processor, config.image_height_width)
     if resize is not None:
         set_resize(processor, resize, image_size)
-    batch_size = choose_batch_size(batch_size, config, image_size, device, max_batch_size)
+    if batch_size is None:
+        batch_size = max_batch_size
+        if model.device.type == "cpu":
+            num_tokens = config.token_layout.get_num_tokens(*config.get_grid_size(image_size))
+            batch_size = max(1, min(batch_size, CPU_BATCH_TOKENS // num_tokens))
     return model, processor, batch_size
 
 
@@ -105,21 +108,3 @@ def load_model(
     if device.type == "cpu" and not has_bfloat16(device):
         model.float()  # Half precision would take several times as long
     return use_fast_modules(model.to(device), frozen=True)
-
-
-def choose_batch_size(
-    batch_size: int | None,
-    config: ViTCLSConfig,
-    image_size: Size,
-    device: torch.device,
-    default: int,
-) -> int:
-    """Choose `batch_size` or, if it is None, `default`.
-
-    On CPUs, the default is at most `CPU_BATCH_TOKENS` tokens of images of `image_size`, which the
-    image processor makes (`get_output_size`).
-    """
-    if batch_size is not None or device.type != "cpu":
-        return batch_size or default
-    num_tokens = config.token_layout.get_num_tokens(*config.get_grid_size(image_size))
-    return max(1, min(default, CPU_BATCH_TOKENS // num_tokens))
