@@ -447,20 +447,21 @@ def put_first(labels: np.ndarray, number: int) -> np.ndarray:
 
 
 def warn_about_unreadable_classes(
-    labels: Sequence[int], readable: np.ndarray, label_space: Any, warn: Callable[[str], None]
+    data: TrainingData, readable: np.ndarray, warn: Callable[[str], None]
 ) -> list[int]:
-    """Name the classes whose images are all unreadable, because the model cannot predict them.
+    """Name the classes whose training images are all unreadable: the model cannot predict them.
 
     Args:
-        labels: of all images.
-        readable: labels of those that can be read.
+        data: the images.
+        readable: labels of the training images that can be read.
+        warn: prints a warning.
 
     Returns:
         The classes.
     """
-    missing = sorted(set(labels) - set(readable.tolist()))
+    missing = sorted(set(data.train.labels) - set(readable.tolist()))
     if missing:
-        names = format_name_list([label_space.names[index] for index in missing])
+        names = format_name_list([data.label_space.names[index] for index in missing])
         warn(f"no image of {names} can be read, so the model never predicts it. Check the files")
     return missing
 

@@ -78,9 +78,7 @@ def run_frozen(
     if task == "":  # The only one
         metrics = task_metrics[task]
         if data.train.is_stratified:
-            warn_about_unreadable_classes(
-                data.train.labels, features.labels, data.label_space, reporter.warn
-            )
+            warn_about_unreadable_classes(data, features.labels, reporter.warn)
         results["learning_curve"] = measure_learning_curve(head)
         lines["curve"] = describe_learning_curve(results["learning_curve"])
         lines["unknown"] = describe_threshold(head.probe)

@@ -195,11 +195,8 @@ def exclude_unreadable_classes(
     """Keep the model from predicting classes that no image has trained; return if there are any."""
     if not data.train.is_stratified or not unreadable.indices:
         return False
-    labels = np.asarray(data.train.labels)
-    readable = np.delete(labels, sorted(unreadable.indices))
-    missing = warn_about_unreadable_classes(
-        labels.tolist(), readable, data.label_space, reporter.warn
-    )
+    readable = np.delete(data.train.labels, sorted(unreadable.indices))
+    missing = warn_about_unreadable_classes(data, readable, reporter.warn)
     for layer in list_last_layers(model):
         margins = torch.zeros(len(layer.bias))
         margins[missing] = ABSENT_CLASS_MARGIN

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from itertools import chain
-from typing import Any
 
 from ..data.aspect_ratio import get_resize
 from ..data.sources import Splits
@@ -26,18 +25,14 @@ MAX_NAMED_CLASSES = 12  # Maximum number of classes that the summary names
 
 def print_summary(inputs: RunInputs, plan: RunPlan, reporter: Reporter) -> None:
     """Print what the run does, before an image passes a model."""
-    encoder = inputs.frozen_encoder  # Chooses geometry and pooling itself, later
+    # A frozen encoder chooses geometry and pooling itself, later.
+    resize = get_resize(inputs.processor) if inputs.frozen_encoder is None else None
     reporter.print_lines(
         {
             **describe_splits(plan),
-            "resize": get_resize(inputs.processor) if encoder is None else None,
+            "resize": resize,
             **inputs.images.facts,
-            **describe_model(
-                inputs.initial.name,
-                inputs.model,
-                is_pooling_known=encoder is None,
-                is_partly_frozen=plan.options.trainable != "full",
-            ),
+            **describe_model(inputs, plan),
             **inputs.lines,
             **plan.lines,
             "run": f"{plan.kind}: {plan.reason}",
@@ -132,21 +127,16 @@ def describe_class_sizes(images: Splits) -> str:
     return ", ".join(f"{name}: {size:,}" for size, name in sizes)
 
 
-def describe_model(
-    source: str, model: Any, is_pooling_known: bool, is_partly_frozen: bool
-) -> dict[str, str]:
-    """Describe the size of the model and its tokens.
-
-    `is_pooling_known` is False if the run chooses the tokens of the classifier later, and
-    `is_partly_frozen` is True if the person chose which parameters train.
-    """
+def describe_model(inputs: RunInputs, plan: RunPlan) -> dict[str, str]:
+    """Describe the size of the model and its tokens."""
+    source, model = inputs.initial.name, inputs.model
     config = model.config
     token_counts = {name: count for name, count in count_tokens(config).items() if count}
     layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
     height, width = config.image_height_width
-    pooling_text = f", pooling {config.pooling}" if is_pooling_known else ""
+    pooling_text = f", pooling {config.pooling}" if inputs.frozen_encoder is None else ""
     trainable_text = ""
-    if is_partly_frozen:
+    if plan.options.trainable != "full":
         trainable_text = f" ({model.num_parameters(only_trainable=True):,} of them trainable)"
     source = min(make_relative(source), source, key=len)
     return {
