@@ -32,6 +32,7 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ..inference.intervals import estimate_after_choice, estimate_average_precision
 from ..inference.metrics import compute_losses, round_floats
 from ..runtime.flags import check_value
 from ..runtime.progress import track
@@ -338,9 +339,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         has_covariance = self.has_covariance(labels)
         for train, test in track(folds, "cross-validation", unit="folds"):
             in_fold = {token: values[train] for token, values in features.items()}
-            classifiers, statistics = self.target_.fit_tokens(
-                in_fold, labels[train], len(self.classes_), has_covariance, self.is_balanced
-            )
+            classifiers, statistics = self.fit_tokens(in_fold, labels[train], has_covariance)
             known = test
             if statistics is not None:
                 # Groups may keep all images of a class in one fold
@@ -364,6 +363,26 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             for tokens, own_distances in distances.items():
                 own_distances[known] = statistics.select(tokens).compute_distances(left_out)
         return CrossValidated(logits, distances, spreads)
+
+    def fit_tokens(
+        self, features: TokenFeatures, labels: np.ndarray, has_covariance: bool
+    ) -> tuple[dict[Token, tuple[np.ndarray, np.ndarray]], ClassStatistics | None]:
+        """Fit weight and bias of each token; also return the statistics of all tokens.
+
+        There are none with several labels, which share the covariance of all images.
+        """
+        if labels.ndim == 2:
+            scores = {
+                token: build_label_scores({token: values}, labels)
+                for token, values in features.items()
+            }
+            return scores, None
+        statistics = ClassStatistics.fit(features, labels, len(self.classes_), has_covariance)
+        classifiers = {
+            token: statistics.select([token]).build_classifier(self.is_balanced)
+            for token in features
+        }
+        return classifiers, statistics
 
     def choose(
         self, cross_validated: CrossValidated, labels: np.ndarray, groups: np.ndarray | None
@@ -394,12 +413,16 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.losses_ = chosen.losses
         known = np.isfinite(chosen.losses)
         self.out_of_fold_[known] = self.target_.to_probabilities(chosen.logits[known])
-        self.estimate_ = self.target_.estimate(
-            [score.logits[known] for score in scores],
-            labels[known],
-            weights[known],
-            None if groups is None else groups[known],
-        )
+        own_labels = labels[known]
+        own_groups = None if groups is None else groups[known]
+        if self.lines_ is not None:
+            self.estimate_ = estimate_average_precision(
+                chosen.logits[known], own_labels, own_groups
+            )
+            return
+        losses = np.stack([score.losses[known] for score in scores])
+        is_right = np.stack([score.logits[known].argmax(axis=1) == own_labels for score in scores])
+        self.estimate_ = estimate_after_choice(losses * weights[known], is_right, own_groups)
 
     def refit(self, features: TokenFeatures, labels: np.ndarray) -> None:
         """Fit what was chosen to all images, also to images that took no part in the choice."""

@@ -1,34 +1,26 @@
-"""What a classifier learns from one label per image or from several, on arrays of labels.
+"""What is predicted, one label per image or several, on arrays of labels.
 
                     OneLabelTarget                      SeveralLabelsTarget
 labels              [N] names or class indices          [N, L] 0 or 1
 probabilities       softmax over the classes            sigmoid of each label
 calibration         a temperature                       a line for each label
-classifier          LDA, with class statistics          one label against the rest, with one covariance
-estimate            accuracy                            mean average precision
 
 `find_target` finds the class from the shape of the labels. Logits are [N, K] of K classes or labels.
 """
 
 import operator
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit, softmax
 
-from ..inference.intervals import estimate_after_choice, estimate_average_precision
-from ..inference.metrics import compute_losses
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
-from .class_statistics import ClassStatistics, Token, TokenFeatures, build_label_scores
 from .confidence import fit_line, fit_temperature
 
 
 MIN_LABEL_IMAGES = 2  # A label is learned from this many images with it and without it
 MIN_PROBABILITY = 1e-30  # Logarithms of out-of-fold probabilities must be finite
-
-Classifiers = dict[Token, tuple[np.ndarray, np.ndarray]]  # Weight and bias of each token
 
 
 class OneLabelTarget:
@@ -41,21 +33,6 @@ class OneLabelTarget:
         return classes, indices
 
     find_strata = staticmethod(np.asarray)  # Folds are stratified by the class [N] of each image
-
-    @staticmethod
-    def fit_tokens(
-        features: TokenFeatures,
-        labels: np.ndarray,
-        num_classes: int,
-        has_covariance: bool,
-        is_balanced: bool,
-    ) -> tuple[Classifiers, ClassStatistics | None]:
-        """Fit a classifier to each token; also return the statistics of all tokens."""
-        statistics = ClassStatistics.fit(features, labels, num_classes, has_covariance)
-        classifiers = {
-            token: statistics.select([token]).build_classifier(is_balanced) for token in features
-        }
-        return classifiers, statistics
 
     @staticmethod
     def calibrate(
@@ -88,18 +65,6 @@ class OneLabelTarget:
         """Compute the probability [N] of each prediction."""
         return softmax(logits, axis=1).max(axis=1)
 
-    @staticmethod
-    def estimate(
-        logits: Sequence[np.ndarray],
-        labels: np.ndarray,
-        weights: np.ndarray,
-        groups: np.ndarray | None,
-    ) -> dict[str, Any]:
-        """Estimate the accuracy of the candidate with the lowest log loss, corrected for the choice."""
-        losses = np.stack([compute_losses(each, labels) for each in logits])
-        is_right = np.stack([each.argmax(axis=1) == labels for each in logits])
-        return estimate_after_choice(losses * weights, is_right, groups)
-
 
 class SeveralLabelsTarget:
     """Each image has any number of the labels. Labels are 0 or 1."""
@@ -120,20 +85,6 @@ class SeveralLabelsTarget:
         strata = np.where(counts.min(axis=1) < num_images, counts.argmin(axis=1), num_labels)
         # The only image of a stratum would train every fold, so it joins those without a label.
         return np.where(np.bincount(strata)[strata] < 2, num_labels, strata)
-
-    @staticmethod
-    def fit_tokens(
-        features: TokenFeatures,
-        labels: np.ndarray,
-        num_classes: int,
-        has_covariance: bool,
-        is_balanced: bool,
-    ) -> tuple[Classifiers, ClassStatistics | None]:
-        """Fit a classifier to each token; all labels share the covariance of all images."""
-        classifiers = {
-            token: build_label_scores({token: values}, labels) for token, values in features.items()
-        }
-        return classifiers, None
 
     @staticmethod
     def calibrate(
@@ -176,17 +127,6 @@ class SeveralLabelsTarget:
         """Compute the lowest probability [N] of a decision about a label: yes or no."""
         probabilities = expit(logits)
         return np.maximum(probabilities, 1 - probabilities).min(axis=1)
-
-    @staticmethod
-    def estimate(
-        logits: Sequence[np.ndarray],
-        labels: np.ndarray,
-        weights: np.ndarray,
-        groups: np.ndarray | None,
-    ) -> dict[str, Any]:
-        """Estimate the mean average precision of the candidate with the lowest log loss."""
-        losses = [compute_losses(each, labels).mean() for each in logits]
-        return estimate_average_precision(logits[int(np.argmin(losses))], labels, groups)
 
 
 Target = type[OneLabelTarget] | type[SeveralLabelsTarget]
