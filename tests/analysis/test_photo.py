@@ -55,7 +55,7 @@ def test_without_cls_tokens_the_first_maps_are_the_mean_over_the_patches() -> No
     config._attn_implementation = "eager"
     model = randomize(ViTCLSModel(config))
     found = measure_photo(model, PROCESSOR, PHOTO, find_token_use(model))
-    assert found.token_names[0] == "patch mean"
+    assert found.tokens[0].name == "patch mean"
     attentions = model(PIXELS, output_attentions=True).attentions
     for maps, attention in zip(found.maps[:, :, 0], attentions, strict=True):
         assert get_largest_difference(maps.flatten(1), attention[0, :, 2:, 2:].mean(dim=1)) < 1e-5
@@ -129,9 +129,7 @@ def test_every_shown_label_has_a_map_and_read_tokens_are_named(
     shown = [(task, label) for task, labels in found.predictions.items() for label in labels[:3]]
     assert [(each.task, each.label) for each in found.attributions] == shown
     assert {tuple(each.values.shape) for each in found.attributions} == {(4, 5)}
-    names = [
-        name for name, is_read in zip(found.token_names, found.are_read, strict=True) if is_read
-    ]
+    names = [token.name for token in found.tokens if token.is_read]
     assert [name for name in names if name != "patch mean"] == read
 
 
