@@ -146,6 +146,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         yield running
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify pushed files here and with this package, which is faster than in a new process."""
+    from modeling_vitcls.publishing.push import PushedCommit
+    from modeling_vitcls.publishing.verification_script import collect_outputs
+
+    def load(commit: PushedCommit, auto_class: str, trusts_code: bool) -> Any:
+        return collect_outputs(commit.repo_id, auto_class, {"revision": commit.sha})
+
+    monkeypatch.setattr("modeling_vitcls.publishing.verify.run_verification_script", load)
+
+
 @pytest.fixture(scope="module")
 def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder for the fixtures of one file."""

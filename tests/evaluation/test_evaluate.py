@@ -27,12 +27,7 @@ from helpers.evaluation_worker import (
     build_labeled_images,
     evaluate_digits,
 )
-from helpers.tiny_models import (
-    raises_one_line,
-    randomize,
-    save_both,
-    save_with_processor,
-)
+from helpers.tiny_models import raises_one_line, randomize, save_both, save_with_processor
 from helpers.warm_processes import run_together
 from PIL import Image
 from torch.nn import functional
@@ -46,9 +41,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.evaluation import evaluate as evaluate_module
-from modeling_vitcls.evaluation.evaluate import (
-    evaluate_checkpoint,
-)
+from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.files import read_json, write_json
 
@@ -59,12 +52,12 @@ MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ
 
 
 @pytest.fixture(scope="module")
-def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_process_folder(module_path: Path) -> Path:
     """Run evaluation_worker.py on two processes, and return its folder.
 
     The folder contains the printed text in `stdout`.
     """
-    folder = tmp_path_factory.mktemp("two")
+    folder = module_path / "two"
     labels = OneLabel({"label": list("9876543210")})
     model = build_classifier("single")
     config = ViTCLSConfig(**model.config.to_diff_dict() | labels.to_config_values())
@@ -105,12 +98,11 @@ def test_only_the_main_process_prints(two_process_folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(module_path: Path) -> Path:
     """Return a folder with a saved model of each kind."""
-    folder = tmp_path_factory.mktemp("models")
     for name in SPACES:
-        save_both(build_classifier(name), folder / name, ViTCLSImageProcessor(size=16))
-    return folder
+        save_both(build_classifier(name), module_path / name, ViTCLSImageProcessor(size=16))
+    return module_path
 
 
 def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
@@ -218,8 +210,7 @@ def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
         evaluate(models / "multi_task", table, per_image=tmp_path / "rows.parquet")
 
 
-@pytest.mark.parametrize("has_task", [False, True])
-@pytest.mark.parametrize("num_distillation_tokens", [0, 1])
+@pytest.mark.parametrize(("num_distillation_tokens", "has_task"), [(0, False), (1, True)])
 @pytest.mark.parametrize(
     ("kind", "num_added"),
     [("single", 0), ("single", 1), ("single", 2), ("single", 3), ("tags", 0), ("tasks", 0)],

@@ -193,7 +193,7 @@ def damage(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @examples(400)
 @given(
-    file_format=st.sampled_from(sorted(encode_images())),
+    file_format=st.deferred(lambda: st.sampled_from(sorted(encode_images()))),
     edits=st.one_of(st.just([]), EDITS),
     suffix=st.sampled_from([".png", ".jpg", ".eps"]),
 )

@@ -119,9 +119,9 @@ class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
             self.assertIsInstance(model.get_output_embeddings(), torch.nn.Linear | None)
 
 
-for name in dir(ViTCLSModelTests):  # 28 combinations of dtype, padding and kernels
-    is_combination = (
-        name.startswith("test_eager_matches_sdpa_inference_") and "fp32_pad_left" not in name
+for name in dir(ViTCLSModelTests):  # 32 combinations of dtype, padding, masks and kernels
+    is_combination = name.startswith("test_eager_matches_sdpa_inference_") and not name.endswith(
+        "fp32_pad_left"
     )
     if is_combination or name == "test_bc_torch_dtype":
         pytest.mark.slow(getattr(ViTCLSModelTests, name))

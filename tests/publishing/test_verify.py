@@ -4,7 +4,6 @@ import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,8 +21,7 @@ from helpers.tiny_models import (
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.push import PushedCommit, push_folder
-from modeling_vitcls.publishing.verification_script import collect_outputs
+from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import compare_outputs, push_and_verify, verify
 
 
@@ -125,16 +123,6 @@ def test_code_that_does_not_load_is_an_error(
 
 
 # Files --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load the pushed files here and with this package, which is faster than in a new process."""
-
-    def load(commit: PushedCommit, auto_class: str, trusts_code: bool) -> Any:
-        return collect_outputs(commit.repo_id, auto_class, {"revision": commit.sha})
-
-    monkeypatch.setattr("modeling_vitcls.publishing.verify.run_verification_script", load)
 
 
 @pytest.mark.usefixtures("in_this_process")
