@@ -1,7 +1,6 @@
 """Added tasks and classes: earlier outputs keep their bits, and any change is found."""
 
 import shutil
-import unicodedata
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -12,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_in_process import run_here
-from helpers.digits_models import DIGITS, LABELS, PIXELS, STRIPES, train_digits_model
+from helpers.digits_models import DIGITS, LABELS, PIXELS, STRIPED, STRIPES, train_digits_model
+from helpers.photo_folders import get_unicode_forms
 from helpers.read_datasets import load_training_data
 from helpers.tiny_models import (
     build_images,
-    build_tiny_config,
+    edit_config,
     edit_weights,
     raises_one_line,
     save_both,
-    save_with_processor,
+    save_classifier,
 )
 from PIL import Image
 from safetensors.torch import load_file
@@ -194,7 +194,7 @@ def test_a_class_beside_a_task_with_any_name_keeps_the_statistics_without_a_warn
     digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     add_task(digits, build_dataset(TASKS["parity"]), "added_classes_001", tmp_path / "task")
-    add_class(tmp_path / "task", build_new(STRIPES, "stripes"), tmp_path / "class")
+    add_class(tmp_path / "task", STRIPED, tmp_path / "class")
     assert "class statistics" not in caplog.text
     outputs = compute(tmp_path / "class", build_images(3, 8, 8, channels=1))
     assert outputs.distance.isfinite().all()
@@ -215,7 +215,7 @@ def test_nothing_is_written_if_an_old_output_would_change(
     with raises_one_line("classifier.bias has other values"):
         add_task(digits, build_dataset(TASKS["size"]), "size", tmp_path / "new")
     with raises_one_line("classifier.bias has other values"):
-        add_class(digits, build_new(STRIPES, "stripes"), tmp_path / "new")
+        add_class(digits, STRIPED, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -230,7 +230,7 @@ def build_new(pixels: np.ndarray, name: str) -> list[tuple[Image.Image, str]]:
 def with_stripes(digits: Path, module_path: Path) -> Path:
     """Write the classifier of digits with a class that looks like no digit."""
     folder = module_path / "stripes"
-    add_class(digits, build_new(STRIPES, "stripes"), folder)
+    add_class(digits, STRIPED, folder)
     return folder
 
 
@@ -252,16 +252,15 @@ def test_the_statistics_of_old_classes_are_certified(
 def test_outputs_and_the_threshold_are_certified_even_if_all_tensors_are_equal(
     change: dict[str, float], word: str, digits: Path, with_stripes: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(with_stripes, tmp_path / "changed")
-    config = read_json(with_stripes / "config.json") | change
-    write_json(tmp_path / "changed" / "config.json", config)
-    assert word in verify_unchanged(digits, tmp_path / "changed")["difference"]
+    changed = shutil.copytree(with_stripes, tmp_path / "changed")
+    edit_config(changed, **change)
+    assert word in verify_unchanged(digits, changed)["difference"]
 
 
 def test_a_class_is_added_to_statistics_in_bfloat16(digits: Path, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(digits, dtype=torch.bfloat16)
     save_both(model, tmp_path / "half", ViTCLSImageProcessor.from_pretrained(digits))
-    record = add_class(tmp_path / "half", build_new(STRIPES, "stripes"), tmp_path / "new")
+    record = add_class(tmp_path / "half", STRIPED, tmp_path / "new")
     assert record["result"]["recall"] > 0.9
     result = record["result"]
     count = f"{result['num_right']} of {result['num_images']} recognized"
@@ -293,7 +292,7 @@ def test_photos_of_an_added_class_are_known_also_if_they_differ_more_than_the_ol
     assert (distances == old).float().mean() > 0.8
 
     # A second class keeps the scale of the first.
-    add_class(tmp_path / "noise", build_new(STRIPES, "stripes"), tmp_path / "both")
+    add_class(tmp_path / "noise", STRIPED, tmp_path / "both")
     assert verify_unchanged(tmp_path / "noise", tmp_path / "both")["difference"] is None
     assert (compute(tmp_path / "both", images).distance <= outputs.distance).all()
 
@@ -315,16 +314,14 @@ def test_the_recall_of_a_class_that_the_encoder_has_never_seen_is_near_the_state
 
 
 def test_without_class_statistics_the_remedy_is_named(tmp_path: Path) -> None:
-    model = ViTCLSForImageClassification(build_tiny_config())
-    source = save_with_processor(model, tmp_path / "source")
+    source = save_classifier(tmp_path / "source")
     with raises_one_line("requires class statistics", f"vitcls finetune --model {source}"):
-        add_class(source, build_new(STRIPES, "stripes"), tmp_path / "new")
+        add_class(source, STRIPED, tmp_path / "new")
 
 
 def test_copies_of_an_image_count_once(digits: Path, tmp_path: Path) -> None:
-    copies = np.repeat(STRIPES[:6], 5, axis=0)
-    record = add_class(digits, build_new(copies, "stripes"), tmp_path / "copies")
-    expected = add_class(digits, build_new(STRIPES[:6], "stripes"), tmp_path / "single")
+    record = add_class(digits, 5 * STRIPED[:6], tmp_path / "copies")
+    expected = add_class(digits, STRIPED[:6], tmp_path / "single")
     assert record["result"]["recall_interval"] == expected["result"]["recall_interval"]
 
 
@@ -354,7 +351,7 @@ def test_photos_that_trained_the_model_are_counted(
 def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
     with_stripes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    composed, decomposed = get_unicode_forms("café")
     new = [*build_new(STRIPES[::2], "Stripes "), *build_new(STRIPES[1::2], decomposed)]
     add_class(with_stripes, new, tmp_path / "new")
     assert "'stripes' and 'Stripes '" in caplog.text
@@ -367,7 +364,7 @@ def test_several_processes_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with raises_one_line("by one process", "`accelerate launch`"):
-        add_class(digits, build_new(STRIPES, "stripes"), tmp_path / "new")
+        add_class(digits, STRIPED, tmp_path / "new")
 
 
 def test_the_logits_of_a_new_class_have_the_scale_of_the_others(
@@ -378,7 +375,7 @@ def test_the_logits_of_a_new_class_have_the_scale_of_the_others(
         model.classifier.weight.mul_(0.2)
         model.classifier.bias.mul_(0.2).add_(5)
     save_both(model, tmp_path / "scaled", ViTCLSImageProcessor.from_pretrained(digits))
-    add_class(tmp_path / "scaled", build_new(STRIPES, "stripes"), tmp_path / "new")
+    add_class(tmp_path / "scaled", STRIPED, tmp_path / "new")
     images = build_images(3, 8, 8, channels=1)
     expected = 0.2 * compute(with_stripes, images).logits + 5
     torch.testing.assert_close(compute(tmp_path / "new", images).logits, expected)

@@ -9,37 +9,33 @@ import pytest
 from helpers.local_hub import LocalHub
 from helpers.photo_folders import draw_noise
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_both
+from helpers.tiny_models import edit_weights, raises_one_line, save_classifier
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, inspect_tokens
+from modeling_vitcls import inspect_tokens
 from modeling_vitcls.analysis.inspect_tokens import write_inspection
 from modeling_vitcls.analysis.options import InspectOptions
+from modeling_vitcls.model.attention_masks_vitcls import TokenGates
 
 
 CLASSES = ["cat", "dog", "owl"]
 
 
-def save_classifier(folder: Path, names: list[str], **fields: Any) -> str:
-    """Save a classifier of these classes and its image processor, and return the folder."""
-    config = build_tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields)
-    model = randomize(ViTCLSForImageClassification(config))
-    if config.gated_tokens:
-        model.vitcls.gates.gates.data.fill_(0.031 / model.vitcls.gates.SCALE)
-    return str(save_both(model, folder, ViTCLSImageProcessor(size=32)))
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model(module_path: Path) -> str:
+    """Return a classifier whose second register is almost closed."""
     fields: dict[str, Any] = {"num_register_tokens": 2, "gated_tokens": {"registers": 1}}
-    return save_classifier(tmp_path_factory.mktemp("model"), CLASSES, **fields)
+    folder = save_classifier(module_path / "model", *CLASSES, **fields)
+    with edit_weights(folder) as weights:
+        weights["vitcls.gates.gates"].fill_(0.031 / TokenGates.SCALE)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(module_path: Path) -> Path:
     """Write images of two classes, one without a class, and an unreadable file."""
-    folder = tmp_path_factory.mktemp("photos")
+    folder = module_path / "photos"
     for name, count in {"cat": 5, "owl": 5, "else": 1}.items():
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
         for number in range(count):
             (photo,) = draw_noise((40, 60), seed=zlib.crc32(f"{name}{number}".encode()))
             photo.save(folder / name / f"{name}{number}.png")

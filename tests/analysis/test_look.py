@@ -46,8 +46,8 @@ def save_encoder(folder: Path, processor: ViTCLSImageProcessor | None = None, **
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_encoder(tmp_path_factory.mktemp("model"))
+def model(module_path: Path) -> str:
+    return save_encoder(module_path)
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_every_tile_of_a_page_is_within_reach_and_names_are_text(
     config = build_tiny_config(
         id2label={0: name, 1: "x", 2: "y"}, num_hidden_layers=5, **SEVERAL_TOKENS
     )
-    model = randomize(ViTCLSForImageClassification(config))
+    model = ViTCLSForImageClassification(config)
     folder = save_with_processor(model, tmp_path / "model", PROCESSOR)
     assert run_here("look", photo, "--model", folder, "-o", tmp_path / "sheet.html") == 0
 

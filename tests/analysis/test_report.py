@@ -48,8 +48,8 @@ def model() -> ViTCLSForImageClassification:
 
 
 @pytest.fixture(scope="module")
-def report(model: ViTCLSForImageClassification, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("report") / "report.html"
+def report(model: ViTCLSForImageClassification, module_path: Path) -> Path:
+    file = module_path / "report.html"
     images = draw_noise(*SHAPES)
     chosen = [
         (image, {"name": name, "truth": "A & <B>", "kind": "wrong"})

@@ -5,12 +5,11 @@ import os
 import runpy
 import subprocess
 import sys
-import unicodedata
 from pathlib import Path
 
 import pytest
 from helpers.command_in_process import run_here
-from helpers.photo_folders import write_photos
+from helpers.photo_folders import get_unicode_forms, write_photos
 from helpers.scripts_in_process import SCRIPTS
 from PIL import Image
 
@@ -74,7 +73,7 @@ def test_a_path_is_found_in_the_other_unicode_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    composed, decomposed = (unicodedata.normalize(form, "größe") for form in ("NFC", "NFD"))
+    composed, decomposed = get_unicode_forms("größe")
     write_photos(tmp_path / decomposed / "photos", range(1))
     options = DataOptions(dataset=f"{composed}/photos")
     assert options.dataset == f"{decomposed}/photos"

@@ -16,7 +16,7 @@ import pandas
 import pytest
 from helpers.command_in_process import check_error, fail, run_here
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import save_classifier
+from helpers.tiny_models import edit_config, save_classifier
 from transformers import ViTConfig
 
 from modeling_vitcls.runtime import files
@@ -93,8 +93,7 @@ def test_a_wrong_value_in_a_file_of_the_model_is_named(
 
 
 def test_a_device_that_another_machine_had_is_not_used() -> None:
-    file = Path("model", PROCESSOR)
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "cuda:9"}))
+    edit_config(Path("model"), PROCESSOR, device="cuda:9")
     assert run_here(*PREDICT) == 0
 
 

@@ -11,7 +11,7 @@ import torch
 from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_photos
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
-from helpers.tiny_models import edit_weights
+from helpers.tiny_models import edit_config, edit_weights
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
@@ -21,12 +21,6 @@ from modeling_vitcls.runtime.errors import warn_on_first_process
 
 
 pytestmark = pytest.mark.usefixtures("place")
-
-
-def edit(folder: Path, file: str = "config.json", **values: Any) -> None:
-    """Change values in a JSON file of a folder."""
-    path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def add_second_set_of_weights(folder: Path) -> None:
@@ -57,11 +51,11 @@ def add_stray_layer(folder: Path) -> None:
 # Change of a folder -> words of the error.
 CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "registers without a place": (
-        lambda folder: edit(folder, num_register_tokens=0),
+        lambda folder: edit_config(folder, num_register_tokens=0),
         ("vitcls.embeddings.register_tokens", "config.json"),
     ),
     "a task without a place": (
-        lambda folder: edit(folder, extra_heads=None),
+        lambda folder: edit_config(folder, extra_heads=None),
         ("extra_heads.task_weather.bias", "config.json"),
     ),
     "names of a wrapper": (
@@ -83,19 +77,19 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "pickled weights": (pickle_weights, ("pickled weights", "save_pretrained")),
     "labels that contradict": (
-        lambda folder: edit(folder, label2id={"cat": 1, "dog": 0}),
+        lambda folder: edit_config(folder, label2id={"cat": 1, "dog": 0}),
         ("label2id", "id2label"),
     ),
     "kernels of a repository": (
-        lambda folder: edit(folder, attn_implementation="evil-org/evil"),
+        lambda folder: edit_config(folder, attn_implementation="evil-org/evil"),
         ("attn_implementation='evil-org/evil'",),
     ),
     "an attention that is not installed": (
-        lambda folder: edit(folder, _attn_implementation="flash_attention_2"),
+        lambda folder: edit_config(folder, _attn_implementation="flash_attention_2"),
         ("flash_attention_2",),
     ),
     "quantized weights": (
-        lambda folder: edit(folder, quantization_config={"quant_method": "torchao"}),
+        lambda folder: edit_config(folder, quantization_config={"quant_method": "torchao"}),
         ("quantization_config",),
     ),
 }
@@ -110,13 +104,13 @@ def test_a_folder_that_would_give_other_outputs_is_one_line(change: str) -> None
 
 
 def test_training_does_not_start_from_weights_without_a_place() -> None:
-    edit(Path("model"), num_register_tokens=0)
+    edit_config(Path("model"), num_register_tokens=0)
     command = "finetune --model model --dataset photos --output-dir run --num-workers 0"
     assert "register_tokens" in fail(*command.split())
 
 
 def test_how_a_program_wanted_the_outputs_of_a_model_does_not_matter() -> None:
-    edit(Path("model"), return_dict=False, output_hidden_states=True)
+    edit_config(Path("model"), return_dict=False, output_hidden_states=True)
     assert run_here(*"evaluate --model model --dataset photos --num-workers 0".split()) == 0
 
 
@@ -190,8 +184,8 @@ def test_settings_that_were_edited_after_training_are_named(
         assert run_here(*command.split()) == status
     assert "after training" not in caplog.text
 
-    edit(trained, distance_threshold=9.0)
-    edit(trained, "preprocessor_config.json", do_normalize=False)
+    edit_config(trained, distance_threshold=9.0)
+    edit_config(trained, "preprocessor_config.json", do_normalize=False)
     for status, command in commands:
         warn_on_first_process.cache_clear()
         caplog.clear()

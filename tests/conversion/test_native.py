@@ -13,6 +13,7 @@ from helpers.tiny_models import (
     build_images,
     build_random,
     build_tiny_config,
+    edit_config,
     raises_one_line,
     save_with_processor,
 )
@@ -27,7 +28,6 @@ from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import verify
-from modeling_vitcls.runtime.files import read_json, write_json
 
 
 DEMO = {"num_register_tokens": 2, "intermediate_size": 64, "id2label": {0: "a", 1: "b", 2: "c"}}
@@ -158,8 +158,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
 
 def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -> None:
     convert_to_native(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
-    config = tmp_path / "native" / "config.json"
-    write_json(config, read_json(config) | {"auto_map": {"AutoConfig": "other.Config"}})
+    edit_config(tmp_path / "native", auto_map={"AutoConfig": "other.Config"})
     with raises_one_line("is not a vitcls model"):
         push_folder(ModelFolder(tmp_path / "native"), "ann/native")
 

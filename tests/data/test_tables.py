@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pandas as pd
 import pytest
+from helpers.photo_folders import get_unicode_forms
 from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
@@ -18,10 +19,7 @@ from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import SeveralLabels
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import (
-    divide_images,
-    load_undivided_images,
-)
+from modeling_vitcls.data.splits import divide_images, load_undivided_images
 
 
 NUM_IMAGES = 12
@@ -165,7 +163,7 @@ def test_decimal_numbers_are_no_labels_unless_they_are_named(photos: Path) -> No
 
 
 def test_the_unicode_forms_of_a_name_are_one_class(photos: Path) -> None:
-    forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    forms = get_unicode_forms("café")
     assert read_labels(write_csv(photos, [*forms, "tea"], "unicode.csv")) == ["café", "café", "tea"]
 
 
@@ -338,11 +336,10 @@ def test_images_of_a_table_may_be_base64(photos: Path) -> None:
 
 
 def test_the_name_of_a_column_has_two_unicode_forms(photos: Path) -> None:
-    name = unicodedata.normalize("NFD", "catégorie")
+    column, name = get_unicode_forms("catégorie")
     file = write_table(
         photos / "forms.csv", file_name=FILES[:2], **{name: ["cat", "dog"]}, other=[1, 2]
     )
-    column = unicodedata.normalize("NFC", name)
     assert read_labels(file, label_column=(column,)) == ["cat", "dog"]
 
 
@@ -490,7 +487,7 @@ def test_files_are_found_in_both_unicode_forms(form: str, name: str, tmp_path: P
     folder = tmp_path / unicodedata.normalize("NFC" if form == "NFD" else "NFD", "été")
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / unicodedata.normalize(form, "é.png"))
-    names = [unicodedata.normalize(each, "été/é.png") for each in ("NFC", "NFD")]
+    names = get_unicode_forms("été/é.png")
     table = write_table(tmp_path / name, file_name=names, label=["a", "b"])
     dataset = tmp_path if name == "metadata.csv" else table
     splits = read_splits_of(dataset)

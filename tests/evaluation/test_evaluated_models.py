@@ -1,6 +1,5 @@
 """Evaluation and prediction refuse ambiguous labels and damaged configurations."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 from unicodedata import normalize
@@ -9,17 +8,12 @@ import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import check_error, run_here
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.tiny_models import edit_config, save_classifier, save_encoder
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.runtime.files import read_json
 
 
 NAMES = ("cat", "dog", "fox")
-LABELS = {
-    "id2label": dict(enumerate(NAMES)),
-    "label2id": {name: index for index, name in enumerate(NAMES)},
-}
 
 
 @pytest.fixture
@@ -29,9 +23,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return save_with_processor(
-        ViTCLSForImageClassification(build_tiny_config(**LABELS)), tmp_path / "model"
-    )
+    return save_classifier(tmp_path / "model", *NAMES)
 
 
 def run_evaluation(model: Path, photos: Path, *flags: object) -> int:
@@ -49,9 +41,9 @@ def test_a_frozen_run_is_evaluated_whatever_its_pooler(
     fields: dict[str, Any], photos: Path, tmp_path: Path
 ) -> None:
     """The pooler reads the hidden states, which classifiers return, too."""
-    save_with_processor(ViTCLSModel(build_tiny_config(**fields)), tmp_path / "encoder")
+    encoder = save_encoder(tmp_path / "encoder", **fields)
     flags = ["--output-dir", tmp_path / "run", "--trainable", "head", "--no-report"]
-    assert run_here("finetune", "--model", tmp_path / "encoder", "--dataset", photos, *flags) == 0
+    assert run_here("finetune", "--model", encoder, "--dataset", photos, *flags) == 0
     others = write_photos(tmp_path / "others", range(6, 8), *NAMES)
     assert run_evaluation(tmp_path / "run", others, "--output", tmp_path / "results.json") == 0
     assert read_json(tmp_path / "results.json")["in_trained_scenes"]["num_images"] == 6
@@ -61,15 +53,8 @@ def test_labels_with_the_same_name_are_not_evaluated(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Published models have such labels: two classes of ImageNet are called crane."""
-    names = ("cat", "dog", "fox", "cat")
-    labels = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {"cat": 3, "dog": 1, "fox": 2},
-        "num_labels": 4,
-    }
-    model = save_with_processor(
-        ViTCLSForImageClassification(build_tiny_config(**labels)), tmp_path / "model"
-    )
+    label2id = {"cat": 3, "dog": 1, "fox": 2}
+    model = save_classifier(tmp_path / "model", "cat", "dog", "fox", "cat", label2id=label2id)
     assert run_evaluation(model, photos) == 1
     check_error(capsys, "'cat'")
 
@@ -80,9 +65,7 @@ def test_labels_of_the_data_are_those_of_the_model_in_either_unicode_form(
 ) -> None:
     """File names of macOS are in NFD, and typed labels are in NFC."""
     names = [normalize(form, name) for name in ("café", "thé")]
-    labels = {"id2label": dict(enumerate(names)), "label2id": dict(zip(names, (0, 1), strict=True))}
-    config = build_tiny_config(**labels, num_labels=2)
-    model = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "model")
+    model = save_classifier(tmp_path / "model", *names)
     other_form: Literal["NFC", "NFD"] = "NFD" if form == "NFC" else "NFC"
     photos = write_photos(
         tmp_path / "photos", range(6), *(normalize(other_form, name) for name in names)
@@ -95,10 +78,8 @@ def test_labels_of_the_data_are_those_of_the_model_in_either_unicode_form(
 def test_a_distance_threshold_that_is_not_finite_is_an_error(
     model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = json.loads((model / "config.json").read_text())
     for value in ("nan", "inf"):
-        config["distance_threshold"] = float(value)
-        (model / "config.json").write_text(json.dumps(config))
+        edit_config(model, distance_threshold=float(value))
         reset_accelerate()
         assert run_here("predict", "--model", model, photos) == 1
         check_error(capsys, "distance_threshold")

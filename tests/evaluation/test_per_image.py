@@ -1,7 +1,5 @@
 """One row per evaluated image, compared with the model, and with two processes."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from helpers.evaluation_worker import (
@@ -34,7 +32,7 @@ def test_rows_equal_the_metrics_of_the_same_evaluation() -> None:
     assert rows["index"].tolist() == list(range(len(rows)))
 
 
-def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
+def test_rows_keep_the_index_of_their_image() -> None:
     """Unreadable images and images without a label have no row, but keep their index."""
     pictures = build_labeled_images("single", unreadable=UNREADABLE)
     labels = [None if index < 3 else label for index, label in enumerate(pictures.labels)]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, randomize
+from helpers.tiny_models import build_images, build_random, build_tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.export.tracing import (
@@ -16,8 +16,7 @@ from modeling_vitcls.export.tracing import (
 
 
 def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
-    config = build_tiny_config(num_register_tokens=1, num_hidden_layers=1)
-    model = randomize(ViTCLSForImageClassification(config))
+    model = build_random(ViTCLSForImageClassification, num_register_tokens=1, num_hidden_layers=1)
     model.set_attn_implementation("eager")
     graph = trace_model(model, select_graph_shape(model, (48, 24), dynamic=True), torch.float32)
     operators = {str(node.target) for node in graph.graph.nodes}

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
@@ -18,6 +19,7 @@ NUM_TRAINED = 1500
 # Images [30, 8, 8] that look like no digit
 STRIPES = np.zeros((30, 8, 8), np.uint8)
 STRIPES[:, :, ::2] = np.arange(200, 230, dtype=np.uint8)[:, None, None]
+STRIPED = [(Image.fromarray(pixels), "stripes") for pixels in STRIPES]
 HELD_OUT = PIXELS[NUM_TRAINED : NUM_TRAINED + 128], LABELS[NUM_TRAINED : NUM_TRAINED + 128]
 
 

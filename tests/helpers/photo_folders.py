@@ -1,5 +1,6 @@
 """Noise, image folders with one sub-folder per class, and images that count how often they are read."""
 
+import unicodedata
 import zlib
 from collections.abc import Iterable
 from io import BytesIO
@@ -34,6 +35,11 @@ def draw_noise(*shapes: tuple[int, int], seed: int = 0) -> list[Image.Image]:
     return [
         Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes
     ]
+
+
+def get_unicode_forms(name: str) -> tuple[str, str]:
+    """Return a name with composed characters, and with decomposed ones, as macOS writes it."""
+    return unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
 
 
 def write_photos(root: Path, numbers: range, *names: str) -> Path:

@@ -1,6 +1,7 @@
 """Small models, random weights and images, and a check for one-line errors."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -46,6 +47,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 # Two CLS, one distillation and three register tokens.
 TOKENS: dict[str, Any] = {
@@ -156,6 +158,12 @@ def edit_weights(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def edit_config(folder: Path, file: str = "config.json", **values: Any) -> None:
+    """Change values in a JSON file of a saved model."""
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def save_with_processor(model: PreTrainedModel, folder: Path, processor: Any = None) -> Path:
     """Save a model with random parameters and an image processor; return the folder."""
     return save_both(randomize(model), folder, processor or ViTCLSImageProcessor(size=32))
@@ -170,6 +178,11 @@ def save_classifier(folder: Path, *names: str, **fields: Any) -> Path:
         fields |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
     config = build_tiny_config(**{"num_register_tokens": 1} | fields)
     return save_with_processor(ViTCLSForImageClassification(config), folder)
+
+
+def save_encoder(folder: Path, **fields: Any) -> Path:
+    """Save a tiny encoder and its image processor; return the folder."""
+    return save_with_processor(ViTCLSModel(build_tiny_config(**fields)), folder)
 
 
 def build_images(

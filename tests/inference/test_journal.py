@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from helpers.prediction_photos import write_predictions
-from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
+from helpers.tiny_models import raises_one_line, save_classifier
 
-from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.inference import predictor
 from modeling_vitcls.runtime import staging
 
@@ -24,10 +23,8 @@ Command = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_with_processor(randomize(ViTCLSForImageClassification(build_tiny_config())), folder)
-    return folder
+def model(module_path: Path) -> Path:
+    return save_classifier(module_path)
 
 
 @pytest.fixture
@@ -164,16 +161,9 @@ def test_rows_of_other_photos_are_not_dropped(photos: Path, table: Path, repeat:
 
 
 def test_rows_of_other_settings_and_models_are_not_mixed(
-    model: Path,
-    photos: Path,
-    table: Path,
-    tmp_path: Path,
-    computed: list[str],
-    repeat: Command,
+    photos: Path, table: Path, tmp_path: Path, computed: list[str], repeat: Command
 ) -> None:
-    other = tmp_path / "other"
-    config = build_tiny_config(num_labels=5)
-    save_with_processor(randomize(ViTCLSForImageClassification(config)), other)
+    other = save_classifier(tmp_path / "other", num_labels=5)
     with raises_one_line("another top_k"):
         repeat(top_k=2)
     with raises_one_line("another model"):

@@ -19,7 +19,14 @@ from helpers.command_in_process import check_error
 from helpers.photo_folders import write_files
 from helpers.prediction_photos import predict, sorted_photos, write_predictions
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
+from helpers.tiny_models import (
+    build_random,
+    build_tiny_config,
+    edit_config,
+    raises_one_line,
+    randomize,
+    save_with_processor,
+)
 from helpers.warm_processes import run_together
 from PIL import Image
 from transformers import pipeline
@@ -33,7 +40,6 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.cli import api
 from modeling_vitcls.runtime import distributed
-from modeling_vitcls.runtime.files import read_json, write_json
 
 
 NAMES = ["ant", "bee", "cat"]
@@ -54,12 +60,11 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(module_path: Path) -> Path:
     """Return a folder of small models with random weights, one of each kind."""
-    folder = tmp_path_factory.mktemp("models")
     for name, build in KINDS.items():
-        save_with_processor(build(), folder / name)
-    return folder
+        save_with_processor(build(), module_path / name)
+    return module_path
 
 
 @pytest.fixture(scope="module")
@@ -337,8 +342,7 @@ def test_models_without_labels_are_a_one_line_error(
 ) -> None:
     """The model "lost" is a classifier without the weights of its head."""
     shutil.copytree(models / "encoder", models / "lost", dirs_exist_ok=True)
-    config = read_json(models / "lost" / "config.json")
-    write_json(models / "lost" / "config.json", config | {"architectures": None})
+    edit_config(models / "lost", architectures=None)
     with raises_one_line(words, error=(ValueError, OSError)):
         api.predict(models / source, photos)
 
@@ -379,7 +383,7 @@ def test_predictions_are_in_bfloat16_where_it_is_faster(
 
 
 def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS)))
+    model = build_random(ViTCLSForImageClassification, **LABELS)
     processor = ViTCLSImageProcessor(size={"shortest_edge": 16})
     together = predict(model, processor, photos, batch_size=9)
     for path, row in zip(sorted_photos(photos), together, strict=True):

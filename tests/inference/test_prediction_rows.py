@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
+from helpers.tiny_models import TASKS, build_images, build_random
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -39,7 +39,7 @@ def predict(columns: Any, pixels: torch.Tensor) -> list[dict[str, Any]]:
 def test_an_image_without_a_finite_output_does_not_affect_other_images(
     model_class: Any, fields: dict[str, Any], features: str | None
 ) -> None:
-    model = randomize(model_class(build_tiny_config(**fields)))
+    model = build_random(model_class, **fields)
     threshold = 0.0 if "problem_type" in fields else None
     columns: Any = (
         FeatureColumns(model, [features], "float32")
@@ -65,16 +65,14 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
 
 
 def test_a_feature_too_large_for_float16_names_its_dtype() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
+    model = build_random(ViTCLSModel)
     model.layernorm.weight.data.mul_(1e6)
     (row,) = predict(FeatureColumns(model, ["cls"], "float16"), build_images(1))
     assert "`feature_dtype='float32'`" in row["error"]
 
 
 def test_one_task_without_a_finite_output_is_an_error() -> None:
-    model = randomize(
-        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
-    )
+    model = build_random(ViTCLSForMultiTaskClassification, num_cls_tokens=2, tasks=TASKS)
     model.classifiers["task_age"].bias.data[1] = torch.inf
     rows = predict(LabelColumns(model, get_heads(model.config), 1), build_images(2))
     assert [row.keys() for row in rows] == [{"error"}] * 2
@@ -82,7 +80,7 @@ def test_one_task_without_a_finite_output_is_an_error() -> None:
 
 
 def test_images_of_an_unsupported_shape_are_errors() -> None:
-    columns = FeatureColumns(randomize(ViTCLSModel(build_tiny_config())), ["cls"], "float32")
+    columns = FeatureColumns(build_random(ViTCLSModel), ["cls"], "float32")
     rows = predict(columns, build_images(2, channels=4))
     assert len(rows) == 2
     assert all("requires 3 channel" in row["error"] for row in rows)

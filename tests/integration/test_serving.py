@@ -18,10 +18,8 @@ from fastapi.testclient import TestClient
 from helpers.doc_pages import ROOT, read_blocks
 from helpers.fresh_processes import run_program
 from helpers.photo_folders import draw_noise, encode_image
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.tiny_models import save_classifier
 from PIL import Image
-
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 
 
 pytestmark = pytest.mark.slow
@@ -35,9 +33,7 @@ def folder(module_path: Path) -> Path:
     blocks = read_blocks(ROOT / "docs" / "serving.md")
     source = next(block.text for block in blocks if block.language == "python")
     (module_path / "serve.py").write_text(source)
-    model = ViTCLSForImageClassification(build_tiny_config(num_labels=3))
-    processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    save_with_processor(model, module_path / "runs" / "photos", processor)
+    save_classifier(module_path / "runs" / "photos")
     return module_path
 
 

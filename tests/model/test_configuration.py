@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from helpers.fresh_processes import run_python
-from helpers.tiny_models import SIZES, build_tiny_config, raises_one_line
+from helpers.tiny_models import SIZES, build_tiny_config, edit_config, raises_one_line
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
@@ -214,8 +214,7 @@ def test_a_misspelt_keyword_is_an_error(tmp_path: Path) -> None:
 def test_an_unknown_field_of_a_file_is_kept_and_reported(tmp_path: Path) -> None:
     """The file may be from another version of the package."""
     build_tiny_config().save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text()) | {"num_regster_tokens": 4}
-    (tmp_path / "config.json").write_text(json.dumps(stored))
+    edit_config(tmp_path, num_regster_tokens=4)
     with CaptureLogger(logging.get_logger("modeling_vitcls.model.configuration_vitcls")) as logs:
         config = ViTCLSConfig.from_pretrained(tmp_path)
     assert "num_regster_tokens" in logs.out

@@ -14,6 +14,7 @@ from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.tiny_models import (
     build_images,
     build_random,
+    each_dtype,
     get_largest_difference,
     raises_one_line,
 )
@@ -142,7 +143,7 @@ def test_attention_without_bias_support_is_an_error(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_dtype
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
 def test_open_gates_are_removed_when_a_checkpoint_is_loaded(
     loader: Any, dtype: torch.dtype, tmp_path: Path

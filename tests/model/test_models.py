@@ -22,7 +22,6 @@ from helpers.tiny_models import (
     each_layout,
     get_largest_difference,
     raises_one_line,
-    randomize,
 )
 from safetensors.torch import save_file
 from torch import nn
@@ -43,10 +42,8 @@ from modeling_vitcls import (
 def test_the_mlp_head_is_two_linear_layers_with_a_gelu_between(
     head_hidden_size: int | None,
 ) -> None:
-    config = build_tiny_config(
-        head_type="mlp", head_hidden_size=head_hidden_size, pooling="cls_mean"
-    )
-    model = randomize(ViTCLSForImageClassification(config))
+    fields = {"head_type": "mlp", "head_hidden_size": head_hidden_size, "pooling": "cls_mean"}
+    model = build_random(ViTCLSForImageClassification, **fields)
     first, activation, second = model.classifier
 
     assert first.in_features == 32

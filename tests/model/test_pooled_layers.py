@@ -10,7 +10,6 @@ from helpers.tiny_models import (
     build_random,
     build_tiny_config,
     get_largest_difference,
-    randomize,
 )
 
 from modeling_vitcls import (
@@ -54,10 +53,8 @@ def test_the_head_reads_the_concatenated_poolings_of_the_normalized_layers(
 
 @torch.no_grad()
 def test_each_task_reads_its_cls_token_of_every_layer() -> None:
-    config = build_tiny_config(
-        num_hidden_layers=4, num_cls_tokens=2, tasks=TASKS, pooled_layers=[2, -1]
-    )
-    model = randomize(ViTCLSForMultiTaskClassification(config))
+    fields = {"num_hidden_layers": 4, "num_cls_tokens": 2, "pooled_layers": [2, -1]}
+    model = build_random(ViTCLSForMultiTaskClassification, tasks=TASKS, **fields)
     outputs = model(build_images(), output_hidden_states=True)
     tokens = [model.vitcls.layernorm(outputs.hidden_states[layer]) for layer in (2, 4)]
     for index, (task, head) in enumerate(

@@ -13,6 +13,7 @@ from helpers.tiny_models import (
     build_images,
     build_random,
     build_tiny_config,
+    each_dtype,
     get_largest_difference,
 )
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
@@ -74,7 +75,7 @@ def test_only_the_configured_tokens_have_learned_positions(tokens: str, groups: 
         assert (change[:, group].abs().amax(dim=(0, 2)) > 1e-3).all() == (name in groups)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_dtype
 @pytest.mark.parametrize(
     "fields", [{"position_interpolation": "bilinear"}, {"position_antialias": True}, {}], ids=str
 )

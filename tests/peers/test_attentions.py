@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import get_largest_difference
+from helpers.tiny_models import build_images, get_largest_difference
 
 from modeling_vitcls import convert_from_timm, convert_from_transformers
 from modeling_vitcls.analysis.photo import trace_attention
@@ -79,7 +79,4 @@ def test_maps_of_timm_models_are_equal_in_eager_and_fused_attention(name: str) -
     model = timm_cases.peer(name, **timm_cases.TINY)
     size = timm_cases.pixels(model, timm_cases.RECTANGLE)
     model.set_input_size(img_size=size)
-    check_maps(
-        convert_from_timm(model),
-        torch.randn(2, model.in_chans, *size, generator=torch.Generator().manual_seed(0)),
-    )
+    check_maps(convert_from_timm(model), build_images(2, *size, model.in_chans))

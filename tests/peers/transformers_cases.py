@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.tiny_models import build_images
 from torch import nn
 
 from modeling_vitcls.conversion.source_models import flatten_patches
@@ -242,5 +243,5 @@ def compute_outputs(model: nn.Module, pixels: torch.Tensor) -> dict[str, torch.T
     return {**getattr(model, "vitcls", model)(pixels), **model(pixels)}
 
 
-def images(size: tuple[int, int], seed: int = 1) -> torch.Tensor:
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+def images(size: tuple[int, int]) -> torch.Tensor:
+    return build_images(2, *size)

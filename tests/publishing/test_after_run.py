@@ -12,14 +12,11 @@ import pytest
 from helpers.local_hub import LocalHub
 from helpers.model_folders import write_predictions, write_run_folder
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    finetune,
-)
+from modeling_vitcls import finetune
 from modeling_vitcls.data.splits import load_run_data
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.stated_result import format_name, state_result
@@ -127,12 +124,9 @@ def test_the_report_reads_the_images_that_measured_the_run(split: str, tmp_path:
     assert {Path(name).parts[0] for name in data.held_out.images.get_names()} == {split}
 
 
-@pytest.mark.usefixtures("few_digits")
+@pytest.mark.usefixtures("few_digits", "in_this_process")
 def test_a_run_is_pushed_and_verified(
-    hub: LocalHub,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A token without permission stops the run before the training.
 
@@ -172,12 +166,11 @@ def test_a_run_without_a_report_is_finished(
 
 
 def test_a_model_saved_by_hand_gets_a_card(tmp_path: Path) -> None:
-    config = build_tiny_config(num_register_tokens=1, id2label={0: "a", 1: "b", 2: "c"})
-    save_with_processor(ViTCLSForImageClassification(config), tmp_path / "mine")
-    assert write_report(ModelFolder(tmp_path / "mine")) is None
+    folder = save_classifier(tmp_path / "mine", "a", "b", "c")
+    assert write_report(ModelFolder(folder)) is None
 
-    write_card(ModelFolder(tmp_path / "mine"))
-    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    write_card(ModelFolder(folder))
+    card = ModelCard.load(folder / "README.md")
     assert "for image classification with 3 classes" in card.text
     assert card.data.eval_results is None
     assert f'model="{tmp_path.name}/mine"' in card.text

@@ -14,11 +14,7 @@ from helpers.command_in_process import check_error, run_here
 from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_results, write_run_folder
 from helpers.photo_folders import write_files
-from helpers.tiny_models import (
-    build_tiny_config,
-    raises_one_line,
-    save_with_processor,
-)
+from helpers.tiny_models import build_tiny_config, edit_config, raises_one_line, save_classifier
 from huggingface_hub import HfApi, get_session
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
@@ -82,8 +78,7 @@ def read_card(hub: LocalHub) -> str:
 
 def replace_weights(folder: Path) -> None:
     """Save other weights to the folder."""
-    config = build_tiny_config(num_register_tokens=2)
-    save_with_processor(vitcls.ViTCLSForImageClassification(config), folder)
+    save_classifier(folder, num_register_tokens=2)
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -130,8 +125,7 @@ def test_a_path_of_this_machine_in_the_configuration_is_not_pushed(
     hub: LocalHub, folder: Path
 ) -> None:
     config = json.loads((folder / "config.json").read_text())
-    path = str(folder.parent / "private")
-    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": path}))
+    edit_config(folder, _name_or_path=str(folder.parent / "private"))
     assert run_push_command(folder) == 0
     assert json.loads(hub.read("ann/model", "config.json")) == config
 

@@ -8,10 +8,9 @@ import pytest
 from helpers.model_folders import write_predictions, write_results, write_run_folder
 from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.tiny_models import save_classifier
 from playwright.sync_api import Browser, Page
 
-from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.evaluation.evaluator import read_predictions
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -108,9 +107,7 @@ def test_predictions_of_other_kinds_are_not_read(kind: str, folder: Path) -> Non
 
 
 def test_predictions_before_the_weights_were_replaced_are_not_read(folder: Path) -> None:
-    save_with_processor(
-        ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder
-    )
+    save_classifier(folder)
     write_results(folder)  # of the new weights
     assert read_predictions(ModelFolder(folder)) is None
 

@@ -15,7 +15,7 @@ from helpers.compare import (
     run_step,
     stack_models,
 )
-from helpers.tiny_models import assert_same_outputs, build_images
+from helpers.tiny_models import assert_same_outputs, build_images, each_dtype
 from torch import nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -211,7 +211,7 @@ def test_weights_of_narrow_layers_are_not_packed(monkeypatch: pytest.MonkeyPatch
     assert ONEDNN not in list_operators(model, build_images())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_dtype
 @torch.no_grad()
 def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
     """An exported program may run on another machine: it is that of plain PyTorch."""

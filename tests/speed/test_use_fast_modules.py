@@ -8,21 +8,17 @@ from typing import Any
 import pytest
 import torch
 from helpers.compare import assert_equal_in_float32, run_step
-from helpers.tiny_models import build_images, build_tiny_config, randomize
+from helpers.tiny_models import build_images, build_random
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    use_fast_modules,
-    use_plain_modules,
-)
+from modeling_vitcls import ViTCLSForImageClassification, use_fast_modules, use_plain_modules
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.speed.lean_layers import LeanLayers
 
 
 def build_model(**fields: Any) -> Any:
-    return randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    return build_random(ViTCLSForImageClassification, **fields)
 
 
 def list_classes(model: nn.Module) -> list[type[nn.Module]]:

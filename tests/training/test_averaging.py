@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
-from helpers.tiny_models import build_random, save_with_processor
+from helpers.tiny_models import save_encoder
 from helpers.tiny_options import build_tiny_options, forget_end, run_to_folder
 from safetensors.torch import load_file
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, evaluate
+from modeling_vitcls import ViTCLSForImageClassification, evaluate
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.run_results import describe_gates
 
@@ -26,8 +26,7 @@ LAST = "checkpoints/step-00000004"
 @pytest.fixture(scope="module")
 def encoder(module_path: Path) -> Path:
     """Return the folder of an encoder."""
-    save_with_processor(build_random(ViTCLSModel), module_path)
-    return module_path
+    return save_encoder(module_path / "encoder")
 
 
 def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
@@ -53,9 +52,9 @@ def train(folder: Path, encoder: Path, **flags: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(encoder: Path, module_path: Path) -> Path:
     """Return the folder of a run that trains all weights."""
-    return train(tmp_path_factory.mktemp("whole"), encoder)
+    return train(module_path, encoder)
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora"])

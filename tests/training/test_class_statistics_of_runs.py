@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.digits_models import STRIPES
-from helpers.tiny_models import raises_one_line
+from helpers.digits_models import STRIPED
+from helpers.tiny_models import build_images, raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
-from PIL import Image
 
 import modeling_vitcls
 from modeling_vitcls import ViTCLSForImageClassification, predict
@@ -17,8 +16,7 @@ from modeling_vitcls import ViTCLSForImageClassification, predict
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 add_class = partial(modeling_vitcls.add_class, num_workers=0)
-IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-NEW = [(Image.fromarray(pixels), "stripes") for pixels in STRIPES]
+IMAGES = build_images(4, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +46,15 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 @torch.no_grad()
 def compute_logits(folder: Path) -> torch.Tensor:
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return ViTCLSForImageClassification.from_pretrained(folder).eval()(images).logits
+    return ViTCLSForImageClassification.from_pretrained(folder)(build_images(3)).logits
 
 
 def test_a_class_is_added_without_old_images_and_is_known(folder: Path, tmp_path: Path) -> None:
-    record = add_class(folder, NEW, tmp_path / "new")
+    record = add_class(folder, STRIPED, tmp_path / "new")
     assert record["result"]["recall"] > 0.9
-    assert record["result"]["num_images"] == len(NEW)
+    assert record["result"]["num_images"] == len(STRIPED)
     assert torch.equal(compute_logits(tmp_path / "new")[:, :10], compute_logits(folder))
-    before, after = (predict(each, [NEW[0][0]])[0] for each in (folder, tmp_path / "new"))
+    before, after = (predict(each, [STRIPED[0][0]])[0] for each in (folder, tmp_path / "new"))
     assert after["label"] == "stripes"
     assert after["distance"] < before["distance"]
 
@@ -67,7 +64,7 @@ def train_further(model: ViTCLSForImageClassification, module: torch.nn.Module) 
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
     model.train()
     labels = torch.arange(4) % model.config.num_labels
-    model(torch.randn(4, 3, 32, 32), labels=labels).loss.backward()
+    model(build_images(4), labels=labels).loss.backward()
     optimizer.step()
     model.eval()
 
@@ -96,9 +93,9 @@ def test_weights_that_were_saved_in_training_have_no_distance(frozen: Path, tmp_
     model.vitcls.layers[0].mlp.fc1.weight.add_(1e-3)
     model.save_pretrained(tmp_path)
     assert ViTCLSForImageClassification.from_pretrained(tmp_path)(IMAGES).distance is None
-    assert "distance" not in predict(tmp_path, [NEW[0][0]])[0]
+    assert "distance" not in predict(tmp_path, [STRIPED[0][0]])[0]
     with raises_one_line("class statistics"):
-        add_class(tmp_path, NEW, tmp_path / "new")
+        add_class(tmp_path, STRIPED, tmp_path / "new")
 
 
 def test_a_trained_classifier_keeps_the_distance(frozen: Path) -> None:
@@ -111,7 +108,7 @@ def test_a_trained_classifier_keeps_the_distance(frozen: Path) -> None:
 def test_any_loop_goes_on_from_calibrated_probabilities(frozen: Path) -> None:
     """The logits of shrinkage LDA are many times too large, so its weights are divided."""
     model = ViTCLSForImageClassification.from_pretrained(frozen)
-    images = torch.randn(8, 3, 32, 32)
+    images = build_images(8)
     labels = torch.arange(8)
     expected = model(images, labels=labels).loss
     loss = model.train()(images, labels=labels).loss

@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.tiny_models import save_classifier
 from helpers.tiny_options import build_tiny_options
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
+from modeling_vitcls import ViTCLSConfig
 from modeling_vitcls.training import defaults
-from modeling_vitcls.training.defaults import (
-    resolve_defaults,
-    resolve_schedule,
-)
+from modeling_vitcls.training.defaults import resolve_defaults, resolve_schedule
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions
 
@@ -185,7 +182,7 @@ def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_only_a_preset_has_random_weights(tmp_path: Path) -> None:
-    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path)
+    save_classifier(tmp_path)
     for name, is_random in (("vitcls-tiny", True), (str(tmp_path), False)):
         initial = resolve_initial_model(name)
         assert initial.has_random_weights is is_random

@@ -18,6 +18,7 @@ from helpers.tiny_models import (
     get_largest_difference,
     raises_one_line,
     randomize,
+    save_classifier,
     save_with_processor,
 )
 from helpers.tiny_options import build_initial_model
@@ -40,10 +41,7 @@ from modeling_vitcls.training.model import (
     set_train_mode,
     set_trainable_parameters,
 )
-from modeling_vitcls.training.options import (
-    FinetuneOptions,
-    ModelOptions,
-)
+from modeling_vitcls.training.options import FinetuneOptions, ModelOptions
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +55,7 @@ def two_tasks(module_path: Path) -> Path:
 def test_extra_heads_are_dropped_because_fine_tuning_changes_their_features(
     labels: list[str], tmp_path: Path
 ) -> None:
-    config = build_tiny_config(extra_heads={"weather": {"labels": ["rain", "sun"]}})
-    save_with_processor(ViTCLSForImageClassification(config), tmp_path)
+    save_classifier(tmp_path, extra_heads={"weather": {"labels": ["rain", "sun"]}})
     label_space = OneLabel({"label": labels})
     model, _, new_names = build_initial_model(ModelOptions(model=str(tmp_path)), label_space)
     assert model.config.extra_heads is None
@@ -131,10 +128,10 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
 def test_a_classifier_of_other_layers_or_pooling_is_replaced(
     flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = build_tiny_config(pooling="cls_mean", pooled_layers=[-2, -1])
-    save_with_processor(ViTCLSForImageClassification(config), tmp_path)
+    names = ["ant", "bee"]
+    save_classifier(tmp_path, *names, pooling="cls_mean", pooled_layers=[-2, -1])
     model, _, new_names = build_initial_model(
-        ModelOptions(model=str(tmp_path), **flags), OneLabel({"label": list(config.label2id)})
+        ModelOptions(model=str(tmp_path), **flags), OneLabel({"label": names})
     )
 
     assert new_names == {"classifier.weight", "classifier.bias"}

@@ -9,10 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.photo_folders import write_two_colors
-from helpers.tiny_models import build_random, save_with_processor
+from helpers.tiny_models import save_encoder
 from helpers.tiny_options import build_tiny_options, run_to_folder, run_training
 
-from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.sources import Splits
@@ -157,7 +156,7 @@ def test_a_model_is_continued_with_all_of_its_few_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """To fewer images, its classifier would be fitted anew, and would be worse than before."""
-    encoder = save_with_processor(build_random(ViTCLSModel), tmp_path / "encoder")
+    encoder = save_encoder(tmp_path / "encoder")
     (tmp_path / "photos").mkdir()
     photos = write_two_colors(tmp_path / "photos", 23)
     flags: dict[str, Any] = {"probe": True, "select": None}

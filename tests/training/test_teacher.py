@@ -1,12 +1,12 @@
 """Teachers: labels and preprocessing, distillation losses, and the cache of their predictions."""
 
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from helpers.photo_folders import get_unicode_forms
 from helpers.tiny_models import (
     build_tiny_config,
     get_largest_difference,
@@ -33,11 +33,7 @@ from transformers import (
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.training.losses import compute_distillation_loss
-from modeling_vitcls.training.teacher import (
-    Teacher,
-    load_teacher,
-    match_labels,
-)
+from modeling_vitcls.training.teacher import Teacher, load_teacher, match_labels
 
 
 CPU = torch.device("cpu")
@@ -208,7 +204,7 @@ def test_labels_are_matched_by_name(resnet: Path) -> None:
     assert torch.equal(permuted(build_pixels()), plain[:, [2, 0, 1]])
     some = load_labeled_teacher(resnet, "cat", "ant")
     assert torch.equal(some(build_pixels()), plain[:, [2, 0]])
-    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    composed, decomposed = get_unicode_forms("café")
     assert match_labels("teacher", ["a", decomposed], 2, [composed, "a"]) == ([1, 0], "")
 
 
