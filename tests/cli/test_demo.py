@@ -1,4 +1,7 @@
-"""The page of `vitcls demo`: answers, probabilities, the sheet, and files that are refused."""
+"""The page of `vitcls demo`: answers, probabilities, the sheet, and files that are refused.
+
+gradio is imported where it is used: each process that collects the tests would spend 4 s.
+"""
 
 import socket
 from collections.abc import Iterator
@@ -6,24 +9,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import gradio
 import httpx
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
+from helpers.demo_page import open_page
 from helpers.photo_folders import draw_noise
 from helpers.tiny_models import (
     KINDS,
-    build_tiny_config,
     raises_one_line,
     save_classifier,
+    save_encoder,
     save_with_processor,
 )
 from PIL import Image
 from playwright.sync_api import Browser
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, look, predict
+from modeling_vitcls import ViTCLSForImageClassification, look, predict
 from modeling_vitcls.cli.demo import DemoOptions, build_page, run_demo
 
 
@@ -38,9 +39,7 @@ def photo(tmp_path: Path) -> Path:
 
 def ask(model: Path, photo: Path) -> list[Any]:
     """Call the function of the page with an uploaded file."""
-    page = build_page(DemoOptions(model=str(model)))
-    (function,) = {each.fn for each in page.fns.values() if each.api_name == "predict"}
-    return function(str(photo))
+    return open_page(model)(str(photo))
 
 
 def test_the_page_has_the_answer_the_probabilities_and_the_sheet(
@@ -86,8 +85,7 @@ def test_an_unknown_photo_shows_none_of_the_labels_on_the_page_and_the_sheet(
 
 
 def test_each_task_has_an_answer(tmp_path: Path, photo: Path) -> None:
-    model_class, fields, _ = KINDS["multi_task"]
-    model = save_with_processor(model_class(build_tiny_config(**fields)), tmp_path / "m")
+    model = save_with_processor(KINDS["multi_task"].build(), tmp_path / "m")
     (row,) = predict(model, photo)
     *answers, _ = ask(model, photo)
     labels = [row[name] for name in row if name.endswith("_label")]
@@ -102,7 +100,7 @@ def test_several_labels_are_those_above_the_threshold(tmp_path: Path, photo: Pat
 
 
 def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
-    encoder = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder")
+    encoder = save_encoder(tmp_path / "encoder")
     with raises_one_line("classifier"):
         build_page(DemoOptions(model=str(encoder)))
 
@@ -112,6 +110,8 @@ def address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[str]:
     """Serve the page of a classifier to the network while the test runs; return its address."""
+    import gradio
+
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # Restored
@@ -121,6 +121,9 @@ def address(
 
 
 def test_files_that_are_no_photos_get_a_message(address: str, tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
     Image.fromarray(np.linspace(0, 9, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tif")
     (tmp_path / f"{'b' * 150}.png").write_bytes(b"\x89PNG of nothing")
     client = Client(address, verbose=False)
@@ -132,6 +135,9 @@ def test_files_that_are_no_photos_get_a_message(address: str, tmp_path: Path) ->
 
 def test_files_beyond_a_limit_are_refused(address: str, tmp_path: Path) -> None:
     """A PNG of 60 KB has 64 megapixels."""
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
     Image.new("L", (8000, 8000)).save(tmp_path / "wide.png")
     (tmp_path / "long.png").write_bytes(bytes(21_000_000))
     client = Client(address, verbose=False)
@@ -176,7 +182,7 @@ def test_files_of_the_server_are_not_opened(address: str, photo: Path) -> None:
         assert "event: error" in httpx.get(f"{call}/{event}", timeout=60).text
 
 
-def test_a_port_that_is_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_is_in_use_is_one_line(tmp_path: Path) -> None:
     model = save_classifier(tmp_path / "model", *NAMES)
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))

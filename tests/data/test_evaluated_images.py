@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
+from helpers.demo_page import open_page
 from helpers.photo_folders import write_photos
 from helpers.read_datasets import read_training_data
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
 
 from modeling_vitcls import evaluate, inspect_tokens
-from modeling_vitcls.cli.demo import DemoOptions, build_page
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import list_published_files
@@ -125,7 +125,7 @@ def test_training_images_in_a_test_split_are_left_out(photos: Path, tmp_path: Pa
     assert (found["num_images"], found["num_left_out_images"]) == (20, 1)
 
 
-def test_only_training_images_are_an_error(photos: Path, tmp_path: Path) -> None:
+def test_only_training_images_are_an_error(tmp_path: Path) -> None:
     write_photos(tmp_path / "AB" / "train", range(20))
     write_photos(tmp_path / "AB" / "val", range(20, 30))
     model = train(tmp_path / "run", tmp_path / "AB")
@@ -186,8 +186,7 @@ def test_predictions_of_training_photos_are_said_to_measure_nothing(
     run_here("predict", "--model", tmp_path / "unlisted", *files)
     assert not caplog.text
 
-    page = build_page(DemoOptions(model=str(model)))
-    (ask,) = {each.fn for each in page.fns.values() if each.api_name == "predict"}
+    ask = open_page(model)
     sheets = []
     for file in files:
         sheets.append(ask(str(file))[-1])
@@ -200,7 +199,7 @@ def test_predictions_of_training_photos_are_said_to_measure_nothing(
 # The table ----------------------------------------------------------------------------------------
 
 
-def test_the_table_lists_each_image_of_the_run_by_its_content(photos: Path, tmp_path: Path) -> None:
+def test_the_table_lists_each_image_of_the_run_by_its_content(photos: Path) -> None:
     data = read_training_data(photos / "train")
     table = pd.read_parquet(photos / "run" / "splits.parquet")
     assert table.groupby("split")["key"].apply(sorted).to_dict() == {

@@ -8,14 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import (
     build_images,
-    build_random,
     build_tiny_config,
+    edit_config,
     raises_one_line,
     save_with_processor,
 )
@@ -34,7 +33,6 @@ from modeling_vitcls.export.exporter import export_model, fit_processor
 from modeling_vitcls.export.onnx_file import OnnxGraph
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.tracing import GraphShape, NamedOutputsModel, get_smallest_size
-from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_files, hash_weights
 
 
@@ -194,25 +192,6 @@ def test_the_preprocessing_of_a_graph_of_one_size_makes_this_size(resize: str) -
     assert images["pixel_values"].shape == (1, 3, 24, 56)
 
 
-def test_a_graph_in_the_folder_of_the_model_has_its_distances_and_keeps_its_files(
-    tmp_path: Path,
-) -> None:
-    model = build_random(ViTCLSForImageClassification, id2label=NAMES)
-    random = np.random.default_rng(0)
-    features = {token: random.normal(size=(60, 16)) for token in ((-1, "cls"), (-2, "mean"))}
-    statistics = ClassStatistics.fit(features, np.arange(60) % 3, model.config.num_labels)
-    statistics.set_in_model(model)
-    folder = save_with_processor(model, tmp_path / "model")
-    before = (folder / "preprocessor_config.json").read_bytes()
-    report = export(folder, folder, image_size=(24, 56), dynamic=False)
-    assert report["outputs"]["distance"] == ["batch"]
-    assert (folder / "preprocessor_config.json").read_bytes() == before
-    loaded: Any = ViTCLSForImageClassification.from_pretrained(folder).eval()
-    images = torch.rand(3, 3, 24, 56)
-    found = OnnxGraph(folder / "model.onnx")(images)["distance"]
-    torch.testing.assert_close(found, loaded(images).distance, atol=0, rtol=1e-4)
-
-
 def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,8 +293,7 @@ def test_models_without_weights_or_of_another_class_are_errors(
     architectures: list[str] | None, words: str, tmp_path: Path
 ) -> None:
     checkpoint(tmp_path, ViTCLSModel)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": architectures}))
+    edit_config(tmp_path, architectures=architectures)
     with raises_one_line(words):
         export(tmp_path, tmp_path / "vit.onnx")
 
