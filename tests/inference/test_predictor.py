@@ -21,15 +21,16 @@ import torch
 from fastapi import UploadFile
 from helpers.doc_pages import ROOT, read_blocks
 from helpers.prediction_photos import sorted_photos
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from helpers.tiny_models import (
+    build_tiny_config,
+    raises_one_line,
+    save_classifier,
+    save_encoder,
+    save_with_processor,
+)
 from PIL import Image
 
-from modeling_vitcls import (
-    Predictor,
-    ViTCLSForImageClassification,
-    ViTCLSImageProcessor,
-    ViTCLSModel,
-)
+from modeling_vitcls import Predictor, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.inference import load_model
 
 
@@ -37,18 +38,15 @@ NAMES = ["cls", "registers@1", "mean", "patches"]
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder(module_path: Path) -> Path:
     """Return an encoder with two register tokens."""
     model = ViTCLSModel(build_tiny_config(num_register_tokens=2, image_size=(32, 48)))
-    return save_with_processor(
-        model, tmp_path_factory.mktemp("model"), ViTCLSImageProcessor(size=[32, 48])
-    )
+    return save_with_processor(model, module_path / "encoder", ViTCLSImageProcessor(size=[32, 48]))
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    model = ViTCLSForImageClassification(build_tiny_config())
-    return Predictor(save_with_processor(model, tmp_path_factory.mktemp("classifier")))
+def predictor(module_path: Path) -> Predictor:
+    return Predictor(save_classifier(module_path / "classifier"))
 
 
 @pytest.mark.parametrize("name", ["top", "dataset", "config"])
@@ -71,7 +69,7 @@ def test_a_file_that_is_written_over_the_weights_changes_no_answer(
     photos: Path, tmp_path: Path
 ) -> None:
     """The weights begin at multiples of 64 bytes: others are copied when they are loaded."""
-    save_with_processor(ViTCLSModel(build_tiny_config(intermediate_size=32)), tmp_path)
+    save_encoder(tmp_path, intermediate_size=32)
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
@@ -310,15 +308,7 @@ def test_a_batch_without_images_is_an_error(column: str | None, encoder: Path) -
 # datasets, Ray and Spark --------------------------------------------------------------------------
 
 
-def test_datasets_map_adds_features(encoder: Path, photos: Path) -> None:
-    table = datasets.Dataset.from_dict({"path": sorted_photos(photos)})
-    mapped = table.map(Predictor(encoder, "cls"), batched=True, batch_size=4)
-    whole = Predictor(encoder, "cls")({"path": sorted_photos(photos)})
-    np.testing.assert_allclose(np.array(mapped["cls"]), whole["cls"], atol=1e-6)
-    assert set(mapped["error"]) == {""}
-
-
-def test_features_are_those_of_the_files_that_were_loaded(
+def test_datasets_map_adds_the_features_of_the_files_that_were_loaded(
     encoder: Path, photos: Path, tmp_path: Path
 ) -> None:
     """`datasets` takes the result of an equal function from its cache."""
@@ -330,8 +320,10 @@ def test_features_are_those_of_the_files_that_were_loaded(
         batch = {"path": sorted_photos(photos)}
         expected[Predictor(model, "cls")] = Predictor(model, "cls")(batch)["cls"]
         for predictor, features in expected.items():
-            table = datasets.load_from_disk(tmp_path / "table").map(predictor, batched=True)
-            np.testing.assert_allclose(np.array(table["cls"]), features, atol=1e-6)
+            table = datasets.load_from_disk(tmp_path / "table")
+            mapped = table.map(predictor, batched=True, batch_size=4)
+            np.testing.assert_allclose(np.array(mapped["cls"]), features, atol=1e-6)
+            assert set(mapped["error"]) == {""}
 
 
 @pytest.fixture

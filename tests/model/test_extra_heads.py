@@ -12,16 +12,14 @@ from helpers.tiny_models import (
     build_images,
     build_random,
     build_tiny_config,
+    each_dtype,
     get_largest_difference,
     raises_one_line,
     randomize,
 )
 from transformers import AutoModelForImageClassification
 
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
-)
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 from modeling_vitcls.speed.lean_layers import use_fast_modules
 
 
@@ -45,7 +43,7 @@ WIDE: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_hidden_layers": 2,
     "intermediate_size": 768,
-    "image_size": 80,
+    "image_size": 48,
     "patch_size": 16,
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -73,7 +71,7 @@ def build_pair(heads: dict[str, dict[str, Any]], **fields: Any) -> tuple[Any, An
 
 
 @pytest.mark.parametrize("has_kernels", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_dtype
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_logits_keep_their_bits(
     fields: dict[str, Any], dtype: torch.dtype, has_kernels: bool
@@ -83,7 +81,7 @@ def test_logits_keep_their_bits(
         if has_kernels:
             use_fast_modules(each, frozen=True)
     for batch_size in (1, 3, 16):
-        images = build_images(batch_size, 80, 80).to(dtype)
+        images = build_images(batch_size, 48, 48).to(dtype)
         for compute_all_tokens in (True, False):
             for each in (model, extended):
                 each.config.compute_all_tokens = compute_all_tokens
@@ -93,7 +91,7 @@ def test_logits_keep_their_bits(
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_logits_of_saved_models_keep_their_bits(fields: dict[str, Any], tmp_path: Path) -> None:
     """A longer header in the weights file moves the weights, which changed products of one row."""
-    images = build_images(1, 80, 80)
+    images = build_images(1, 48, 48)
     outputs = []
     for name, model in zip(("old", "new"), build_pair(HEADS, **WIDE | fields), strict=True):
         model.save_pretrained(tmp_path / name)
@@ -107,7 +105,7 @@ def test_logits_of_saved_models_keep_their_bits(fields: dict[str, Any], tmp_path
 
 def test_the_logits_of_tasks_keep_their_bits() -> None:
     model, extended = build_pair(HEADS, **WIDE | {"tasks": TASKS, "num_cls_tokens": 2})
-    images = build_images(3, 80, 80)
+    images = build_images(3, 48, 48)
     assert extended(images).task_logits.keys() == HEADS.keys()
     found, expected = (each(images).logits for each in (extended, model))
     assert found.keys() == expected.keys() == TASKS.keys()
@@ -118,9 +116,9 @@ def test_the_logits_of_tasks_keep_their_bits() -> None:
 def test_a_head_has_the_same_bits_whichever_other_heads_exist(compute_all_tokens: bool) -> None:
     _, extended = build_pair(HEADS, **WIDE)
     extended.config.compute_all_tokens = compute_all_tokens
-    together = extended(build_images(3, 80, 80)).task_logits
+    together = extended(build_images(3, 48, 48)).task_logits
     for name, head in HEADS.items():
-        alone = extended.adapt(extra_heads={name: head})(build_images(3, 80, 80))
+        alone = extended.adapt(extra_heads={name: head})(build_images(3, 48, 48))
         assert torch.equal(alone.task_logits[name], together[name])
 
 
@@ -179,7 +177,7 @@ def test_a_selected_task_is_a_classifier_with_the_same_bits(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     _, model = build_pair(HEADS, **WIDE | fields)
-    images = build_images(3, 80, 80)
+    images = build_images(3, 48, 48)
     for name, expected in model(images).task_logits.items():
         model.select_task(name).save_pretrained(tmp_path / name)
         loaded = AutoModelForImageClassification.from_pretrained(tmp_path / name)

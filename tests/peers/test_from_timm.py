@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers.tiny_models import raises_one_line
+from helpers.tiny_models import build_images, raises_one_line
 from timm.layers import Attention, GluMlp, LayerNorm, RmsNorm, SwiGLU
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
@@ -201,22 +201,17 @@ def largest_difference(model: nn.Module, ours: ViTCLSForImageClassification) -> 
     for grid in (NATIVE, RECTANGLE):
         size = pixels(model, grid)
         model.set_input_size(img_size=size)
-        images = torch.randn(2, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
+        images = build_images(2, *size, model.in_chans)
         tokens = model.forward_features(images)
         differences.append((ours.vitcls(images).last_hidden_state - tokens).abs().max().item())
         differences.append((ours(images).logits - model(images)).abs().max().item())
     return max(differences)
 
 
-@pytest.mark.parametrize("name", REPRESENTATIVES)
-def test_representatives_of_all_architectures_have_the_same_outputs(name: str) -> None:
-    model = peer(name, **TINY)
-    assert largest_difference(model, convert_from_timm(model)) <= TOLERANCE
-
-
-@pytest.mark.parametrize("what", OWN_ARGUMENTS)
-def test_models_with_other_arguments_have_the_same_outputs(what: str) -> None:
-    name, arguments = OWN_ARGUMENTS[what]
+@pytest.mark.parametrize("what", [*REPRESENTATIVES, *OWN_ARGUMENTS])
+def test_converted_models_have_the_same_outputs(what: str) -> None:
+    """Representatives of all architectures, and models with other arguments."""
+    name, arguments = OWN_ARGUMENTS.get(what, (what, {}))
     model = peer(name, **TINY, **arguments)
     assert largest_difference(model, convert_from_timm(model)) <= TOLERANCE
 
