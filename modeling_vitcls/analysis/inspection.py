@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, LabelSpace
-from ..frozen.targets import Target
 from ..inference.image_pass import ImageBatch, prepare_batches, read_pixels
 from ..inference.token_names import read_gates
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -228,28 +227,23 @@ def choose_images(
 ) -> dict[int, str | None]:
     """Choose the images to show by the outputs of a classifier: index -> kind of image.
 
-    For an encoder, they are the first images, of no kind. `indices` count the outputs.
+    An image is as uncertain as its least confident task, and wrong if one of them is. For an encoder,
+    they are the first images, of no kind. `indices` count the outputs.
     """
     if not use.has_head:
         return dict.fromkeys(indices[:num_shown])
-    selected = select_images(*rate_outputs(outputs, labels, use.target), num_shown)
-    return {indices[position]: kind for position, kind in selected.items()}
-
-
-def rate_outputs(
-    outputs: Outputs, labels: Mapping[str, Tensor], target: Target
-) -> tuple[list[float], list[bool], Sequence[Hashable]]:
-    """Compute the arguments of `select_images` for the outputs of a classifier."""
+    target = use.target
     predicted = {task: predict_labels(rows, target) for task, rows in outputs.items()}
     confidences = [
         target.compute_confidences(torch.stack(rows).numpy()) for rows in outputs.values()
     ]
-    is_wrong = torch.zeros(len(confidences[0]), dtype=torch.bool)
+    is_wrong = torch.zeros(len(indices), dtype=torch.bool)
     for task, known in labels.items():
         is_wrong |= ((predicted[task] != known) & (known != IGNORED_LABEL)).any(dim=1)
     classes, *_ = predicted.values()  # Photos are chosen by the classes of the first task
     lowest = np.min(confidences, axis=0)
-    return lowest.tolist(), is_wrong.tolist(), classes[:, 0].tolist()
+    selected = select_images(lowest.tolist(), is_wrong.tolist(), classes[:, 0].tolist(), num_shown)
+    return {indices[position]: kind for position, kind in selected.items()}
 
 
 def select_images(

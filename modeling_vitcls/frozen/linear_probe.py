@@ -182,6 +182,7 @@ class Score:
     temperature: float
     lines: np.ndarray | None  # [2, K] slopes and offsets that calibrate several labels
     losses: np.ndarray  # [N] log loss of the calibrated logits
+    is_right: np.ndarray  # Whether each image that a fold left out is predicted right
     row: dict[str, Any]  # Its row in the table of candidates
 
     @classmethod
@@ -201,11 +202,10 @@ class Score:
         else:
             calibrated = logits * lines[0] + lines[1]
         losses = compute_losses(calibrated, labels)
+        is_right = target.find_right(target.predict(calibrated[known]), labels[known])
         row["loss"] = float(np.average(losses[known], weights=weights[known]))
-        row["accuracy"] = float(
-            target.find_right(target.predict(calibrated[known]), labels[known]).mean()
-        )
-        return cls(candidate, calibrated, temperature, lines, losses, row)
+        row["accuracy"] = float(is_right.mean())
+        return cls(candidate, calibrated, temperature, lines, losses, is_right, row)
 
 
 @dataclass(frozen=True)
@@ -413,15 +413,14 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.losses_ = chosen.losses
         known = np.isfinite(chosen.losses)
         self.out_of_fold_[known] = self.target_.to_probabilities(chosen.logits[known])
-        own_labels = labels[known]
         own_groups = None if groups is None else groups[known]
         if self.lines_ is not None:
             self.estimate_ = estimate_average_precision(
-                chosen.logits[known], own_labels, own_groups
+                chosen.logits[known], labels[known], own_groups
             )
             return
         losses = np.stack([score.losses[known] for score in scores])
-        is_right = np.stack([score.logits[known].argmax(axis=1) == own_labels for score in scores])
+        is_right = np.stack([score.is_right for score in scores])
         self.estimate_ = estimate_after_choice(losses * weights[known], is_right, own_groups)
 
     def refit(self, features: TokenFeatures, labels: np.ndarray) -> None:
