@@ -394,11 +394,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.losses_ = np.full(len(labels), np.nan)
         self.out_of_fold_ = np.full((len(labels), len(self.classes_)), np.nan)
         weights = self.weigh(labels)
-        # Without folds, the probability of each of several labels is its share of the images.
-        self.temperature_, self.lines_ = self.target_.calibrate(
-            np.zeros_like(self.out_of_fold_), labels, weights
-        )
         if not self.num_folds_:
+            # The probability of each of several labels is its share of the images.
+            self.temperature_, self.lines_ = self.target_.calibrate(
+                np.zeros_like(self.out_of_fold_), labels, weights
+            )
             return
 
         scores = [
