@@ -39,6 +39,7 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
     images = head.features.take(slice(num_images))
     read = probe.candidate_.tokens
     tokens = {token: images.get_tokens()[token] for token in read}
+    inputs = stack_tokens(tokens, read)
     classes, labels = np.unique(images.labels, return_inverse=True)
     groups = pd.factorize(images.groups)[0]
     # Images of a group are left out together
@@ -59,7 +60,7 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
                     probe.has_covariance(labels[part]),
                 )
                 weight, bias = statistics.build_classifier(probe.is_balanced)
-                logits = stack_tokens(tokens, read)[test] @ weight.T + bias
+                logits = inputs[test] @ weight.T + bias
                 row[test] = logits.argmax(axis=1) == labels[test]
                 sizes.append(len(part))
 
