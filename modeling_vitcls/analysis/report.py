@@ -40,7 +40,7 @@ def write_page(
         photos: photos to show.
         source: description of the images.
         commit: Hub commit of the model, if it is from the Hub.
-        predictions: headline, metrics of unequal classes, wrong images and calibration
+        predictions: result and record, metrics of unequal classes, and wrong images
             (publishing/wrong_photos.py).
         tables: rows of each table of metrics or classes, by title (inference/stated_result.py).
 

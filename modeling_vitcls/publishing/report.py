@@ -148,7 +148,7 @@ def draw_page(
         predictions = summarize_predictions(measured, record, rows)
         predictions |= draw_pictures(predictions, photos, photo_labels.names, processor.bit_depth)
         # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.
-        if predictions["is_cross_validated"]:
+        if measured.num_folds:
             rows = rows[rows["label"] == rows["prediction"]]
         chosen = choose_photos(rows, photos, NUM_SHOWN_IMAGES)
         if not label_space.columns:

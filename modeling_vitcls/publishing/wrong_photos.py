@@ -1,8 +1,8 @@
 """The wrong predictions of a run or an addition for its report, from predictions.parquet.
 
     write_wrong_photos(file, rows)                              all of them, as a table
-    summary = summarize_predictions(measured, results, rows)    headline, counts, calibration, and the
-                                                                wrong images with the largest losses
+    summary = summarize_predictions(measured, results, rows)    result, record, counts, and the wrong images
+                                                                with the largest losses
     draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with the images
 
 These results exist only for classifiers with one label per image. `read_predictions`
@@ -77,19 +77,15 @@ def summarize_predictions(
     sizes = rows["label"].value_counts()
     frozen = results.get("frozen", results)  # An addition is nothing but a frozen classifier
     return {
-        "headline": f"{measured.task}: {measured.statement}".removeprefix(": "),
-        "method": measured.method,
+        "measured": measured,
+        "record": results,
         "classes": describe_classes(results, sizes.iloc[0] / sizes.iloc[-1]),
-        "curve": results.get("learning_curve"),
         "pairs": frozen.get("scenes", {}).get("pairs", []),
         "border": describe_border(frozen.get("border")),
         "camera": frozen.get("camera"),
-        "is_cross_validated": measured.num_folds > 0,
         "num_images": len(rows),
         "num_wrong": len(wrong),
-        "calibration": results.get("calibration"),
         "wrong": wrong.nlargest(MAX_WRONG_IMAGES, "loss").to_dict("records"),
-        "calibration_error": results.get("calibration_error"),
     }
 
 

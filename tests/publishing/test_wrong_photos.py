@@ -61,7 +61,7 @@ def test_the_headline_says_what_the_result_of_a_rare_class_is_worth(folder: Path
     rows = read_predictions(ModelFolder(folder)).head(23)
     rows = rows.assign(label=["dusk"] * 20 + ["x"] * 3, prediction="dusk")
     summary = summarize_predictions(Measurement("", "accuracy", results), results, rows)
-    assert summary["headline"] == (
+    assert summary["measured"].statement == (
         "20 of 23 right (95%: 68 to 96%), no better than always saying dusk: 20 of 23"
     )
     assert "balanced accuracy 50%" in summary["classes"]
