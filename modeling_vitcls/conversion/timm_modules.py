@@ -145,7 +145,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
         return fields | {"rope_coordinates": "grid"}
 
     check_supported(
-        not rope.in_pixels and getattr(rope, "grid_type", "index") == "index",
+        not rope.in_pixels and rope.grid_type == "index",
         "rotary positions in pixels",
     )
     return fields | {  # EVA-02, Perception Encoder

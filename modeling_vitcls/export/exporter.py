@@ -36,7 +36,6 @@ from .tracing import (
     INPUT_NAME,
     GraphShape,
     NamedOutputsModel,
-    Outputs,
     load_exportable_model,
     select_graph_shape,
     trace_model,
@@ -86,7 +85,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
             "model": strip_folders(resolve_name(options.model)),
             "dtype": options.dtype,
             **description,
-            **build_file_record(shape, file, graph, expected[0], comparisons),
+            **build_file_record(shape, file, graph, comparisons),
         }
         if not options.output.suffix and not (options.output / CONFIG_FILE).exists():
             # What a program needs in addition to the graph, if the folder is not the model's
@@ -148,7 +147,6 @@ def build_file_record(
     shape: GraphShape,
     file: Path,
     graph: OnnxGraph,
-    outputs: Outputs,
     comparisons: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Describe a graph and its file, in a folder that has no other files.
@@ -157,7 +155,6 @@ def build_file_record(
         shape: The image sizes of the graph.
         file: The file.
         graph: Its contents.
-        outputs: The outputs of the model for some images.
         comparisons: The differences from the model, by shape of the images.
     """
     files = list(file.parent.iterdir())
@@ -180,7 +177,8 @@ def build_file_record(
         "outputs": {output.name: output.shape for output in graph.session.get_outputs()},
         # How it compares with the model
         "largest_differences": {
-            name: max(each["differences"][name] for each in comparisons) for name in outputs
+            name: max(each["differences"][name] for each in comparisons)
+            for name in comparisons[0]["differences"]
         },
         "tried": comparisons,
     }

@@ -101,7 +101,7 @@ def load_exportable_model(
         )
     model = folder.load(classes[class_name], dtype=torch.float32)
     processor = folder.load_processor() if folder.has_processor else None
-    return model.eval(), processor, folder
+    return model, processor, folder
 
 
 # The graph ----------------------------------------------------------------------------------------

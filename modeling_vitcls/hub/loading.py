@@ -259,9 +259,7 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     if not separator and "@" in name:
         name, _, file = name.partition("@")
         open_regular_file(file).close()  # timm's errors about files say less
-        # Older versions of timm would read the file in the format of the published weights, such as
-        # Flax's .npz.
-        overlay = {"file": file, "custom_load": False}
+        overlay = {"file": file}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay), None
     if kind == "hf-hub":
         repo_id, _, revision = location.partition("@")

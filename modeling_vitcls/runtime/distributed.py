@@ -201,9 +201,9 @@ def run_on_main(function: Callable[[], Any]) -> Any:
     outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
-            outcome = [function(), None]
+            outcome[0] = function()
         except (ValueError, OSError) as error:
-            outcome = [None, error]
+            outcome[1] = error
 
     broadcast_object_list(outcome)
     result, main_error = outcome

@@ -10,6 +10,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 
+from ..speed.cpu_kernels import HAS_AMX, HAS_AVX512_BFLOAT16
 from ..version import __version__
 
 
@@ -24,12 +25,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         # Older GPUs emulate bfloat16, which saves neither time nor rounding errors.
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Both functions are private, so a version of PyTorch may lack one.
-    checks = [
-        getattr(torch.cpu, name, None)
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
-    return device.type == "cpu" and any(check is not None and check() for check in checks)
+    return device.type == "cpu" and (HAS_AMX or HAS_AVX512_BFLOAT16)
 
 
 def describe_device() -> str:

@@ -46,7 +46,7 @@ try:
     is_functorch_active()
     HAS_PRIVATE_NAMES = True
 except (ImportError, AttributeError):
-    HAS_PRIVATE_NAMES = False
+    HAS_PRIVATE_NAMES = HAS_AMX = HAS_AVX512_BFLOAT16 = False
 
 
 # Conditions ---------------------------------------------------------------------------------------
