@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from ..data.options import DataOptions
 from ..runtime.flags import Options, check_minimum
@@ -58,9 +60,9 @@ class AddClassOptions(AdditionOptions):
 class VerifyUnchangedOptions(Options):
     """Compare two models: weights and outputs, to the bit. The exit status is 1 if they differ."""
 
-    old: str
+    old: Annotated[str, Positional, arg(metavar="OLD")]
     """The vitcls model before the change: a folder or a Hub id (`ID@COMMIT` pins the model)."""
-    new: str
+    new: Annotated[str, Positional, arg(metavar="NEW")]
     """The model after the change."""
     dataset: str | None = None
     """Images to compare the outputs with. Default: random pixels."""

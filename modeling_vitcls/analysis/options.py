@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..hub.model_files import check_output_files
-from ..inference.options import ImageOptions
+from ..inference.options import ImageOptions, Paths
 from ..runtime.flags import Options, check_minimum, check_value
 
 
@@ -59,7 +59,7 @@ class LookOptions(Options):
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
     converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
-    paths: tuple[str, ...] = ()
+    paths: Paths = ()
     """Image files or folders (including subfolders)."""
     output: Path | None = None
     """HTML or image file for the sheet, or a folder for HTML files. For several photos, the name of each

@@ -1,7 +1,8 @@
 """The commands, each a function of its options; `vitcls NAME` runs COMMANDS["NAME"].
 
 The docstring of a function is a summary and, for `vitcls NAME --help`, examples. At module level, this file
-and the files of options import only the standard library, because flags are parsed before torch is imported.
+and the files of options import only the standard library and tyro, because flags are parsed before torch is
+imported.
 """
 
 import os

@@ -42,13 +42,6 @@ HELP_FLAGS = {"-h", "--help", "--help-all"}
 FIRST_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 # tyro's --help lists all flags
 OTHER_SPELLINGS = {"--help-all": "--help", "-o": "--output"}
-# Fields that are written without a flag
-POSITIONALS = {
-    "predict": ["paths"],
-    "inspect": ["paths"],
-    "look": ["paths"],
-    "verify-unchanged": ["old", "new"],
-}
 
 
 def parse_command_line(arguments: list[str]) -> tuple[str, Any]:
@@ -87,8 +80,7 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Any]:
 
 def get_options_class(command: str) -> Any:
     """Read the class of the options of a command from its signature."""
-    options_class = COMMANDS[command].__annotations__["options"]
-    return make_positional(options_class, *POSITIONALS.get(command, ()))
+    return COMMANDS[command].__annotations__["options"]
 
 
 def print_commands(arguments: list[str]) -> None:
@@ -153,27 +145,6 @@ def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> Any:
     # tyro then requires the flags that the recipe lacks
     values: dict[str, Any] = dict.fromkeys(required, tyro.MISSING)
     return options_class(**values | read_recipe(path, options_class))
-
-
-def make_positional(options_class: type[Options], *names: str) -> Any:
-    """Declare that fields are written without a flag; files of options do not import tyro."""
-    if not names:
-        return options_class
-    fields = get_flag_fields(options_class)
-    positionals: list[Any] = []
-    for name in names:
-        metavar = tyro.conf.arg(metavar=name.upper())
-        hint: Any = Annotated[fields[name].type, tyro.conf.Positional, metavar]
-        positionals.append((name, hint, dataclasses.field(default=fields[name].default)))
-    # A subclass does not inherit the docstring, which is the text of the help.
-    return dataclasses.make_dataclass(
-        options_class.__name__,
-        positionals,
-        bases=(options_class,),
-        namespace={"__doc__": options_class.__doc__},
-        frozen=True,
-        kw_only=True,
-    )
 
 
 def check_flags(

@@ -2,11 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from ..data.options import DataOptions
 from ..hub.model_files import check_output_files
 from ..runtime.flags import Options, check_minimum, check_value
+
+
+# Written without a flag
+Paths = Annotated[tuple[str, ...], Positional, arg(metavar="PATHS")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +76,7 @@ class ImageOptions(Options):
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
     converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
-    paths: tuple[str, ...] = ()
+    paths: Paths = ()
     """Image files or folders (including subfolders)."""
     dataset: str | None = None
     """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet

@@ -3,8 +3,8 @@
 The options of each command are one flat dataclass in options.py of the folder that reads them. Each
 field is a flag (`batch_size` is `--batch-size`), a keyword of the Python function, and a key of a
 recipe file. The docstring below a field is the help text of the flag. Fields that several commands
-share are in base classes. This file and the options import only the standard library, so `--help`
-and errors about flags appear immediately.
+share are in base classes. This file and the options import only the standard library and tyro, so
+`--help` and errors about flags appear immediately.
 """
 
 import ast
@@ -96,13 +96,13 @@ def check_types(options: Any, names: Iterable[str]) -> None:
     """Raise ValueError if a field in `names` has a value of another type. For flags, tyro does so."""
     from huggingface_hub.dataclasses import type_validator  # Slow to import
 
-    fields = get_flag_fields(options)
+    hints = get_type_hints(type(options))
     for name in names:
         value = getattr(options, name)
         try:
-            type_validator(name, value, fields[name].type)
+            type_validator(name, value, hints[name])
         except (TypeError, ValueError):
-            expected = inspect.formatannotation(fields[name].type)
+            expected = inspect.formatannotation(hints[name])
             # The text of a network has a hundred lines
             text = repr(value)
             given = f"of type {type(value).__name__}" if "\n" in text else text
