@@ -53,7 +53,7 @@ def finetune(
         TypeError: if a flag is unknown.
         ValueError, OSError: if a flag has an invalid value, or the model or the data cannot be
             read.
-        RunStopped: if the run is interrupted or fails.
+        RunStopped: if the run is interrupted, its loss is not finite, or the model cannot be written.
         PushError: if `push_to_hub` is set and the push fails. The folder is complete.
 
     Examples:

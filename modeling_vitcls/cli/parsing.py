@@ -315,7 +315,7 @@ def exit_on_error(options_class: type[Options], status: int = 1) -> Iterator[Non
     except RunStopped as stopped:
         status = stopped.exit_status
         message = spell_flags(str(stopped))
-        is_on_all_processes = stopped.is_on_all_processes
+        is_on_all_processes = True
     except BrokenPipeError:  # The reader of the output has read enough
         raise
     except (ValueError, OSError) as error:

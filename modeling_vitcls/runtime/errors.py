@@ -124,27 +124,8 @@ def describe_installation(extra: str) -> str:
 
 
 class RunStopped(Exception):
-    """Exception that ends a training run early, with a one-line message for the user."""
+    """Exception that ends a training run early on all processes, with a one-line message for the user."""
 
-    def __init__(
-        self, message: str, exit_status: int = 1, is_on_all_processes: bool = True
-    ) -> None:
+    def __init__(self, message: str, exit_status: int = 1) -> None:
         super().__init__(message)
         self.exit_status = exit_status  # Exit status of the program
-        # Whether all processes stop for the same reason
-        self.is_on_all_processes = is_on_all_processes
-
-
-@contextmanager
-def stop_on_errors() -> Iterator[None]:
-    """Convert OSError and ValueError inside the `with` block to RunStopped.
-
-    They are raised for a full disk, unreadable images, stalled data loading processes, or a
-    checkpoint of another model.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise RunStopped(
-            describe_error(error), is_on_all_processes=is_raised_on_all_processes(error)
-        ) from error

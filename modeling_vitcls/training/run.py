@@ -53,9 +53,9 @@ def train(asked: FinetuneOptions) -> Path:
 
     Raises:
         ValueError, OSError: if data or models cannot be read or do not match the options, another
-            run uses the folder, files would be replaced without --overwrite, or the run cannot be
-            resumed.
-        RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
+            run uses the folder, files would be replaced without --overwrite, the run cannot be
+            resumed, or the disk is full.
+        RunStopped: after a signal or a non-finite loss, or if the model cannot be written.
     """
     # What was asked is checked before anything else is done.
     asked = convert_sources(asked, resolve_name)

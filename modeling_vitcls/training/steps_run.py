@@ -30,7 +30,6 @@ from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics
 from ..inference.token_names import read_gates
 from ..runtime.distributed import configure_layer_sharding, run_on_main
-from ..runtime.errors import stop_on_errors
 from .calibration import calibrate, measure_tokens, store_statistics
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import distribute_like, reshard, scatter_model
@@ -82,7 +81,6 @@ def run_steps(
     with (
         SignalHandler() as signals,
         reporter.progress,
-        stop_on_errors(),
         explain_worker_errors(options.num_workers),
     ):
         loop, batches = build_loop(

@@ -185,12 +185,8 @@ def test_a_missing_extra_is_named(
 @pytest.mark.parametrize(
     ("error", "rank", "status", "printed"),
     [
-        (
-            RunStopped("by a signal", 143, is_on_all_processes=False),
-            1,
-            143,
-            "process 1: by a signal\n",
-        ),
+        (RunStopped("by a signal", 143), 0, 143, "by a signal\n"),
+        (RunStopped("by a signal", 143), 1, 143, ""),
         (RunStopped("no images"), 0, 1, "error: no images\n"),
         (ValueError("wrong"), 1, 1, "process 1: error: wrong\n"),
         (ValueError("`probe=False` is set"), 0, 1, "error: --no-probe is set\n"),

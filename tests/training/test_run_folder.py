@@ -18,7 +18,6 @@ from helpers.tiny_options import build_tiny_options, run_training
 from modeling_vitcls.hub.local_paths import resolve_name
 from modeling_vitcls.hub.model_files import METRICS_FILE, RECIPE_FILE
 from modeling_vitcls.runtime import staging
-from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.staging import LOCK_FILE, lock_folder
 from modeling_vitcls.training import steps_run
@@ -123,7 +122,7 @@ def test_the_old_model_is_never_next_to_the_new_configuration(
 
     monkeypatch.setattr(Path, "unlink", note)
     monkeypatch.setattr(steps_run, "build_loop", stop)
-    with pytest.raises(RunStopped, match="stop"):
+    with pytest.raises(ValueError, match="stop"):
         run(earlier, max_steps=2, overwrite=True)
     monkeypatch.undo()
     assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt"}
