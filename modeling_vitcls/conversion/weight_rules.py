@@ -123,11 +123,9 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
         converted_tensors: Sequence[Tensor] = ()
         if rule.transform:
             converted_tensors = rule.transform(tensor, config)
-        elif len(targets) > 1:
+        elif targets:
             # A fused projection [3 * D, ...] becomes equal parts [D, ...].
             converted_tensors = tensor.chunk(len(targets))
-        elif targets:
-            converted_tensors = [tensor]
         for target, converted_weight in zip(targets, converted_tensors, strict=True):
             if converted_weight.numel():
                 converted_weights[target] = converted_weight

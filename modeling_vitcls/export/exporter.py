@@ -17,7 +17,7 @@ from transformers.image_utils import PILImageResampling
 
 from ..conversion.parity_report import build_random_images
 from ..conversion.processors import SHARED_SETTINGS, select_settings
-from ..data.aspect_ratio import get_output_size, get_resize, set_resize
+from ..data.aspect_ratio import get_resize, set_resize
 from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILE, GRAPH_FILE, PROCESSOR_FILE, hash_files, hash_settings
@@ -112,8 +112,7 @@ def check_target(target: Path) -> None:
 
 def fit_processor(processor: Any, shape: GraphShape) -> None:
     """Make an image processor return the size of a graph, if the graph accepts only one."""
-    has_one_size = processor is not None and not shape.is_dynamic
-    if has_one_size and get_output_size(processor, (0, 0)) != shape.image_size:
+    if processor is not None and not shape.is_dynamic:
         set_resize(processor, get_resize(processor), shape.image_size)
 
 
