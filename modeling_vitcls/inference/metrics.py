@@ -1,7 +1,7 @@
 """Metrics of logits on labeled images, for each kind of labels.
 
     measure(label_space, logits, labels)    a dict with numbers first, then lists
-    METRICS                                 how each is named and formatted
+    METRICS                                 how each is named
 
 The labels are in the format of data/labels.py. Undefined values (0 / 0) are None. Evaluator
 (evaluator.py) and frozen runs compute the logits.
@@ -24,7 +24,7 @@ from .intervals import compute_proportion_interval
 
 MAX_MATRIX_CLASSES = 200  # Maximum number of classes for which a confusion matrix is computed
 
-# Kind of labels -> metric that selects the best checkpoint of a run. Higher values are better.
+# Kind of labels -> metric that selects the best checkpoint of a run; higher values are better.
 SELECTION_METRICS: dict[LabelKind, str] = {
     "single_label_classification": "accuracy",
     "multi_label_classification": "mean_average_precision",
@@ -36,10 +36,9 @@ MetricValues = dict[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is named and formatted."""
+    """How a metric is named. All metrics are parts of a whole, and are written as percentages."""
 
     title: str  # In tables, cards and reports
-    is_percentage: bool = True  # Otherwise, it is a number, which may be negative
     count_text: str = ""  # Words after the count of a metric that counts images
 
 
