@@ -76,10 +76,12 @@ def load_old_model(folder: ModelFolder) -> Any:
     return folder.load(MODEL_CLASSES[folder.architecture])
 
 
-def draw_pixels(images: LabeledImages, processor: Any) -> list[Tensor]:
+def draw_pixels(images: LabeledImages, processor: Any, num_channels: int) -> list[Tensor]:
     """Read the pixels [C, H, W] of readable images, drawn at random."""
     drawn = images.draw(NUM_IMAGES)
-    pixels = [read_pixels(drawn.images, processor, None, index) for index in range(len(drawn))]
+    pixels = [
+        read_pixels(drawn.images, processor, num_channels, index) for index in range(len(drawn))
+    ]
     # A text is the reason why an image is unreadable, which the pass over the images reports.
     return [each for each in pixels if not isinstance(each, str)]
 
@@ -260,12 +262,12 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     """
     old_folder = open_vitcls(options.old)
     new_folder = open_vitcls(options.new)
+    config = old_folder.config
     if options.dataset is not None:
         images = DataOptions(dataset=options.dataset)
         data = load_evaluation_data(images, options.split, use_labels=False)
-        pixels = draw_pixels(data.images, old_folder.load_processor())
+        pixels = draw_pixels(data.images, old_folder.load_processor(), config.num_channels)
     else:
-        config = old_folder.config
         shape = (NUM_IMAGES, config.num_channels, *config.image_height_width)
         pixels = list(build_random_images(shape))
 

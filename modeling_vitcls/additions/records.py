@@ -44,7 +44,8 @@ def write_addition(old: OldModel, addition: Addition) -> dict[str, Any]:
         old.processor.save_pretrained(old.staging)
         # Both models are read from their files: what is certified is what is written. The files
         # are still in the hidden folder, so a difference leaves no model behind.
-        certificate = certify(old.folder, old.staging, draw_pixels(images, old.processor))
+        pixels = draw_pixels(images, old.processor, old.model.config.num_channels)
+        certificate = certify(old.folder, old.staging, pixels)
     relative_flops = count_flops(addition.extended) / count_flops(old.model) - 1
     record = addition.record | {
         "relative_flops": round(relative_flops, 6),

@@ -51,8 +51,8 @@ class TrainingImages:
     label_space: LabelSpace
     to_rgb: bool  # Whether images are converted to three channels
     seed: int  # Seed of the augmentation
-    bit_depth: int = 16  # Number of bits that 16-bit images use
-    num_channels: int | None = None  # Number of channels that the model requires; None: not checked
+    bit_depth: int  # Number of bits that 16-bit images use
+    num_channels: int  # Number of channels that the model requires
     cache: dict[int, Tensor] = field(default_factory=dict)  # Prepared images
     errors: dict[int, str] = field(default_factory=dict)  # Message of each unreadable image
 

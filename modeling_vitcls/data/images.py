@@ -237,13 +237,12 @@ def compute_content_key(stream: BinaryIO) -> int:
 NO_CONTENT_KEY = compute_content_key(io.BytesIO())  # Key of missing images and of empty files
 
 
-def check_channels(image: Image.Image, pixels: Tensor, num_channels: int | None) -> None:
+def check_channels(image: Image.Image, pixels: Tensor, num_channels: int) -> None:
     """Raise UnreadableImage if pixels [C, H, W] do not have `num_channels` channels.
 
-    Do nothing if `num_channels` is None. The image processor converts images to three channels only
-    if `do_convert_rgb` is set.
+    The image processor converts images to three channels only if `do_convert_rgb` is set.
     """
-    if num_channels is not None and len(pixels) != num_channels:
+    if len(pixels) != num_channels:
         name = shorten_text(getattr(image, "filename", "in memory"))
         raise UnreadableImage(
             f"the image {name} has {len(pixels)} channel(s), but the model requires {num_channels}"

@@ -14,7 +14,7 @@ counted as unreadable.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -112,13 +112,14 @@ def pass_over_images(
         yield batch, outputs
 
 
-def find_finite(outputs: Any, num_images: int) -> Tensor:
+def find_finite(outputs: Mapping[str, Tensor], num_images: int) -> Tensor:
     """Find the images [num_images] whose outputs are finite; others must not become a result.
 
-    The outputs are a tensor [B, ...], or one by name, of which the first rows are images.
+    The outputs are tensors [B, ...], of which the first rows are images.
     """
-    tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
-    are_finite = [tensor[:num_images].flatten(1).isfinite().all(dim=1) for tensor in tensors]
+    are_finite = [
+        tensor[:num_images].flatten(1).isfinite().all(dim=1) for tensor in outputs.values()
+    ]
     return torch.stack(are_finite).all(dim=0)
 
 
@@ -190,11 +191,11 @@ def prepare_batches(
 
 
 def read_pixels(
-    images: Sequence[Any], processor: ViTCLSImageProcessor, num_channels: int | None, index: int
+    images: Sequence[Any], processor: ViTCLSImageProcessor, num_channels: int, index: int
 ) -> Tensor | str:
     """Decode and preprocess the image at an index, or tell why it is unreadable.
 
-    It also is with another number of channels than `num_channels`, unless that is None.
+    It also is with another number of channels than `num_channels`.
     """
     try:
         image = images[index]
@@ -235,8 +236,8 @@ class ImagePass:
         batch_size: int,
         accelerator: Accelerator,
         num_workers: int,
-        num_channels: int | None = None,
-        warn: Callable[[str], None] = print,
+        num_channels: int,
+        warn: Callable[[str], None],
     ) -> None:
         self.images = images
         self.processor = processor
@@ -295,8 +296,7 @@ class ImagePass:
                 name: values[: len(batch.indices)].float().cpu().numpy()
                 for name, values in outputs.items()
             }
-            arrays |= {"labels": batch.labels.numpy(), "indices": np.array(batch.indices, np.int64)}
-            parts.append(arrays)
+            parts.append(arrays | {"indices": np.array(batch.indices, np.int64)})
 
         # Errors are raised after the last batch, by all processes together. A process that stopped
         # in the middle would leave the others waiting for its part of a sharded model.
@@ -322,6 +322,7 @@ class ImagePass:
 
         groups = np.arange(len(self.images)) if self.images.groups is None else self.images.groups
         rows = ImageOutputs(
+            labels=self.label_space.collate([self.images.labels[row] for row in indices]).numpy(),
             names=np.array(self.images.images.get_names(), str)[indices],
             groups=groups[indices],
             num_unreadable=len(error_messages),
@@ -361,8 +362,6 @@ class ImagePass:
         cache: list[ImageBatch] | None = [] if self.is_repeated else None
         num_bytes = 0
         for batch in self.prepare_batches():
-            labels = [self.images.labels[index] for index in batch.indices]
-            batch.labels = self.label_space.collate(labels)
             num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
             if num_bytes > MAX_CACHE_BYTES:
                 cache = None

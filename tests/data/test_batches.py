@@ -41,7 +41,9 @@ def build_images(
     augmentation = build_augmentation(
         AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16])
     )
-    return TrainingImages(source, augmentation, label_space, to_rgb=True, seed=seed)
+    return TrainingImages(
+        source, augmentation, label_space, to_rgb=True, seed=seed, bit_depth=16, num_channels=3
+    )
 
 
 def are_equal(first: Batch, second: Batch) -> bool:

@@ -114,6 +114,7 @@ def build_evaluator(
         batch_size=BATCH_SIZE,
         accelerator=accelerator,
         num_workers=num_workers,
+        num_channels=3,
         warn=warn,
     )
 

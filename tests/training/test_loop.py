@@ -132,7 +132,13 @@ class RecordedLoop:
     def batches(self) -> Iterator[Any]:
         augmentation = build_augmentation(PLAIN, ViTCLSImageProcessor(size=[32, 32]))
         pictures = TrainingImages(
-            DIGITS.train, augmentation, DIGITS.label_space, to_rgb=True, seed=0
+            DIGITS.train,
+            augmentation,
+            DIGITS.label_space,
+            to_rgb=True,
+            seed=0,
+            bit_depth=16,
+            num_channels=3,
         )
         return iterate_training_batches(
             pictures, self.plan, process_index=0, num_workers=0, first_step=self.state.step
