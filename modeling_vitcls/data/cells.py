@@ -328,7 +328,7 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
 
     They are the items of a list, the text between separators, or the value itself.
     """
-    items = value if isinstance(value, list) else parse_list(value)
+    items = parse_list(value)
     if items is not None:
         return list(map(read_object, items))
     if separator in (None, NO_SEPARATOR) or not isinstance(value, str):
@@ -341,7 +341,7 @@ def read_object(value: Any) -> Any:
 
     Other values are returned unchanged, and so are objects in which no field is surely the label.
     """
-    found = value if isinstance(value, dict) else parse_text(value)
+    found = parse_text(value)
     if not isinstance(found, dict) or value == "{}":
         return value
     if not any(each is not None for each in found.values()):
@@ -350,21 +350,21 @@ def read_object(value: Any) -> Any:
 
 
 def parse_list(value: Any) -> list[Any] | None:
-    """Parse text of a list, such as `["a", "b"]` or Python's `('a', 'b')`; None for another value."""
+    """Read a list, also from text such as `["a", "b"]` or Python's `('a', 'b')`; None for others."""
     found = parse_text(value)
     return list(found) if isinstance(found, list | tuple | set) else None
 
 
 def parse_text(value: Any) -> Any:
-    """Parse text of a list or an object, in JSON or as Python prints it; None for another value."""
+    """Parse text of a list or an object, in JSON or as Python prints it; other values stay."""
     text = value.strip() if isinstance(value, str) else ""
     # Python joins texts without a comma between them, as in NumPy's ['a' 'b'].
     if text[:1] + text[-1:] not in ("[]", "()", "{}") or re.search(r"""['"]\s+['"]""", text):
-        return None
+        return value
     for parse in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, TypeError):
             return parse(text)
-    return None
+    return value
 
 
 def spell_label(value: Any) -> str | None:

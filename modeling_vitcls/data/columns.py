@@ -198,8 +198,7 @@ def is_image_feature(feature: Any) -> bool:
 
 def get_declared_names(feature: Any) -> tuple[str, ...]:
     """Read the names of the `ClassLabel` of a column of labels or lists of labels; () without one."""
-    # The types of lists are a list, and classes with the type of their items.
-    item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    item = getattr(feature, "feature", feature)  # The items of a list have a type of their own
     return tuple(item.names) if type(item).__name__ == "ClassLabel" else ()
 
 
@@ -303,7 +302,7 @@ def read_column(table: Any, column: str) -> list[Any]:
     values: list[Any] = table.select_columns([stem])[:][stem]
     if column == stem:
         return values
-    objects = [parse_text(value) if isinstance(value, str) else value for value in values]
+    objects = map(parse_text, values)
     name = column.removeprefix(f"{stem}.")
     return [each.get(name) if isinstance(each, dict) else None for each in objects]
 
@@ -397,10 +396,8 @@ def choose_groups(
         may contain some; and the reason why the groups cannot measure one another, if they cannot.
     """
     is_folder = FOLDER_COLUMN in next(iter(tables.values())).features
-    folders: set[str | None] = set()
-    if is_folder:
-        folders.update(*(read_column(table, FOLDER_COLUMN) for table in tables.values()))
-    named = list(filter(None, folders))
+    folders = read_texts(tables, FOLDER_COLUMN, dataset) if is_folder else []
+    named = {*filter(None, folders)}
     if named and column is None:
         groups, num_groups = read_groups(tables, dataset, FOLDER_COLUMN)
         return (
@@ -515,9 +512,10 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
         images = images.cast_column(column, datasets.Value("string"))  # Numbers as file names
 
     paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
-    if paths and not has_files(paths, folder) and has_files(paths, Path()):
+    is_missing = bool(paths) and not has_files(paths, folder)
+    if is_missing and has_files(paths, Path()):
         folder = Path()  # `predict` names photos from the working folder
-    elif paths and not has_files(paths, folder):
+    elif is_missing:
         if similar := find_similar_names(folder / paths[0]):
             raise ValueError(
                 f"{name}: there is no file {shorten_text(paths[0])}, but {similar[0]}. Rename the files, or "

@@ -264,7 +264,7 @@ def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
     Relative paths are joined to `folder`.
     """
     if isinstance(value, dict):
-        return {"path": value["path"], "bytes": value["bytes"]}
+        return value
     if isinstance(value, bytes):
         return {"path": None, "bytes": value}
     return {"path": resolve_path(folder, value), "bytes": None}

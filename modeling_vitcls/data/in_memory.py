@@ -31,7 +31,7 @@ from ..model.image_processing_vitcls import (
 )
 from ..runtime.errors import format_error
 from .images import resolve_path
-from .tables import build_column, wrap_table
+from .tables import build_column
 
 
 MEMORY_PREFIX = "memory:"
@@ -111,7 +111,7 @@ def convert_split(data: Any) -> Any:
     columns = {"image": pyarrow.array([row["image"] for row in rows], datasets.Image().pa_type)}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
         columns[column] = build_column([row.get(column) for row in rows])
-    features: dict[str, Any] = {"image": datasets.Image()}
+    types: dict[str, Any] = {"image": datasets.Image()}  # Of columns whose values do not say it
     names = find_class_names(data)
     if names and "label" in columns:
         feature = datasets.ClassLabel(names=names)
@@ -120,8 +120,10 @@ def convert_split(data: Any) -> Any:
         # Truth values are names, and no class indices
         if not pyarrow.types.is_boolean(columns["label"].type):
             columns["label"] = datasets.table.cast_array_to_feature(columns["label"], feature)
-            features["label"] = feature
-    return wrap_table(pyarrow.table(columns), features)
+            types["label"] = feature
+    table = pyarrow.table(columns)
+    features = datasets.Features({**datasets.Features.from_arrow_schema(table.schema), **types})
+    return datasets.Dataset(table, datasets.DatasetInfo(features=features))
 
 
 def spell_path(value: Any) -> Any:

@@ -329,11 +329,10 @@ def read_folder(
     for reader in dict.fromkeys(READERS.values()):
         if tables := find_tables(path, folder.metadata or folder.tables, reader):
             splits = read_tables(path, reader, tables)
-            if not folder.metadata:
-                return splits
-            if not use_labels or not has_unlabeled_rows(folder, splits, label_columns):
-                return splits
-            return add_columns(read_image_folder(folder, True), splits, path)
+            has_metadata = use_labels and folder.metadata
+            if has_metadata and has_unlabeled_rows(folder, splits, label_columns):
+                return add_columns(read_image_folder(folder, True), splits, path)
+            return splits
     remedy = get_remedy(folder.other_files) or (
         "Check the path, unpack archives, or save spreadsheets as CSV UTF-8"
     )
@@ -407,7 +406,7 @@ def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list
     for file in files:
         if READERS.get(Path(file).suffix.lower()) == reader:
             words = re.split(r"[/._-]", file.lower())
-            named = (SPLIT_BY_FOLDER_NAME[word] for word in words if word in SPLIT_BY_FOLDER_NAME)
+            named = filter(None, map(SPLIT_BY_FOLDER_NAME.get, words))
             tables.setdefault(next(named, "train"), []).append(root / file)
     return {split: tables[split] for split in SPLIT_ORDER if split in tables}
 

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def read_table(file: Path, folder: Path) -> Any:
 
     Raise ValueError if the file is not a table of its type.
     """
+    import datasets
     import pyarrow
 
     text = read_table_text(file)
@@ -55,7 +56,7 @@ def read_table(file: Path, folder: Path) -> Any:
             name and str(subfolder / str(name)) for name in columns["file_name"]
         ]
     arrays = {normalize_name(name): build_column(values) for name, values in columns.items()}
-    return wrap_table(pyarrow.table(arrays), {})
+    return datasets.Dataset(pyarrow.table(arrays))
 
 
 def read_table_text(file: Path) -> str:
@@ -179,15 +180,3 @@ def build_column(values: Sequence[Any]) -> Any:
         for value in values
     ]
     return pyarrow.array(texts, pyarrow.string())
-
-
-def wrap_table(table: Any, features: Mapping[str, Any]) -> Any:
-    """Wrap an Arrow table as a `datasets.Dataset` in memory.
-
-    `features` are the types of columns whose values do not say it, such as images and class indices.
-    """
-    import datasets
-
-    found = datasets.Features.from_arrow_schema(table.schema)
-    info = datasets.DatasetInfo(features=datasets.Features({**found, **features}))
-    return datasets.Dataset(datasets.table.InMemoryTable(table), info)
