@@ -15,7 +15,6 @@ column types. The method `predict` returns a dict of `float32` outputs [B, ...] 
 W], and `build_rows` converts the outputs to rows.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.extra_heads_vitcls import ExtraHead
-from ..model.token_layout_vitcls import COUNT_FIELDS
 from .image_pass import find_finite
+from .token_names import count_tokens
 
 
 Row = dict[str, Any]
@@ -226,7 +225,7 @@ class LabelColumns:
         if "unknown" in self.columns:
             threshold = self.model.config.distance_threshold
             values["unknown"] = [distance > threshold for distance in values[DISTANCE]]
-        return build_rows({name: values[name] for name in self.columns})
+        return build_rows(values)
 
     def build_arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         """Build an array of each column. Without a prediction, it has None, or NaN for a number."""
@@ -243,6 +242,7 @@ class LabelColumns:
 class Feature:
     """The tokens of a group, or the mean of the patches, of a layer after the final norm."""
 
+    name: str
     group: str
     layer: int | None  # Number of the layer, starting from 1; None for the last layer
     num_tokens: int
@@ -253,11 +253,7 @@ class Feature:
 
         Raise ValueError if the model has no such tokens or layer.
         """
-        token_counts = {
-            **dict(zip(COUNT_FIELDS, config.token_counts, strict=True)),
-            "mean": 1,
-            "patches": math.prod(config.grid_size),
-        }
+        token_counts = count_tokens(config) | {"mean": 1}
         group, _, layer = name.partition("@")
         choices = [choice for choice, count in token_counts.items() if count]
         layers = [str(number + 1) for number in range(config.num_hidden_layers)]
@@ -267,7 +263,7 @@ class Feature:
                 f"{', '.join(choices)} and {len(layers)} layers. Set "
                 f"`features='{choices[0]}@{len(layers)}'`"
             )
-        return cls(group, int(layer) if layer else None, token_counts[group])
+        return cls(name, group, int(layer) if layer else None, token_counts[group])
 
     def select(self, encoder: Any, outputs: Any) -> Tensor:
         """Select the feature [B, D], or [B, n, D] if there are n > 1 tokens."""
@@ -291,7 +287,6 @@ class FeatureColumns:
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str], dtype: str) -> None:
         self.encoder = model.base_model
-        self.names = names
         columns = ["features"] if len(names) == 1 else names
         self.features = {
             column: Feature.from_name(name, model.config)
@@ -345,14 +340,14 @@ class FeatureColumns:
         The features of a row with an error are NaN.
         """
         config: Any = self.encoder.config
-        width = config.hidden_size
         arrays: dict[str, np.ndarray] = {}
-        for name, (column, feature) in zip(self.names, self.features.items(), strict=True):
-            shape = (width,) if feature.num_tokens == 1 else (feature.num_tokens, width)
-            arrays[name] = np.full((len(rows), *shape), np.nan, self.dtype)
+        for column, feature in self.features.items():
+            shape = (len(rows), feature.num_tokens, config.hidden_size)
+            array = np.full(shape, np.nan, self.dtype)
             for index, row in enumerate(rows):
                 if row["error"] is None:
-                    arrays[name][index] = row[column]
+                    array[index] = row[column]
+            arrays[feature.name] = array[:, 0] if feature.num_tokens == 1 else array
         return arrays
 
 

@@ -20,14 +20,11 @@ def get_token_names(config: Any) -> list[str]:
     is the CLS token of the task "species". "CLS 2 (cell 1, 2 of 2 x 2)" is a CLS token for row 1,
     column 2 of a grid of image regions (`config.cls_scopes`).
     """
-    layout = config.token_layout
-    indices = range(layout.num_prefix_tokens)
     names: dict[str, list[str]] = {}
-    for group, name in SINGLE_TOKEN_NAMES.items():
-        num_tokens = len(indices[getattr(layout, group)])
-        names[group] = [f"{name} {number}" for number in range(1, num_tokens + 1)]
+    for kind, num_tokens in zip(TOKEN_KINDS, config.token_counts, strict=True):
+        names[kind.group] = [f"{kind.title} {number}" for number in range(1, num_tokens + 1)]
         if num_tokens == 1:
-            names[group] = [name]
+            names[kind.group] = [kind.title]
 
     if config.tasks:
         names["cls"] = [f"{SINGLE_TOKEN_NAMES['cls']} {task}" for task in config.task_labels()]

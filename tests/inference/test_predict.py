@@ -278,7 +278,12 @@ def test_the_last_layer_of_a_model_without_a_final_norm_is_its_output(photos: Pa
 
 @pytest.mark.parametrize(
     ("wrong", "remedy"),
-    [("cls@0", "cls@2"), ("cls@3", "cls@2"), ("registers", "cls, mean"), ("token", "cls, mean")],
+    [
+        ("cls@0", "cls@2"),
+        ("cls@3", "cls@2"),
+        ("registers", "cls, patches, mean"),
+        ("token", "cls, patches, mean"),
+    ],
 )
 def test_features_that_the_model_lacks_are_an_error(wrong: str, remedy: str, photos: Path) -> None:
     model = ViTCLSModel(build_tiny_config())
