@@ -182,10 +182,8 @@ class DatasetImages(Sequence):
         """Compute a key of the content of each image. Several threads read the files."""
         keys: list[int] = []
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(self), ROWS_PER_READ):
-                rows = self.rows[start : start + ROWS_PER_READ]
-                values = self.dataset[rows][self.column]
-                images = [to_encoded_image(value, self.folder) for value in values]
+            for rows in self.dataset.select(self.rows).iter(ROWS_PER_READ):
+                images = [to_encoded_image(value, self.folder) for value in rows[self.column]]
                 keys += pool.map(
                     lambda image: compute_content_key(open_encoded_image(image)), images
                 )
@@ -197,14 +195,13 @@ def read_size(images: Any, index: int) -> Size:
 
     Raise UnreadableImage if the image cannot be read.
     """
-    if isinstance(images, DatasetImages):
-        with (
-            suppress(Exception),  # The image is decoded below
-            open_encoded_image(images.get_encoded_image(index)) as stream,
-            Image.open(stream, formats=get_image_formats()) as image,
-        ):
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return image.size if is_turned else image.size[::-1]
+    with (
+        suppress(Exception),  # The image is decoded below
+        open_encoded_image(images.get_encoded_image(index)) as stream,
+        Image.open(stream, formats=get_image_formats()) as image,
+    ):
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return image.size if is_turned else image.size[::-1]
     return images[index].size[::-1]  # type: ignore[no-any-return]
 
 
