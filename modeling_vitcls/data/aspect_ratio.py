@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
@@ -115,20 +116,14 @@ class ResizeTransform(nn.Module):
 
         # 0 after normalization
         mean = self.processor.image_mean if self.processor.do_normalize else 0.0
-        means = mean if isinstance(mean, list | tuple) else [mean]
-        fill = [round(255 * value) for value in means]
-        has_fill_per_channel = len(fill) == pixels.shape[-3]
-        return functional.pad(
-            pixels, [0, 0, right, bottom], fill if has_fill_per_channel else fill[0]
-        )
+        fill = [round(255 * value) for value in np.ravel(mean).tolist()]  # One for all, or for each
+        return functional.pad(pixels, [0, 0, right, bottom], fill[: pixels.shape[-3]])
 
 
 # Visible region -----------------------------------------------------------------------------------
 
 
-def get_visible_region(
-    processor: Processor, image_size: Size, patch_size: Size | None = None
-) -> VisibleRegion:
+def get_visible_region(processor: Processor, image_size: Size, patch_size: Size) -> VisibleRegion:
     """Find the region of an image that the model sees.
 
     Without cropping, the region is the whole image. A center crop keeps the middle of the image. A
@@ -137,9 +132,8 @@ def get_visible_region(
 
     Args:
         image_size: height and width of the upright image.
-        patch_size: height and width of patches (`config.patch_height_width`). If `patch_size` is
-            given, pixels on the right and at the bottom that do not fill a patch are excluded, as
-            in the model.
+        patch_size: height and width of patches (`config.patch_height_width`). Pixels on the right
+            and at the bottom that do not fill a patch are excluded, as in the model.
     """
     # Both backends compute the same size, and the device "meta" computes no pixels.
     resized = torch.empty((1, *image_size), device="meta")
@@ -162,9 +156,8 @@ def get_visible_region(
     if processor.do_pad and processor.pad_size:
         height = processor.pad_size["height"]
         width = processor.pad_size["width"]
-    if patch_size is not None:
-        height = height // patch_size[0] * patch_size[0]
-        width = width // patch_size[1] * patch_size[1]
+    height = height // patch_size[0] * patch_size[0]
+    width = width // patch_size[1] * patch_size[1]
 
     y_scale = image_size[0] / resized_size[0]
     x_scale = image_size[1] / resized_size[1]

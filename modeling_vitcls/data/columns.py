@@ -231,9 +231,9 @@ def read_labels(
     }
     is_task = len(columns) > 1
     build: type[LabelSpace] = PerTask if is_task else OneLabel
-    filled = map(spell_label, chain(*(chain(*parts.values()) for parts in cells.values())))
+    marks = chain(*(chain(*parts.values()) for parts in cells.values())) if is_task else ()
     bits: dict[str | None, bool | None] = {
-        text: get_bit(text) for text in filled if text is not None
+        text: get_bit(text) for text in map(spell_label, marks) if text is not None
     }
     if len(bits) == 1:  # People mark what an image has with a 1, or with an x
         bits = {text: bit is not False for text, bit in bits.items()}

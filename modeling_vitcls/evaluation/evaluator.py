@@ -52,9 +52,7 @@ class Predictions:
     label_space: LabelSpace
     outputs: ImageOutputs
     metrics: MetricValues
-    threshold: float = (
-        DEFAULT_THRESHOLD  # The probability from which one of several labels is predicted
-    )
+    threshold: float  # The probability from which one of several labels is predicted
 
     @property
     def target(self) -> Target:

@@ -269,10 +269,9 @@ def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> 
     try:
         if isinstance(content, str):
             check_is_no_address(content)
-        pixels = processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+        return processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
     except (ValueError, OSError) as error:
         return format_error(error)
-    return pixels
 
 
 def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str | None:
