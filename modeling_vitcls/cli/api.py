@@ -123,7 +123,7 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
         >>> (row,) = predict("runs/photos", ["photo.jpg"])
         >>> print(row["label"], row["probability"])
     """
-    from ..inference.inputs import list_sources, open_input, wrap_images
+    from ..inference.inputs import open_input, wrap_images
     from ..inference.predictor import build_predictor
 
     if hasattr(images, "columns") or hasattr(images, "column_names"):
@@ -138,7 +138,7 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
         options.check_images()
         records, _ = open_input(options)
     elif options.dataset is None:
-        records = wrap_images(list_sources(images))
+        records = wrap_images(images)
     else:
         raise ValueError("Set either `images` or `dataset` to select the images.")
     return list(build_predictor(options).iterate_rows(records)) if records else []

@@ -115,9 +115,7 @@ class SeveralLabels(ClassNames):
             multi_hot[row, indices] = 1
         return multi_hot
 
-    def format(self, label: list[int] | None) -> str | None:
-        if label is None:
-            return None
+    def format(self, label: list[int]) -> str:
         return ", ".join(self.names[index] for index in label) or NO_LABELS
 
 

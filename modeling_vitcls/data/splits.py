@@ -287,8 +287,6 @@ def check_contradictions(
     parts: Collection[LabeledImages], label_space: LabelSpace, dataset: str
 ) -> None:
     """Raise ValueError if an image has two labels of a task, in any rows, folders and splits."""
-    if not label_space.columns:
-        return
     keys = np.concatenate([part.keys for part in parts])
     labels = list(chain.from_iterable(part.labels for part in parts))
     for task, own in label_space.tasks.items():

@@ -226,16 +226,11 @@ def build_rows(
         predictions: logits of all images.
         nearest_images: names of the nearest training images, the nearest first, by the index of the
             image.
-
-    Raises:
-        ValueError: without labeled images.
     """
     import pandas as pd
 
     names = predictions.label_space.names
     outputs = predictions.outputs
-    if not len(outputs.labels):
-        raise ValueError("no evaluated image has a label")
     target = predictions.target
     columns: dict[str, Any] = {
         "index": outputs.indices,

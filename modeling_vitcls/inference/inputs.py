@@ -166,13 +166,13 @@ def read_file_object(image: Any) -> Any:
     return content or ValueError("the file object is empty, or has been read before")
 
 
-def wrap_images(images: Sequence[Any]) -> list[ImageRecord]:
-    """Build an input of images from paths, folders and memory.
+def wrap_images(images: Any) -> list[ImageRecord]:
+    """Build an input of images of any kind (`list_sources`), also in folders.
 
     Images in memory are named by index.
     """
     records: list[ImageRecord] = []
-    for index, image in enumerate(images):
+    for index, image in enumerate(list_sources(images)):
         if isinstance(image, str | Path):
             records += list_records([str(image)])[0]
         else:

@@ -195,23 +195,21 @@ class LabelColumns:
     ) -> None:
         self.model = model
         self.tasks = build_task_columns(heads, top_k)
-        # The layers that the distance reads; none without class statistics of these weights
-        self.has_distance = bool(getattr(model, "distance_layers", ()))
         self.columns: dict[str, pa.DataType] = {}
-
         for columns in self.tasks.values():
             self.columns |= columns.types
-        if self.has_distance:
+        # The layers that the distance reads; none without class statistics of these weights
+        if getattr(model, "distance_layers", ()):
             self.columns[DISTANCE] = pa.float32()
-        if self.has_distance and model.config.distance_threshold is not None:
-            self.columns["unknown"] = pa.bool_()
+            if model.config.distance_threshold is not None:
+                self.columns["unknown"] = pa.bool_()
 
     def predict(self, pixel_values: Tensor) -> Outputs:
         """Compute the logits [B, num_labels] of each task."""
         outputs: Any = self.model(pixel_values)
         logits = get_logits_by_task(outputs)
         tensors = {task: logits[task].float() for task in self.tasks}
-        if self.has_distance:
+        if DISTANCE in self.columns:
             tensors[DISTANCE] = outputs.distance.float()[:, None]
         return tensors
 
@@ -220,7 +218,7 @@ class LabelColumns:
         values: dict[str, Sequence[Any]] = {}
         for task, columns in self.tasks.items():
             values |= columns.build_values(outputs[task])
-        if self.has_distance:
+        if DISTANCE in self.columns:
             values[DISTANCE] = outputs[DISTANCE][:, 0].tolist()
         if "unknown" in self.columns:
             threshold = self.model.config.distance_threshold

@@ -37,7 +37,6 @@ from .inputs import (
     build_record,
     compute_checksum,
     find_note,
-    list_sources,
     prepare_image,
     read_trained_checksums,
     wrap_images,
@@ -177,7 +176,7 @@ class Predictor:
             images = images.to_pydict() if hasattr(images, "to_pydict") else images.to_dict("list")
         if isinstance(images, Mapping):
             return self.add_columns(images)
-        return list(self.iterate_rows(wrap_images(list_sources(images))))
+        return list(self.iterate_rows(wrap_images(images)))
 
     def add_columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Replace the images of a batch with the columns of the predictions.
