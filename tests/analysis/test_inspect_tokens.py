@@ -80,7 +80,7 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     files = {file.name: file.read_bytes() for file in Path(model).iterdir()}
     movement = {"registers[0]": 0.0, "registers[1]": 0.25}
     files["results.json"] = json.dumps({"token_movement": movement}).encode()
-    commit = hub.create("ann/pets", private=False, files=files).branches["main"]
+    commit = hub.create("ann/pets", files=files).branches["main"]
     page = tmp_path / "new" / "report.html"
     flags = [image_folder / "owl", "--output", page, "--num-images", 1]
 

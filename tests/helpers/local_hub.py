@@ -2,7 +2,7 @@
 
     with running_hub() as hub:         # an empty Hub that accepts pushes
         hub.tokens["hf_ann"] = Token("ann")
-        hub.create("ann/model", private=False, files={"config.json": b"{}"})
+        hub.create("ann/model", files={"config.json": b"{}"})
         hub.fail("POST", "/commit/", "drop")
         ...                            # HF_ENDPOINT=hub.url HF_TOKEN=hf_ann HF_HUB_DISABLE_XET=1
 
@@ -168,7 +168,7 @@ class LocalHub:
         return None
 
     def create(
-        self, repo_id: str, private: bool, files: dict[str, bytes] | None = None
+        self, repo_id: str, private: bool = False, files: dict[str, bytes] | None = None
     ) -> Repository:
         """Create a repository with one commit."""
         repository = Repository(private)

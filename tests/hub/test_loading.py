@@ -61,7 +61,7 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
     hub.create(
         "ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"}
     )
-    hub.create("ann/notes", private=False, files={"x.txt": b"x"})
+    hub.create("ann/notes", files={"x.txt": b"x"})
     return hub
 
 
@@ -74,7 +74,7 @@ def save_photos(hub: LocalHub, folder: Path) -> None:
     rows = {"image": photos, "label": [0, 1] * 4}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
     content = (folder / "train.parquet").read_bytes()
-    hub.create("datasets/ann/photos", private=False, files={"train.parquet": content})
+    hub.create("datasets/ann/photos", files={"train.parquet": content})
 
 
 def stop_hub(hub: LocalHub, patch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     (tmp_path / "theirs" / "README.md").write_text(CARD)
     (tmp_path / "theirs" / "LICENSE.md").write_text("You may.\n")
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
-    repository = hub.create("them/dino", private=False, files=files)
+    repository = hub.create("them/dino", files=files)
     folder = tmp_path / "mine"
     commit = repository.branches["main"]
 
@@ -202,7 +202,7 @@ def test_a_pinned_model_of_timm_loads_from_the_cache(
     model = randomize_weights(timm.create_model("test_vit", num_classes=3))
     save_for_hf(model, tmp_path / "theirs", safe_serialization=True)
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
-    repository = hub.create("ann/vit", private=False, files=files)
+    repository = hub.create("ann/vit", files=files)
     commit = repository.branches["main"]
     assert convert_checkpoint("timm:hf-hub:ann/vit", tmp_path / "mine")["source_revision"] == commit
 
@@ -290,7 +290,7 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHu
         "pytorch_model.bin": b"pickled",
         "notes.txt": b"x",
     }
-    hub.create("ann/old", private=False, files=files)
+    hub.create("ann/old", files=files)
 
     folder = Path(loading.get_external_model_folder("ann/old"))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
@@ -298,7 +298,7 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHu
     }
 
     shards = dict.fromkeys(("model-1-of-2.safetensors", "model.safetensors.index.json"), b"{}")
-    hub.create("ann/new", private=False, files=files | shards)
+    hub.create("ann/new", files=files | shards)
     folder = Path(loading.get_external_model_folder("ann/new"))
     assert {file.name for file in folder.iterdir()} == {
         "config.json",
@@ -309,7 +309,7 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHu
 
 def test_an_old_revision_of_pickled_weights_is_downloaded(hub: LocalHub) -> None:
     files = {"config.json": b"{}", "pytorch_model.bin": b"pickled"}
-    repository = hub.create("ann/old", private=False, files=files)
+    repository = hub.create("ann/old", files=files)
     old = repository.branches["main"]
     repository.commit("main", "newer", {"config.json": hub.store("config.json", b"{}")})
     folder = Path(loading.get_external_model_folder(f"ann/old@{old}"))

@@ -141,7 +141,7 @@ def test_other_licenses_of_timm_weights_link_to_their_card() -> None:
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
     """Start a Hub with a model."""
     files = {"README.md": f"---\n{DINOV3}---\n".encode(), "config.json": b"{}"}
-    hub.create("ann/dinov3", private=False, files=files | {"LICENSE.md": b"the text"})
+    hub.create("ann/dinov3", files=files | {"LICENSE.md": b"the text"})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return hub
 

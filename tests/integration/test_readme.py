@@ -49,7 +49,7 @@ def hub() -> Iterator[LocalHub]:
         hub.tokens["hf_me"] = Token("ME")
         for name in TIMM_MODELS:
             weights = safetensors.torch.save(timm.create_model(name, pretrained=False).state_dict())
-            hub.create(f"timm/{name}", private=False, files={"model.safetensors": weights})
+            hub.create(f"timm/{name}", files={"model.safetensors": weights})
         yield hub
 
 

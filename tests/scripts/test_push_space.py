@@ -24,7 +24,7 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> Non
         photo.parent.mkdir()
         photo.write_text(str(photo))
     files = {"examples/old.png": b"old", "notes.md": b"mine"}
-    hub.create("spaces/ann/mine-demo", private=False, files=files)
+    hub.create("spaces/ann/mine-demo", files=files)
     run(SpaceOptions(f"ann/mine@{first}", examples=photos))
     names = {
         "README.md",
@@ -96,11 +96,9 @@ def test_a_space_requires_a_model_on_the_hub(hub: LocalHub, tmp_path: Path) -> N
         ("ann/vit", code.replace(b"cls", b"")),
         ("ann/code", b'{"model_type": "vitcls"}'),
     ):
-        hub.create(
-            name, private=False, files={"config.json": config, "preprocessor_config.json": b"{}"}
-        )
-    hub.create("ann/bare", private=False, files={"config.json": classifier})
-    hub.create("ann/encoder", private=False, files={"config.json": code})
+        hub.create(name, files={"config.json": config, "preprocessor_config.json": b"{}"})
+    hub.create("ann/bare", files={"config.json": classifier})
+    hub.create("ann/encoder", files={"config.json": code})
 
     words = {
         str(tmp_path): f"vitcls push --model {tmp_path} ",
