@@ -34,9 +34,7 @@ from PIL import Image
 from modeling_vitcls.data import batches
 
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes"),
-]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes")
 
 TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "

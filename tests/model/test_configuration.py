@@ -436,7 +436,6 @@ print(AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).token_coun
 """
 
 
-@pytest.mark.integration
 def test_a_configuration_is_read_without_pytorch(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config(num_register_tokens=3)).save_pretrained(tmp_path / "model")
     environment = os.environ | {"HF_HOME": str(tmp_path / "cache")}

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import pytest
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 
 import modeling_vitcls
@@ -62,7 +61,6 @@ print("all of it")
 """
 
 
-@pytest.mark.integration
 def test_a_kind_of_token_is_a_row_and_a_field(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "code" / "modeling_vitcls")
     for name, edits in EDITS.items():

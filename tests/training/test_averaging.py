@@ -16,9 +16,7 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.run_results import describe_gates
 
 
-pytestmark = [
-    pytest.mark.usefixtures("few_digits"),
-]
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 LAST = "checkpoints/step-00000004"
 

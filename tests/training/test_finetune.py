@@ -48,7 +48,7 @@ from modeling_vitcls.training.losses import build_objective
 from modeling_vitcls.training.options import FinetuneOptions
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"

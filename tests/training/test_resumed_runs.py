@@ -26,7 +26,7 @@ from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.run_folder import take_derived_values
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:

@@ -30,7 +30,7 @@ from modeling_vitcls.training.run_folder import (
 )
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from modeling_vitcls.training.run_inputs import load_images
 
 DIGITS = DataOptions(dataset="digits", num_workers=0)
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def build_options(folder: Path, dataset: object = "digits", **training: Any) -> Any:
