@@ -2,26 +2,21 @@
 
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from helpers.accelerate_state import reset_accelerate
+from helpers.additions import add_class, add_task
 from helpers.command_in_process import finetune
 from helpers.photo_folders import write_bursts, write_shots
 from helpers.source_checkpoints import save_converted_encoder
 
-import modeling_vitcls
 from modeling_vitcls import evaluate
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import collect_files
 from modeling_vitcls.publishing.report import write_report
-
-
-add_task = partial(modeling_vitcls.add_task, num_workers=0)
-add_class = partial(modeling_vitcls.add_class, num_workers=0)
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,16 @@
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.additions import add_class, add_task
 from helpers.command_in_process import run_here
 from helpers.digits_models import DIGITS, LABELS, PIXELS, STRIPED, STRIPES, train_digits_model
-from helpers.photo_folders import get_unicode_forms
+from helpers.photo_folders import draw_pixels, get_unicode_forms
 from helpers.read_datasets import load_training_data
 from helpers.tiny_models import (
     build_images,
@@ -25,7 +25,6 @@ from helpers.tiny_models import (
 from PIL import Image
 from safetensors.torch import load_file
 
-import modeling_vitcls
 from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
@@ -46,8 +45,6 @@ IMAGES = [
     Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in DIGITS.images[:NUM_IMAGES]
 ]
 TARGETS = DIGITS.target[:NUM_IMAGES].tolist()
-add_task = partial(modeling_vitcls.add_task, num_workers=0)
-add_class = partial(modeling_vitcls.add_class, num_workers=0)
 TASKS = {
     "parity": ["odd" if target % 2 else "even" for target in TARGETS],
     "size": ["large" if target > 4 else "small" for target in TARGETS],
@@ -271,7 +268,7 @@ def test_photos_of_an_added_class_are_known_also_if_they_differ_more_than_the_ol
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Noise is far from every digit and from other noise; one threshold serves both."""
-    noise = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    noise = draw_pixels(60, 8, 8)
     images = torch.tensor(noise[20:, None] / 127.5 - 1, dtype=torch.float32)
     model = ViTCLSForImageClassification.from_pretrained(digits).eval()
     with torch.no_grad():

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.photo_folders import draw_pixels
 from helpers.tiny_options import (
     build_tiny_options,
     prepare_setup,
@@ -182,8 +183,7 @@ def test_most_training_images_are_known_and_noise_is_unknown(
     images = prepare_setup(options).data.train.images
     for index in range(40):
         images[index].save(tmp_path / f"digit{index}.png")
-        noise = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"noise{index}.png")
+        Image.fromarray(draw_pixels(8, 8, seed=index)).save(tmp_path / f"noise{index}.png")
     rows = predict(options.output_dir, sorted(tmp_path.glob("*.png")))
     unknown = [row["unknown"] for row in rows]
     assert np.mean(unknown[:40]) <= 0.15

@@ -29,6 +29,11 @@ def encode_image(image: Image.Image, file_format: str = "PNG", **options: Any) -
     return file.getvalue()
 
 
+def draw_pixels(*shape: int, seed: Any = 0) -> np.ndarray:
+    """Draw noise of 8 bits."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
 def draw_noise(*shapes: tuple[int, int], seed: int = 0) -> list[Image.Image]:
     """Draw a color image of noise for each shape (height, width)."""
     generator = np.random.default_rng(seed)
@@ -50,9 +55,7 @@ def write_photos(root: Path, numbers: range, *names: str) -> Path:
     for name in names or ("cat", "dog"):
         for number in numbers:
             (root / name).mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng([zlib.crc32(name.encode()), number]).integers(
-                0, 256, (8, 8, 3), dtype=np.uint8
-            )
+            noise = draw_pixels(8, 8, 3, seed=[zlib.crc32(name.encode()), number])
             Image.fromarray(noise).save(root / name / f"{number}.png")
     return root
 
@@ -103,8 +106,7 @@ def write_bursts(root: Path) -> None:
 
 def write_shots(folder: Path, scene: int, shots: Iterable[int] = range(5)) -> None:
     """Write nearly equal photos of a scene; up to number 15, it is one of `write_bursts`."""
-    pixels = np.random.default_rng([2, scene]).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    photo = Image.fromarray(pixels).resize((140, 100))
+    photo = Image.fromarray(draw_pixels(5, 7, 3, seed=[2, scene])).resize((140, 100))
     folder.mkdir(parents=True, exist_ok=True)
     for shot in shots:
         photo.crop((shot, 0, shot + 134, 94 + shot)).save(folder / f"IMG_{scene}{shot}.png")

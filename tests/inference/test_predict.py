@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.command_in_process import check_error
-from helpers.photo_folders import write_files
+from helpers.photo_folders import draw_pixels, write_files
 from helpers.prediction_photos import predict, sorted_photos, write_predictions
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import (
@@ -117,7 +117,7 @@ def test_a_model_without_an_image_processor_has_the_default(
 def test_the_channels_of_the_model_are_those_of_an_array(tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(build_tiny_config(num_channels=12, **LABELS))
     randomize(model).save_pretrained(tmp_path)
-    array = np.random.default_rng(0).integers(0, 255, (40, 36, 12), np.uint8)
+    array = draw_pixels(40, 36, 12)
     last, first, other = api.predict(tmp_path, [array, array.transpose(2, 0, 1), array[..., :7]])
     assert last["probability"] == first["probability"]
     assert "[40, 36, 7]" in other["error"]

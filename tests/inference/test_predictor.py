@@ -20,6 +20,7 @@ import pytest
 import torch
 from fastapi import UploadFile
 from helpers.doc_pages import ROOT, read_blocks
+from helpers.photo_folders import draw_pixels
 from helpers.prediction_photos import sorted_photos
 from helpers.tiny_models import (
     build_tiny_config,
@@ -148,7 +149,7 @@ def test_a_photo_of_a_request_has_the_label_of_its_file(predictor: Predictor, ph
 def test_one_image_is_one_row_and_a_batch_one_row_per_image(
     shape: tuple[int, ...], predictor: Predictor
 ) -> None:
-    pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    pixels = draw_pixels(*shape)
     rows = predictor([pixels])
     assert rows[0]["error"] is None
     assert predictor(pixels) == rows

@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
 import yaml
+from helpers.photo_folders import draw_pixels
 from helpers.published_weights import build_vit_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,7 +154,7 @@ def test_damaged_state_dicts_are_converted_or_one_line_errors(
 def encode_images() -> dict[str, bytes]:
     """Return a small image in every format that Pillow writes."""
     PIL.Image.init()
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    pixels = draw_pixels(16, 16, 3)
     files: dict[str, bytes] = {}
     for name in sorted({*PIL.Image.SAVE, *IMAGE_FORMATS}):
         for mode in ("RGB", "L", "1"):

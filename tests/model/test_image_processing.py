@@ -17,7 +17,7 @@ import PIL.Image
 import pytest
 import torch
 from helpers.local_hub import LocalHub
-from helpers.photo_folders import encode_image
+from helpers.photo_folders import draw_pixels, encode_image
 from helpers.tiny_models import raises_one_line
 from PIL.ExifTags import Base
 from PIL.PngImagePlugin import PngInfo
@@ -123,7 +123,7 @@ def test_margins_of_a_center_crop_are_rounded(
     top: int,
     left: int,
 ) -> None:
-    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    values = draw_pixels(height, width, 3)
     size = dict(zip(("height", "width"), crop, strict=True))
     processor = backend(**RAW, do_center_crop=True, crop_size=size, crop_rounding=rounding)
     cropped = as_hwc(processor(values, return_tensors="np")["pixel_values"][0])
@@ -138,7 +138,7 @@ def test_backends_agree_within_the_tolerance_of_the_docstring(
     resample: int, settings: dict
 ) -> None:
     settings = {"resample": resample, "do_rescale": False, "do_normalize": False, **settings}
-    noise = np.random.default_rng(0).integers(0, 256, (150, 333, 3), dtype=np.uint8)
+    noise = draw_pixels(150, 333, 3)
 
     for image, at_any_pixel, on_average in [
         *((photo, 2, 0.05) for photo in photographs()),
@@ -200,7 +200,7 @@ def test_images_are_downloaded_and_failed_downloads_name_their_address(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     image = encode_image(build_gradient())
-    hub.create("ann/photos", private=False, files={"image.png": image, "image.bin": image})
+    hub.create("ann/photos", files={"image.png": image, "image.bin": image})
     address = f"{hub.url}/ann/photos/resolve/main"
     for name in ("image.png", "image.bin"):  # the second one is redirected
         found = as_hwc(get_raw_values(backend, f"{address}/{name}"))

@@ -1,21 +1,19 @@
 """A run stores class statistics, with which a class is added without the old images."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.additions import add_class
 from helpers.digits_models import STRIPED
 from helpers.tiny_models import build_images, raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
 
-import modeling_vitcls
 from modeling_vitcls import ViTCLSForImageClassification, predict
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
-add_class = partial(modeling_vitcls.add_class, num_workers=0)
 IMAGES = build_images(4, seed=1)
 
 
