@@ -1,8 +1,10 @@
 """Flags: limits, combinations, and conversion to configurations and command lines."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.tiny_models import raises_one_line
 
@@ -11,6 +13,7 @@ from modeling_vitcls.cli.commands import PushOptions
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
+from modeling_vitcls.runtime.flags import check_types, to_flags
 from modeling_vitcls.training.options import FinetuneOptions, ModelOptions, parse_cls_scopes
 from scripts.benchmark import BenchmarkOptions
 from scripts.study import StudyOptions
@@ -44,7 +47,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (DataOptions, "num_workers", [0], [-1]),
     (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1]),
     (AugmentationOptions, "mixup", [0], [-0.1]),
-    (FinetuneOptions, "epochs learning_rate", [0.1], [0]),
+    (FinetuneOptions, "epochs learning_rate", [0.1], [0, math.inf]),
     (FinetuneOptions, "max_steps batch_size gradient_accumulation_steps", [1], [0]),
     (FinetuneOptions, "weight_decay seed", [0], [-1]),
     (FinetuneOptions, "warmup label_smoothing", [0, 0.9], [-0.1, 1]),
@@ -141,9 +144,18 @@ def test_grids_of_cls_tokens_are_listed_row_by_row() -> None:
             check(ModelOptions, {"cls_scopes": ("image", text)})
 
 
-def test_a_height_and_a_width_may_be_a_list() -> None:
-    sizes: dict[str, Any] = {"image_size": [32, 48]}
-    assert ModelOptions(model="m", **sizes).image_size == (32, 48)
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("image_size", [32, 48], (32, 48)),
+        ("image_size", np.array([32, 48]), (32, 48)),
+        ("num_hidden_layers", np.int64(3), 3),
+    ],
+)
+def test_lists_arrays_and_numbers_of_numpy_are_flags(name: str, value: Any, expected: Any) -> None:
+    options = ModelOptions(model="m", **{name: value})
+    assert to_flags(options)[name] == (list(expected) if isinstance(expected, tuple) else expected)
+    check_types(options, [name])
 
 
 def test_flags_that_are_set_become_fields_of_the_configuration() -> None:

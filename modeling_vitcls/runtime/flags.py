@@ -36,8 +36,9 @@ names_of_flags: set[str] = set()
 class Options:
     """Base class of the options of all commands, and of the groups of fields that they share.
 
-    Python programs may write a path as a text, several values as a list or one text, and a fraction
-    as 1. `~` in paths is the home folder: a shell leaves it in `--output-dir=~/runs`, as Python does.
+    Python programs may write a path as a text, several values as a list or one text, a fraction as
+    1, and numbers as NumPy does. `~` in paths is the home folder: a shell leaves it in
+    `--output-dir=~/runs`, as Python does.
     """
 
     def __post_init__(self) -> None:
@@ -49,6 +50,8 @@ class Options:
                 if value == "":  # As a path, it would be the current folder
                     raise ValueError(f"`{name}` is empty. Set it, or leave it out")
                 value = expand_home(value)
+            if type(value).__module__ == "numpy":  # Not imported here, because that is slow
+                value = value.tolist()
             kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
             if isinstance(value, list):
                 value = tuple(value)

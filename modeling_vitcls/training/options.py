@@ -4,6 +4,7 @@ They do not stand in the files that read them, because the command checks flags 
 torch, and those files need torch.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -75,6 +76,11 @@ class ModelOptions(Options):
     def check(self) -> None:
         super().check()
         parse_cls_scopes(self.cls_scopes or ())  # Raises ValueError if a value is invalid
+
+    @property
+    def distillation_inference(self) -> str | None:
+        """Which of two heads the model returns; None to choose."""
+        return (self.model_config or {}).get("distillation_inference")
 
     def get_config_values(self) -> dict[str, Any]:
         """Select the ViTCLSConfig fields that these options set, with their values."""
@@ -194,7 +200,7 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     checkpoint."""
     overwrite: bool = False
     """Replace an earlier run in --output-dir and all other files that have the same names as output
-    files."""
+    files. With --resume, a run that can be continued is continued, not replaced."""
     save_every: int | None = None
     """Number of steps between checkpoints. Default: a checkpoint at each evaluation."""
     keep_checkpoints: int | None = None
@@ -225,12 +231,17 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps")
         check_minimum(self, 1, "save_every", "keep_checkpoints")
         check_minimum(self, 0, "weight_decay", "seed")
-        check_value(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
+        check_value(
+            self,
+            "epochs",
+            self.epochs is None or 0 < self.epochs < math.inf,
+            "above 0 and finite",
+        )
         rates = (
             self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
         )
-        is_valid = all(rate is None or rate > 0 for rate in rates)
-        check_value(self, "learning_rate", is_valid, "above 0")
+        is_valid = all(rate is None or 0 < rate < math.inf for rate in rates)
+        check_value(self, "learning_rate", is_valid, "above 0 and finite")
         for name in ("warmup", "label_smoothing", "average_with_start"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         check_value(
