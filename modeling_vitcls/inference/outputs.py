@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..runtime.files import escape_csv_cell, replace_control_characters
+from ..runtime.progress import build_console
 from .prediction_rows import DISTANCE, Row
 
 
 LABEL_SEPARATOR = "|"  # Separator of the labels of one image in CSV files
-TABLE_WIDTH = 100_000  # Width in characters of a table that is not printed to a terminal
 ROWS_PER_GROUP = 1024  # Number of rows per row group of a Parquet file
 
 Columns = dict[str, pa.DataType]
@@ -134,10 +133,7 @@ def print_table(rows: Sequence[Row], columns: Columns) -> None:
     for row in rows:
         table.add_row(*(Text(format_table_cell(row[name])) for name in names))
 
-    console = Console(emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = TABLE_WIDTH  # No line breaks within rows, for programs that read the table
-    console.print(table)
+    build_console().print(table)
 
 
 def format_table_cell(value: Any) -> str:

@@ -16,6 +16,7 @@ from .flags import spell_flags
 
 
 LINE_SECONDS = 30.0  # Seconds between lines
+PIPE_WIDTH = 100_000  # Width in characters of a table that is not printed to a terminal
 SILENT_SECONDS = 5.0  # Seconds until the first line: the work may be over by then
 
 Item = TypeVar("Item")
@@ -23,7 +24,10 @@ Item = TypeVar("Item")
 
 def build_console(**settings: Any) -> Console:
     """Build a console that prints texts as they are, without emoji, line breaks and colors."""
-    return Console(emoji=False, soft_wrap=True, highlight=False, **settings)
+    console = Console(emoji=False, soft_wrap=True, highlight=False, **settings)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH  # Rows stay whole for programs that read a table
+    return console
 
 
 def print_warning(console: Console, message: str) -> None:
