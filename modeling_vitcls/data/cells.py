@@ -257,9 +257,10 @@ def get_bit(value: Any) -> bool | None:
 def check_numbers(where: str, names: Collection[str], has_lists: bool) -> None:
     """Raise ValueError for numbers that measure something; warn about numbers that may be no classes."""
     numbers = [float(name.replace(",", ".")) for name in names]
-    longest = max(names, key=len)
+    decimals = [name for name, number in zip(names, numbers, strict=True) if number % 1]
+    longest = max(decimals or names, key=len)
     measurement = f"numbers such as {longest}: this looks like a measurement; vitcls trains classes"
-    if not all(map(float.is_integer, numbers)):
+    if decimals:
         raise ValueError(
             f"{where} has decimal {measurement}. Set `label_column` to another column, write classes such "
             "as low and high, or set `label_names` to these numbers if it is the only label column"

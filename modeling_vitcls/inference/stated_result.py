@@ -176,9 +176,10 @@ Tables = dict[str, list[dict[str, Any]]]  # Title -> rows, whose keys are the he
 def list_metrics(results: MetricValues) -> Iterator[tuple[MetricValues, str, str]]:
     """List the metrics in a table: where each is measured, its key there, and its title.
 
-    The metrics of all tasks together come first, then each task's metrics, with its name.
+    The mean over all tasks comes first, then each task's metrics, with its name.
     """
-    for title, metrics in {"": results, **list_titles(results)}.items():
+    whole = "mean of the tasks: " if results.get("tasks") else ""
+    for title, metrics in {whole: results, **list_titles(results)}.items():
         for key, metric in METRICS.items():
             if metrics.get(key) is not None:
                 yield metrics, key, f"{title}{metric.title}"

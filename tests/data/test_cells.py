@@ -181,9 +181,10 @@ def test_texts_whose_parts_are_not_repeated_are_classes(caplog: pytest.LogCaptur
 # Numbers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", [[0.5, 1.5], ["0,5", "1,5", "2,5", "1,2"]])
-def test_decimal_numbers_look_like_a_measurement(values: list[Any]) -> None:
-    with raises_one_line("looks like a measurement; vitcls trains classes", "`label_column`"):
+@pytest.mark.parametrize("values", [[0.5, 1000], ["0,5", "1,5", "2,5", "1,2"]])
+def test_a_decimal_number_looks_like_a_measurement(values: list[Any]) -> None:
+    words = f"decimal numbers such as {values[0]}: this looks like a measurement"
+    with raises_one_line(words, "`label_column`"):
         read(values)
 
 

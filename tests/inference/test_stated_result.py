@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from modeling_vitcls.inference.stated_result import state_result
+from modeling_vitcls.inference.stated_result import build_metric_table, state_result
 
 
 def build_metrics(num_right: int, num_images: int, **others: Any) -> dict[str, Any]:
@@ -64,3 +64,11 @@ def test_the_share_of_guessing_is_said_if_the_sizes_of_the_classes_differ(
 def test_a_mean_over_tasks_counts_no_images() -> None:
     tasks = {"kind": build_metrics(30, 40), "part": build_metrics(36, 40)}
     assert state_result({"accuracy": 0.825, "num_images": 40, "tasks": tasks}) == "82%"
+
+
+def test_a_mean_over_tasks_is_named() -> None:
+    tasks = {"coat": build_metrics(8, 10), "kind": build_metrics(6, 10)}
+    results = {"accuracy": 0.7, "num_images": 10, "tasks": tasks}
+    rows = [tuple(row.values()) for row in build_metric_table(results)["Metrics"]]
+    assert rows[0] == ("mean of the tasks: Accuracy", "70%")
+    assert [name for name, _ in rows[1:]] == ["coat: Accuracy", "kind: Accuracy"]
