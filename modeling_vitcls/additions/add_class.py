@@ -13,7 +13,8 @@ import numpy as np
 from ..data.cells import normalize_name, warn_about_similar_names
 from ..data.images import LabeledImages
 from ..data.in_memory import get_title
-from ..data.labels import LabelSpace, get_label_space
+from ..data.labels import LabelSpace, OneLabel, get_label_space
+from ..data.sources import Splits
 from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, read_splits
 from ..evaluation.evaluator import build_predictions, build_rows
@@ -127,14 +128,28 @@ def load_new_images(
 ) -> tuple[LabelSpace, LabeledImages]:
     """Load the training images of the new classes."""
     images = load_undivided_images(options, min_classes=1)
-    label_space = images.label_space
-    check_has_one_label(label_space, images.name)
-    if known := sorted(set(label_space.names) & set(map(normalize_name, old_names))):
+    check_has_one_label(images.label_space, images.name)
+    label_space, train = keep_classes_with_images(images)
+    old = set(map(normalize_name, old_names))
+    if unused := set(images.label_space.names) - {*label_space.names, *old}:
+        warn_on_first_process(
+            f"not added, because no image has them: {format_name_list(sorted(unused))}"
+        )
+    if known := sorted(old & set(label_space.names)):
         raise ValueError(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
     warn_about_similar_names(f"{images.name} and the model", [*old_names, *label_space.names])
-    return label_space, images.train
+    return label_space, train
+
+
+def keep_classes_with_images(images: Splits) -> tuple[LabelSpace, LabeledImages]:
+    """Leave out the classes without images, which a filtered dataset still declares."""
+    names = images.label_space.names
+    ((column, _),) = images.label_space.columns.items()
+    labels, indices = np.unique(images.train.labels, return_inverse=True)
+    kept = OneLabel({column: [names[label] for label in labels]})
+    return kept, replace(images.train, labels=indices.tolist())
 
 
 def build_class_rows(

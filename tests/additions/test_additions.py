@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -354,6 +355,18 @@ def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
     assert "'stripes' and 'Stripes '" in caplog.text
     with raises_one_line(f"has the class {composed!r} already"):
         add_class(tmp_path / "new", build_new(STRIPES, composed), tmp_path / "both")
+
+
+def test_classes_that_a_filtered_dataset_only_declares_are_not_added(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["0", "unused", "stripes"]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    images = [image for image, _ in build_new(STRIPES, "stripes")]
+    dataset = datasets.Dataset.from_dict({"image": images, "label": [2] * len(images)}, features)
+    record = add_class(digits, dataset, tmp_path / "new")
+    assert record["labels"] == ["stripes"]
+    assert "not added, because no image has them: unused" in caplog.text
 
 
 def test_several_processes_are_refused(
