@@ -110,7 +110,15 @@ class Rule:
 
 
 def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfig) -> Weights:
-    """Convert a state dict from another project."""
+    """Convert a state dict from another project.
+
+    Raises:
+        ConversionError: if a name matches no rule, or the weights are quantized.
+    """
+    if not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise ConversionError(
+            "the weights are quantized. Convert the model before, and quantize the result"
+        )
     converted_weights: Weights = {}
     unmatched_names = []
 

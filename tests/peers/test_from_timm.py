@@ -284,6 +284,11 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda model: setattr(model.blocks[0].mlp, "act", nn.ReLU()),
         "differ from VisionTransformer",
     ),
+    "quantized": (
+        "vit_tiny_patch16_224",
+        lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True),
+        "the weights are quantized",
+    ),
     "forward": (
         "vit_tiny_patch16_224",
         lambda model: setattr(model, "forward", model.forward_features),
