@@ -126,7 +126,7 @@ class FrozenEncoder:
         label_space: names of the labels.
         build_pass: returns a `FrozenPass` for images and a layout.
         resize, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
-        class_weight: as in `LinearProbe`.
+        class_weight, inference: as in `LinearProbe`.
     """
 
     model: Any
@@ -137,6 +137,7 @@ class FrozenEncoder:
     pooling: str | None
     pooled_layers: Sequence[int] | None
     class_weight: str | None
+    inference: str | None
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -391,7 +392,9 @@ class FrozenEncoder:
         # The matrices are small: with more threads, the fits take more time in total.
         with threadpool_limits(limits=1):
             for task, own in split_tasks(images, self.label_space).items():
-                probe = LinearProbe(self.layers, self.read_pooling, self.class_weight)
+                probe = LinearProbe(
+                    self.layers, self.read_pooling, self.class_weight, self.inference
+                )
                 probes[task] = probe.fit(own.get_tokens(), own.labels, own.groups)
         # The other images are kept out of the choice, whose time grows with their number, but not of
         # the fit.

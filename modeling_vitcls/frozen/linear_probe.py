@@ -114,19 +114,25 @@ class Candidate:
 
 
 def list_candidates(
-    features: TokenFeatures, layers: Sequence[int] | None, pooling: str | None
+    features: TokenFeatures,
+    layers: Sequence[int] | None,
+    pooling: str | None,
+    inference: str | None,
 ) -> list[Candidate]:
     """List the candidates for some features, the simplest first.
 
     Args:
         features: their tokens.
         layers, pooling: what to read; None to choose.
+        inference: which of two heads is returned; None to choose.
 
     Raises:
         ValueError: if the features lack what to read.
     """
     found = {kind: None for _, kind in features}
-    inferences = tuple(INFERENCE_TEXTS) if DISTILLATION in found else (None,)
+    inferences: tuple[str | None, ...] = (None,)
+    if DISTILLATION in found:
+        inferences = tuple(INFERENCE_TEXTS) if inference is None else (inference,)
     kinds = [kind for kind in found if kind != DISTILLATION]
     poolings = [*kinds, "cls_mean"]
     if pooling is not None and "own" not in kinds:
@@ -232,6 +238,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         layers: negative indices of the layers to read. Default: the last, or the last four.
         pooling: "cls", "mean" or "cls_mean". Default: the best of those in the features.
         class_weight: "balanced" weights each class equally.
+        inference: "cls", "distillation" or "mean": which of two heads is returned, if the features have
+            distillation tokens. Default: the best of the three.
 
     Attributes:
         classes_: the labels, in the order of the columns of `predict_proba`.
@@ -269,10 +277,12 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         layers: Sequence[int] | None = None,
         pooling: str | None = None,
         class_weight: str | None = None,
+        inference: str | None = None,
     ) -> None:
         self.layers = layers
         self.pooling = pooling
         self.class_weight = class_weight
+        self.inference = inference
 
     def fit(
         self,
@@ -313,7 +323,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, targets = self.target_.encode(labels)
         folds = split_folds(targets, groups)
         self.num_folds_ = len(folds)
-        candidates = list_candidates(features, self.layers, self.pooling)
+        candidates = list_candidates(features, self.layers, self.pooling, self.inference)
         cross_validated = self.cross_validate(features, targets, candidates, folds)
         self.choose(cross_validated, targets, groups)
         self.refit(features, labels)

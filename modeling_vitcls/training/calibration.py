@@ -52,7 +52,7 @@ Calibration = tuple[dict[str, Any] | None, str]
 
 
 def choose_heads(
-    classifier: Any, model: Any, selection: Evaluator, images: str
+    classifier: Any, model: Any, selection: Evaluator, images: str, inference: str | None
 ) -> tuple[Predictions, str | None]:
     """Predict the selection images; of two heads, let the model return what is best on them.
 
@@ -60,12 +60,14 @@ def choose_heads(
         classifier: the classifier without wrappers.
         model: the classifier, which may be wrapped, on the device and in evaluation mode.
         images: what the selection images are, for the returned line.
+        inference: which heads the user wants; None to choose.
     """
     config = classifier.config
     predictions = selection.predict(model)
     if classifier.distillation_classifier is None:
         return predictions, None
-    losses = {name: predictions.metrics[f"{name}_loss"] for name in ("cls", "distillation", "mean")}
+    names = ("cls", "distillation", "mean") if inference is None else (inference,)
+    losses = {name: predictions.metrics[f"{name}_loss"] for name in names}
     inference = min(losses, key=losses.__getitem__)
     if inference != config.distillation_inference:
         config.distillation_inference = inference
@@ -74,7 +76,11 @@ def choose_heads(
 
 
 def calibrate(
-    classifier: Any, model: Any, held_out: Evaluator, selection: Evaluator
+    classifier: Any,
+    model: Any,
+    held_out: Evaluator,
+    selection: Evaluator,
+    inference: str | None = None,
 ) -> tuple[Calibration, Predictions, str | None]:
     """Calibrate a trained classifier, and measure the held-out images with it.
 
@@ -86,9 +92,10 @@ def calibrate(
         model: the classifier, which may be wrapped, on the device and in evaluation mode.
         held_out: images that did not train it.
         selection: images to fit the temperature to. If they are the held-out images, half of them.
+        inference: which heads the user wants; None to choose.
     """
     images = HELD_OUT if selection is held_out else SELECTION
-    predictions, heads_text = choose_heads(classifier, model, selection, images)
+    predictions, heads_text = choose_heads(classifier, model, selection, images, inference)
     reshard(model)
     outputs = predictions.outputs
     if selection is held_out:

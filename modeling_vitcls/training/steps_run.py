@@ -26,7 +26,7 @@ from ..frozen.encoder import (
     ignore_message,
     warn_about_unreadable_classes,
 )
-from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
+from ..frozen.linear_probe import ABSENT_CLASS_MARGIN, MIN_DISTANCE_IMAGES
 from ..inference.metrics import compute_mean, get_task_metrics
 from ..inference.token_names import read_gates
 from ..runtime.distributed import configure_layer_sharding, run_on_main
@@ -103,11 +103,13 @@ def run_steps(
     model = loop.state.model.eval()
     has_excluded = exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
-    predictions = nearest_images = heads_text = trained_scenes = None
+    predictions = nearest_images = heads_text = trained_scenes = unknown_text = None
     calibration: Any = (None, "")
     has_one_label = data.label_space.kind == "single_label_classification"
     if has_one_label and len(data.held_out):
-        calibration, predictions, heads_text = calibrate(inputs.model, model, held_out, selection)
+        calibration, predictions, heads_text = calibrate(
+            inputs.model, model, held_out, selection, options.distillation_inference
+        )
         metrics = predictions.metrics
     # The last evaluation of the loop was of other weights, or of the images that select.
     elif step != loop.state.step or plan.averaging or data.selection is not None or has_excluded:
@@ -117,6 +119,11 @@ def run_steps(
     # After the measurement, which a distance to the classes would only slow down.
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
         trained_scenes = store_statistics(inputs, data)
+        if inputs.model.config.distance_threshold is None:
+            unknown_text = (
+                "photos that show none of the classes will not be marked: this requires "
+                f"{MIN_DISTANCE_IMAGES} held-out images"
+            )
     if "nearest_images" in start and predictions is not None:
         nearest = dict(start["nearest_images"])
         nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
@@ -146,6 +153,7 @@ def run_steps(
             "heads": heads_text,
             "calibration": calibration[1],
             "without": tokens_text,
+            "unknown": unknown_text,
         },
     )
 

@@ -109,6 +109,19 @@ def test_the_run_measures_the_teacher_before_the_steps(
     assert "distillation_accuracy" not in results
 
 
+@pytest.mark.parametrize("flags", [{}, {"max_steps": 1}])
+@pytest.mark.parametrize("choice", ["mean", "distillation"])
+def test_a_head_is_returned_that_was_asked_for(
+    choice: str, flags: dict[str, Any], encoder: Path, tmp_path: Path
+) -> None:
+    fields = {"num_distillation_tokens": 1, "distillation_inference": choice}
+    options = build_options(tmp_path / "run", encoder, model_config=fields, **flags)
+    results = run_training(options)
+    model = ViTCLSForImageClassification.from_pretrained(options.output_dir)
+    assert model.config.distillation_inference == choice
+    assert results["frozen"]["distillation_losses"].keys() == {choice}
+
+
 @torch.no_grad()
 def test_both_heads_of_a_frozen_run_are_shrinkage_lda(encoder: Path, tmp_path: Path) -> None:
     """The second one reads the distillation token, in the layers of the first."""

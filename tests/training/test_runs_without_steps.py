@@ -225,6 +225,12 @@ def test_a_run_on_pairs_of_photos_says_why_none_will_be_unknown() -> None:
     assert read_json(Path("frozen/config.json")).get("distance_threshold") is None
 
 
+def test_a_run_with_steps_says_why_none_will_be_unknown(tuned: Any) -> None:
+    assert tuned["num_images"] < 100
+    assert "not be marked: this requires 100 held-out images" in tuned["printed"]
+    assert read_json(tuned["folder"] / "config.json").get("distance_threshold") is None
+
+
 def test_images_that_trained_the_encoder_measure_nothing(frozen: Any, tuned: Any) -> None:
     """It knows their labels, also under new names and after another run. A frozen one does not."""
 
