@@ -164,6 +164,8 @@ class AdaptableModel(PreTrainedModel):
         if statistics is not None and statistics.has_fingerprint_of(self.base_model):
             # New tokens with closed gates and another size of the positions change no features.
             cast(Any, model).class_distance.store_fingerprint(model.base_model)
+        if hasattr(self, "_loss_function"):
+            model.loss_function = self.loss_function
         if any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             model.gradient_checkpointing_enable()
         if any(map(has_user_hooks, self.modules())):
@@ -238,16 +240,14 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
 
 
 def check_weights_are_plain(model: AdaptableModel) -> None:
-    """Raise ValueError if weights are quantized, or if adapters of PEFT wrap layers."""
-    if getattr(model, "hf_quantizer", None) is not None:
+    """Raise ValueError unless a model has the weights of its configuration."""
+    with torch.device("meta"):
+        expected = model.new_like(model.config).state_dict()
+    missing = expected.keys() - model.state_dict().keys()
+    if missing or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
-            "a quantized model cannot be adapted. Load it without quantization, adapt it, and "
-            "quantize the result"
-        )
-    if any("base_layer" in module._modules for module in model.modules()):
-        raise ValueError(
-            "a model with adapters cannot be adapted. Merge them first: "
-            "`model = peft_model.merge_and_unload()`"
+            "a quantized, pruned or shortened model cannot be adapted, nor one with adapters: adapt it before, "
+            "or merge them: `model = peft_model.merge_and_unload()`"
         )
 
 
@@ -346,17 +346,13 @@ def keeps_features(
         for group, field in COUNT_FIELDS.items()
     )
     is_mean = old_config.num_cls_tokens > config.num_cls_tokens and config.cls_pooling == "mean"
-    gated_tokens = get_gated_tokens(old_config, counts, gate_new_tokens=True)
-    has_same_tokens = old_config.cls_scopes == config.cls_scopes
-    has_same_patches = old_config.patch_height_width == config.patch_height_width
-    sizes = [each.compute_pooled_size("cls", 1) for each in (old_config, config)]
     return (
         has_all_tokens
         and not is_mean
-        and gated_tokens == config.gated_tokens
-        and has_same_tokens
-        and has_same_patches
-        and sizes[0] == sizes[1]
+        and get_gated_tokens(old_config, counts, gate_new_tokens=True) == config.gated_tokens
+        and old_config.cls_scopes == config.cls_scopes
+        and old_config.patch_height_width == config.patch_height_width
+        and old_config.compute_pooled_size("cls", 1) == config.compute_pooled_size("cls", 1)
     )
 
 

@@ -32,7 +32,6 @@ from transformers.utils import TransformersKwargs
 from .configuration_vitcls import ViTCLSConfig
 from .field_checks_vitcls import Size
 from .positions_vitcls import (
-    PositionEmbeddings,
     needs_resampling,
     resample_positions,
     rotate_patches,
@@ -158,11 +157,13 @@ class ViTCLSEmbeddings(nn.Module):
                 return patches
             # Use an all-false mask, because distributed training requires a gradient for every
             # parameter.
-            bool_masked_pos = torch.zeros(
-                patches.shape[:2], dtype=torch.bool, device=patches.device
-            )
+            bool_masked_pos = patches.new_zeros(patches.shape[:2], dtype=torch.bool)
         if self.mask_token is None:
             raise ValueError("bool_masked_pos requires a mask token: set use_mask_token=True")
+        if bool_masked_pos.shape != patches.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos has shape {list(bool_masked_pos.shape)}, not {list(patches.shape[:2])}"
+            )
         return torch.where(
             bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches
         )
@@ -311,7 +312,7 @@ class ViTCLSAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Any = None,
-        position_embeddings: PositionEmbeddings | None = None,
+        position_embeddings: Tensor | None = None,
         num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
@@ -323,7 +324,8 @@ class ViTCLSAttention(nn.Module):
             hidden_states: [B, N, D].
             attention_mask: mask in the format that the attention implementation expects
                 (attention_masks_vitcls.py).
-            position_embeddings: (cos, sin) of rotary position embeddings.
+            position_embeddings: cos and sin of rotary position embeddings, [2, patches, head_dim] or
+                [2, heads, patches, head_dim].
             num_queries: number n of leading tokens to update, which must be special tokens.
                 Default: all N tokens.
         """
@@ -472,7 +474,7 @@ class ViTCLSLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Any = None,
-        position_embeddings: PositionEmbeddings | None = None,
+        position_embeddings: Tensor | None = None,
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:

@@ -23,6 +23,11 @@ from .field_checks_vitcls import Size
 
 
 IGNORED_LABEL = -100
+LOSSES = {
+    "regression": nn.functional.mse_loss,
+    "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
+    "single_label_classification": nn.functional.cross_entropy,
+}
 # Index of the last layer for readers of its patches: other classifiers need only its special tokens
 ALL_TOKENS = -1
 
@@ -259,8 +264,8 @@ def compute_classification_loss(
         kwargs: ignored, as by the losses of transformers.
 
     Raises:
-        ValueError: if a label is not a class index, or if `problem_type` is not set for float
-            labels.
+        ValueError: if a label is not a class index, if `problem_type` is not set for float labels, or if
+            these have another shape than the logits.
     """
     labels = labels.to(logits.device)
     if logits.shape[-1] != config.num_labels:
@@ -271,23 +276,22 @@ def compute_classification_loss(
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
 
-    if problem_type == "regression":
-        loss_sum = nn.functional.mse_loss(
-            logits.float().view(-1), labels.float().view(-1), reduction="sum"
-        )
-    elif problem_type == "multi_label_classification":
-        loss_sum = nn.functional.binary_cross_entropy_with_logits(
-            logits.float(), labels.float(), reduction="sum"
-        )
-    elif not labels.is_floating_point():
+    has_indices = problem_type in (None, "single_label_classification")
+    if has_indices and not labels.is_floating_point():
         return compute_cross_entropy(logits, labels, num_items_in_batch)
-    elif problem_type is None:
+    if problem_type is None:
         raise ValueError(
             'float labels require config.problem_type: "single_label_classification" for class '
             'probabilities or "multi_label_classification" for several labels per image'
         )
-    else:
-        loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
+    if labels.numel() != logits.numel():
+        raise ValueError(
+            f"labels of {problem_type} require the shape of the logits, {list(logits.shape)}, but have "
+            f"{list(labels.shape)}. Class indices are integers"
+        )
+    targets = labels.float().reshape(logits.shape)
+    loss_sum = LOSSES[problem_type](logits.float(), targets, reduction="sum")
+    if has_indices:
         # `num_items` is B * C, so the result is the mean over images.
         loss_sum = loss_sum * labels.shape[-1]
     return loss_sum / num_items
@@ -314,10 +318,9 @@ def compute_cross_entropy(
         )
     except IndexError as error:
         num_labels = logits.shape[-1]
-        message = (
+        raise ValueError(
             f"unknown label id: {owner} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
-        )
-        raise ValueError(message) from error
+        ) from error
 
     if num_items_in_batch is not None:
         return loss_sum / num_items_in_batch

@@ -18,10 +18,6 @@ from .configuration_vitcls import ViTCLSConfig
 from .field_checks_vitcls import Size
 
 
-# Cos and sin, each with shape [patches, head_dim] or [heads, patches, head_dim].
-PositionEmbeddings = tuple[Tensor, Tensor]
-
-
 # Rotary position embeddings -----------------------------------------------------------------------
 def build_rotary_embeddings(
     config: ViTCLSConfig,
@@ -44,8 +40,8 @@ class AxialRotaryEmbeddings(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, grid_size: Size, hidden_states: Tensor) -> PositionEmbeddings:
-        """Compute cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
+    def forward(self, grid_size: Size, hidden_states: Tensor) -> Tensor:
+        """Compute cos and sin, [2, rows * columns, head_dim], in the dtype of `hidden_states`."""
         device = hidden_states.device
         head_dim = self.config.head_dim
         periods = self.config.rope_periods
@@ -61,7 +57,7 @@ class AxialRotaryEmbeddings(nn.Module):
         # Channel i is rotated together with channel i + head_dim / 2, so each angle is listed
         # twice.
         angles = angles.flatten(1).tile(2)  # [rows * columns, head_dim]
-        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        return torch.stack([angles.cos(), angles.sin()]).to(hidden_states.dtype)
 
 
 class MixedRotaryEmbeddings(nn.Module):
@@ -79,17 +75,16 @@ class MixedRotaryEmbeddings(nn.Module):
             )
         )
 
-    def forward(self, grid_size: Size, hidden_states: Tensor) -> list[PositionEmbeddings]:
-        """Compute cos and sin [heads, rows * columns, head_dim] of each layer."""
+    def forward(self, grid_size: Size, hidden_states: Tensor) -> list[Tensor]:
+        """Compute cos and sin, [2, heads, rows * columns, head_dim], of each layer."""
         # [rows * columns, 2]
         coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)
         # [layers, heads, 1, d / 2]
         first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(-2)
         angles = coordinates[:, :1] * first_frequencies + coordinates[:, 1:] * second_frequencies
         angles = angles.tile(2)  # [layers, heads, rows * columns, head_dim]
-        cos = angles.cos().to(hidden_states.dtype)
-        sin = angles.sin().to(hidden_states.dtype)
-        return list(zip(cos, sin, strict=True))
+        # One tensor per layer: reentrant checkpointing detaches no tensors in tuples
+        return list(torch.stack([angles.cos(), angles.sin()], dim=1).to(hidden_states.dtype))
 
     def get_initial_frequencies(self) -> Tensor:
         """Draw axial frequencies, rotated by a random angle per layer and head (RoPE-ViT)."""
@@ -134,7 +129,7 @@ def get_patch_coordinates(config: ViTCLSConfig, grid_size: Size, device: torch.d
 
 
 def rotate_patches(
-    query: Tensor, key: Tensor, position_embeddings: PositionEmbeddings
+    query: Tensor, key: Tensor, position_embeddings: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rotate the queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim] of the patches.
 

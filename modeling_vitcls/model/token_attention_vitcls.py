@@ -65,6 +65,7 @@ def record_attention(
 
     The model that is passed runs eagerly within the context, also if `model.compile()` was called;
     compiled models of other threads stay compiled. The previous recorders are restored at the end.
+    While one thread records, no other may use this model.
     """
     encoder = model.base_model
     attention_modules = {index: encoder.layers[index].attention for index in layers}
