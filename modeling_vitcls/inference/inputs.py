@@ -266,6 +266,9 @@ def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> 
         return f"row {index} has no image"
     if isinstance(content, ValueError):
         return str(content)
+    # The processor would take the first of several images, and request addresses among them
+    if isinstance(content, list | tuple) or (getattr(content, "ndim", 0) > 3 and len(content) > 1):
+        return f"row {index} has a list of length {len(content)}. Pass one image per row"
     try:
         if isinstance(content, str):
             check_is_no_address(content)

@@ -268,6 +268,13 @@ def test_a_column_of_the_batch_that_does_not_fit_is_named(
         predictor({"image": [np.zeros((8, 8), np.uint8)], **column})
 
 
+def test_a_list_in_a_row_is_an_error_and_no_request(predictor: Predictor, photos: Path) -> None:
+    photo = str(photos / "a.jpg")
+    pair = np.zeros((2, 8, 8, 3), np.uint8)
+    outputs = predictor({"path": [photo, [photo], ("https://a.org/1.png",), pair]})
+    assert ["one image per row" in error for error in outputs["error"]] == [False, True, True, True]
+
+
 @pytest.mark.parametrize("batch", [{"path": [], "id": []}, {}, pd.DataFrame()])
 def test_an_empty_batch_has_empty_columns(batch: Any, encoder: Path) -> None:
     """Ray and Spark pass empty batches, for example after a filter."""
