@@ -19,16 +19,15 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..model.image_processing_vitcls import (
-    image_to_tensor,
-)
+from ..model.image_processing_vitcls import image_to_tensor, pil_to_array
 from ..runtime.errors import format_error
 from .images import resolve_path
 from .tables import build_column
@@ -37,6 +36,7 @@ from .tables import build_column
 MEMORY_PREFIX = "memory:"
 DATASETS: dict[str, Any] = {}  # `DatasetDict` by name
 TITLES: dict[str, str] = {}  # "the DataFrame" by name
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # Others are stored as `predict` reads them
 
 
 def add_dataset(data: Any) -> str:
@@ -168,9 +168,9 @@ def read_own_file(image: Any) -> bytes | None:
 def encode_image(image: Any, index: int) -> Any:
     """Encode an image as {"path": ..., "bytes": ...}, which keeps it small in memory.
 
-    An image that was opened from a file keeps its bytes. Others are encoded as PNG, which is lossless.
-    Arrays and tensors are [H, W], [H, W, C]
-    or [C, H, W], of integers or of floats from 0 to 1.
+    An image that was opened from a file keeps its bytes. Others are encoded as PNG, which is lossless
+    but has no EXIF orientation: it is applied first. Arrays and tensors are [H, W], [H, W, C] or
+    [C, H, W], of integers or of floats from 0 to 1.
     """
     if isinstance(image, str | os.PathLike):
         return {"path": resolve_path(Path(), os.fspath(image)), "bytes": None}
@@ -182,6 +182,10 @@ def encode_image(image: Any, index: int) -> Any:
     try:
         if not isinstance(image, Image.Image):
             image = to_pil_image(image_to_tensor(torch.as_tensor(image), to_rgb=False))
+        with suppress(SyntaxError):  # Damaged EXIF data have no orientation
+            image = ImageOps.exif_transpose(image)
+        if image.mode not in PNG_MODES:
+            image = Image.fromarray(pil_to_array(image))
         image.save(file := io.BytesIO(), "PNG")
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"item {index} of the dataset has no valid image: {error}") from error

@@ -16,6 +16,7 @@ from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
+from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data.in_memory import add_dataset, get_dataset
 
 
@@ -223,6 +224,20 @@ def test_floats_are_scaled_and_integers_are_not(
     splits = read_splits_of(add_dataset([(pixels, 0), (pixels.numpy(), 0)]))
     for image in splits.images_by_split["train"].images:
         assert np.array(image).tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "CMYK", "YCbCr", "HSV", "RGBX", "RGBa", "PA"])
+def test_a_converted_phone_photo_is_trained_as_it_is_predicted(mode: str) -> None:
+    """torchvision's ImageFolder converts photos, which keeps their EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turned
+    photo = Image.open(io.BytesIO(encode_image(make_image(0), "JPEG", exif=exif)))
+    image = photo.convert("RGBA").convert(mode)
+    (stored,) = read_splits_of(add_dataset([(image, 0)])).train.images
+    assert stored.size == image.size[::-1]
+    processor = ViTCLSImageProcessor()
+    trained, predicted = (processor(each)["pixel_values"] for each in (stored, image))
+    assert np.array_equal(trained, predicted)
 
 
 @pytest.mark.parametrize(
