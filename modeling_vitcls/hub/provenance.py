@@ -1,6 +1,6 @@
 """Base model and license of a model's weights.
 
-    find_provenance("runs/pretrained")                      a model folder: from README.md
+    find_provenance("runs/pretrained")                      a model folder: from README.md, or its records
     find_provenance("ORG/MODEL")                            a model on the Hub: from the card; also transformers:...
     find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")   from timm's pretrained configuration
 
@@ -11,6 +11,7 @@ network connection, values that are not in the cache are unknown; no error is ra
 import re
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +20,17 @@ import yaml
 from huggingface_hub import metadata_load
 
 from ..runtime.errors import format_error
+from ..runtime.files import read_json
 from .loading import get_model_folder, is_hub_id, split_revision
 from .local_paths import split_prefix
-from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_FILES, list_license_files
+from .model_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    LICENSE_FILES,
+    PARITY_REPORT_FILE,
+    RESULTS_FILE,
+    list_license_files,
+)
 
 
 WEB_ADDRESS = re.compile(r"https?://[^\s()<>]+")  # The rest would end a link in Markdown
@@ -109,7 +118,8 @@ def find_provenance(source: str) -> Provenance:
     """Find the provenance of a model by its name, from its card and license files.
 
     The name is a folder, a Hub id, `timm:NAME[@FILE]` or `transformers:PATH_OR_ID`. A model on the
-    Hub is itself the base model; the base model of a folder is read from its card.
+    Hub is itself the base model; the base model of a folder is read from its card. A card without a
+    license may be a deleted one, so what a run or a conversion recorded in the folder then applies.
     """
     prefix, location = split_prefix(source)
     # Other prefixes of timm, such as timm:hf-hub:, say where the files are.
@@ -140,7 +150,7 @@ def find_provenance(source: str) -> Provenance:
     )
     license_id = card_metadata.get("license")
     if not license_id or license_id == "unknown":
-        return provenance
+        return fill_from_records(provenance, folder)
 
     license_files = tuple(folder / name for name in list_license_files(folder))
     names = [file.name for file in license_files]
@@ -154,6 +164,16 @@ def find_provenance(source: str) -> Provenance:
         license_link=license_link,
         license_files=license_files,
     )
+
+
+def fill_from_records(provenance: Provenance, folder: Path) -> Provenance:
+    """Add the license and base model that results.json or the parity report of a folder records."""
+    for name in (RESULTS_FILE, PARITY_REPORT_FILE):
+        with suppress(OSError, KeyError, ValueError):  # No record, or one of others
+            recorded = Provenance.from_dict(read_json(folder / name)["provenance"], folder)
+            base_model = provenance.base_model or recorded.base_model
+            return replace(recorded, name=provenance.name, base_model=base_model)
+    return provenance
 
 
 def find_timm_provenance(name: str) -> Provenance:

@@ -94,6 +94,15 @@ def test_missing_metadata_stays_unknown(tmp_path: Path, card: str) -> None:
     assert find_provenance(str(write_folder(tmp_path / "mine", card))) == Provenance("mine")
 
 
+def test_a_run_whose_card_was_deleted_keeps_its_license_and_base_model(tmp_path: Path) -> None:
+    build_random(ViTCLSForImageClassification).save_pretrained(tmp_path)
+    write_folder(tmp_path, f"{DINOV3}base_model: timm/dinov3\n", LICENSE_md="the text")
+    known = find_provenance(str(tmp_path))
+    write_results(tmp_path, {"provenance": known.to_dict()})
+    (tmp_path / "README.md").unlink()
+    assert find_provenance(str(tmp_path)) == known
+
+
 @pytest.mark.parametrize("record", [5, {"name": "x", "evil": 1}, {"license_files": 5}])
 def test_a_record_with_other_fields_is_one_line(tmp_path: Path, record: object) -> None:
     build_random(ViTCLSForImageClassification).save_pretrained(tmp_path)
