@@ -169,14 +169,22 @@ def read_file_object(image: Any) -> Any:
 def wrap_images(images: Any) -> list[ImageRecord]:
     """Build an input of images of any kind (`list_sources`), also in folders.
 
-    Images in memory are named by index.
+    Images in memory are named by index. What is neither a file nor a folder of images has a row with
+    the error in a list, and raises ValueError alone.
     """
     records: list[ImageRecord] = []
     for index, image in enumerate(list_sources(images)):
-        if isinstance(image, str | Path):
-            records += list_records([str(image)])[0]
-        else:
+        if not isinstance(image, str | Path):
             records.append(build_record(index, image, Path()))
+            continue
+        try:
+            records += list_records([str(image)])[0]
+        except (ValueError, OSError) as error:  # An address, a pattern, a folder without images
+            if isinstance(images, str | os.PathLike):
+                raise
+            # The answer for this one alone
+            name = get_source_name(str(image))
+            records.append(ImageRecord(name, ValueError(format_error(error))))
     return records
 
 

@@ -191,6 +191,9 @@ BAD_PHOTOS: dict[str, tuple[Callable[[], Any], str]] = {
     "a broken data URI": (lambda: "data:image/png;base64,%%%", "data:image"),
     "a data URI of text": (lambda: "data:,text", "data:,text"),
     "an empty data URI": (lambda: "data:", "data:"),
+    "an address": (lambda: "https://a.org/1.png", "curl -O https://a.org/1.png"),
+    "a pattern": (lambda: "photos/*.png", "Pass the folder photos"),
+    "a folder without images": (lambda: Path(__file__).parent, "no images in"),
     "an array of objects": (lambda: np.zeros((9, 9, 3), dtype=object), "array of object"),
 }
 
