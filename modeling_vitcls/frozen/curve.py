@@ -64,6 +64,8 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
                 row[test] = logits.argmax(axis=1) == labels[test]
                 sizes.append(len(part))
 
+    if not sizes:  # No group can be left out
+        return None
     gains = pd.DataFrame({"gain": is_right[-1] - is_right[1], "label": labels, "group": groups})
     by_group = gains.dropna().groupby(["label", "group"])["gain"].mean()
     num_trained = np.reshape(sizes, (-1, len(SHARES))).mean(axis=0)

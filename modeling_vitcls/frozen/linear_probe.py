@@ -624,14 +624,15 @@ def split_folds(
 ) -> Folds:
     """Divide the images into training and left-out images of each fold, stratified by label.
 
-    There are ten folds for at most `FEW_IMAGES` images, otherwise five. Images of classes with
-    one image, or one group of images, are in the training images of every fold.
+    There are ten folds for at most `FEW_IMAGES` images, otherwise five; of as few groups, each is a
+    fold. Images of classes with one image, or one group of images, are in the training images of
+    every fold, and so are the groups of a class that a fold would otherwise not know.
 
     Args:
         labels: [N] or, for several labels per image, [N, L] of 0 and 1.
         min_classes: number of classes with several images and groups, below which there are no folds.
     """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+    from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, StratifiedKFold
 
     target = find_target(labels)
     labels = target.find_strata(target.encode(labels)[1])
@@ -640,7 +641,6 @@ def split_folds(
     # Numbered in the order of the images, whatever the numbers were; images without a group are one
     groups = np.arange(len(labels)) if groups is None else pd.factorize(groups)[0]
     is_grouped = groups.max() + 1 < len(labels)
-    splitter: Any = StratifiedGroupKFold if is_grouped else StratifiedKFold
     num_groups = np.array(
         [len(np.unique(groups[labels == label])) for label in range(labels.max() + 1)]
     )
@@ -648,14 +648,21 @@ def split_folds(
     # trains.
     single = np.flatnonzero(num_groups[labels] < 2)
     several = np.flatnonzero(num_groups[labels] > 1)
-    num_folds = min(num_folds, num_groups.max())
-    if num_folds < 2 or (num_groups > 1).sum() < min_classes:
+    if num_groups.max() < 2 or (num_groups > 1).sum() < min_classes:
         return []
+    kind: Any = StratifiedGroupKFold if is_grouped else StratifiedKFold
+    splitter = kind(min(num_folds, num_groups.max()), shuffle=True, random_state=0)
+    if is_grouped and len(np.unique(groups[several])) <= num_folds:
+        splitter = LeaveOneGroupOut()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
-        parts = list(
-            splitter(num_folds, shuffle=True, random_state=0).split(
-                several, labels[several], groups[several]
-            )
-        )
-    return [(np.concatenate([several[train], single]), several[test]) for train, test in parts]
+        parts = list(splitter.split(several, labels[several], groups[several]))
+
+    folds = []
+    for train, test in parts:
+        is_unknown = ~np.isin(labels[several[test]], labels[several[train]])
+        stays = np.isin(groups[several[test]], groups[several[test[is_unknown]]])
+        train = np.concatenate([several[train], several[test[stays]], single])
+        if not stays.all():
+            folds.append((train, several[test[~stays]]))
+    return folds

@@ -481,13 +481,17 @@ def test_the_token_of_a_second_task_is_a_twin_of_cls(tmp_path: Path) -> None:
         assert get_largest_difference(states[:, index], expected) <= 1e-5
 
 
-def test_quantized_weights_and_adapters_are_not_adapted(tmp_path: Path) -> None:
+def test_quantized_weights_shortened_models_and_adapters_are_not_adapted(tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(build_tiny_config())
     model.save_pretrained(tmp_path)
     with raises_one_line("while weights are quantized", "without quantization_config"):
         ViTCLSForImageClassification.from_pretrained(
             tmp_path, num_register_tokens=2, quantization_config=QuantoConfig(weights="int8")
         )
+    shortened = copy.deepcopy(model)
+    del shortened.vitcls.layers[-1]
+    with raises_one_line("shortened"):
+        shortened.adapt(num_register_tokens=2)
     adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     with raises_one_line("merge_and_unload"):
         adapted.adapt(num_register_tokens=2)

@@ -146,6 +146,30 @@ WRONG_LABELS: list[tuple[Any, tuple[str, ...]]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("problem_type", "shape"),
+    [
+        ("regression", (2,)),
+        ("multi_label_classification", (2, 1)),
+        ("single_label_classification", (2,)),
+    ],
+)
+def test_float_labels_of_another_shape_are_errors(
+    problem_type: str, shape: tuple[int, ...]
+) -> None:
+    model = build_classifier(problem_type=problem_type)
+    with raises_one_line(problem_type, "[2, 3]", str(list(shape))):
+        model(build_images(), labels=torch.zeros(shape))
+
+
+def test_regression_takes_labels_of_any_strides() -> None:
+    model = build_classifier(problem_type="regression")
+    labels = torch.arange(6.0).view(3, 2).T
+    output = model(build_images(), labels=labels)
+    expected = functional.mse_loss(output.logits, labels).item()
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(("labels", "words"), WRONG_LABELS, ids=str)
 def test_wrong_labels_are_errors(labels: Any, words: tuple[str, ...]) -> None:
     model = build_multi_task() if isinstance(labels, dict) else build_classifier()
@@ -296,3 +320,4 @@ def test_another_loss_function_is_used() -> None:
     labels = torch.tensor([0, 2])
     assert model(build_images(), labels=labels, num_items_in_batch=2).loss.item() == 42
     assert seen == [(labels, (2, 3), {"num_items_in_batch": 2})]
+    assert model.adapt(num_register_tokens=1).loss_function is compute_loss

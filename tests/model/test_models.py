@@ -299,6 +299,8 @@ def test_masked_image_modeling_reconstructs_each_patch_from_its_token(
     columns = size[1] // 4
     mask = torch.rand(2, rows * columns) < 0.5
     output = model(build_images(2, *size), bool_masked_pos=mask)
+    with raises_one_line(f"not {list(mask.shape)}"):
+        model(build_images(2, *size), bool_masked_pos=mask[:1])
 
     assert output.reconstruction.shape == (2, 3, *size)
 

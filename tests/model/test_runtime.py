@@ -27,24 +27,28 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 # Gradient checkpointing and precision
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(
     "fields",
     [
         {},
         BLOCKS["scopes"],
         BLOCKS["rope"] | BLOCKS["drop_path"],
+        {"position_embedding_type": "rope_mixed"},
         {"pooled_layers": [1, -1], "pooling": "cls_mean"},
     ],
     ids=str,
 )
-def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> None:
+def test_gradient_checkpointing_changes_no_gradient(
+    fields: dict[str, Any], use_reentrant: bool
+) -> None:
     steps = []
     calls = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = build_random(ViTCLSForImageClassification, **fields).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         counted: list[int] = []
         model.vitcls.layers[1].attention.register_forward_pre_hook(
             lambda *_, counted=counted: counted.append(1)
