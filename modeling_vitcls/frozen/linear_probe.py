@@ -624,9 +624,9 @@ def split_folds(
 ) -> Folds:
     """Divide the images into training and left-out images of each fold, stratified by label.
 
-    There are ten folds for at most `FEW_IMAGES` images, otherwise five; of as few groups, each is a
-    fold. Images of classes with one image, or one group of images, are in the training images of
-    every fold, and so are the groups of a class that a fold would otherwise not know.
+    There are ten folds for at most `FEW_IMAGES` images, otherwise five. Of as few groups, each is a
+    fold: together, two could be all groups of a class. Images of classes with one image, or one group
+    of images, are in the training images of every fold.
 
     Args:
         labels: [N] or, for several labels per image, [N, L] of 0 and 1.
@@ -657,12 +657,4 @@ def split_folds(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
         parts = list(splitter.split(several, labels[several], groups[several]))
-
-    folds = []
-    for train, test in parts:
-        is_unknown = ~np.isin(labels[several[test]], labels[several[train]])
-        stays = np.isin(groups[several[test]], groups[several[test[is_unknown]]])
-        train = np.concatenate([several[train], several[test[stays]], single])
-        if not stays.all():
-            folds.append((train, several[test[~stays]]))
-    return folds
+    return [(np.concatenate([several[train], single]), several[test]) for train, test in parts]
