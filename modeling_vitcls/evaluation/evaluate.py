@@ -41,7 +41,7 @@ from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from ..inference.stated_result import build_class_tables, build_metric_table, format_name
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator, set_mixed_precision
-from ..runtime.errors import format_name_list
+from ..runtime.errors import format_name_list, warn_on_first_process
 from ..runtime.files import escape_csv_cell, write_json
 from ..runtime.progress import build_console, print_warning
 from ..runtime.system import describe_device, get_versions
@@ -259,6 +259,12 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
         ]
     else:
         labels = list(map(matches[""], images.labels))
+    if data_space.kind == "multi_label_classification":
+        seen = set(map(normalize_name, data_space.names))
+        if unseen := [name for name in model_space.names if normalize_name(name) not in seen]:
+            warn_on_first_process(
+                f"no image has the labels {format_name_list(unseen)}: they count as absent"
+            )
     return replace(images, labels=labels)
 
 

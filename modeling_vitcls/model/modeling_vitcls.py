@@ -317,7 +317,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             bool_masked_pos: [B, rows * columns]; True for patches that are replaced with the mask
                 token.
             attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for
-                hidden tokens.
+                hidden tokens. It hides keys from attention; poolings other than CLS still read all patches.
             num_output_tokens: number of special tokens to compute in the last layer and return.
                 Default: all tokens. Classifiers pass the number of tokens that their heads read
                 (`count_output_tokens`).

@@ -1,9 +1,10 @@
 """Labels of a dataset are matched with those of a model by their names."""
 
+import pytest
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.data.labels import LabelSpace, OneLabel
+from modeling_vitcls.data.labels import LabelSpace, OneLabel, SeveralLabels
 from modeling_vitcls.evaluation.evaluate import translate_labels
 
 
@@ -42,3 +43,10 @@ def test_labels_without_names_are_shown_how_to_get_them() -> None:
         translate_labels(
             LabeledImages([], [1, 0]), build_single_label_space("dusk", "noon"), unnamed
         )
+
+
+def test_labels_of_the_model_without_a_column_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise, an image that shows an owl is scored as one without an owl, without a word."""
+    spaces = [SeveralLabels({"tags": ["dog", "cat", *more]}) for more in ([], ["owl"])]
+    assert translate_labels(LabeledImages([], [[0, 1]]), *spaces).labels == [[0, 1]]
+    assert "no image has the labels owl: they count as absent" in caplog.text
