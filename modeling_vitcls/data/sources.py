@@ -12,6 +12,7 @@ A table may have a column of splits and one of groups (columns.py). Held-out ima
 splits.py.
 """
 
+import glob
 import hashlib
 import os
 import pickle
@@ -426,10 +427,12 @@ def read_tables(folder: Path, reader: str, files: Mapping[str, Sequence[Path]]) 
     for file in paths:
         with open_regular_file(file) as stream:
             digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    # `datasets` reads each path as a pattern
+    patterns = {split: [glob.escape(str(file)) for file in part] for split, part in files.items()}
     with explain_reading_errors(str(paths[0].parent if len(paths) > 1 else paths[0])):
         return datasets.load_dataset(
             reader,
-            data_files={split: list(map(str, part)) for split, part in files.items()},
+            data_files=patterns,
             cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE, "vitcls", digest.hexdigest())),
         )
 

@@ -140,6 +140,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
 
 def split_fields(line: str) -> list[str]:
     """Split a line into the fields that have a text, with the separator that gives most of them."""
+    line = line[: csv.field_size_limit()]  # A photo in base64 may be longer
     rows = (next(csv.reader([line], delimiter=each), []) for each in SEPARATORS)
     return max(([field.strip() for field in row if field.strip()] for row in rows), key=len)
 

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pandas as pd
 import pytest
-from helpers.photo_folders import get_unicode_forms
+from helpers.photo_folders import draw_noise, encode_image, get_unicode_forms
 from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
@@ -285,6 +285,12 @@ def test_a_table_that_changed_at_the_same_time_is_read_again(suffix: str, photos
         assert read_labels(file) == labels
 
 
+def test_brackets_in_the_name_of_a_table_are_no_pattern(photos: Path) -> None:
+    for name, label in (("copy1.parquet", "other"), ("copy[1].parquet", "own")):
+        file = write_table(photos / name, file_name=FILES[:1], label=[label])
+    assert read_labels(file) == ["own"]
+
+
 # Lists --------------------------------------------------------------------------------------------
 
 
@@ -333,6 +339,14 @@ def test_images_of_a_table_may_be_base64(photos: Path) -> None:
     images = read_splits_of(file).train.images
     assert [image.getpixel((0, 0))[0] for image in images] == [60, 20]
     assert images.get_names() == ["0", FILES[1]]
+
+
+def test_large_photos_in_a_csv_file_may_be_base64(photos: Path) -> None:
+    (photo,) = draw_noise((200, 200))
+    encoded = base64.b64encode(encode_image(photo)).decode()
+    table = write_table(photos / "large.csv", image=[encoded], label=["cat"])
+    (image,) = read_splits_of(table).train.images
+    assert image.tobytes() == photo.tobytes()
 
 
 def test_the_name_of_a_column_has_two_unicode_forms(photos: Path) -> None:
