@@ -10,9 +10,9 @@ Each dataset is converted to a named `datasets.DatasetDict`:
 
     name = add_dataset(data)             # "memory:3f2a...", the value of `DataOptions.dataset` in this process
 
-A label is a class name, a class index, a list of class names, a dict with the label of each task,
-or None for a missing label. The name is a digest of the data, so that a run can be resumed with the
-same data; in messages, it is "the DataFrame". Paths are relative to the working folder.
+A label is a class name, a class index, a list of class names, a dict with the label of each task, or
+None, NaN, NaT or pandas.NA for a missing label. The name is a digest of the data, so that a run can be
+resumed with the same data; in messages, it is "the DataFrame". Paths are relative to the working folder.
 """
 
 import hashlib
@@ -110,7 +110,9 @@ def convert_split(data: Any) -> Any:
     rows = [convert_pair(data[index], index) for index in range(len(data))]
     columns = {"image": pyarrow.array([row["image"] for row in rows], datasets.Image().pa_type)}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
-        columns[column] = build_column([row.get(column) for row in rows])
+        values = pd.Series([row.get(column) for row in rows], dtype=object)
+        # pandas also knows NaT and its own NA, whose spellings would be classes
+        columns[column] = build_column(values.where(values.notna(), None).tolist())
     types: dict[str, Any] = {"image": datasets.Image()}  # Of columns whose values do not say it
     names = find_class_names(data)
     if names and "label" in columns:

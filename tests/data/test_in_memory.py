@@ -226,6 +226,12 @@ def test_floats_are_scaled_and_integers_are_not(
         assert np.array(image).tolist() == expected
 
 
+@pytest.mark.parametrize("missing", [None, float("nan"), pd.NA, pd.NaT])
+def test_a_missing_label_of_python_is_no_class(missing: Any) -> None:
+    splits = read_splits_of(add_dataset([(make_image(0), label) for label in ("a", missing, "b")]))
+    assert splits.train.labels == [0, 1]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "P", "CMYK", "YCbCr", "HSV", "RGBX", "RGBa", "PA"])
 def test_a_converted_phone_photo_is_trained_as_it_is_predicted(mode: str) -> None:
     """torchvision's ImageFolder converts photos, which keeps their EXIF orientation."""
