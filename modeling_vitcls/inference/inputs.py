@@ -126,7 +126,7 @@ def list_sources(images: Any) -> list[Any]:
     Raises:
         ValueError: If `images` has another type.
     """
-    is_single = isinstance(images, (*SOURCE_TYPES, memoryview, Image.Image, Mapping))
+    is_single = isinstance(images, (*SOURCE_TYPES, Image.Image, Mapping)) or is_buffer(images)
     is_array = getattr(images, "ndim", 1) > 1
     if not is_single and not is_array and not hasattr(images, "read"):
         if not isinstance(images, Iterable):
@@ -138,14 +138,18 @@ def list_sources(images: Any) -> list[Any]:
     return [expand_home(read_file_object(image)) for image in flatten_images(images)]
 
 
+def is_buffer(image: Any) -> bool:
+    """Check whether an image is encoded bytes in memory: a memoryview, or from np.fromfile or OpenCV."""
+    is_array = isinstance(image, np.ndarray) and image.ndim == 1 and image.dtype == np.uint8
+    return is_array or isinstance(image, memoryview)
+
+
 def read_file_object(image: Any) -> Any:
-    """Read a file object, a memoryview or base64.
+    """Read a file object or base64.
 
     Other images are returned unchanged. For a file object that cannot be read, the error is
     returned: it is the answer for this image alone (`prepare_image`).
     """
-    if isinstance(image, memoryview):
-        return bytes(image)
     if isinstance(image, str | bytes):
         return decode_base64(image) or image
     if not hasattr(image, "read"):
@@ -209,7 +213,7 @@ def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
         encoded = value.get("bytes")
         content = name if encoded is None else encoded
         return ImageRecord(make_printable(name or str(index)), content)
-    return ImageRecord(str(index), value)
+    return ImageRecord(str(index), value.tobytes() if is_buffer(value) else value)
 
 
 @dataclass(frozen=True, eq=False)
