@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -247,7 +248,15 @@ def check_channels(image: Image.Image, pixels: Tensor, num_channels: int) -> Non
 
 
 def check_is_no_address(path: str) -> None:
-    """Refuse an address, because a table from others must cause no request from this network."""
+    """Refuse an address, because a table from others must cause no request from this network.
+
+    The error names the path of a `file:` URI, such as those of Spark, Ray and Label Studio.
+    """
+    if path.startswith("file:/"):
+        plain_path = f"/{unquote(path.removeprefix('file:')).lstrip('/')}"
+        raise ValueError(
+            f"{shorten_text(path)} is a URI. Pass the path: {shorten_text(plain_path)}"
+        )
     if ADDRESS.match(path):
         raise ValueError(
             f"{shorten_text(path)} is an address, and images are read only from files. Download "
