@@ -524,6 +524,6 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
         raise ValueError(
             f"{name}: the column {column!r} has no names of files in {folder}, such as "
             f"{shorten_text(paths[0])}. Set `image_column` to a column of file names, write them with "
-            "their folder and suffix, or download addresses with `img2dataset`"
+            "their folder and suffix (without `file:` and %20), or download addresses with `img2dataset`"
         )
     return DatasetImages(images, folder, np.arange(len(images)))
