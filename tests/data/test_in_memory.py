@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import torch
 from helpers.photo_folders import draw_noise, encode_image
@@ -63,6 +64,12 @@ def build(kind: str, folder: Path) -> Any:
         rows = {"image": [{"bytes": encode_image(image), "path": None} for image, _ in pairs]}
         columns = rows | {"label": [label for _, label in pairs]}
         return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    if kind in ("large_binary", "binary_view"):  # as polars writes Parquet
+        files = [encode_image(image) for image, _ in pairs]
+        images = pyarrow.array(files, pyarrow.type_for_alias(kind))
+        return datasets.Dataset(
+            pyarrow.table({"image": images, "label": [label for _, label in pairs]})
+        )
     if kind == "datasets in another format":
         declared = datasets.ClassLabel(names=["cat", "dog"])
         return build("datasets", folder).cast_column("label", declared).with_format("torch")
@@ -91,6 +98,8 @@ KINDS = (
     "datasets",
     "datasets in another format",
     "base64",
+    "large_binary",
+    "binary_view",
     "splits",
 )
 
