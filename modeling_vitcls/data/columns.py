@@ -2,7 +2,7 @@
 
 image      images or image paths (--image-column)
 label      labels; 0 and 1 in one column for each class are several labels, other columns are tasks (--label-column)
-split      train, validation or test of each row, in any usual spelling (--split-column)
+split      train, validation or test of each row, in any usual spelling (--split-column); else its first folder
 patient    rows of one group are on one side of every split (--group-column)
 """
 
@@ -37,6 +37,7 @@ IMAGE_COLUMN_NAMES = tuple(
     "image img picture photo pixel_values file_name filename file path jpg png".split()
 )
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
+FILE_NAME = "file_name"  # The column of images in metadata.csv
 SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
 # Groups are found by their shape: a few rows of one class per value. If they have several classes, as
 # the photos of a patient may, only the name of the column can tell.
@@ -314,10 +315,10 @@ def read_column(table: Any, column: str) -> list[Any]:
 def divide_by_column(
     splits: Any, dataset: str, column: str | None, label_columns: Collection[str]
 ) -> tuple[Any, dict[str, str]]:
-    """Divide the only split of a table by its column of splits.
+    """Divide the only split of a table by its column of splits, or by the first folders of its files.
 
     Returns:
-        The splits by name, and the fact about the column, if there is one.
+        The splits by name, and the fact about the column or the folders, if there are any.
 
     Raises:
         ValueError: if the column does not exist or contains other values, or if it was named and
@@ -335,7 +336,10 @@ def divide_by_column(
     if column is None:
         column = next((name for name in table.features if name.lower() in SPLIT_COLUMN_NAMES), None)
     if column is None or column in label_columns:
-        return splits, {}
+        folders = read_split_folders(splits, dataset)
+        if len({*folders}) < 2:
+            return splits, {}
+        return select_parts(table, folders, f"the folders in {FILE_NAME!r}")
 
     names = [(name or "").strip().lower() for name in read_texts(splits, column, dataset)]
     unknown = set(names) - SPLIT_BY_FOLDER_NAME.keys()
@@ -347,14 +351,30 @@ def divide_by_column(
             f"{dataset}: the column {column!r} contains {values}. Its values must be train, "
             "validation or test; rename or remove the column if it means something else"
         )
-    parts = np.array([SPLIT_BY_FOLDER_NAME[name] for name in names])
+    parts = [SPLIT_BY_FOLDER_NAME[name] for name in names]
+    return select_parts(table, parts, f"column {column!r}")
+
+
+def read_split_folders(tables: Mapping[str, Any], dataset: str) -> list[str]:
+    """Read the split of each row from its first folder, as in train/cat/1.png; [] if one is no split."""
+    if any(FILE_NAME not in table.features for table in tables.values()):
+        return []
+    names = (name or "" for name in read_texts(tables, FILE_NAME, dataset))
+    folders = (name.replace("\\", "/").partition("/")[0].lower() for name in names)
+    parts = [SPLIT_BY_FOLDER_NAME.get(folder, "") for folder in folders]
+    return parts if all(parts) else []
+
+
+def select_parts(table: Any, parts: Sequence[str], source: str) -> tuple[Any, dict[str, str]]:
+    """Select the rows of each split, and describe them. `parts` has the split of each row."""
+    names = np.array(parts)
     divided = {
-        split: table.select(np.flatnonzero(parts == split))
+        split: table.select(np.flatnonzero(names == split))
         for split in SPLIT_ORDER
         if split in parts
     }
     counts = ", ".join(f"{split} {len(part):,}" for split, part in divided.items())
-    return divided, {"splits": f"column {column!r}: {counts} rows"}
+    return divided, {"splits": f"{source}: {counts} rows"}
 
 
 def read_groups(

@@ -46,6 +46,7 @@ from ..runtime.errors import (
 from ..runtime.files import read_json
 from .cells import spell_label
 from .columns import (
+    FILE_NAME,
     NO_GROUPS,
     build_images,
     choose_groups,
@@ -84,7 +85,6 @@ READERS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-FILE_NAME = "file_name"  # The column of images in metadata.csv
 # A folder written by `save_to_disk` has one of them
 SAVED_FILES = ("dataset_dict.json", "state.json")
 

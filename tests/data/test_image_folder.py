@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -434,11 +435,11 @@ def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -
     names = ["train/cat/0.png", f"{other}/0.png"]
     write_images(tmp_path, *names)
     (tmp_path / "metadata.csv").write_text(f"file_name,label\n{names[0]},a\n{names[1]},b\n")
-    images = load_evaluation_data(
-        DataOptions(dataset=str(tmp_path), held_out_fraction=0.0), "train"
-    ).images
-    assert list(images.labels) == [0, 1]
-    assert images.images.get_names() == names
+    splits = read_splits_of(tmp_path).images_by_split
+    parts = splits.values()
+    assert set(splits) == {"train", other} - {"other"}
+    assert list(chain(*(part.labels for part in parts))) == [0, 1]
+    assert list(chain(*(part.images.get_names() for part in parts))) == names
 
 
 def test_all_formats_that_can_be_decoded_are_images(tmp_path: Path) -> None:
