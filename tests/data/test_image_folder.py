@@ -431,7 +431,9 @@ def test_a_column_that_may_have_the_labels_beside_class_folders_is_asked_for(
 
 
 @pytest.mark.parametrize("other", ["other", "test"])
-def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -> None:
+def test_folders_in_one_metadata_file_are_splits_or_mean_nothing(
+    tmp_path: Path, other: str
+) -> None:
     names = ["train/cat/0.png", f"{other}/0.png"]
     write_images(tmp_path, *names)
     (tmp_path / "metadata.csv").write_text(f"file_name,label\n{names[0]},a\n{names[1]},b\n")

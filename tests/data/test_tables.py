@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pandas as pd
 import pytest
-from helpers.photo_folders import draw_noise, encode_image, get_unicode_forms, write_photos
+from helpers.photo_folders import draw_noise, encode_image, get_unicode_forms
 from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
@@ -419,17 +419,6 @@ def test_a_column_of_splits_is_used(name: str, spellings: list[str], photos: Pat
     for split, first in (("train", 0), ("test", 1), ("validation", 2)):
         assert images.images_by_split[split].images.get_names() == FILES[first::3]
     assert images.facts["splits"] == f"column {name!r}: train 4, validation 4, test 4 rows"
-
-
-def test_the_folders_in_one_metadata_file_are_splits(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path, range(6), "train", "test")
-    names = [f"{split}/{index}.png" for split in ("test", "train") for index in range(6)]
-    write_table(photos / "metadata.csv", file_name=names, label=["a", "b"] * 6)
-    data = read_training_data(photos)
-    assert [part.images.get_names() for part in (data.held_out, data.train)] == [
-        names[:6],
-        names[6:],
-    ]
 
 
 def test_another_column_of_splits_can_be_named(photos: Path) -> None:
