@@ -290,7 +290,7 @@ def compute_classification_loss(
             f"{list(labels.shape)}. Class indices are integers"
         )
     targets = labels.float().reshape(logits.shape)
-    loss_sum = LOSSES[problem_type](logits.float(), targets, reduction="sum")
+    loss_sum = LOSSES[problem_type](logits.float(), targets, reduction="sum")  # type: ignore[operator]
     if has_indices:
         # `num_items` is B * C, so the result is the mean over images.
         loss_sum = loss_sum * labels.shape[-1]
