@@ -1,7 +1,7 @@
 """Metrics of logits on labeled images, for each kind of labels.
 
     measure(label_space, logits, labels)    a dict with numbers first, then lists
-    METRICS                                 how each is named
+    METRICS                                 how each is named, formatted and compared
 
 The labels are in the format of data/labels.py. Undefined values (0 / 0) are None. Evaluator
 (evaluator.py) and frozen runs compute the logits.
@@ -24,7 +24,7 @@ from .intervals import compute_proportion_interval
 
 MAX_MATRIX_CLASSES = 200  # Maximum number of classes for which a confusion matrix is computed
 
-# Kind of labels -> metric that selects the best checkpoint of a run; higher values are better.
+# Kind of labels -> metric that selects the best checkpoint of a run.
 SELECTION_METRICS: dict[LabelKind, str] = {
     "single_label_classification": "accuracy",
     "multi_label_classification": "mean_average_precision",
@@ -36,10 +36,16 @@ MetricValues = dict[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is named. All metrics are parts of a whole, and are written as percentages."""
+    """How a metric is named, formatted and compared."""
 
     title: str  # In tables, cards and reports
+    is_percentage: bool = True  # Otherwise, it is a number, which may be negative
+    higher_is_better: bool = True
     count_text: str = ""  # Words after the count of a metric that counts images
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Compare two values of the metric."""
+        return value > other if self.higher_is_better else value < other
 
 
 METRICS = {
@@ -54,7 +60,7 @@ METRICS = {
     "exact_match": Metric(
         "Exact match (all classes of an image are correct)", count_text="right with all labels"
     ),
-    "calibration_error": Metric("Calibration error"),
+    "calibration_error": Metric("Calibration error", higher_is_better=False),
     # of each class, in the table of classes
     "recall": Metric("Recall", count_text="recognized"),
     "precision": Metric("Precision"),

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..data.batches import Batch
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
-from ..inference.metrics import MetricValues, select_scalars
+from ..inference.metrics import METRICS, MetricValues, select_scalars
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from .checkpoints import Checkpoint, CheckpointStore
@@ -81,7 +81,7 @@ class TrainingLoop:
     accelerator: Accelerator
     reporter: Reporter
     store: CheckpointStore
-    selection_metric: str  # Higher values are better
+    selection_metric: str
     unreadable_images: UnreadableImageCounter
     signals: SignalHandler
     # Number of steps between checkpoints; None to save at each evaluation
@@ -277,7 +277,10 @@ class TrainingLoop:
         score = metrics.get(self.selection_metric)
 
         best_score = state.best_score
-        self.is_best = score is not None and (best_score is None or score > best_score)
+        metric = METRICS[self.selection_metric]
+        self.is_best = score is not None and (
+            best_score is None or metric.is_better(score, best_score)
+        )
         if self.is_best:
             state.best_score = score
 

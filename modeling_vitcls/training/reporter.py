@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..inference.metrics import select_scalars
-from ..inference.stated_result import format_percent
+from ..inference.stated_result import format_value
 from ..runtime.files import write_atomically
 from ..runtime.flags import spell_flags
 from ..runtime.progress import LINE_SECONDS, build_console, print_warning
@@ -125,7 +125,7 @@ class Reporter:
         score_text = ""
         if f"{split}_{name}" in record:
             num_images = record.get(f"{split}_num_images", 0)
-            value = format_percent(record[f"{split}_{name}"], num_images)
+            value = format_value(name, record[f"{split}_{name}"], num_images)
             score_text = f"{split}: {name} {value}".replace("_", " ")
 
         self.progress.update(self.progress_task, description=text)
