@@ -8,6 +8,7 @@ huggingface_hub repeats failed uploads of files. After any other failure, the er
 completes the push. Files that the Hub already has are not uploaded again. The folder is not changed.
 """
 
+import json
 import logging
 import re
 import shlex
@@ -40,6 +41,7 @@ from ..hub.connection import (
 from ..hub.model_files import (
     CARD_FILE,
     CERTIFICATE_FILE,
+    CONFIG_FILE,
     CONFIG_FILES,
     EXPORT_PATTERNS,
     INDEX_FILE,
@@ -52,6 +54,7 @@ from ..hub.model_files import (
     list_license_files,
 )
 from ..hub.model_folder import ModelFolder, dump_flags
+from ..runtime.files import read_json
 from ..runtime.flags import to_arguments
 from .card import has_edited_card, is_edited, render_card
 
@@ -338,6 +341,10 @@ def collect_files(
         files[CARD_FILE] = render_card(folder, repo_id, hidden_files, license_id).encode()
     if RECIPE_FILE in names:
         files[RECIPE_FILE] = dump_flags(folder.shareable_flags).encode()
+    config = read_json(folder.path / CONFIG_FILE)
+    # transformers 4 wrote from where the weights were loaded, such as a home folder
+    if config.pop("_name_or_path", None) is not None:
+        files[CONFIG_FILE] = f"{json.dumps(config, indent=2)}\n".encode()
     if any(name.endswith(".py") for name in names):
         files[CODE_LICENSE_FILE] = read_code_license().encode()
     return files

@@ -14,7 +14,7 @@ from helpers.command_in_process import check_error, run_here
 from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_results, write_run_folder
 from helpers.photo_folders import write_files
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_classifier
+from helpers.tiny_models import build_tiny_config, edit_config, raises_one_line, save_classifier
 from huggingface_hub import HfApi, get_session
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
@@ -119,6 +119,15 @@ def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Pat
     (folder / "LICENSE.link").symlink_to("/etc/hostname")
     assert run_push_command(folder) == 0
     assert set(hub.files("ann/model")) == published
+
+
+def test_a_path_of_this_machine_in_the_configuration_is_not_pushed(
+    hub: LocalHub, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    edit_config(folder, _name_or_path=str(folder.parent / "private"))
+    assert run_push_command(folder) == 0
+    assert json.loads(hub.read("ann/model", "config.json")) == config
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "images", "config.json"])
