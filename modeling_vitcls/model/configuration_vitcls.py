@@ -281,7 +281,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     tokens."""
     tasks: dict[str, int | list[str]] | None = None
     """Task name -> number of labels or label names, for `ViTCLSForMultiTaskClassification`. Tasks
-    are sorted by name; classifier i reads CLS token i and, with `pooling="cls_mean"`, the patches."""
+    are sorted by name; classifier i reads CLS token i and, with `pooling="cls_mean"`, the patches. A
+    task that you add while loading needs a name that sorts last, or old tasks read other tokens;
+    `vitcls add-task` takes any name."""
 
     # Pooling and heads
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
