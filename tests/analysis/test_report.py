@@ -121,7 +121,7 @@ FAST, *SLOW = KINDS
 )
 def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path: Path) -> None:
     """Two images are sufficient for a page, but not for statements about effects."""
-    file = tmp_path / "folder" / "report.html"
+    file = tmp_path / "report.html"
     model = randomize(KINDS[name])
     images = draw_noise(*SHAPES[:2])
     chosen = [(image, {"name": "photo.jpg"}) for image in images]
