@@ -145,8 +145,7 @@ def load_new_images(
 
 def keep_classes_with_images(images: Splits) -> tuple[LabelSpace, LabeledImages]:
     """Leave out the classes without images, which a filtered dataset still declares."""
-    names = images.label_space.names
-    ((column, _),) = images.label_space.columns.items()
+    ((column, names),) = images.label_space.columns.items()
     labels, indices = np.unique(images.train.labels, return_inverse=True)
     kept = OneLabel({column: [names[label] for label in labels]})
     return kept, replace(images.train, labels=indices.tolist())

@@ -336,7 +336,7 @@ def divide_by_column(
     if column is None:
         column = next((name for name in table.features if name.lower() in SPLIT_COLUMN_NAMES), None)
     if column is None or column in label_columns:
-        folders = read_split_folders(splits, dataset)
+        folders = read_split_folders(splits, dataset) if FILE_NAME in table.features else []
         if len({*folders}) < 2:
             return splits, {}
         return select_parts(table, folders, f"the folders in {FILE_NAME!r}")
@@ -357,10 +357,8 @@ def divide_by_column(
 
 def read_split_folders(tables: Mapping[str, Any], dataset: str) -> list[str]:
     """Read the split of each row from its first folder, as in train/cat/1.png; [] if one is no split."""
-    if any(FILE_NAME not in table.features for table in tables.values()):
-        return []
-    names = (name or "" for name in read_texts(tables, FILE_NAME, dataset))
-    folders = (name.replace("\\", "/").partition("/")[0].lower() for name in names)
+    names = read_texts(tables, FILE_NAME, dataset)
+    folders = ((name or "").replace("\\", "/").partition("/")[0].lower() for name in names)
     parts = [SPLIT_BY_FOLDER_NAME.get(folder, "") for folder in folders]
     return parts if all(parts) else []
 

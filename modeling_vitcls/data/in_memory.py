@@ -111,9 +111,11 @@ def convert_split(data: Any) -> Any:
     columns = {"image": pyarrow.array([row["image"] for row in rows], datasets.Image().pa_type)}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
         values = pd.Series([row.get(column) for row in rows], dtype=object)
-        # pandas also knows NaT and its own NA, whose spellings would be classes
+        # Otherwise, the texts of NaT and of the NA of pandas would become classes
         columns[column] = build_column(values.where(values.notna(), None).tolist())
-    types: dict[str, Any] = {"image": datasets.Image()}  # Of columns whose values do not say it
+    types: dict[str, Any] = {
+        "image": datasets.Image()
+    }  # Types that the values of a column do not show
     names = find_class_names(data)
     if names and "label" in columns:
         feature = datasets.ClassLabel(names=names)

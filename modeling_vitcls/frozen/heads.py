@@ -285,14 +285,19 @@ def describe_threshold(probe: LinearProbe) -> str | None:
     """
     if probe.lines_ is not None:
         return None
-    if probe.distance_threshold_ is not None:
-        return (
-            f"photos farther than {probe.distance_threshold_:.1f} from every class will be marked"
-        )
     requirement = "CLS or the mean of the patches as pooling"
     # An image that every fold needs has no distance out of fold
     if np.isfinite(probe.losses_).sum() < MIN_DISTANCE_IMAGES:
         requirement = f"{MIN_DISTANCE_IMAGES} training images, in classes of two or more"
     elif probe.statistics_ is not None:
         requirement = "a class of three photos, which tell how much photos of a class differ"
-    return f"photos that show none of the classes will not be marked: this requires {requirement}"
+    return describe_unknown(probe.distance_threshold_, requirement)
+
+
+def describe_unknown(threshold: float | None, requirement: str) -> str:
+    """Say which distance marks an image as showing none of the classes, or what this requires."""
+    if threshold is None:
+        return (
+            f"photos that show none of the classes will not be marked: this requires {requirement}"
+        )
+    return f"photos farther than {threshold:.1f} from every class will be marked"

@@ -130,9 +130,8 @@ def list_candidates(
         ValueError: if the features lack what to read.
     """
     found = {kind: None for _, kind in features}
-    inferences: tuple[str | None, ...] = (None,)
-    if DISTILLATION in found:
-        inferences = tuple(INFERENCE_TEXTS) if inference is None else (inference,)
+    choices = tuple(INFERENCE_TEXTS) if inference is None else (inference,)
+    inferences = choices if DISTILLATION in found else (None,)
     kinds = [kind for kind in found if kind != DISTILLATION]
     poolings = [*kinds, "cls_mean"]
     if pooling is not None and "own" not in kinds:
@@ -299,7 +298,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Raises:
             ValueError: if there are fewer than two images, features are not finite, labels are no
-                classes, or `pooling` or `class_weight` is unknown.
+                classes, or `pooling`, `class_weight` or `inference` is unknown.
         """
         if len(labels) < 2:
             raise ValueError("a classifier requires two readable images with labels. Add images")
@@ -307,6 +306,12 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         poolings = None, "max", "attention", *POOLING_TEXTS
         check_value(self, "pooling", self.pooling in poolings, "cls, mean or cls_mean")
         check_value(self, "class_weight", self.class_weight in (None, "balanced"), "balanced")
+        check_value(
+            self,
+            "inference",
+            self.inference in (None, *INFERENCE_TEXTS),
+            "cls, distillation or mean",
+        )
         features = self.read_tokens(features, is_new=True)
         labels = np.asarray(labels)
         with warnings.catch_warnings():

@@ -171,8 +171,11 @@ def fill_from_records(provenance: Provenance, folder: Path) -> Provenance:
     for name in (RESULTS_FILE, PARITY_REPORT_FILE):
         with suppress(OSError, KeyError, ValueError):  # No record, or one of others
             recorded = Provenance.from_dict(read_json(folder / name)["provenance"], folder)
-            base_model = provenance.base_model or recorded.base_model
-            return replace(recorded, name=provenance.name, base_model=base_model)
+            return replace(
+                recorded,
+                name=provenance.name,
+                base_model=provenance.base_model or recorded.base_model,
+            )
     return provenance
 
 

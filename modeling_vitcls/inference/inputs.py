@@ -186,9 +186,10 @@ def wrap_images(images: Any) -> list[ImageRecord]:
         except (ValueError, OSError) as error:  # An address, a pattern, a folder without images
             if isinstance(images, str | os.PathLike):
                 raise
-            # The answer for this one alone
-            name = get_source_name(str(image))
-            records.append(ImageRecord(name, ValueError(format_error(error))))
+            # The other images of the list are still predicted
+            records.append(
+                ImageRecord(get_source_name(str(image)), ValueError(format_error(error)))
+            )
     return records
 
 

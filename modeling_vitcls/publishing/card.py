@@ -106,7 +106,7 @@ def render_card(
     # First, because it may raise: a card must not be written under a license that the weights do
     # not have.
     license_source = get_license_source(folder, license_id)
-    # A report and pictures of other weights are not shown.
+    # A report and images of other weights are not shown.
     shown_files = [
         file
         for file in (REPORT_FILE, SAMPLE_IMAGES_FILE)

@@ -50,7 +50,9 @@ class Options:
                 if value == "":  # As a path, it would be the current folder
                     raise ValueError(f"`{name}` is empty. Set it, or leave it out")
                 value = expand_home(value)
-            if type(value).__module__ == "numpy":  # Not imported here, because that is slow
+            if (
+                type(value).__module__ == "numpy"
+            ):  # NumPy is not imported here, because it is slow to import
                 value = value.tolist()
             kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
             if isinstance(value, list):

@@ -20,6 +20,7 @@ from ..frozen.class_statistics import KNOWN_RECALL, ClassStatistics, Token
 from ..frozen.confidence import fit_temperature
 from ..frozen.encoder import ignore_message
 from ..frozen.features import FeatureLayout, Features, FrozenPass
+from ..frozen.heads import describe_unknown
 from ..frozen.linear_probe import (
     MIN_DISTANCE_IMAGES,
     NUM_LAST_LAYERS,
@@ -60,7 +61,7 @@ def choose_heads(
         classifier: the classifier without wrappers.
         model: the classifier, which may be wrapped, on the device and in evaluation mode.
         images: what the selection images are, for the returned line.
-        inference: which heads the user wants; None to choose.
+        inference: the `distillation_inference` of the user; None to choose.
     """
     config = classifier.config
     predictions = selection.predict(model)
@@ -80,7 +81,7 @@ def calibrate(
     model: Any,
     held_out: Evaluator,
     selection: Evaluator,
-    inference: str | None = None,
+    inference: str | None,
 ) -> tuple[Calibration, Predictions, str | None]:
     """Calibrate a trained classifier, and measure the held-out images with it.
 
@@ -92,7 +93,7 @@ def calibrate(
         model: the classifier, which may be wrapped, on the device and in evaluation mode.
         held_out: images that did not train it.
         selection: images to fit the temperature to. If they are the held-out images, half of them.
-        inference: which heads the user wants; None to choose.
+        inference: the `distillation_inference` of the user; None to choose.
     """
     images = HELD_OUT if selection is held_out else SELECTION
     predictions, heads_text = choose_heads(classifier, model, selection, images, inference)
@@ -244,13 +245,14 @@ def measure_tokens(
 MAX_STATISTICS_IMAGES = 5000  # Maximum number of images for the statistics of a trained model
 
 
-def store_statistics(inputs: RunInputs, data: TrainingData) -> TrainedScenes | None:
+def store_statistics(inputs: RunInputs, data: TrainingData) -> tuple[TrainedScenes | None, str]:
     """Store class statistics in a trained model, from one pass over some of its training images.
 
     An image is unknown if it is farther away than most images that the model was not trained on.
 
     Returns:
-        What recognizes these training images, if the frozen encoder of the run measures how near they are.
+        What recognizes these training images, if the frozen encoder of the run measures how near they
+        are; and the line about images that will be marked as unknown.
     """
     model = inputs.model.eval()
     images = data.train.draw(MAX_STATISTICS_IMAGES)
@@ -268,11 +270,14 @@ def store_statistics(inputs: RunInputs, data: TrainingData) -> TrainedScenes | N
         threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
         model.config.distance_threshold = threshold
     statistics.set_in_model(model)
+    unknown_text = describe_unknown(
+        model.config.distance_threshold, f"{MIN_DISTANCE_IMAGES} held-out images"
+    )
     if inputs.frozen_encoder is None:
-        return None
+        return None, unknown_text
     compute = partial(compute_labeled_features, inputs)
     limit = measure_limit(features, images, inputs.processor, compute)
-    return TrainedScenes.of(features, limit)
+    return TrainedScenes.of(features, limit), unknown_text
 
 
 def compute_labeled_features(inputs: RunInputs, images: LabeledImages, processor: Any) -> Features:

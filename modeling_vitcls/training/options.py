@@ -77,11 +77,6 @@ class ModelOptions(Options):
         super().check()
         parse_cls_scopes(self.cls_scopes or ())  # Raises ValueError if a value is invalid
 
-    @property
-    def distillation_inference(self) -> str | None:
-        """Which of two heads the model returns; None to choose."""
-        return (self.model_config or {}).get("distillation_inference")
-
     def get_config_values(self) -> dict[str, Any]:
         """Select the ViTCLSConfig fields that these options set, with their values."""
         values = {field.name: getattr(self, field.name) for field in fields(ModelOptions)}

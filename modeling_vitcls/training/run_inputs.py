@@ -150,7 +150,7 @@ def load(
             pooling=options.pooling,
             pooled_layers=options.pooled_layers,
             class_weight="balanced" if options.class_balance == "weights" else None,
-            inference=options.distillation_inference,
+            inference=options.get_config_values().get("distillation_inference"),
         )
 
     # What trained the weights before this run.

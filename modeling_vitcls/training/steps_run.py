@@ -26,7 +26,7 @@ from ..frozen.encoder import (
     ignore_message,
     warn_about_unreadable_classes,
 )
-from ..frozen.linear_probe import ABSENT_CLASS_MARGIN, MIN_DISTANCE_IMAGES
+from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics
 from ..inference.token_names import read_gates
 from ..runtime.distributed import configure_layer_sharding, run_on_main
@@ -108,7 +108,11 @@ def run_steps(
     has_one_label = data.label_space.kind == "single_label_classification"
     if has_one_label and len(data.held_out):
         calibration, predictions, heads_text = calibrate(
-            inputs.model, model, held_out, selection, options.distillation_inference
+            inputs.model,
+            model,
+            held_out,
+            selection,
+            options.get_config_values().get("distillation_inference"),
         )
         metrics = predictions.metrics
     # The last evaluation of the loop was of other weights, or of the images that select.
@@ -118,12 +122,7 @@ def run_steps(
     tokens, tokens_text = measure_tokens(inputs.model, model, held_out, predictions, plan)
     # After the measurement, which a distance to the classes would only slow down.
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
-        trained_scenes = store_statistics(inputs, data)
-        if inputs.model.config.distance_threshold is None:
-            unknown_text = (
-                "photos that show none of the classes will not be marked: this requires "
-                f"{MIN_DISTANCE_IMAGES} held-out images"
-            )
+        trained_scenes, unknown_text = store_statistics(inputs, data)
     if "nearest_images" in start and predictions is not None:
         nearest = dict(start["nearest_images"])
         nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}

@@ -68,7 +68,13 @@ def test_columns_that_fit_has_not_seen_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"pooling": "balance"}, {"class_weight": "balance"}, {"layers": [-2]}]
+    "setting",
+    [
+        {"pooling": "balance"},
+        {"class_weight": "balance"},
+        {"inference": "balance"},
+        {"layers": [-2]},
+    ],
 )
 def test_settings_that_do_not_fit_the_features_are_refused(setting: dict[str, Any]) -> None:
     with raises_one_line(*setting):

@@ -69,6 +69,10 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     of a query, which softmax removes: its gradient is rounding, which AdamW scales to whole steps.
     """
     weights = load_file(folder / "model.safetensors")
+    # The best temperature is at a flat minimum, where rounding moves it: weights as they were trained
+    temperature = read_json(folder / "results.json")["calibration"]["temperature"]
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] *= temperature
     return {
         name: value
         for name, value in weights.items()
