@@ -8,18 +8,16 @@ The classes are `VisionTransformer`, `VisionTransformerDistilled` (DeiT) and `Ev
 timm_modules.py reads the configuration from the modules. This file contains the rules for parameter
 names, and exact rewrites that involve several parameters:
 
-    parallel branches       n attention modules and n MLPs become one of each, n times as wide
     differential attention  the lambda vectors become the weight of the second attention map
     interleaved rotary      channel pairs (0, 1), (2, 3), ... become (0, half), (1, half + 1), ...
 
-The first two rewrites keep timm's parameter names and are applied before the rules. The last
-rewrite is applied after the rules.
+The first rewrite keeps timm's parameter names and is applied before the rules, the second one after
+them.
 """
 
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -79,103 +77,15 @@ def has_pooler(model: TimmModule) -> bool:
 
 
 def rewrite_state_dict(model: TimmModule) -> Weights:
-    """Rewrite parallel branches and differential attention, which new names alone do not convert."""
+    """Rewrite differential attention, which new names alone do not convert."""
     weights: Weights = model.state_dict()
     for index, block in enumerate(model.blocks):
-        prefix = f"blocks.{index}."
-        if get_class_name(block) == "ParallelThingsBlock":
-            merge_branches(weights, prefix, len(block.attns))
+        # A parallel block is its own attention module
         attention = getattr(block, "attn", block)
-        attention_prefix = f"{prefix}attn." if hasattr(block, "attn") else prefix
         if hasattr(attention, "lambda_q1"):
-            fold_differential_lambda(weights, attention_prefix, attention.lambda_init)
+            prefix = f"blocks.{index}." if attention is block else f"blocks.{index}.attn."
+            fold_differential_lambda(weights, prefix, attention.lambda_init)
     return weights
-
-
-def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
-    """Rewrite `attns.j` and `ffns.j` of a block as one attention module and one MLP.
-
-    Source of such blocks: arXiv 2203.09795, section 3.
-
-    All branches have the same input. The scale and bias of each norm are folded into the subsequent
-    projections, and LayerScale is folded into the preceding projection. The branches are then
-    equivalent to one attention module with the heads of all branches and one MLP with the hidden
-    units of all branches.
-    """
-    attentions = [pop_branch(weights, f"{prefix}attns.{index}.") for index in range(num_branches)]
-    mlps = [pop_branch(weights, f"{prefix}ffns.{index}.") for index in range(num_branches)]
-    qkv_layers = [fold_norm(branch, "attn.qkv") for branch in attentions]
-
-    for index, letter in enumerate("qkv"):
-        layers = [
-            {name: tensor.chunk(3)[index] for name, tensor in layer.items()} for layer in qkv_layers
-        ]
-        set_merged_layer(weights, f"{prefix}attn.{letter}_proj", layers, dim=0)
-
-    set_merged_layer(
-        weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps], dim=0
-    )
-    projections = [fold_layer_scale(branch, "attn.proj") for branch in attentions]
-    set_merged_layer(weights, f"{prefix}attn.proj", projections, dim=1)
-    set_merged_layer(
-        weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps], dim=1
-    )
-
-    # The scale and bias are in the projections now. What is left of the norms is the same for all
-    # branches.
-    for name, branch in (("norm1", attentions[0]), ("norm2", mlps[0])):
-        weights[f"{prefix}{name}.weight"] = torch.ones_like(branch["norm.weight"])
-        if "norm.bias" in branch:
-            weights[f"{prefix}{name}.bias"] = torch.zeros_like(branch["norm.bias"])
-
-
-def pop_branch(weights: Weights, prefix: str) -> Weights:
-    """Remove one branch from the state dict and return its weights without the prefix.
-
-    Missing biases are set to 0.
-    """
-    branch = {
-        name.removeprefix(prefix): weights.pop(name)
-        for name in list(weights)
-        if name.startswith(prefix)
-    }
-    for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-        if f"{layer}.weight" in branch and f"{layer}.bias" not in branch:
-            branch[f"{layer}.bias"] = torch.zeros_like(branch[f"{layer}.weight"][:, 0])
-    return branch
-
-
-def fold_norm(branch_weights: Weights, layer_name: str) -> Weights:
-    """Fold the preceding norm into the weight and bias of a layer.
-
-    The bias is computed in float64.
-    """
-    weight = branch_weights[f"{layer_name}.weight"]
-    # A sum over all channels in float32 would use up a part of the difference that a conversion may
-    # have.
-    bias = branch_weights[f"{layer_name}.bias"].double()
-    if "norm.bias" in branch_weights:
-        bias = bias + weight.double() @ branch_weights["norm.bias"].double()
-    return {"weight": weight * branch_weights["norm.weight"], "bias": bias.to(weight.dtype)}
-
-
-def fold_layer_scale(branch_weights: Weights, layer_name: str) -> Weights:
-    """Fold the subsequent LayerScale into the weight and bias of a layer."""
-    weight = branch_weights[f"{layer_name}.weight"]
-    bias = branch_weights[f"{layer_name}.bias"]
-    scale = branch_weights.get("ls.gamma", torch.ones_like(bias))
-    return {"weight": scale[:, None] * weight, "bias": scale * bias}
-
-
-def set_merged_layer(weights: Weights, name: str, layers: Sequence[Weights], dim: int) -> None:
-    """Replace several linear layers with one.
-
-    It concatenates their outputs (`dim=0`), or maps their concatenated inputs to the sum of their
-    outputs (`dim=1`).
-    """
-    weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layers], dim)
-    biases = [layer["bias"] for layer in layers]
-    weights[f"{name}.bias"] = torch.stack(biases).sum(dim=0) if dim else torch.cat(biases)
 
 
 def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) -> None:

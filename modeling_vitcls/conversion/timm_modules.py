@@ -204,28 +204,6 @@ def read_parallel_block(block: TimmModule) -> Fields:
     }
 
 
-def read_branched_block(block: TimmModule) -> Fields:
-    """Read the fields of a block whose parallel branches from_timm.py merges."""
-    attention = block.attns[0].attn
-    mlp = block.ffns[0].mlp
-    fields = read_attention(attention) | read_mlp(mlp)
-    has_norms = any(fields[name] for name in ("qk_norm", "attention_norm", "mlp_norm"))
-    check_supported(
-        fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp" and not has_norms,
-        "gated or differential branches, and norms inside parallel branches",
-    )
-
-    num_branches = len(block.attns)
-    return fields | {
-        "layer_type": "standard",
-        "num_attention_heads": num_branches * attention.num_heads,
-        "attention_head_size": attention.head_dim,
-        "intermediate_size": num_branches * mlp.fc1.out_features,
-        # Folded norms leave biases.
-        **dict.fromkeys(("qkv_bias", "projection_bias", "mlp_bias"), True),
-    }
-
-
 BLOCK_READERS: dict[str, Callable[[TimmModule], Fields]] = {
     "Block": read_block,
     "EvaBlock": read_block,
@@ -233,7 +211,6 @@ BLOCK_READERS: dict[str, Callable[[TimmModule], Fields]] = {
     "EvaBlockPostNorm": read_block,
     "ParallelScalingBlock": read_parallel_block,
     "DiffParallelScalingBlock": read_parallel_block,
-    "ParallelThingsBlock": read_branched_block,
 }
 
 

@@ -17,7 +17,6 @@ from timm.layers import Attention, GluMlp, LayerNorm, RmsNorm, SwiGLU
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
-    ParallelThingsBlock,
 )
 from torch import nn
 
@@ -36,7 +35,6 @@ TINY = {"embed_dim": 96, "num_heads": 4, "depth": 2, "num_classes": 7}
 # One name for each set of switches among timm's architectures.
 REPRESENTATIVES = [
     "vit_tiny_patch16_224",
-    "vit_small_patch16_18x2_224",
     "vit_base_patch16_rpn_224",
     "vit_base_patch16_clip_quickgelu_224",
     "vit_base_patch16_siglip_224",
@@ -96,19 +94,6 @@ OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
         "vit_tiny_patch16_224",
         {"mlp_layer": GluMlp, "act_layer": "silu", "scale_mlp_norm": True},
     ),
-    "branches without biases": (
-        "vit_tiny_patch16_224",
-        {
-            "block_fn": ParallelThingsBlock,
-            "norm_layer": RmsNorm,
-            "qkv_bias": False,
-            "proj_bias": False,
-        },
-    ),
-    "scaled branches": (
-        "vit_tiny_patch16_224",
-        {"block_fn": ParallelThingsBlock, "init_values": 0.1},
-    ),
     "DINOv3, neighbouring channels": (
         "vit_small_patch16_dinov3",
         {"rope_rotate_half": False, "rope_grid_indexing": "xy"},
@@ -146,8 +131,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "vit_tiny_patch16_224",
         {"embed_norm_layer": LayerNorm, "norm_layer": RmsNorm},
     ),
-    "norms inside parallel": ("vit_small_patch16_18x2_224", {"scale_attn_norm": True}),
-    "differential branches": ("vit_small_patch16_18x2_224", {"attn_layer": "diff"}),
+    "blocks of class ParallelThingsBlock": ("vit_small_patch16_18x2_224", {}),
     "different activations in attention pooling and blocks": (
         "vit_pe_core_tiny_patch16_384",
         {"swiglu_mlp": False},
