@@ -88,14 +88,22 @@ class FileSource(TimmSource):
         By default, the family is detected from the parameter names. Raise ConversionError if the
         file is not a state dict of a supported family, or if the family is ambiguous.
         """
+        from timm.models import get_pretrained_cfg
+
         notes: list[str] = []
-        tensors, container_key = unwrap_weights(read_state_dict(file), notes)
+        content = read_state_dict(file)
+        tensors, container_key = unwrap_weights(content, notes)
         family = family or detect_family(tensors, container_key, file)
         try:
             weights = prepare_weights(tensors, family)
             model = build_timm_model(weights, family)
         except ConversionError as error:
             raise ConversionError(f"cannot convert {file}: {error}") from error
+        # timm's train.py writes the name of its model, which may expect other colors than the family
+        if own := get_pretrained_cfg(str(content.get("arch"))):
+            names = ("mean", "std", "interpolation", "crop_pct")
+            model.pretrained_cfg |= {name: getattr(own, name) for name in names}
+            notes.append(f"images are prepared as by timm for {content['arch']}")
         return cls(file, family, weights, model, notes)
 
     def convert(self) -> ViTCLSPreTrainedModel:
@@ -169,13 +177,17 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
         name.removesuffix(PATCH_PROJECTION) for name in tensors if name.endswith(PATCH_PROJECTION)
     ]
     prefix = min(prefixes, key=lambda name: (rank_name(name), len(name)), default="")
-    kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if other_names := [name for name in tensors if name not in kept]:
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    if other_names := [name for name in tensors if not name.startswith(prefix)]:
         notes.append(
             f"{len(other_names)} weights outside of {prefix}* are not converted, for example "
             f"{other_names[0]}"
         )
-    return {name.removeprefix(prefix): tensor for name, tensor in kept.items()}, container_key
+    return own, container_key
 
 
 def rank_name(name: str) -> int:

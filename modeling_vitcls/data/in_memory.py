@@ -100,7 +100,8 @@ def convert_split(data: Any) -> Any:
         data = data.apply(
             lambda column: column.map(spell_path) if column.dtype == object else column
         )
-        return datasets.Dataset.from_pandas(data, preserve_index=False)
+        # An index with a name was a column, as after `pd.read_csv(..., index_col=0)`
+        return datasets.Dataset.from_pandas(data, preserve_index=data.index.names != [None])
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
             f"the data is a {type(data).__name__}, whose items have no numbers. Pass a path, a "
@@ -136,10 +137,19 @@ def spell_path(value: Any) -> Any:
 
 
 def find_class_names(data: Any) -> list[str]:
-    """Find the class names of a torchvision dataset, or of the dataset that it is a part of."""
+    """Find the class names of a torchvision dataset, of the dataset that it is a part of, or of its parts.
+
+    Raise ValueError if its parts have different ones: the index of a label has several meanings then.
+    """
     while not hasattr(data, "classes") and hasattr(data, "dataset"):
         data = data.dataset
-    return [str(name) for name in getattr(data, "classes", None) or ()]
+    parts = {tuple(find_class_names(part)) for part in getattr(data, "datasets", ())}
+    if len(parts) > 1:
+        raise ValueError(
+            f"the parts of the {type(data).__name__} have different classes: {sorted(parts)[:2]}. Pass a "
+            "list of (image, name of the class) pairs"
+        )
+    return [str(name) for name in getattr(data, "classes", None) or next(iter(parts), ())]
 
 
 def convert_pair(pair: Any, index: int) -> dict[str, Any]:
@@ -178,10 +188,8 @@ def encode_image(image: Any, index: int) -> Any:
     """
     if isinstance(image, str | os.PathLike):
         return {"path": resolve_path(Path(), os.fspath(image)), "bytes": None}
-    if isinstance(image, bytes):
-        return {"path": None, "bytes": image}
-
-    if (content := read_own_file(image)) is not None:
+    content = image if isinstance(image, bytes) else read_own_file(image)
+    if content is not None:
         return {"path": None, "bytes": content}
     try:
         if not isinstance(image, Image.Image):

@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_consistent_length
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -293,7 +294,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Args:
             features: [N, D] of each token, or of one.
-            labels: [N] or, for several labels per image, [N, L] of 0 and 1.
+            labels: [N], or as a column [N, 1]; for several labels per image, [N, L] of 0 and 1 (a single
+                one of them in floats).
             groups: [N]; images of a group are in one fold. Those without one are one group.
 
         Raises:
@@ -314,6 +316,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         features = self.read_tokens(features, is_new=True)
         labels = np.asarray(labels)
+        # A column of a table, as in scikit-learn. Masks of several labels that the runs pass are floats
+        if labels.shape[1:] == (1,) and labels.dtype.kind != "f":
+            labels = labels.ravel()
         with warnings.catch_warnings():
             # With one or two images of each class, it takes the classes for numbers.
             warnings.simplefilter("ignore")
@@ -518,8 +523,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Weight each image [N] in the log loss."""
         if not self.is_balanced:
             return np.ones(len(labels))
-        weights = 1 / np.bincount(labels)[labels]
-        return weights / weights.mean()
+        return compute_sample_weight("balanced", labels)  # type: ignore[no-any-return]
 
     def has_covariance(self, labels: np.ndarray) -> bool:
         """Decide whether to estimate a covariance.

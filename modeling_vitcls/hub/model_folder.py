@@ -373,7 +373,7 @@ class ModelFolder:
         if not content or content.get(key) == self.weights_sha256:
             return content
         warn_on_first_process(
-            f"ignoring {name}, because it belongs to other weights than those in {self.path}"
+            f"ignoring {name}, because it belongs to other weights, or weights in other files, than {self.path}"
         )
         return {}
 

@@ -250,7 +250,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     # Fields of transformers, whose types `strict` checks only if they stand in this file
     architectures: list[str] | None = None
     id2label: dict[int, str] | dict[str, str] | None = None
-    label2id: dict[str, int] | None = None
+    label2id: dict[str, int] | dict[str, str] | None = None
     problem_type: (
         Literal["regression", "single_label_classification", "multi_label_classification"] | None
     ) = None
@@ -506,12 +506,10 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
         self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
-        # transformers derives labels from `num_labels`, but leaves `label2id` empty if only
-        # `id2label` is given. config.json sorts the names as text, so 10 comes before 2.
-        indices = self.label2id or {
-            str(label): int(index) for index, label in (self.id2label or {}).items()
-        }
-        self.label2id = dict(sorted(indices.items(), key=lambda pair: pair[1]))
+        # transformers leaves `label2id` empty if only `id2label` is given, and its indices as text if
+        # they were. config.json sorts the ids as text, so 10 comes before 2.
+        labels: dict[Any, str] = self.id2label or {}
+        self.label2id = {label: index for index, label in sorted(labels.items())}
 
     # Building and saving --------------------------------------------------------------------------
     @classmethod

@@ -469,7 +469,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, as in PyTorch; after training, class statistics must be checked."""
-        if self.training and not mode and self.class_distance is not None:
+        # A compiled model has set `training` of this module before, but not of the encoder
+        if self.vitcls.training and not mode and self.class_distance is not None:
             self.class_distance.end_training(self.vitcls)
         super().train(mode)
         return self

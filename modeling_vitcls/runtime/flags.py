@@ -14,12 +14,11 @@ import json
 import os
 import re
 import shlex
-import types
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .files import find_file
 
@@ -54,7 +53,7 @@ class Options:
                 type(value).__module__ == "numpy"
             ):  # NumPy is not imported here, because it is slow to import
                 value = value.tolist()
-            kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+            kinds = get_args(hint | None)  # All kinds of a union, or the one
             if isinstance(value, list):
                 value = tuple(value)
             elif isinstance(value, str) and get_origin(kinds[0]) is tuple:
@@ -111,7 +110,8 @@ def check_types(options: Any, names: Iterable[str]) -> None:
             # The text of a network has a hundred lines
             text = repr(value)
             given = f"of type {type(value).__name__}" if "\n" in text else text
-            raise ValueError(f"`{name}` is {given}, but it must be {expected}") from None
+            hint = ". Put text into quotes" if "str" in expected else ""
+            raise ValueError(f"`{name}` is {given}, but it must be {expected}{hint}") from None
 
 
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:

@@ -572,8 +572,9 @@ def test_checkpoints_of_training_programs_are_unwrapped(
     content = {key: {f"{prefix}{name}": weight for name, weight in weights.items()}}
     if other is not None:
         content = {other: {name: weight * 0.5 for name, weight in weights.items()}} | content
-    torch.save(content | {"epoch": 3}, tmp_path / file)
+    torch.save(content | {"arch": "vit_tiny_patch16_224"}, tmp_path / file)
     source = FileSource.from_file(tmp_path / file, family="deit")
+    assert source.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)  # Of this model, not of DeiT
     assert torch.equal(source.model.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
 
 

@@ -16,6 +16,7 @@ from helpers.photo_folders import draw_noise, encode_image
 from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset, random_split
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data.in_memory import add_dataset, get_dataset
@@ -34,7 +35,7 @@ def name_class(index: int) -> str:
     return ("cat", "dog")[index % 2]
 
 
-class TorchDataset(torch.utils.data.Dataset):
+class TorchDataset(Dataset):
     """A dataset like those of torchvision: items (tensor, class index), and class names."""
 
     classes = ["cat", "dog"]
@@ -58,8 +59,9 @@ def build(kind: str, folder: Path) -> Any:
     pairs = [(make_image(index), name_class(index)) for index in range(NUM_IMAGES)]
     if kind == "torch":
         return TorchDataset()
-    if kind == "part of a torch dataset":  # whose class names are those of the dataset
-        return torch.utils.data.Subset(TorchDataset(), range(NUM_IMAGES))
+    if kind == "parts of a torch dataset":  # whose class names are those of the dataset
+        parts = random_split(TorchDataset(), [30, 10])
+        return ConcatDataset(parts)
     if kind == "datasets":
         rows = {"image": [{"bytes": encode_image(image), "path": None} for image, _ in pairs]}
         columns = rows | {"label": [label for _, label in pairs]}
@@ -94,7 +96,7 @@ KINDS = (
     "bytes",
     "paths",
     "torch",
-    "part of a torch dataset",
+    "parts of a torch dataset",
     "datasets",
     "datasets in another format",
     "base64",
@@ -148,6 +150,7 @@ def test_a_table_has_paths_as_objects_and_is_named_as_in_python(
 ) -> None:
     files = [path for path, _ in build("paths", tmp_path)][:3]
     table = pd.DataFrame({"image": [*files[:2], None], "label": list("aba")}, index=[5, 1, 3])
+    assert "image" in get_dataset(add_dataset(table.set_index("image")))["train"].features
     splits = read_splits_of(add_dataset(table))
     assert splits.name == "the DataFrame"
     assert not capfd.readouterr().err  # no progress bar
@@ -270,7 +273,11 @@ def test_a_converted_phone_photo_is_trained_as_it_is_predicted(mode: str) -> Non
         (pd.DataFrame({"image": ["0.png"] * 2, "label": ["a", 1]}, dtype=object), "of one type"),
         (pd.DataFrame({"image": [make_image(0)]}), "column image.* Pass images as paths"),
         ({1, 2}, "the data is a set.* Pass a path"),
-        (torch.utils.data.Dataset(), "the data is a Dataset.* Pass a path"),
+        (Dataset(), "the data is a Dataset.* Pass a path"),
+        (
+            ConcatDataset([TorchDataset(), [(make_image(0), 0)]]),
+            "different classes",
+        ),
         (iter([(make_image(0), 1)]), "the data is a list_iterator.* Pass a path"),
         (
             datasets.Dataset.from_dict({"image": [1]}).with_transform(lambda batch: batch),

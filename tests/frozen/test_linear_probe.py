@@ -52,10 +52,10 @@ def test_it_is_an_estimator_of_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize("convert", [list, pd.DataFrame, torch.tensor])
-def test_features_may_be_what_scikit_learn_takes(convert: Any) -> None:
+def test_features_and_labels_may_be_what_scikit_learn_takes(convert: Any) -> None:
     features, labels = draw_images(40)
-    expected = LinearProbe().fit(features[CLS], labels).predict_proba(features[CLS])
-    probe = LinearProbe().fit(convert(features[CLS]), list(labels))
+    expected = LinearProbe().fit(features[CLS], labels > 0).predict_proba(features[CLS])
+    probe = LinearProbe().fit(convert(features[CLS]), convert(labels[:, None] > 0))
     assert np.array_equal(probe.predict_proba(convert(features[CLS])), expected)
 
 
@@ -97,7 +97,7 @@ def test_features_of_an_unreadable_image_and_wrong_labels_are_refused() -> None:
     with raises_one_line("continuous"):
         probe.fit(features, labels + 0.5)
     with raises_one_line("[N]"):
-        probe.fit(features, labels[:, None])
+        probe.fit(features, np.stack([labels, labels], axis=1))
     with raises_one_line("inconsistent numbers of samples"):
         probe.fit(features, labels[:30])
     features[CLS][7] = np.nan

@@ -288,9 +288,10 @@ def test_a_compiled_model_knows_its_weights_after_eval_and_those_that_are_loaded
     weights = copy.deepcopy(model.state_dict())
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images).distance, expected)
+    compiled.train()
     train_steps(model)
     trained = copy.deepcopy(model.state_dict())
-    model.train().eval()
+    compiled.eval()
     assert compiled(images).distance is None
     for state, has_distance in ((weights, True), (trained, False)):
         model.load_state_dict(state)

@@ -271,6 +271,7 @@ def test_stored_labels_are_kept_until_their_number_or_names_change(tmp_path: Pat
     renamed = ViTCLSConfig.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"})
     assert renamed.num_labels == 3
     assert renamed.label2id == {"a": 0, "b": 1, "c": 2}
+    assert ViTCLSConfig(id2label={"0": "a"}, label2id={"a": "0"}).label2id == {"a": 0}
 
     ViTCLSConfig(id2label={index: str(index + 1) for index in range(12)}).save_pretrained(tmp_path)
     stored = ViTCLSConfig.from_pretrained(tmp_path)  # JSON sorts the names as text
