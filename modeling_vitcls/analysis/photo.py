@@ -372,6 +372,8 @@ def fit_effects(masks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     is_shown = 1 - masks.flatten(1).double().numpy()
     pairs = is_shown[0::2] - is_shown[1::2]
     differences = (scores[0::2] - scores[1::2]).numpy()
+    if not np.isfinite(differences).all():
+        raise ValueError("the outputs of the model are not finite. Check its weights and precision")
     shape = masks.shape[1:]
     regression = BayesianRidge(fit_intercept=False).fit(pairs, differences)
     effects = torch.from_numpy(regression.coef_).reshape(shape).float()

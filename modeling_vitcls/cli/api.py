@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchangedOptions
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
+from ..runtime.errors import warn_on_first_process
 from ..runtime.flags import Options, check_types
 from ..runtime.own_state import own_state
 from ..training.options import FinetuneOptions
@@ -303,6 +304,7 @@ def build_options(options_class: type[CommandOptions], /, **flags: Any) -> Comma
 
     Raise TypeError if a flag is unknown, and ValueError if a value is not allowed.
     """
+    warn_on_first_process.cache_clear()  # A line about skipped images is one of each call
     # A command reads the recipe before its other flags, and here nothing would.
     if "config" in flags:
         raise TypeError("`config` is a flag of the command. Set the values of the recipe instead")

@@ -363,7 +363,8 @@ def parse_text(value: Any) -> Any:
     if text[:1] + text[-1:] not in ("[]", "()", "{}") or re.search(r"""['"]\s+['"]""", text):
         return value
     for parse in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, TypeError):
+        # The last two are about thousands of brackets
+        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return parse(text)
     return value
 

@@ -97,11 +97,13 @@ def convert_split(data: Any) -> Any:
         # Tensors are no labels. Another format would change the name of the data.
         return data if data.format["type"] is None else data.with_format(None)
     if isinstance(data, pd.DataFrame):
+        # An index with a name was a column, as after `pd.read_csv(..., index_col=0)`
+        if data.index.names != [None]:
+            data = data.reset_index()
         data = data.apply(
             lambda column: column.map(spell_path) if column.dtype == object else column
         )
-        # An index with a name was a column, as after `pd.read_csv(..., index_col=0)`
-        return datasets.Dataset.from_pandas(data, preserve_index=data.index.names != [None])
+        return datasets.Dataset.from_pandas(data, preserve_index=False)
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
             f"the data is a {type(data).__name__}, whose items have no numbers. Pass a path, a "

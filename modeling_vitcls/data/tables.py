@@ -153,7 +153,7 @@ def read_json_lines(file: Path, text: str) -> dict[str, list[Any]]:
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(

@@ -316,6 +316,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         features = self.read_tokens(features, is_new=True)
         labels = np.asarray(labels)
+        if pd.isna(labels).any():
+            raise ValueError("the labels of some images are missing. Leave out their rows")
         # A column of a table, as in scikit-learn. Masks of several labels that the runs pass are floats
         if labels.shape[1:] == (1,) and labels.dtype.kind != "f":
             labels = labels.ravel()

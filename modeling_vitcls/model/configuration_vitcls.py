@@ -148,7 +148,8 @@ TRANSFORMERS_KEYWORDS = {
 # The class statistics were fitted to the labels, and to what these fields say about the features.
 FEATURE_FIELDS = (
     "cls_pooling pooled_cls_tokens num_hidden_layers hidden_act layer_norm_eps num_attention_heads "
-    "norm_type mlp_type final_norm rope_theta rope_coordinates rope_axes rope_grid_offset"
+    "layer_type norm_type mlp_type final_norm position_embedding_type rope_theta rope_periods "
+    "rope_reference_grid rope_coordinates rope_axes rope_grid_offset"
 ).split()
 
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint
@@ -508,8 +509,10 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         # transformers leaves `label2id` empty if only `id2label` is given, and its indices as text if
         # they were. config.json sorts the ids as text, so 10 comes before 2.
-        labels: dict[Any, str] = self.id2label or {}
-        self.label2id = {label: index for index, label in sorted(labels.items())}
+        self.label2id = {
+            label: index
+            for index, label in sorted(self.id2label.items())  # type: ignore[union-attr]
+        }
 
     # Building and saving --------------------------------------------------------------------------
     @classmethod
@@ -987,7 +990,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         ]
         if (
             not isinstance(tokens, list)
-            or not tokens
+            or not 0 < len(tokens) <= len(known_tokens)
             or any(token not in known_tokens for token in tokens)
         ):
             raise ValueError(

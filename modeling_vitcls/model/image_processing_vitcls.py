@@ -576,6 +576,10 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
             "mode F has no fixed range: convert to mode L, or pass an array of floats from 0 to 1"
         )
     if image.mode.startswith("I"):
+        if "transparency" in image.info:
+            raise ValueError(
+                "gray images of 16 bits have no transparency here: save it with 8 bits"
+            )
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 from .files import replace_control_characters
 
@@ -64,13 +66,24 @@ def describe_error(error: BaseException) -> str:
 
 @contextmanager
 def explain_damage(file: Path, remedy: str) -> Iterator[None]:
-    """Raise the errors of pyarrow and pandas in the block, about a damaged file, as one-line ValueErrors.
+    """Raise the errors of pyarrow, pandas and NumPy about a damaged file as one-line ValueErrors.
 
     Errors about the machine, such as a missing permission or too little memory, are not converted.
     """
     try:
         yield
-    except (ValueError, LookupError, TypeError, NotImplementedError, OSError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        RecursionError,
+        OSError,
+        EOFError,
+        BadZipFile,
+        zlib.error,
+    ) as error:
         # The system gives its errors a number. Without one, pyarrow complains about the contents.
         if getattr(error, "errno", None) is not None:
             raise

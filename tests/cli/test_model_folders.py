@@ -88,6 +88,10 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda folder: edit_config(folder, _attn_implementation="flash_attention_2"),
         ("flash_attention_2",),
     ),
+    "photos of a copy that was interrupted": (
+        lambda folder: (folder / "trained_scenes.npz").touch(),
+        ("trained_scenes.npz", "Remove it"),
+    ),
     "quantized weights": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "torchao"}),
         ("quantization_config",),

@@ -82,6 +82,11 @@ def add_token(weights: Weights, **tokens: tuple[int, ...]) -> Weights:
     return weights | fill(dict(tokens))
 
 
+def add_prefix(prefix: str, weights: Weights) -> Weights:
+    """Add what programs put before the names of weights."""
+    return {f"{prefix}{name}": weight for name, weight in weights.items()}
+
+
 # File name: family, --family, weights, function that wraps them as published, resampling of the
 # authors
 FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights], Any], Any]] = {
@@ -94,7 +99,7 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
             "args": argparse.Namespace(arch="vit"),
             "epoch": 3,
             "student": {"module.backbone.cls_token": torch.zeros(1)},
-            "teacher": {f"module.backbone.{name}": tensor for name, tensor in weights.items()}
+            "teacher": add_prefix("module.backbone.", weights)
             | {"module.head.last_layer.weight": torch.zeros(3)},
         },
         resample_dino,
@@ -110,9 +115,7 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         "msn",
         None,
         lambda: build_vit_weights(width=384),
-        lambda weights: {
-            "target_encoder": {f"module.{name}": tensor for name, tensor in weights.items()}
-        },
+        lambda weights: {"target_encoder": add_prefix("module.", weights)},
         resample_bicubic,
     ),
     "ijepa.pth": (
@@ -123,10 +126,7 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
             for name, tensor in build_vit_weights(0, width=768).items()
             if name != "cls_token"
         },
-        lambda weights: {
-            "encoder": {},
-            "target_encoder": {f"module.{name}": t for name, t in weights.items()},
-        },
+        lambda weights: {"encoder": {}, "target_encoder": add_prefix("module.", weights)},
         resample_bicubic,
     ),
     "mae.pth": (
@@ -165,9 +165,7 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         "deit",
         None,
         lambda: build_vit_weights(0, "gamma_{}", extra=HEAD),
-        lambda weights: {
-            "model": {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
-        },
+        lambda weights: {"model": add_prefix("_orig_mod.", weights)},
         resample_bicubic,
     ),
     "dinov2.pth": (
@@ -569,7 +567,7 @@ def test_checkpoints_of_training_programs_are_unwrapped(
 ) -> None:
     """Lightning's prefix, timm's averaged weights, and containers and suffixes of other programs."""
     weights = build_plain_weights()
-    content = {key: {f"{prefix}{name}": weight for name, weight in weights.items()}}
+    content = {key: add_prefix(prefix, weights)}
     if other is not None:
         content = {other: {name: weight * 0.5 for name, weight in weights.items()}} | content
     torch.save(content | {"arch": "vit_tiny_patch16_224"}, tmp_path / file)

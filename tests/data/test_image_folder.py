@@ -35,15 +35,17 @@ def write_images(root: Path, *names: str) -> Path:
     return root
 
 
-def write_class(root: Path, folder: str, count: int) -> Path:
-    """Write `count` numbered images into a folder."""
-    return write_images(root, *(f"{folder}/{number}.png" for number in range(count)))
+def write_classes(root: Path, counts: dict[str, int]) -> Path:
+    """Write a number of images into each folder."""
+    return write_images(
+        root, *(f"{folder}/{index}.png" for folder in counts for index in range(counts[folder]))
+    )
 
 
 def read(root: Path, use_labels: bool = True) -> dict[str, dict[str, list[str]]]:
     """Return the image names of each class of each split. Without labels, the class is ""."""
     opened = read_image_folder(scan_folder(root), use_labels)
-    result: dict[str, dict[str, list[str]]] = {}
+    result = {}
     for split, part in opened.items():
         classes = part.features["label"].names if use_labels else [""]
         result[split] = {name: [] for name in classes}
@@ -61,9 +63,8 @@ def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
 
     `datasets` puts 6 of them into both splits.
     """
-    for split in ("train", "test"):
-        for name in ("bus", "train"):
-            write_class(tmp_path, f"{split}/{name}", 6)
+    folders = ["train/bus", "train/train", "test/bus", "test/train"]
+    write_classes(tmp_path, dict.fromkeys(folders, 6))
     data = read_training_data(tmp_path)
     assert (len(data.train), len(data.held_out), data.held_out_name) == (12, 12, "split 'test'")
     assert data.label_space.names == ["bus", "train"]
@@ -83,10 +84,9 @@ def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
 def test_split_folders_are_recognized_in_any_case(
     tmp_path: Path, train: str, other: str, split: str
 ) -> None:
-    write_class(tmp_path, f"{train}/cat", 3)
-    write_class(tmp_path, f"{train}/dog", 4)
-    write_class(tmp_path, f"{other}/cat", 2)
-    write_class(tmp_path, f"{other}/cow", 1)
+    write_classes(
+        tmp_path, {f"{train}/cat": 3, f"{train}/dog": 4, f"{other}/cat": 2, f"{other}/cow": 1}
+    )
     found = read(tmp_path)
     assert {
         name: {label: len(files) for label, files in part.items()} for name, part in found.items()
@@ -107,8 +107,7 @@ def test_split_folders_are_recognized_in_any_case(
 def test_folders_that_may_be_splits_or_classes_are_errors(
     folders: list[str], words: list[str], tmp_path: Path
 ) -> None:
-    for folder in folders:
-        write_class(tmp_path / "photos", folder, 3)
+    write_classes(tmp_path / "photos", dict.fromkeys(folders, 3))
     with raises_one_line(*words):
         read_training_data(tmp_path / "photos")
 
@@ -116,9 +115,7 @@ def test_folders_that_may_be_splits_or_classes_are_errors(
 def test_a_split_without_class_folders_is_skipped_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_class(tmp_path, "train/cat", 2)
-    write_class(tmp_path, "train/dog", 2)
-    write_class(tmp_path, "test", 5)
+    write_classes(tmp_path, {"train/cat": 2, "train/dog": 2, "test": 5})
     write_images(tmp_path, "stray.png")
 
     assert list(read(tmp_path)) == ["train"]
@@ -147,8 +144,7 @@ def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -
 
 
 def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_class(tmp_path, "cat", 9)
-    write_class(tmp_path, "dog", 9)
+    write_classes(tmp_path, {"cat": 9, "dog": 9})
     write_images(tmp_path, "stray.png")
     (tmp_path / "cat" / "notes.txt").write_text("?")
     (tmp_path / "labels.csv").write_text("a,b\n")
@@ -177,15 +173,14 @@ def test_folders_with_names_that_are_not_text_have_a_remedy(
 
 def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
     found = load_evaluation_data(
-        DataOptions(dataset=str(write_class(tmp_path, "test/cat", 4))), None
+        DataOptions(dataset=str(write_classes(tmp_path, {"test/cat": 4}))), None
     )
     assert found[0].names == ["cat"]
     assert len(found[1]) == 4
 
 
 def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_class(tmp_path, "elsewhere/felis", 2)
-    write_class(tmp_path, "photos/dog", 2)
+    write_classes(tmp_path, {"elsewhere/felis": 2, "photos/dog": 2})
     (tmp_path / "photos" / "cat").symlink_to(tmp_path / "elsewhere" / "felis")
     for name, target in (("all", "photos"), ("self", "photos/dog")):
         (tmp_path / "photos" / "dog" / name).symlink_to(tmp_path / target)
@@ -200,9 +195,7 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_class_folders_that_contain_split_folders_are_read(tmp_path: Path) -> None:
-    write_class(tmp_path, "cat/train", 2)
-    write_class(tmp_path, "cat/Val/may", 1)
-    write_class(tmp_path, "dog/train", 1)
+    write_classes(tmp_path, {"cat/train": 2, "cat/Val/may": 1, "dog/train": 1})
     assert read(tmp_path) == {
         "train": {"cat": ["cat/train/0.png", "cat/train/1.png"], "dog": ["dog/train/0.png"]},
         "validation": {"cat": ["cat/Val/may/0.png"], "dog": []},
@@ -256,7 +249,7 @@ def test_the_images_of_a_folder_below_a_class_are_on_one_side(
 ) -> None:
     """Without groups, some photos of each object would be held out: names may be in both classes."""
     for index, name in enumerate(objects):
-        write_class(tmp_path, f"{'ab'[index // 2]}/all/{name}/may", 5)
+        write_classes(tmp_path, {f"{'ab'[index // 2]}/all/{name}/may": 5})
     write_images(tmp_path, "b/all/alone.png")
     images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
     assert images.label_space.names == ["a", "b"]
@@ -299,9 +292,7 @@ def test_what_is_there_instead_of_a_missing_folder_is_named(
 
 
 def test_a_single_folder_below_a_class_is_no_group(tmp_path: Path) -> None:
-    write_class(tmp_path, "cat/images", 3)
-    write_class(tmp_path, "dog", 2)
-    write_class(tmp_path, "dog/more", 2)
+    write_classes(tmp_path, {"cat/images": 3, "dog": 2, "dog/more": 2})
     images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
     assert "groups" not in images.facts
 
@@ -310,10 +301,7 @@ def test_images_that_may_be_thumbnails_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of objects, whose photos may have the same names, none is one."""
-    write_class(tmp_path, "cat", 2)
-    write_class(tmp_path, "cat/thumbnails", 2)
-    write_class(tmp_path, "dog/left1", 2)
-    write_class(tmp_path, "dog/right1", 2)
+    write_classes(tmp_path, {"cat": 2, "cat/thumbnails": 2, "dog/left1": 2, "dog/right1": 2})
     read(tmp_path)
     (line,) = caplog.messages
     assert "2 images" in line
@@ -372,7 +360,7 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
     """
     folder = tmp_path / "photos [1]"
     for split, shades in (("Train", "abab"), ("TEST", "ba")):
-        write_class(folder, split, 5)
+        write_classes(folder, {split: 5})
         table = pandas.DataFrame(
             {"file_name": [f"{index}.png" for index in range(len(shades))], "shade": [*shades]}
         )

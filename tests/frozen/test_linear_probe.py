@@ -98,6 +98,8 @@ def test_features_of_an_unreadable_image_and_wrong_labels_are_refused() -> None:
         probe.fit(features, labels + 0.5)
     with raises_one_line("[N]"):
         probe.fit(features, np.stack([labels, labels], axis=1))
+    with raises_one_line("missing"):
+        probe.fit(features, [*labels[1:], None])
     with raises_one_line("inconsistent numbers of samples"):
         probe.fit(features, labels[:30])
     features[CLS][7] = np.nan

@@ -315,24 +315,24 @@ def make_commit(request: Request) -> Response:
 
 # HTTP ---------------------------------------------------------------------------------------------
 
-Routes = list[tuple[str, re.Pattern[str], Callable[[Request], Response]]]
+Routes = list[tuple[str, str, Callable[[Request], Response]]]
 
 REPO = r"(?P<repo>(spaces/|datasets/)?[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
 ANY_REPO = f"/api/(models/|(?=spaces/|datasets/)){REPO}"
 ROUTES: Routes = [
-    ("POST", re.compile(r"/api/repos/create"), create_repository),
-    ("POST", re.compile(r"/api/validate-yaml"), validate_card),
-    ("GET", re.compile(f"{ANY_REPO}/auth-check/write"), check_write_access),
-    ("POST", re.compile(f"{ANY_REPO}/branch/(?P<name>[^/]+)"), create_branch),
-    ("GET", re.compile(f"{ANY_REPO}(/revision/{REVISION})?"), repository_info),
-    ("GET", re.compile(f"{ANY_REPO}/tree/{REVISION}(/(?P<folder>.+))?"), tree),
-    ("GET", re.compile(f"/{REPO}/resolve/{REVISION}/(?P<file>.+)"), resolve),
-    ("POST", re.compile(f"{ANY_REPO}/preupload/{REVISION}"), preupload),
-    ("POST", re.compile(f"/{REPO}[.]git/info/lfs/objects/batch"), lfs_batch),
-    ("POST", re.compile(f"{ANY_REPO}/commit/{REVISION}"), make_commit),
-    ("GET", re.compile(r"/objects/(?P<sha256>\w+)"), stored_object),
-    ("PUT", re.compile(r"/objects/(?P<sha256>\w+)"), store_object),
+    ("POST", r"/api/repos/create", create_repository),
+    ("POST", r"/api/validate-yaml", validate_card),
+    ("GET", f"{ANY_REPO}/auth-check/write", check_write_access),
+    ("POST", f"{ANY_REPO}/branch/(?P<name>[^/]+)", create_branch),
+    ("GET", f"{ANY_REPO}(/revision/{REVISION})?", repository_info),
+    ("GET", f"{ANY_REPO}/tree/{REVISION}(/(?P<folder>.+))?", tree),
+    ("GET", f"/{REPO}/resolve/{REVISION}/(?P<file>.+)", resolve),
+    ("POST", f"{ANY_REPO}/preupload/{REVISION}", preupload),
+    ("POST", f"/{REPO}[.]git/info/lfs/objects/batch", lfs_batch),
+    ("POST", f"{ANY_REPO}/commit/{REVISION}", make_commit),
+    ("GET", r"/objects/(?P<sha256>\w+)", stored_object),
+    ("PUT", r"/objects/(?P<sha256>\w+)", store_object),
 ]
 
 
@@ -370,7 +370,7 @@ def build_handler(hub: "LocalHub") -> type[BaseHTTPRequestHandler]:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 token = self.token()
                 for route_method, pattern, handle in ROUTES:
-                    if route_method == method and (match := pattern.fullmatch(where.path)):
+                    if route_method == method and (match := re.fullmatch(pattern, where.path)):
                         names = {
                             name: unquote(part or "") for name, part in match.groupdict().items()
                         }

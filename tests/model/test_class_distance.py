@@ -305,6 +305,7 @@ def test_a_compiled_model_knows_its_weights_after_eval_and_those_that_are_loaded
         {"cls_pooling": "mean", "num_cls_tokens": 2, "pooled_cls_tokens": [1]},
         {"num_hidden_layers": 2},
         {"hidden_act": "relu"},
+        {"layer_type": "post"},
         {"layer_norm_eps": 0.1},
         {"num_labels": 5, "ignore_mismatched_sizes": True},
     ],
