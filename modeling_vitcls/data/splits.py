@@ -179,7 +179,8 @@ def load_undivided_images(
                 found = f"the single class {names[0]!r}" if names else "no labels"
                 raise ValueError(
                     f"a classifier requires two or more classes, but {title} has {found} in "
-                    f"{column!r}. If this is a folder of classes, set `dataset` to it"
+                    f"{column!r}. If this is a folder of classes, set `dataset` to it, or to the table "
+                    "that has the labels"
                 )
     parts = add_keys(loaded.images_by_split)
     merged = {split: merge_rows(part, title) for split, part in parts.items()}

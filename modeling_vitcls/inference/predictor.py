@@ -202,7 +202,7 @@ class Predictor:
         outputs = {name: batch[name] for name in batch if name != column or name == "path"}
         arrays = self.columns.build_arrays(rows)
         for name, values in outputs.items():
-            if name in arrays:
+            if name in (*arrays, "error"):
                 raise ValueError(
                     f"the batch has a column {name!r}, which the predictions would replace. Rename it"
                 )

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
@@ -315,12 +314,11 @@ def make_commit(request: Request) -> Response:
 
 # HTTP ---------------------------------------------------------------------------------------------
 
-Routes = list[tuple[str, str, Callable[[Request], Response]]]
 
 REPO = r"(?P<repo>(spaces/|datasets/)?[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
 ANY_REPO = f"/api/(models/|(?=spaces/|datasets/)){REPO}"
-ROUTES: Routes = [
+ROUTES = [
     ("POST", r"/api/repos/create", create_repository),
     ("POST", r"/api/validate-yaml", validate_card),
     ("GET", f"{ANY_REPO}/auth-check/write", check_write_access),

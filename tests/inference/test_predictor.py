@@ -263,6 +263,7 @@ def test_labels_of_a_batch_equal_those_of_its_photos(predictor: Predictor, photo
     ("column", "words"),
     [
         ({"label": ["cat"]}, "the predictions would replace. Rename"),  # Such as the true labels
+        ({"error": [""]}, "the predictions would replace. Rename"),  # Of another model
         ({"id": [7, 8]}, "the column id of the batch has 2 values, image has 1"),
     ],
 )
