@@ -176,7 +176,7 @@ def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
 
 
 def draw_row(axes: Axes, row: Row, num_columns: int, shape: tuple[int, int], y: float) -> float:
-    """Draw a row of tiles with the proportions of `shape`, in several lines if needed; return the y below."""
+    """Draw a row of tiles in the proportions of `shape`, at most 1:4, in lines; return the y below."""
     y = write(axes, f"{row.name}  {row.note}", MARGIN, y, color=row.color)
     column_width = (WIDTH - 2 * MARGIN) / num_columns
     width = TILE_WIDTH * column_width
@@ -189,11 +189,15 @@ def draw_row(axes: Axes, row: Row, num_columns: int, shape: tuple[int, int], y: 
             write(axes, tile.caption, left, write(axes, tile.title, left, y, width), width)
             for left, tile in places.items()
         )
-        bottom = top + width * shape[1] / shape[0]
+        # With its own proportions, a photo of one column would have a sheet of gigabytes
+        bottom = top + width * min(shape[1] / shape[0], 4)
         for left, tile in places.items():
-            alpha = 1 if tile.is_used else PALE
-            extent = (left, left + width, bottom, top)
-            axes.imshow(tile.picture, extent=extent, aspect="auto", alpha=alpha)
+            axes.imshow(
+                tile.picture,
+                extent=(left, left + width, bottom, top),
+                aspect="auto",
+                alpha=1 if tile.is_used else PALE,
+            )
         y = bottom + GAP
     return y
 
