@@ -578,7 +578,7 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         if "transparency" in image.info:
             raise ValueError(
-                "gray images of 16 bits have no transparency here: save it with 8 bits"
+                "a gray image of 16 bits with a transparent level is not supported: save it with 8 bits"
             )
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:

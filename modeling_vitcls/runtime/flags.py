@@ -49,9 +49,8 @@ class Options:
                 if value == "":  # As a path, it would be the current folder
                     raise ValueError(f"`{name}` is empty. Set it, or leave it out")
                 value = expand_home(value)
-            if (
-                type(value).__module__ == "numpy"
-            ):  # NumPy is not imported here, because it is slow to import
+            # NumPy is slow to import, so its types are known by their module
+            if type(value).__module__ == "numpy":
                 value = value.tolist()
             kinds = get_args(hint | None)  # All kinds of a union, or the one
             if isinstance(value, list):

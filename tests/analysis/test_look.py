@@ -228,7 +228,9 @@ def test_an_array_and_a_tensor_are_measured_like_the_photo(model: str) -> None:
 
 
 def test_a_photo_of_one_column_has_a_sheet(model: str) -> None:
-    assert look(model, Image.new("RGB", (1, 1000))).height < 20_000
+    sheet = look(model, Image.new("RGB", (1, 1000)))
+    assert sheet.width == 1800
+    assert sheet.height < 20_000
 
 
 def test_gray_models_take_color_photos(tmp_path: Path) -> None:

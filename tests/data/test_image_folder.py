@@ -63,8 +63,9 @@ def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
 
     `datasets` puts 6 of them into both splits.
     """
-    folders = ["train/bus", "train/train", "test/bus", "test/train"]
-    write_classes(tmp_path, dict.fromkeys(folders, 6))
+    write_classes(
+        tmp_path, dict.fromkeys(["train/bus", "train/train", "test/bus", "test/train"], 6)
+    )
     data = read_training_data(tmp_path)
     assert (len(data.train), len(data.held_out), data.held_out_name) == (12, 12, "split 'test'")
     assert data.label_space.names == ["bus", "train"]

@@ -51,7 +51,7 @@ class TorchDataset(Dataset):
 class NamedPairs(list):
     """A dataset with class names."""
 
-    classes = ["cat", "dog"]
+    classes = TorchDataset.classes
 
 
 def build(kind: str, folder: Path) -> Any:
@@ -60,8 +60,7 @@ def build(kind: str, folder: Path) -> Any:
     if kind == "torch":
         return TorchDataset()
     if kind == "parts of a torch dataset":  # whose class names are those of the dataset
-        parts = random_split(TorchDataset(), [30, 10])
-        return ConcatDataset(parts)
+        return ConcatDataset(random_split(TorchDataset(), [30, 10]))
     if kind == "datasets":
         rows = {"image": [{"bytes": encode_image(image), "path": None} for image, _ in pairs]}
         columns = rows | {"label": [label for _, label in pairs]}
@@ -274,10 +273,7 @@ def test_a_converted_phone_photo_is_trained_as_it_is_predicted(mode: str) -> Non
         (pd.DataFrame({"image": [make_image(0)]}), "column image.* Pass images as paths"),
         ({1, 2}, "the data is a set.* Pass a path"),
         (Dataset(), "the data is a Dataset.* Pass a path"),
-        (
-            ConcatDataset([TorchDataset(), [(make_image(0), 0)]]),
-            "different classes",
-        ),
+        (ConcatDataset([TorchDataset(), [(make_image(0), 0)]]), "different classes"),
         (iter([(make_image(0), 1)]), "the data is a list_iterator.* Pass a path"),
         (
             datasets.Dataset.from_dict({"image": [1]}).with_transform(lambda batch: batch),

@@ -548,7 +548,7 @@ UNUSABLE: list[tuple[object, dict, str]] = [
     (PIL.Image.new("F", (4, 4)), {}, "mode F"),
     (PIL.Image.new("I", (4, 4), 70_000), {}, "70000"),
     (PIL.Image.new("I", (4, 4), -1), {}, "-1"),
-    (encode_image(PIL.Image.new("I;16", (6, 4)), "PNG", transparency=0), {}, "no transparency"),
+    (encode_image(PIL.Image.new("I;16", (6, 4)), "PNG", transparency=0), {}, "transparent level"),
     (build_gradient().convert("L"), {"do_convert_rgb": False}, "image_mean"),
     (np.zeros((2, 5, 6), dtype=np.uint8), {"input_data_format": "channels_first"}, "2 channels"),
     (build_gradient(), {"crop_rounding": "up"}, "crop_rounding"),
