@@ -77,17 +77,13 @@ def detach_in_export(values: Tensor) -> Tensor:
     return values.detach() if torch.onnx.is_in_onnx_export() else values
 
 
-# Attention implementations that support an additive bias.
-ADDITIVE_MASK_IMPLEMENTATIONS = ("sdpa", "eager")
-
-
-def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
-    """Raise ValueError if the attention implementation does not support an additive bias."""
-    if config._attn_implementation not in ADDITIVE_MASK_IMPLEMENTATIONS:
+def require_mask(config: ViTCLSConfig, feature: str, *others: str) -> None:
+    """Raise ValueError unless the attention is SDPA, eager, or one of the `others` that read a mask."""
+    supported = ("sdpa", "eager", *others)
+    if config._attn_implementation not in supported:
         raise ValueError(
-            f"{feature} requires an attention bias, but {config._attn_implementation} does not "
-            "support biases: "
-            'set attn_implementation to "sdpa" or "eager"'
+            f"{feature} requires an attention mask, which {config._attn_implementation} may ignore: "
+            f"set attn_implementation to {' or '.join(supported)}"
         )
 
 
@@ -110,11 +106,7 @@ def build_cls_attention_mask(
     grid_size: Size,
 ) -> Any:
     """Build the mask that hides from each CLS token the patches outside its scope."""
-    if "flash" in config._attn_implementation:
-        raise ValueError(
-            f"cls_scopes requires an attention mask, but {config._attn_implementation} does not "
-            'support masks: set attn_implementation to "sdpa", "flex_attention" or "eager"'
-        )
+    require_mask(config, "cls_scopes", "flex_attention")
     if attention_mask is not None and attention_mask.ndim == 4:
         raise ValueError(
             "cls_scopes does not support a 4-dimensional attention_mask: pass a mask [batch, "
@@ -185,7 +177,7 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, hidden_states: Tensor, mask: Any, grid_size: Size) -> Any:
         """Add the mask to the bias [B or 1, heads, N, N], or to a list with one bias per layer."""
-        require_additive_mask(self.config, "relative_position_bias")
+        require_mask(self.config, "relative_position_bias")
         index = self.get_relative_position_index(grid_size, hidden_states.device)  # [N, N]
         # [tables, distances + 3, heads]
         tables = detach_in_export(self.tables)
@@ -277,7 +269,7 @@ class TokenGates(nn.Module):
 
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
         """Scale the attention to each gated token: add log(g) to the mask, or to the list of masks."""
-        require_additive_mask(self.config, "gated_tokens (unless gate_new_tokens=False is set)")
+        require_mask(self.config, "gated_tokens (unless gate_new_tokens=False is set)")
         values = detach_in_export(self.get_gate_values())
         if get_matmul_dtype(hidden_states) == torch.float16:
             values = values + self.SMALLEST_HALF

@@ -91,7 +91,6 @@ BIT_DEPTHS = {1023: 10, 4095: 12, 16383: 14}  # Largest possible value -> number
 REPORTED_BIT_DEPTHS: set[int] = set()  # Numbers of bits that a warning has named
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # Weights of red, green and blue (ITU-R BT.601)
-GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 DOWNLOAD_TIMEOUT = 60.0  # Seconds without a byte
 MAX_SIDE = 10_000  # Maximum height and width of a processed image, in pixels
 
@@ -565,7 +564,7 @@ def pil_to_tensor(
 
     if to_rgb:
         return convert_to_rgb(pixels)
-    is_gray = num_channels == 1 or image.mode in GRAY_MODES
+    is_gray = num_channels == 1 or PIL.Image.getmodebase(image.mode) == "L"
     return convert_to_gray(pixels) if is_gray else pixels
 
 
