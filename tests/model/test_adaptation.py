@@ -335,42 +335,26 @@ def test_impossible_changes_are_errors_with_a_remedy_that_works(tmp_path: Path) 
 # Grids and patches
 
 
-@pytest.mark.parametrize("size", [(48, 32), (16, 64)], ids=str)
-def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]) -> None:
-    """DINO adds the offset to the new grid size in the scale factors. RADIO crops a square."""
-    rows = size[0] // 8
-    columns = size[1] // 8
-
-    for policy in ({"position_offset": 0.1}, {"position_interpolation": "crop"}):
-        model = build_random(ViTCLSModel, image_size=[32, 48], **policy)
-        found = model.adapt(image_size=size).embeddings.position_embeddings.patches
-        assert found.shape == (1, rows * columns, 16)
-        maps = model.embeddings.position_embeddings.patches.unflatten(1, (4, 6)).permute(0, 3, 1, 2)
-        if "position_offset" in policy:
-            factors = [(rows + 0.1) / 4, (columns + 0.1) / 6]
-            wanted = nn.functional.interpolate(maps, scale_factor=factors, mode="bicubic")
-        else:
-            square = nn.functional.interpolate(
-                maps, size=2 * (max(rows, columns),), mode="bilinear"
-            )
-            wanted = square[:, :, :rows, :columns]
-        assert torch.equal(found, wanted.permute(0, 2, 3, 1).flatten(1, 2))
-
-
-@pytest.mark.parametrize("kind", ["sincos_2d", "rope_2d", "learned_rope_mixed", "none"])
-def test_adapting_equals_running_with_larger_images(kind: str) -> None:
-    model = build_random(ViTCLSModel, position_embedding_type=kind, position_offset=0.1)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"position_offset": 0.1},  # as in DINO
+        {"position_interpolation": "crop"},  # as in RADIO
+        {"position_embedding_type": "sincos_2d"},
+        {"position_embedding_type": "rope_2d"},
+        {"position_embedding_type": "learned_rope_mixed", "position_offset": 0.1},
+        {"position_embedding_type": "none"},
+        {"relative_position_bias": "layer"},
+        {"relative_position_bias": "shared"},
+    ],
+    ids=str,
+)
+def test_adapting_equals_running_with_larger_images(fields: dict[str, Any]) -> None:
+    """The tests of conversions compare images of other sizes with the authors' code."""
+    model = build_random(ViTCLSModel, image_size=[32, 48], **fields)
     wanted = model(build_images(2, 48, 24)).last_hidden_state
     found = model.adapt(image_size=[48, 24])(build_images(2, 48, 24)).last_hidden_state
     assert get_largest_difference(found, wanted) < 1e-5
-
-
-@pytest.mark.parametrize("shared", ["layer", "shared"])
-def test_relative_position_biases_are_resampled(shared: str) -> None:
-    model = build_random(ViTCLSModel, relative_position_bias=shared, image_size=[32, 48])
-    turned = model.adapt(image_size=[48, 32])
-    wanted = model(build_images(2, 48, 32)).last_hidden_state
-    assert get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
 
 
 @pytest.mark.parametrize(

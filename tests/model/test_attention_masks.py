@@ -1,6 +1,4 @@
-"""The relative position bias, compared with loops over pairs of tokens.
-
-Interpolation is written out by hand.
+"""The relative position bias: what it depends on, and masks.
 
 tests/model/test_tokens.py tests masks and the scopes of CLS tokens, and tests/model/test_gates.py
 tests gates.
@@ -9,7 +7,6 @@ tests gates.
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, randomize
@@ -26,61 +23,41 @@ NUM_SPECIAL = 3
 GRID = (3, 5)  # rows and columns of patches of the tables
 
 
-def interpolate(values: np.ndarray, position: float) -> np.ndarray:
-    """Interpolate values [n, ...] linearly between two indices; the ends are constant."""
-    position = min(max(position, 0), len(values) - 1)
-    lower = min(math.floor(position), len(values) - 2)
-    return values[lower] * (1 - (position - lower)) + values[lower + 1] * (position - lower)
-
-
-def compute_bias(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Return the bias [N, N, heads] of the pairs of tokens for a table [distances + 3, heads]."""
-    (rows, columns), (table_rows, table_columns) = grid, (2 * size - 1 for size in GRID)
-    by_distance = table[:-3].reshape(table_rows, table_columns, -1)
-    special_to_patch, patch_to_special, special_to_special = table[-3:]
-    tokens: list[Any] = [None] * NUM_SPECIAL + [(y, x) for y in range(rows) for x in range(columns)]
-
-    def resample(values: np.ndarray, index: int, size: int) -> np.ndarray:
-        return interpolate(values, (index + 0.5) * len(values) / size - 0.5)
-
-    def look_up(query: Any, key: Any) -> np.ndarray:
-        if query is None:
-            return special_to_special if key is None else special_to_patch
-        if key is None:
-            return patch_to_special
-        row = resample(by_distance, query[0] - key[0] + rows - 1, 2 * rows - 1)
-        return resample(row, query[1] - key[1] + columns - 1, 2 * columns - 1)
-
-    return np.array([[look_up(query, key) for key in tokens] for query in tokens])
-
-
-@pytest.mark.parametrize("grid", [GRID, (2, 5), (4, 3)], ids=str)
 @pytest.mark.parametrize("sharing", ["shared", "layer"])
 @torch.no_grad()
-def test_the_bias_depends_on_the_distance_of_two_patches(
-    sharing: str, grid: tuple[int, int]
+def test_the_bias_depends_on_the_distance_of_two_patches_and_special_tokens_have_one(
+    sharing: str,
 ) -> None:
-    """For other grids than the grid of the tables, the tables are interpolated."""
+    """The tests in peers/ compare it with that of BEiT, also for other grids than that of the tables."""
     config = build_tiny_config(
         **FIELDS, relative_position_bias=sharing, image_size=[8 * size for size in GRID]
     )
     module = randomize(RelativePositionBias(config))
-    num_tokens = NUM_SPECIAL + math.prod(grid)
-    found = module(torch.zeros(2, num_tokens, 16), None, grid)
+    found = module(torch.zeros(2, NUM_SPECIAL + math.prod(GRID), 16), None, GRID)
     biases = [found] if sharing == "shared" else found
-
-    assert (
-        len(module.tables)
-        == len(biases)
-        == (1 if sharing == "shared" else config.num_hidden_layers)
-    )
-
-    for bias, table in zip(biases, module.tables, strict=True):
-        # [heads, N, N]
-        expected = torch.from_numpy(compute_bias(table.double().numpy(), grid)).permute(2, 0, 1)
-        assert bias.shape == (1, *expected.shape)
+    num_tables = 1 if sharing == "shared" else config.num_hidden_layers
+    assert len(module.tables) == len(biases) == num_tables
+    for bias in biases:
         assert bias.dtype == torch.float32
-        assert (bias[0] - expected).abs().max() <= 1e-5
+        of_special, to_special = bias[0, :, :NUM_SPECIAL], bias[0, :, NUM_SPECIAL:, :NUM_SPECIAL]
+        assert torch.equal(of_special, of_special[:, :1].expand_as(of_special))
+        assert torch.equal(to_special, to_special[:, :1, :1].expand_as(to_special))
+        pairs = bias[0, :, NUM_SPECIAL:, NUM_SPECIAL:].unflatten(2, GRID).unflatten(1, GRID)
+        assert torch.equal(pairs[:, 1:, :, 1:], pairs[:, :-1, :, :-1])
+        assert torch.equal(pairs[:, :, 1:, :, 1:], pairs[:, :, :-1, :, :-1])
+        assert len(pairs[0].unique()) == 5 * 9  # distances
+
+
+@torch.no_grad()
+def test_tables_are_resampled_along_their_own_axes() -> None:
+    """A bias that depends on the rows only does so for another grid."""
+    sizes = {"image_size": [8 * size for size in GRID], "relative_position_bias": "shared"}
+    module = RelativePositionBias(build_tiny_config(**FIELDS, **sizes))
+    module.tables[:, :-3] = torch.arange(5.0).repeat_interleave(9)[:, None]
+    bias = module(torch.zeros(1, NUM_SPECIAL + 12, 16), None, (4, 3))
+    pairs = bias[0, :, NUM_SPECIAL:, NUM_SPECIAL:].unflatten(2, (4, 3)).unflatten(1, (4, 3))
+    torch.testing.assert_close(pairs, pairs[:, :, :1, :, :1].expand_as(pairs))
+    assert pairs.std() > 0.1
 
 
 @torch.no_grad()
