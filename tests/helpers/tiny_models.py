@@ -56,6 +56,10 @@ TOKENS: dict[str, Any] = {
     "num_register_tokens": 3,
 }
 
+# A mask of these tokens and 16 patches, which hides four patches of the second image.
+MASK = torch.ones(2, 6 + 16, dtype=torch.long)
+MASK[1, 10:14] = 0
+
 TASKS = {"species": 4, "age": 2}
 
 

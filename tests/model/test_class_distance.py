@@ -151,13 +151,16 @@ PARTS = ("embeddings.patch_embeddings", "embeddings.cls_token", "layers.1.mlp.fc
         *(partial(train_steps, part=f"vitcls.{part}") for part in PARTS),
     ],
 )
-def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(change: Any) -> None:
+def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(
+    change: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     model, images, _ = build_model()
     expected = model(images).distance
     state = copy.deepcopy(model.state_dict())
     change(model)
     # the model stays in evaluation mode: some loops train there
     assert model(images).distance is None
+    assert any("vitcls finetune --model" in line for line in caplog.messages)
     model.load_state_dict(state)
     assert torch.equal(model(images).distance, expected)
 
@@ -208,14 +211,8 @@ def test_a_trained_adapter_that_is_loaded_ends_the_distance(tmp_path: Path) -> N
 
 ADAPTERS = {
     "lora": peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2),
-    "loha": peft.LoHaConfig(target_modules=["q_proj", "v_proj"], r=2),
-    "vera": peft.VeraConfig(target_modules=["q_proj", "v_proj"], r=2),
-    "fourier": peft.FourierFTConfig(
-        target_modules=["q_proj", "v_proj"], n_frequency=10, init_weights=True
-    ),
     "ia3": peft.IA3Config(target_modules=["q_proj", "fc2"], feedforward_modules=["fc2"]),
     "layer norms": peft.LNTuningConfig(target_modules=["layernorm_before", "layernorm"]),
-    "hra": peft.HRAConfig(target_modules=["q_proj", "v_proj"], r=2),
     "oft": peft.OFTConfig(target_modules=["q_proj", "v_proj"], oft_block_size=4),
 }
 

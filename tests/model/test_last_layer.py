@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
+    MASK,
     TASKS,
     TOKENS,
     assert_same_outputs,
@@ -45,9 +46,6 @@ NUM_READ: list[tuple[dict[str, Any], int | None]] = [
     (TOKENS | {"pooling": "cls_mean"}, None),
     (TOKENS | {"pooling": "attention"}, None),
 ]
-
-MASK = torch.ones(2, 6 + 16, dtype=torch.long)
-MASK[1, 10:14] = 0
 
 
 def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:

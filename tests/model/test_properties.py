@@ -99,19 +99,14 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
         "layer_scale_init_value": one_of(None, 0, 1e-5, 1),
         "position_embedding_type": positions,
         "position_embedding_tokens": one_of("patches", "cls", "all"),
-        "position_interpolation": one_of("bicubic", "bilinear"),
-        "rope_theta": one_of(1, 100.0, 1e4),
         "pooling": one_of(
             "mean", "max", "attention", *(["cls", "cls_mean"] if counts["num_cls_tokens"] else [])
         ),
         "cls_pooling": one_of("first", "mean", "concat"),
         "head_type": one_of("linear", "mlp"),
-        "head_hidden_size": one_of(None, 1, 5),
         "hidden_dropout_prob": one_of(0, 0.1, 0.9),
         "attention_probs_dropout_prob": one_of(0, 0.1, 0.9),
         "drop_path_rate": one_of(0, 0.1, 0.9),
-        "initializer_range": one_of(0.02, 1),
-        "mim_loss": one_of("l1", "l2"),
         "num_labels": draw(st.integers(0, 3)),
         "out_indices": one_of(None, [0], [num_layers], [0, num_layers]),
     }
@@ -123,8 +118,6 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
         "projection_bias",
         "mlp_bias",
         "patch_bias",
-        "position_antialias",
-        "norm_pixel_target",
         "apply_layernorm",
         "reshape_hidden_states",
     ):

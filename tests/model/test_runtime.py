@@ -9,6 +9,7 @@ import torch
 from helpers.compare import run_step
 from helpers.tiny_models import (
     BLOCKS,
+    MASK,
     POSITIONS,
     Kind,
     assert_same_outputs,
@@ -75,8 +76,7 @@ def test_half_precision_is_close_to_float32_for_float32_images(
     for name, value in output.items():
         if name != "loss" and isinstance(value, torch.Tensor):
             assert value.dtype == dtype, name
-    for got, exact in zip(list_tensors(output), list_tensors(expected), strict=True):
-        assert get_largest_difference(got.float(), exact) < 0.1
+    assert_same_outputs([each.float() for each in list_tensors(output)], expected, 0.1)
     for positions in POSITIONS:
         other = kind.build(position_embedding_type=positions).to(dtype)
         assert all(value.isfinite().all() for value in list_tensors(other(build_images(2, 24, 56))))
@@ -104,11 +104,8 @@ def test_autocast_is_close_to_float32_and_has_finite_gradients(kind: Kind) -> No
 
 # Attention implementations
 
-MASKED = torch.ones(2, 6 + 16, dtype=torch.long)
-MASKED[1, 10:14] = 0
 
-
-@pytest.mark.parametrize("mask", [None, MASKED], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 @pytest.mark.parametrize(
     "fields",
     [{}, {"cls_scopes": ["image", [2, 2, 0, 1]]}, BLOCKS["rope"] | BLOCKS["qk_norm"]],

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
+    MASK,
     TOKENS,
     Kind,
     assert_no_recording,
@@ -42,8 +43,6 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "parallel": {"layer_type": "parallel"},
     "post-norm": {"layer_type": "post", "attention_head_size": 12},
 }
-MASK = torch.ones(2, NUM_SPECIAL + NUM_PATCHES, dtype=torch.long)
-MASK[1, 10:14] = 0
 
 
 def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Tensor:

@@ -78,24 +78,13 @@ def test_random_token_inits_have_their_standard_deviation(token_init: str, std: 
     ],
     ids=str,
 )
-def test_every_special_token_gets_gradient_and_moves(
-    layout: dict[str, Any], token_init: str
-) -> None:
+def test_every_special_token_gets_gradient(layout: dict[str, Any], token_init: str) -> None:
     torch.manual_seed(0)
     model = ViTCLSForImageClassification(build_tiny_config(**layout, token_init=token_init)).train()
-    tokens = {name: getattr(model.vitcls.embeddings, name) for name in PARAMETERS.values()}
-    tokens = {name: token for name, token in tokens.items() if token is not None}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    starts = {name: token.detach().clone() for name, token in tokens.items()}
-
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
-        for name, token in tokens.items():
-            assert (token.grad.norm(dim=-1) > 0).all(), f"no gradient: {name}"
-        optimizer.step()
-    for name, token in tokens.items():
-        assert ((token.detach() - starts[name]).norm(dim=-1) > 1e-4).all(), f"did not move: {name}"
+    model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
+    for name in PARAMETERS.values():
+        token = getattr(model.vitcls.embeddings, name)
+        assert token is None or (token.grad.norm(dim=-1) > 0).all(), name
 
 
 # Pooling: the head reads only the tokens of its pooling

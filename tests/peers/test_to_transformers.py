@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import raises_one_line
+from helpers.tiny_models import SIZES, raises_one_line
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -21,16 +21,7 @@ from peers.transformers_cases import CASES, compute_outputs, compute_source_outp
 from scripts.tools.random_weights import randomize_weights
 
 
-BASE: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-    "num_labels": 3,
-    "layer_norm_eps": 0.01,
-}
+BASE: dict[str, Any] = SIZES | {"intermediate_size": 32, "layer_norm_eps": 0.01}
 LAYER_SCALE = {"layer_scale_init_value": 0.1}
 REGISTERS = {"num_register_tokens": 4, "position_antialias": True}
 DISTILLED = {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}

@@ -10,11 +10,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.tiny_models import build_tiny_config
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
+from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.frozen.linear_probe import ABSENT_CLASS_MARGIN
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.distributed_state import (
@@ -29,20 +30,10 @@ from modeling_vitcls.training.steps_run import exclude_unreadable_classes
 
 pytestmark = pytest.mark.integration
 
-SIZES: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "num_register_tokens": 2,
-}
-
 
 def build(kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model: Any = ViTCLSForImageClassification(ViTCLSConfig(**SIZES, num_labels=3))
+    model: Any = ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2))
     if kind == "head only":
         model.vitcls.requires_grad_(False)
     if kind == "LoRA":
@@ -60,7 +51,7 @@ def build_optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer:
 
 def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
     torch.manual_seed(step)
-    pixels = torch.randn(4, 3, 16, 16)  # [B, C, H, W]
+    pixels = torch.randn(4, 3, 32, 32)  # [B, C, H, W]
     loss = nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.arange(4) % 3)
     loss.backward()
     optimizer.step()
@@ -161,7 +152,7 @@ def test_old_tokens_of_a_sharded_group_that_grew_get_no_gradient(
     mesh: distributed.DeviceMesh,
 ) -> None:
     model, _ = build_sharded(0, mesh)
-    model(pixel_values=torch.randn(2, 3, 16, 16)).logits.square().sum().backward()
+    model(pixel_values=torch.randn(2, 3, 32, 32)).logits.square().sum().backward()
     name = "vitcls.embeddings.register_tokens"
     keep_old_tokens(model, {name: [False, True]})
     gradient: Any = model.get_parameter(name).grad
@@ -184,7 +175,7 @@ def test_a_sharded_model_never_predicts_a_class_without_readable_images(
 @torch.no_grad()
 def test_evaluated_weights_are_sharded_again(mesh: distributed.DeviceMesh) -> None:
     model, *_ = build_sharded(0, mesh)
-    model(pixel_values=torch.zeros(1, 3, 16, 16))
+    model(pixel_values=torch.zeros(1, 3, 32, 32))
     assert not all(isinstance(parameter, DTensor) for parameter in model.parameters())
     reshard(model)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
