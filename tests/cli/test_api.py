@@ -9,6 +9,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import TINY
 from PIL import Image
 
-from modeling_vitcls import evaluate, finetune, inspect_tokens, predict
+from modeling_vitcls import Predictor, evaluate, finetune, inspect_tokens, predict
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.runtime.flags import get_flag_fields
 from modeling_vitcls.training.options import FinetuneOptions
@@ -145,10 +146,18 @@ def test_every_token_has_an_effect_and_a_report_is_written(
     assert (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["learning_rat", "config"])
-def test_an_unknown_argument_is_named(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (partial(finetune, **REQUIRED), "learning_rat"),
+        (partial(finetune, **REQUIRED), "config"),
+        (partial(Predictor, "m"), "top"),
+        (partial(Predictor, "m"), "dataset"),
+    ],
+)
+def test_an_unknown_argument_is_named(function: Any, name: str) -> None:
     with raises_one_line(name, error=TypeError):
-        finetune("vitcls-tiny", "digits", tmp_path, **{name: "digits"})
+        function(**{name: "digits"})
 
 
 @pytest.mark.parametrize(

@@ -198,15 +198,6 @@ def test_settings_that_were_edited_after_training_are_named(
         assert line.startswith("config.json and preprocessor_config.json of ")
 
 
-def test_an_evaluation_says_that_the_images_of_the_run_are_not_listed(
-    trained: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (trained / "splits.parquet").unlink()
-    assert run_here(*"evaluate --model trained --dataset photos --num-workers 0".split()) == 0
-    (line,) = [line for line in caplog.messages if "is missing" in line]
-    assert line.startswith("splits.parquet of ")
-
-
 @pytest.mark.parametrize("name", ["base", "vitcls-tiny", "timm:mine", "transformers:mine"])
 def test_a_folder_wins_over_a_preset_a_built_in_dataset_and_another_project(name: str) -> None:
     """Also if the working folder has one with the name of the split."""

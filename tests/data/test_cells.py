@@ -184,8 +184,10 @@ def test_texts_whose_parts_are_not_repeated_are_classes(caplog: pytest.LogCaptur
 @pytest.mark.parametrize("values", [[0.5, 1000], ["0,5", "1,5", "2,5", "1,2"]])
 def test_a_decimal_number_looks_like_a_measurement(values: list[Any]) -> None:
     words = f"decimal numbers such as {values[0]}: this looks like a measurement"
-    with raises_one_line(words, "`label_column`"):
+    with raises_one_line(words, "`label_column`", "`label_names`"):
         read(values)
+    names = tuple(map(str, values))
+    assert read(values, names=names)[1] == list(range(len(values)))
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,13 @@ def test_the_test_split_is_evaluated_or_else_the_validation_split(
         assert found["num_images"] == 2 * len(numbers)
 
 
-def test_a_model_without_splits_is_evaluated_on_all_images(photos: Path, tmp_path: Path) -> None:
+def test_a_model_without_splits_is_evaluated_on_all_images_and_a_line_says_so(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(photos / "run", tmp_path / "run")
     (tmp_path / "run" / "splits.parquet").unlink()
     assert run_evaluate(tmp_path, tmp_path / "run", photos / "train")["num_images"] == 60
+    assert sum("splits.parquet" in line for line in caplog.messages) == 1
 
 
 def test_splits_without_an_evaluation_split_are_an_error(photos: Path) -> None:

@@ -1,6 +1,7 @@
 """Labels of a dataset are matched with those of a model by their names."""
 
 import pytest
+from helpers.photo_folders import get_unicode_forms
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data.images import LabeledImages
@@ -15,10 +16,11 @@ def build_single_label_space(*names: str) -> LabelSpace:
 def test_labels_are_matched_to_the_model_by_name() -> None:
     """A table of `predict` has a line break in a name as an escape sequence."""
     pictures = LabeledImages([], [0, 1, 0])
+    composed, decomposed = get_unicode_forms("thé")
     assert translate_labels(
         pictures,
-        build_single_label_space("noon", "du\\nsk"),
-        build_single_label_space("dawn", "du\nsk", "noon"),
+        build_single_label_space(composed, "du\\nsk"),
+        build_single_label_space("dawn", "du\nsk", decomposed),
     ).labels == [2, 1, 2]
 
     with raises_one_line("'noon'", "only the labels label 0. Remove"):

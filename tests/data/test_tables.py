@@ -155,13 +155,6 @@ def test_a_label_name_that_is_given_twice_is_refused(photos: Path) -> None:
         read_labels(table, label_names=("cat", "cat", "dog"))
 
 
-def test_decimal_numbers_are_no_labels_unless_they_are_named(photos: Path) -> None:
-    table = write_csv(photos, ["0.5", "1.25", "1"], "decimal.csv")
-    with raises_one_line("'label' has decimal numbers", "`label_names`"):
-        read_labels(table)
-    assert read_labels(table, label_names=("0.5", "1", "1.25")) == ["0.5", "1.25", "1"]
-
-
 def test_the_unicode_forms_of_a_name_are_one_class(photos: Path) -> None:
     forms = get_unicode_forms("café")
     assert read_labels(write_csv(photos, [*forms, "tea"], "unicode.csv")) == ["café", "café", "tea"]

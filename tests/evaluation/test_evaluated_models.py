@@ -1,8 +1,7 @@
 """Evaluation and prediction refuse ambiguous labels and damaged configurations."""
 
 from pathlib import Path
-from typing import Any, Literal
-from unicodedata import normalize
+from typing import Any
 
 import pytest
 from helpers.accelerate_state import reset_accelerate
@@ -57,22 +56,6 @@ def test_labels_with_the_same_name_are_not_evaluated(
     model = save_classifier(tmp_path / "model", "cat", "dog", "fox", "cat", label2id=label2id)
     assert run_evaluation(model, photos) == 1
     check_error(capsys, "'cat'")
-
-
-@pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_labels_of_the_data_are_those_of_the_model_in_either_unicode_form(
-    form: Literal["NFC", "NFD"], tmp_path: Path
-) -> None:
-    """File names of macOS are in NFD, and typed labels are in NFC."""
-    names = [normalize(form, name) for name in ("café", "thé")]
-    model = save_classifier(tmp_path / "model", *names)
-    other_form: Literal["NFC", "NFD"] = "NFD" if form == "NFC" else "NFC"
-    photos = write_photos(
-        tmp_path / "photos", range(6), *(normalize(other_form, name) for name in names)
-    )
-    assert run_evaluation(model, photos, "--output", tmp_path / "results.json") == 0
-    per_class = read_json(tmp_path / "results.json")["per_class"]
-    assert [row["images"] for row in per_class] == [6, 6]
 
 
 def test_a_distance_threshold_that_is_not_finite_is_an_error(

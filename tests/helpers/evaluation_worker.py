@@ -2,8 +2,7 @@
 
     accelerate launch --multi_gpu --num_processes 2 evaluation_worker.py FOLDER
 
-FOLDER contains a saved digits model. The worker writes `scenarios.json`, and `new/digits.json` with
-the results of `vitcls evaluate`.
+The worker writes FOLDER/scenarios.json.
 """
 
 import io
@@ -29,10 +28,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
-from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
 from modeling_vitcls.evaluation.evaluator import Evaluator
-from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 
@@ -145,14 +141,6 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
     return fully_shard(model)
 
 
-def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
-    """Evaluate as `vitcls evaluate` does. 359 digits are not a multiple of 2 x 7."""
-    data = DataOptions(dataset="digits", num_workers=0)
-    return evaluate_checkpoint(
-        EvaluateOptions(model=str(model), **vars(data), batch_size=7, output=output)
-    )
-
-
 def main() -> None:
     """Evaluate. The main process writes the results."""
     folder = Path(sys.argv[1])
@@ -160,7 +148,6 @@ def main() -> None:
     results = evaluate_all(accelerator)
     if accelerator.is_main_process:
         (folder / "scenarios.json").write_text(json.dumps(results))
-    evaluate_digits(folder, folder / "new" / "digits.json")
 
 
 if __name__ == "__main__":

@@ -34,28 +34,24 @@ def function(monkeypatch: pytest.MonkeyPatch) -> Function:
     return function
 
 
-def compute_sums(function: Any, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Compute all batches, and read the outputs only afterwards."""
+def compute_sums(function: Any, *sizes: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Compute batches of these sizes, and return the outputs, read afterwards, and the right ones."""
     graphed = GraphedFunction(function, torch.device("cuda"))
-    return [output["sums"] for output in [graphed(images) for images in batches]]
-
-
-def build_batches(*sizes: int) -> list[torch.Tensor]:
-    return [torch.rand(size, 3, 4, 4) for size in sizes]
+    batches = [torch.rand(size, 3, 4, 4) for size in sizes]
+    outputs = [graphed(images)["sums"] for images in batches]
+    return outputs, [images.flatten(1).sum(dim=1) for images in batches]
 
 
 def test_the_second_batch_of_a_shape_is_recorded_and_a_smaller_last_one_is_computed(
     function: Function,
 ) -> None:
-    batches = build_batches(4, 4, 4, 4, 3)
-    sums = compute_sums(function, batches)
-    torch.testing.assert_close(sums, [images.flatten(1).sum(dim=1) for images in batches])
+    torch.testing.assert_close(*compute_sums(function, 4, 4, 4, 4, 3))
     assert [len(images) for images in function.calls] == [4, 4, 3]
 
 
 def test_images_of_many_shapes_do_not_fill_the_memory(function: Function) -> None:
     sizes = range(1, MAX_GRAPHS + 3)
-    compute_sums(function, build_batches(*sizes, *sizes, *sizes))
+    compute_sums(function, *sizes, *sizes, *sizes)
     assert len(function.calls) == 2 * len(sizes) + 2  # the last two shapes are never recorded
 
 
@@ -66,9 +62,7 @@ def test_a_function_that_cannot_be_recorded_is_called_and_one_line_says_so(
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(cuda_graphs, "record_graph", fail)
-    batches = build_batches(4, 4, 4)
-    sums = compute_sums(function, batches)
-    torch.testing.assert_close(sums, [images.flatten(1).sum(dim=1) for images in batches])
+    torch.testing.assert_close(*compute_sums(function, 4, 4, 4))
     assert [record.getMessage() for record in caplog.records] == [
         "without CUDA graphs, because this model cannot be recorded: operation not permitted"
     ]
@@ -78,5 +72,5 @@ def test_nothing_is_recorded_if_the_environment_says_so(
     function: Function, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VITCLS_CUDA_GRAPHS", "0")
-    compute_sums(function, build_batches(4, 4, 4))
+    compute_sums(function, 4, 4, 4)
     assert len(function.calls) == 3

@@ -29,7 +29,6 @@ from helpers.tiny_models import (
 )
 from helpers.warm_processes import run_together
 from PIL import Image
-from transformers import pipeline
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -91,16 +90,30 @@ def pixel_values(photos: Path) -> torch.Tensor:
 # Labels -------------------------------------------------------------------------------------------
 
 
-def test_what_trains_can_be_predicted(classifier: Path, photos: Path) -> None:
-    """A dataset, its rows, a DataFrame and the files have the same labels."""
+def test_datasets_and_tables_are_read_like_files(
+    classifier: Path, photos: Path, tmp_path: Path
+) -> None:
+    """In memory, as a CSV file of relative paths, and as Parquet with embedded images."""
     files = sorted_photos(photos)
-    expected = [row["probability"] for row in api.predict(classifier, files)]
+    expected = [(row["label"], row["probability"]) for row in api.predict(classifier, files)]
     dataset = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
-    encoded = dataset.cast_column("image", datasets.Image(decode=False))
-    frame = pandas.DataFrame({"image": files, "label": 0})
-    for images in (dataset, encoded["image"][:], frame):
-        rows = api.predict(classifier, images)
-        assert [row["probability"] for row in rows] == expected
+    encoded = dataset.cast_column("image", datasets.Image(decode=False))["image"][:]
+    lines = [str(Path(file).relative_to(photos)) for file in files]
+    (photos / "list.csv").write_text("\n".join(["file_name", *lines]), encoding="utf-8")
+    contents = [{"bytes": Path(file).read_bytes(), "path": None} for file in files]
+    table = datasets.Dataset.from_dict({"other": [b"x"] * 9, "photo": contents})
+    table.cast_column("photo", datasets.Image()).to_parquet(tmp_path / "images.parquet")
+    sources: list[dict[str, Any]] = [
+        {"images": photos},
+        {"images": dataset},
+        {"images": encoded},
+        {"images": pandas.DataFrame({"image": files, "label": 0})},
+        {"dataset": str(photos / "list.csv")},
+        {"dataset": tmp_path / "images.parquet", "image_column": "photo"},
+    ]
+    for source in sources:
+        rows = api.predict(classifier, **source)
+        assert [(row["label"], row["probability"]) for row in rows] == expected
 
 
 def test_a_model_without_an_image_processor_has_the_default(
@@ -175,25 +188,6 @@ def test_the_limit_of_megapixels_is_a_flag(
     flags = ["--model", classifier, photos / "c.png", "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
     assert run_in_process("predict.py", *flags, "--max-megapixels", "1") == 0
-
-
-def test_labels_equal_those_of_the_model_and_the_pipeline(
-    classifier: Path, photos: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "new" / "folder" / "out.JSON"
-    write_predictions(classifier, photos, output, top_k=2)
-    rows = json.loads(output.read_text())
-
-    assert [row["image"] for row in rows] == sorted_photos(photos)
-    assert [row["index"] for row in rows] == list(range(9))
-
-    expected = pipeline("image-classification", classifier, top_k=2)(sorted_photos(photos))
-    for row, answer in zip(rows, expected, strict=True):
-        assert [row["label"], row["label_2"]] == [one["label"] for one in answer]
-        assert [row["probability"], row["probability_2"]] == pytest.approx(
-            [one["score"] for one in answer], abs=1e-5
-        )
-        assert row["error"] is None
 
 
 @torch.no_grad()
@@ -294,27 +288,6 @@ def test_features_that_the_model_lacks_are_an_error(wrong: str, remedy: str, pho
 # Inputs -------------------------------------------------------------------------------------------
 
 
-def test_datasets_are_read_like_files(classifier: Path, photos: Path, tmp_path: Path) -> None:
-    """Check a CSV file of relative paths, and Parquet with embedded images."""
-    paths = sorted_photos(photos)
-    lines = [str(Path(path).relative_to(photos)) for path in paths]
-    (photos / "list.csv").write_text("\n".join(["file_name", *lines]), encoding="utf-8")
-    encoded = [{"bytes": Path(path).read_bytes(), "path": None} for path in paths]
-    table = datasets.Dataset.from_dict({"other": [b"x"] * 9, "photo": encoded})
-    table.cast_column("photo", datasets.Image()).to_parquet(tmp_path / "images.parquet")
-
-    files, rows, embedded = (
-        [(row["index"], row["label"], row["probability"]) for row in found]
-        for found in (
-            api.predict(classifier, photos),
-            api.predict(classifier, dataset=str(photos / "list.csv")),
-            api.predict(classifier, dataset=tmp_path / "images.parquet", image_column="photo"),
-        )
-    )
-    assert files == rows == embedded
-    assert len(files) == 9
-
-
 # Processes -------------------------------------------------------------------------------------
 
 
@@ -339,22 +312,18 @@ def test_two_processes_write_the_same_file_as_one(
         ("encoder", "ViTCLSModel"),
         ("masked", "ViTCLSForMaskedImageModeling"),
         ("lost", "classifier.bias"),
-        ("absent", "is not a folder"),
+        ("vitcls-tiny", "preset"),
     ],
 )
 def test_models_without_labels_are_a_one_line_error(
-    source: str, words: str, models: Path, photos: Path
+    source: str, words: str, models: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model "lost" is a classifier without the weights of its head."""
-    shutil.copytree(models / "encoder", models / "lost", dirs_exist_ok=True)
-    edit_config(models / "lost", architectures=None)
-    with raises_one_line(words, error=(ValueError, OSError)):
-        api.predict(models / source, photos)
-
-
-def test_a_preset_predicts_no_labels(photos: Path) -> None:
-    with raises_one_line("preset"):
-        api.predict("vitcls-tiny", photos)
+    monkeypatch.chdir(models)
+    shutil.copytree("encoder", "lost", dirs_exist_ok=True)
+    edit_config(Path("lost"), architectures=None)
+    with raises_one_line(words):
+        api.predict(source, photos)
 
 
 @pytest.mark.parametrize(

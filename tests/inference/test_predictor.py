@@ -50,12 +50,6 @@ def predictor(module_path: Path) -> Predictor:
     return Predictor(save_classifier(module_path / "classifier"))
 
 
-@pytest.mark.parametrize("name", ["top", "dataset", "config"])
-def test_an_unknown_argument_is_named(name: str, encoder: Path) -> None:
-    with raises_one_line(f"`{name}`", error=TypeError):
-        Predictor(encoder, **{name: "photos"})
-
-
 def test_half_precision_is_read_as_float32_on_a_cpu_that_emulates_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
