@@ -1,12 +1,13 @@
 """Photos as cameras, scanners, microscopes and phones write them, and files that are refused."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn.datasets
 from PIL import Image
+
+from helpers.photo_folders import encode_image
+from helpers.sample_photographs import photograph
 
 
 ORIENTATION = 0x0112
@@ -19,9 +20,7 @@ REFUSED = (
 def write_odd_photos(folder: Path) -> dict[str, Path]:
     """Write the files, and return their paths by name. Those in `REFUSED` are no answerable photo."""
     folder.mkdir(parents=True, exist_ok=True)
-    photo = Image.fromarray(sklearn.datasets.load_sample_image("flower.jpg")).crop(
-        (200, 90, 341, 191)
-    )
+    photo = photograph("flower.jpg").crop((200, 90, 341, 191))
     for name, (image, settings) in build_photos(photo).items():
         image.save(folder / name, **settings)
 
@@ -29,7 +28,7 @@ def write_odd_photos(folder: Path) -> dict[str, Path]:
     Image.fromarray(gray).save(folder / "float.tif")
     Image.fromarray(np.where(gray > 0.9, np.nan, gray)).save(folder / "nan.tif")
     for kind in ("jpg", "png"):
-        encoded = encode(photo, "JPEG" if kind == "jpg" else "PNG")
+        encoded = encode_image(photo, "JPEG" if kind == "jpg" else "PNG")
         (folder / f"truncated.{kind}").write_bytes(encoded[: len(encoded) // 2])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("not a photo")
@@ -69,10 +68,3 @@ def build_photos(photo: Image.Image) -> dict[str, tuple[Image.Image, dict[str, A
         exif[ORIENTATION] = orientation
         photos[f"exif{orientation}.jpg"] = (photo, {"exif": exif, "quality": 95})
     return photos
-
-
-def encode(image: Image.Image, kind: str) -> bytes:
-    """Encode an image in memory."""
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()

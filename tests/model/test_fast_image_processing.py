@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 import torch
 from helpers.photo_folders import encode_image
+from helpers.sample_photographs import photograph
 from helpers.tiny_models import raises_one_line
-from sklearn.datasets import load_sample_images
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSImageProcessor
@@ -41,13 +41,12 @@ def make_exif(orientation: int) -> PIL.Image.Exif:
     return exif
 
 
-def build_photograph(height: int = 77, width: int = 101) -> PIL.Image.Image:
-    return PIL.Image.fromarray(load_sample_images().images[0][100 : 100 + height, 40 : 40 + width])
+PHOTO = photograph("china.jpg").crop((40, 100, 141, 177))
 
 
 def build_example_images() -> dict[str, Any]:
     """Return one image in every form that the image processor accepts."""
-    image = build_photograph()
+    image = PHOTO
     values = np.array(image)
     return {
         "jpeg": encode_image(image, "JPEG", quality=60),
@@ -123,7 +122,7 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
         "x" * 5000,  # too long for a name
         None,
         [],
-        [whole, build_photograph(20, 20)],  # images of two shapes
+        [whole, PHOTO.resize((20, 20))],  # images of two shapes
         np.full((8, 8, 3), 300.0),
         PIL.Image.new("F", (5, 5)),
     ]
