@@ -84,7 +84,7 @@ def test_an_interrupted_run_ends_at_the_same_mean_to_the_bit(
 
 
 def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_averaged(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoder: Path, tmp_path: Path
 ) -> None:
     """Half of a closed gate is lost in a mean, and the rate of the weights would not open it."""
     flags = {"num_cls_tokens": 2, "num_register_tokens": 3, "learning_rate": (1e-5, 1e-3)}
@@ -100,11 +100,10 @@ def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_average
     assert torch.equal(mean["embeddings.cls_token"][:, :1], start["embeddings.cls_token"])
     weight = "layers.0.mlp.fc1.weight"
     torch.testing.assert_close(mean[weight], (start[weight] + last[weight]) / 2)
-    assert "of the 2 CLS tokens, and the others act as registers" in capsys.readouterr().out
 
 
 def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_are_worth(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoder: Path, tmp_path: Path
 ) -> None:
     flags = {"num_register_tokens": 8, "trainable": "tokens", "learning_rate": None}
     folder = run_to_folder(build_options(tmp_path / "run", encoder, **flags, max_steps=8))
@@ -114,11 +113,9 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
     assert list(found) == [f"register {number}" for number in range(1, 9)]
     torch.testing.assert_close(torch.tensor([*found.values()]), gates, atol=1e-4, rtol=0)
 
-    printed = capsys.readouterr().out
     results = read_json(folder / "results.json")
     found = results["tokens"]["registers"]
     assert found["loss"] == results["loss"]
-    assert f"with them {results['num_right']} (" in printed
     # The same images, with the same model without these tokens
     without = shutil.copytree(folder, tmp_path / "without")
     model = ViTCLSForImageClassification.from_pretrained(folder)
@@ -129,9 +126,6 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
     assert found["accuracy_without"] == pytest.approx(measured["accuracy"], abs=1e-6)
     assert found["loss_without"] == pytest.approx(measured["loss"], abs=1e-5)
     assert found["loss_without"] != pytest.approx(found["loss"], abs=1e-4)
-    assert "new tokens and gates: 0.01" in printed
-    assert f"gates     {gates.min():.2f} to {gates.max():.2f}" in printed
-    assert "gate_new_tokens" not in printed
 
 
 def test_gates_that_stayed_closed_are_named_with_what_opens_them() -> None:

@@ -98,12 +98,8 @@ def test_the_run_measures_the_teacher_before_the_steps(
         answers = model(pixel_values).logits.argmax(dim=1)
     num_right = int((answers == torch.tensor(held_out.labels)).sum())
     num_frozen = round(results["before_steps"]["accuracy"] * len(held_out))
-    line = (
-        f"teacher   right on {num_right} of {len(held_out)} held-out images, the frozen model on "
-    )
-    printed = capsys.readouterr().out
-    assert f"{line}{num_frozen}" in printed
-    assert ("it has little to teach" in printed) == (num_right <= num_frozen)
+    has_little_to_teach = "it has little to teach" in capsys.readouterr().out
+    assert has_little_to_teach == (num_right <= num_frozen)
     assert (num_right > 0.9 * len(held_out)) == is_trained
     assert results["teacher_accuracy"] == pytest.approx(num_right / len(held_out), abs=1e-6)
     assert "distillation_accuracy" not in results

@@ -191,10 +191,7 @@ def test_several_labels_per_image_are_learned(tasks: Path, tmp_path: Path) -> No
 
 
 def test_unreadable_images_are_named_and_skipped(
-    color_images: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = shutil.copytree(color_images, tmp_path / "pictures")
     (folder / "noon" / "3.png").write_bytes(b"no photo")
@@ -215,9 +212,6 @@ def test_unreadable_images_are_named_and_skipped(
     assert "noon/3.png" in output
     assert "dusk/2.png" in output
     assert f"{results['num_unreadable_training_images']} of 36 training images could not" in output
-    monkeypatch.setattr("modeling_vitcls.data.images.MAX_UNREADABLE_IMAGES", 1)
-    with pytest.raises(ValueError, match=r"more than 1 images cannot be read"):
-        train(tmp_path / "strict", folder, epochs=2, max_steps=None, held_out_fraction=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -231,22 +225,6 @@ def list_changed_weights(before: Path, after: Path) -> set[str]:
     """Return the names of the weights that differ."""
     old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
     return {name for name in new if name not in old or not torch.equal(old[name], new[name])}
-
-
-def test_linear_probing_trains_only_the_head(
-    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    start = {"model": pretrained, "trainable": "head", "label_smoothing": 0.0}
-    results = train(tmp_path, "digits", max_steps=20, **start)
-    assert list_changed_weights(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
-    model = ViTCLSForImageClassification.from_pretrained(tmp_path)
-    assert results["num_parameters"] == model.num_parameters()
-
-    printed = capsys.readouterr().out
-    assert "WARNING" not in printed
-    assert f"{results['num_right']} of {results['num_images']} right; about " in printed
-    assert results["calibration"] is None
-    assert results["selection_metric"] == "accuracy"  # 30 images are too few
 
 
 def test_only_new_tokens_and_the_heads_are_trained_on_request(
@@ -289,6 +267,7 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     results = train(tmp_path, "digits", trainable="lora", model=pretrained)
     assert (tmp_path / "LICENSE").is_file()
     assert results["provenance"]["license"] == "mit"
+    assert results["calibration"] is None  # 30 images are too few
     names = {
         name for name in list_changed_weights(pretrained, tmp_path) if name.endswith("proj.weight")
     }
@@ -431,13 +410,7 @@ def test_a_model_that_cannot_be_written_is_a_one_line_error(
 def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
     """With few epochs."""
     command = [SCRIPTS / "demo.py", "--output-dir", tmp_path, "--epochs", 8]
-    ran = run_python(*command, environment=os.environ | SCRIPT_ENVIRONMENT)
+    run_python(*command, environment=os.environ | SCRIPT_ENVIRONMENT)
     results = read_json(tmp_path / "results.json")
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert results["accuracy"] >= 0.5
-    assert f"{results['num_right']} of {results['num_images']} right; about " in ran.stdout
-    assert (
-        ran.stdout.index("1. Fine-tune")
-        < ran.stdout.index("2. Load the model")
-        < ran.stdout.index("Done in")
-    )

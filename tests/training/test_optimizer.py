@@ -3,8 +3,9 @@
 import math
 
 import pytest
-from helpers.random_classifiers import build_random_model
+from helpers.tiny_models import build_random
 
+from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.training.optimizer import build_parameter_groups, get_learning_rate
 
 
@@ -19,9 +20,8 @@ def test_learning_rate_rises_then_falls() -> None:
 
 
 def test_only_weights_of_linear_layers_and_patches_decay() -> None:
-    model = build_random_model(
-        num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1
-    )
+    fields = {"num_distillation_tokens": 1, "num_register_tokens": 1, "pooling": "attention"}
+    model = build_random(ViTCLSForImageClassification, **fields, layer_scale_init_value=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = build_parameter_groups(model, weight_decay=0.05)
 
@@ -48,7 +48,8 @@ def test_only_weights_of_linear_layers_and_patches_decay() -> None:
 
 
 def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
-    model = build_random_model(num_hidden_layers=3, num_distillation_tokens=1)
+    fields = {"num_hidden_layers": 3, "num_distillation_tokens": 1}
+    model = build_random(ViTCLSForImageClassification, **fields)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scale_of = {
         names[id(parameter)]: group["lr_scale"]

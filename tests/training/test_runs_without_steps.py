@@ -217,14 +217,6 @@ def test_a_second_photo_makes_no_class_harder_to_find_and_only_pairs_are_measure
     assert with_one > 0.7
 
 
-@pytest.mark.filterwarnings("error:Polyfit")
-def test_a_run_on_pairs_of_photos_says_why_none_will_be_unknown() -> None:
-    write_photos(Path("pairs"), range(2), *(f"kind {number}" for number in range(52)))
-    results = finetune("vit", "pairs", "frozen", "--trainable", "head")
-    assert "will not be marked: this requires a class of three photos" in results["printed"]
-    assert read_json(Path("frozen/config.json")).get("distance_threshold") is None
-
-
 def test_a_run_with_steps_says_why_none_will_be_unknown(tuned: Any) -> None:
     assert tuned["num_images"] < 100
     assert "not be marked: this requires 100 held-out images" in tuned["printed"]
@@ -251,18 +243,6 @@ def test_images_that_trained_the_encoder_measure_nothing(frozen: Any, tuned: Any
     flags = ("--held-out-fraction", "0.4")
     assert not has_interval(finetune(steps, "my photos", "held-out", *flags))
     assert not has_interval(finetune("second", "my photos", "third"))
-
-
-def test_a_second_run_with_several_labels_has_a_result_without_interval() -> None:
-    rows = [
-        f"{photo},{('small', 'small|dark')[index % 2]}" for index, photo in enumerate(list_photos())
-    ]
-    write_rows("tags.csv", "image,label", rows)
-    flags = ["--label-separator", "|", "--epochs", "1", "--held-out-fraction"]
-    finetune("vit", "tags.csv", "first", *flags, "0.2")
-    results = finetune("first", "tags.csv", "second", *flags, "0.6")
-    assert results["num_images_of_encoder"] > 0
-    assert "without an interval" in results["printed"]
 
 
 def test_shots_of_one_object_do_not_measure_each_other(of_bursts: Any) -> None:
