@@ -53,9 +53,10 @@ def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_sheet() -> Iterator[None]:
-    """Draw one sheet for each report, instead of six."""
+    """Draw one sheet for each report, instead of six, and certify one image (test_additions.py)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modeling_vitcls.publishing.report.NUM_SHOWN_IMAGES", 1)
+        patch.setattr("modeling_vitcls.additions.certificate.MAX_IMAGES", {1: 1})
         yield
 
 

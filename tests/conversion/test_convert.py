@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import transformers
 from helpers.command_in_process import check_error
@@ -28,7 +27,6 @@ from helpers.source_checkpoints import (
     save_timm_model,
 )
 from helpers.tiny_models import (
-    build_images,
     build_tiny_config,
     edit_weights,
     raises_one_line,
@@ -87,15 +85,7 @@ def from_transformers(module_path: Path) -> tuple[Path, Path]:
     return module_path / "converted", module_path / "source"
 
 
-@torch.no_grad()
-def test_a_converted_timm_model_has_the_same_logits_and_all_files(from_timm: Path) -> None:
-    source = randomize_weights(timm.create_model("test_vit"))
-    model = ViTCLSForImageClassification.from_pretrained(from_timm)
-    pixel_values = build_images(2, 160, 160)
-
-    assert (model(pixel_values).logits - source(pixel_values)).abs().max() <= LIMIT
-    assert source(pixel_values).abs().max() > 0.1
-
+def test_a_converted_timm_model_has_all_files(from_timm: Path) -> None:
     assert {file.name for file in from_timm.iterdir()} >= {
         "config.json",
         "model.safetensors",
@@ -366,8 +356,6 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "LlavaForConditionalGeneration cannot be converted": lambda folder: save_config(
         transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]), folder
     ),
-    "timm:vit_huuge is not a plain ViT of timm": lambda folder: "timm:vit_huuge",
-    "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     # without config.json
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",

@@ -171,17 +171,6 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
     check_sizes(tmp_path / "model.onnx", model)
 
 
-@pytest.mark.slow
-def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> None:
-    model = checkpoint(tmp_path / "model", num_hidden_layers=1)
-    file = tmp_path / "model.onnx"
-    report = export(tmp_path / "model", file, image_size=(24, 56), dynamic=False)
-    assert report["input"]["shape"] == ["batch", 3, 24, 56]
-    assert report["preprocessing"]["size"] == {"height": 24, "width": 56}
-    check_outputs(file, model, build_images(4, 24, 56, seed=7))
-    assert b"Resize" not in file.read_bytes()
-
-
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
 def test_the_preprocessing_of_a_graph_of_one_size_makes_this_size(resize: str) -> None:
     processor = ViTCLSImageProcessor()
@@ -324,9 +313,13 @@ def test_a_preset_is_exported_to_a_folder(tmp_path: Path) -> None:
     assert files == {"config.json", "model.onnx", "model.onnx.json"}
 
 
-def test_a_new_folder_has_the_processor_of_a_graph_of_one_size(tmp_path: Path) -> None:
+def test_a_new_folder_has_the_processor_of_a_graph_of_one_size_with_resampled_positions(
+    tmp_path: Path,
+) -> None:
     model = checkpoint(tmp_path / "model", ViTCLSModel, num_hidden_layers=1)
-    export(tmp_path / "model", tmp_path / "served", image_size=(24, 56), dynamic=False)
+    report = export(tmp_path / "model", tmp_path / "served", image_size=(24, 56), dynamic=False)
+    assert report["input"]["shape"] == ["batch", 3, 24, 56]
+    assert report["preprocessing"]["size"] == {"height": 24, "width": 56}
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "served")
     images = processor(Image.new("RGB", (40, 30)), return_tensors="pt")["pixel_values"]
     assert images.shape == (1, 3, 24, 56)

@@ -115,26 +115,29 @@ def fsdp_by_block(layout: str, folder: Path) -> None:
     outermost module, FSDP2 renames its class. transformers, which finds the class by name, then
     records no hidden states. Its own ViT has the same problem.
     """
+    model, sharded = shard_blocks(layout, folder)
+    outer_module = torch.nn.Sequential(sharded) if layout == "backbone" else sharded
+    fully_shard(outer_module)
+    compare_a_step(layout, model, outer_module)
+
+
+def shard_blocks(layout: str, folder: Path) -> tuple[Any, Any]:
+    """Return a model, and a copy whose blocks are sharded."""
     model, path = save_model(layout, folder)
     sharded = type(model).from_pretrained(path)
     blocks = [
         module for module in sharded.modules() if type(module).__name__ in sharded._no_split_modules
     ]
     assert len(blocks) == 1 + model.config.num_hidden_layers
-    outer_module = torch.nn.Sequential(sharded) if layout == "backbone" else sharded
-    for block in [*blocks, outer_module]:
+    for block in blocks:
         fully_shard(block)
-    compare_a_step(layout, model, outer_module)
+    return model, sharded
 
 
 @check
 def token_attention_with_fsdp(layout: str, folder: Path) -> None:
     """Check that `token_attention` gathers weights, also for tokens that heads ignore."""
-    model, path = save_model(layout, folder)
-    sharded = type(model).from_pretrained(path)
-    for module in list(sharded.modules()):
-        if type(module).__name__ in sharded._no_split_modules:
-            fully_shard(module)
+    model, sharded = shard_blocks(layout, folder)
     if layout != "backbone":  # see `fsdp_by_block`
         fully_shard(sharded)
     with torch.no_grad():

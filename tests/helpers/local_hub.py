@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 
 from helpers import local_hub_server as server
 
@@ -41,6 +42,11 @@ class Token:
         """Return whether the token can commit to a repository of this name."""
         writable = (self.user,) if self.writable is None else self.writable
         return get_namespace(repo_id) in writable or repo_id.removeprefix("spaces/") in writable
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder, for `LocalHub.create`."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def get_namespace(repo_id: str) -> str:
@@ -94,8 +100,8 @@ class Repository:
 class Fault:
     """A fault of the next `times` requests with this method and a matching path.
 
-    Kinds: "drop" closes the connection before the request is handled. "cut" sends half of the
-    response. "corrupt" changes the last byte of the request. "hang" sends no response. A number is
+    Kinds: "drop" closes the connection before the request is handled.
+    "corrupt" changes the last byte of the request. "hang" sends no response. A number is
     the status of the response.
     """
 

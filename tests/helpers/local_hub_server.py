@@ -200,7 +200,7 @@ def resolve(request: Request) -> Response:
     file = commit.files.get(request.names["file"])
     if file is None:
         raise ErrorResponse(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": name})
-    headers = {"X-Repo-Commit": name, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
+    headers = {"X-Repo-Commit": name, "ETag": f'"{file.oid}"'}
     if file.is_lfs:
         location = f"{request.hub.storage_url}/objects/{file.sha256}"
         linked = {
@@ -209,23 +209,13 @@ def resolve(request: Request) -> Response:
             "Location": location,
         }
         return Response(b"", 302, headers | linked)
-    return get_byte_range(request.hub.contents[file.sha256], request, headers)
+    return Response(request.hub.contents[file.sha256], 200, headers)
 
 
 def stored_object(request: Request) -> Response:
     """Return an LFS file from the storage."""
     sha256 = request.names["sha256"]
-    return get_byte_range(request.hub.contents[sha256], request, {"ETag": f'"{sha256}"'})
-
-
-def get_byte_range(content: bytes, request: Request, headers: dict[str, str]) -> Response:
-    """Return the requested byte range, which resumes an interrupted download."""
-    requested = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
-    if requested is None:
-        return Response(content, 200, headers)
-    start = int(requested[1])
-    where = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-    return Response(content[start:], 206, headers | where)
+    return Response(request.hub.contents[sha256], 200, {"ETag": f'"{sha256}"'})
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -356,7 +346,7 @@ def build_handler(hub: "LocalHub") -> type[BaseHTTPRequestHandler]:
                 page = b"<html><h1>not now</h1></html>"
                 self.send(Response(page, fault, {"Content-Type": "text/html"}))
                 return
-            self.send(self.response(body), is_cut=fault == "cut")
+            self.send(self.response(body))
 
         do_HEAD = do_POST = do_PUT = do_GET
 
@@ -384,7 +374,7 @@ def build_handler(hub: "LocalHub") -> type[BaseHTTPRequestHandler]:
                 raise ErrorResponse(401, "Invalid credentials in Authorization header")
             return hub.tokens.get(sent)
 
-        def send(self, response: Response, is_cut: bool = False) -> None:
+        def send(self, response: Response) -> None:
             content = response.content
             kind = "application/octet-stream"
             if not isinstance(content, bytes):
@@ -396,9 +386,7 @@ def build_handler(hub: "LocalHub") -> type[BaseHTTPRequestHandler]:
                 self.send_header(header, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content[: len(content) // 2] if is_cut else content)
-            if is_cut:
-                self.drop_connection()
+                self.wfile.write(content)
 
         def drop_connection(self) -> None:
             self.close_connection = True

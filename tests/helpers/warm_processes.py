@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils.other import get_free_port
@@ -82,7 +81,14 @@ def run_together(
     """
     errors = log.with_name(f"{log.name}.errors")
     words = list(map(str, flags))
-    started = start_together(script, words, log, errors, environment, processes)
+    port = get_free_port()
+    started = []
+    for rank in range(processes):
+        ranks = get_rank_variables(rank, processes, port)
+        variables = SCRIPT_ENVIRONMENT | (environment or {}) | ranks
+        process = READY.Process(target=run_script, args=(script, words, log, errors, variables))
+        process.start()
+        started.append(process)
     for process in started:
         process.join(SECONDS)
     hanging = [process for process in started if process.is_alive()]
@@ -93,26 +99,6 @@ def run_together(
     statuses = [process.exitcode for process in started]
     assert may_fail or statuses == [0] * processes, output + errors.read_text()
     return output
-
-
-def start_together(
-    script: str | Path,
-    flags: Sequence[str],
-    log: Path,
-    errors: Path,
-    environment: Mapping[str, str] | None = None,
-    processes: int = 2,
-) -> list[Any]:
-    """Start a script on processes that communicate, and return the processes."""
-    port = get_free_port()
-    started = []
-    for rank in range(processes):
-        ranks = get_rank_variables(rank, processes, port)
-        variables = SCRIPT_ENVIRONMENT | (environment or {}) | ranks
-        process = READY.Process(target=run_script, args=(script, flags, log, errors, variables))
-        process.start()
-        started.append(process)
-    return started
 
 
 def get_rank_variables(rank: int, world: int, port: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ import timm
 import torch
 import transformers
 from helpers.command_in_process import check_error
-from helpers.local_hub import LocalHub, Token
+from helpers.local_hub import LocalHub, Token, read_files
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_both
@@ -105,8 +105,7 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     save_both(model, tmp_path / "theirs", processor)
     (tmp_path / "theirs" / "README.md").write_text(CARD)
     (tmp_path / "theirs" / "LICENSE.md").write_text("You may.\n")
-    files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
-    repository = hub.create("them/dino", files=files)
+    repository = hub.create("them/dino", files=read_files(tmp_path / "theirs"))
     folder = tmp_path / "mine"
     commit = repository.branches["main"]
 
@@ -201,8 +200,7 @@ def test_a_pinned_model_of_timm_loads_from_the_cache(
 ) -> None:
     model = randomize_weights(timm.create_model("test_vit", num_classes=3))
     save_for_hf(model, tmp_path / "theirs", safe_serialization=True)
-    files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
-    repository = hub.create("ann/vit", files=files)
+    repository = hub.create("ann/vit", files=read_files(tmp_path / "theirs"))
     commit = repository.branches["main"]
     assert convert_checkpoint("timm:hf-hub:ann/vit", tmp_path / "mine")["source_revision"] == commit
 
@@ -237,6 +235,7 @@ def test_a_mistyped_folder_is_named_in_one_line(
     for name, words in {
         "lab/none": "the Hub has no such",
         "my/runs/none": "Check the path",
+        "./none": "not",
     }.items():
         assert run_in_process(script, *flags.format(name).split()) == 1
         check_error(capsys, name, words)
@@ -266,21 +265,6 @@ def test_given_revisions_and_the_newest_are_used_and_found_in_the_cache(
             lose_hub(hub, monkeypatch)
         assert get_cached_commit(get_model_folder(f"ann/model@{old}")) == old
         assert get_cached_commit(get_model_folder("ann/model")) == newest
-
-
-def test_files_are_downloaded_once(hub: LocalHub) -> None:
-    folder = get_model_folder("ann/model")
-    assert get_cached_commit(folder) == hub.repositories["ann/model"].branches["main"]
-
-    assert sorted(file.name for file in Path(folder).iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
-
-    hub.requests.clear()
-    assert get_model_folder("ann/model") == folder
-    assert not hub.count_requests("GET", "/resolve/")
-    assert not hub.count_requests("GET", "/objects/")
 
 
 def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHub) -> None:

@@ -4,8 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from helpers.command_in_process import fail, run_here
-from helpers.full_disk import limited_file_size
+from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import save_classifier
 
@@ -47,15 +46,3 @@ def test_predictions_contain_no_formulas(
     # The quotes in its names are read back
     assert run_here(*predict, photos / "again.csv", *NAMES[:2]) == 0
     assert run_here(*predict, tmp_path / "more.csv", "--dataset", photos / "again.csv") == 0
-
-
-def test_a_full_disk_keeps_the_earlier_file_and_is_named(
-    model: Path, photos: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "rows.parquet"
-    file.write_text("earlier")
-    data = ["--dataset", photos, "--held-out-fraction", "0.5", "--num-workers", "0"]
-    with limited_file_size(1000):
-        error = fail("evaluate", "--model", model, *data, "--per-image", file)
-    assert f"cannot write {tmp_path}" in error
-    assert file.read_text() == "earlier"

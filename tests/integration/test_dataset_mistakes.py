@@ -57,19 +57,6 @@ def test_a_table_in_another_encoding_is_named_in_one_line(
     assert "evaluate --help" not in error
 
 
-@pytest.mark.parametrize(
-    ("flag", "words"),
-    [
-        ("--label-column", "Choose one of image, label"),
-        ("--label-names", "not one of the 1 classes"),
-        ("--image-column", "Choose one of image"),
-    ],
-)
-def test_columns_and_labels_that_the_digits_do_not_have_are_refused(flag: str, words: str) -> None:
-    flags = ["--output-dir", "run", "--dataset", "digits", flag, "nope"]
-    assert words in fail("finetune", *TINY, *flags)
-
-
 def test_label_names_are_refused_if_the_folders_have_other_names(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(5))
     command = ["finetune", *TINY, "--output-dir", tmp_path / "run", "--dataset", photos]

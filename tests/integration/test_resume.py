@@ -26,7 +26,6 @@ from helpers.warm_processes import (
     SCRIPTS,
     run_script,
     run_together,
-    start_together,
     wait_for_step,
 )
 from PIL import Image
@@ -220,10 +219,7 @@ VARIANTS = {
         f"{RUN} --num-cls-tokens 2 --num-distillation-tokens 1 --pooling cls_mean"
     ),
     "all options": EVERYTHING,
-    "head": f"{SCHEDULE} --model {{trained}} --trainable head",
-    "LoRA": f"{SCHEDULE} --model {{trained}} --trainable lora",
-    "last layer": f"{SCHEDULE} --model {{trained}} --trainable last-1 --class-balance weights",
-    "a teacher": f"{RUN} --teacher {{trained}} --distillation soft",
+    "a teacher": f"{RUN} --distillation soft",
 }
 
 
@@ -239,8 +235,8 @@ def test_a_killed_run_of_any_kind_ends_with_the_same_weights(
 ) -> None:
     """A run with all options is killed several times; the last one has no workers."""
     flags = f"{VARIANTS[variant]} --dataset {image_folder}"
-    if "{trained}" in flags:
-        flags = flags.format(trained=uninterrupted(f"{RUN} --dataset {image_folder}"))
+    if variant == "a teacher":
+        flags += f" --teacher {uninterrupted(f'{RUN} --dataset {image_folder}')}"
     before = f"{flags} --num-workers 1 --save-every 2 --keep-checkpoints 1"
     steps = draw_steps(1, seed=list(VARIANTS).index(variant))
     for number, step in enumerate([3, 8, 14] if variant == "all options" else steps):
@@ -295,7 +291,7 @@ def test_a_terminated_launcher_stops_its_run(
 
 
 @pytest.mark.slow
-def test_two_processes_are_interrupted_then_killed(
+def test_two_processes_are_interrupted_and_resumed(
     image_folder: Path, folder: Path, tmp_path: Path
 ) -> None:
     """Ctrl-C in a terminal goes to the launcher's process group, and torchrun forwards it.
@@ -310,14 +306,8 @@ def test_two_processes_are_interrupted_then_killed(
     assert run.output.count("stopped by SIGINT; a checkpoint was saved") == 1
 
     words = build_command(folder, f"{flags} --resume")
-    log = tmp_path / "killed.log"
-    started = start_together(words[0], words[1:], log, log)
-    wait_for_step(folder, 12, started[0].is_alive, log)
-    for process in started:
-        process.kill()
-        process.join()
     output = run_together(*words, log=tmp_path / "resumed.log")
-    assert get_resumed_step(output) >= 9
+    assert get_resumed_step(output) >= 4
     words = build_command(tmp_path / "whole", flags)
     run_together(*words, log=tmp_path / "whole.log")
     assert_equal_runs(folder, tmp_path / "whole")

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.local_hub import LocalHub
-from helpers.model_folders import write_predictions, write_run_folder
+from helpers.model_folders import write_run_folder
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line, save_classifier
+from helpers.tiny_options import TINY
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -25,14 +26,7 @@ from modeling_vitcls.publishing.report import finish_run, write_report
 from modeling_vitcls.runtime.files import read_json
 
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-    "num_workers": 0,
-}
+RUN: dict[str, Any] = vars(TINY) | {"dataset": "digits", "num_workers": 0}
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -41,7 +35,7 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.publishing.report.NUM_SHOWN_IMAGES", 2)
     folder = tmp_path / "run"
-    finetune("vitcls-tiny", "digits", folder, max_steps=2, num_register_tokens=1, **SMALL)
+    finetune(output_dir=folder, max_steps=2, **RUN)
     output = capsys.readouterr().out
     assert f"written   {folder}/README.md, {folder}/report.html" in output
     card = ModelCard.load(folder / "README.md").text
@@ -77,34 +71,6 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     assert text.rpartition("<!--")[0] == expected.rpartition("<!--")[0]
 
 
-@pytest.mark.slow
-def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Path) -> None:
-    """Fewer images are measured, and the wrong predictions are all of the large class."""
-    write_photos(tmp_path / "photos" / "train", range(2), "dusk", "noon", "x")
-    write_photos(tmp_path / "photos" / "test", range(10, 50), "dusk")
-    write_photos(tmp_path / "photos" / "test", range(60, 62), "noon", "x")
-    run = write_run_folder(
-        tmp_path / "run",
-        {"steps": 0},
-        {"dataset": str(tmp_path / "photos")},
-    )
-    names = load_run_data(ModelFolder(run), str(tmp_path / "photos")).held_out.images.get_names()
-    labels = [Path(name).parent.name for name in names]
-    predictions = ["noon" if label == "dusk" else label for label in labels]
-    rows = {
-        "image": names,
-        "label": labels,
-        "prediction": predictions,
-        "probabilities": [[0.2, 0.8]] * len(names),
-        "loss": [1.0] * len(names),
-    }
-    write_predictions(run, pd.DataFrame(rows))
-
-    assert write_report(ModelFolder(run)) is not None
-    captions = re.findall(r"<strong>(\w+ → \w+)</strong>", (run / "report.html").read_text())
-    assert set(captions) == {"dusk → noon", "noon → noon", "x → x"}
-
-
 def test_a_report_without_rows_of_photos_has_a_table_of_the_metrics(tmp_path: Path) -> None:
     """There are none of several labels per image."""
     write_photos(tmp_path / "photos", range(4), "dusk", "noon", "x")
@@ -132,19 +98,12 @@ def test_a_run_is_pushed_and_verified(
 
     Other processes of a run do not push.
     """
-    flags: dict[str, Any] = {"max_steps": 1, "report": False, **SMALL}
+    flags = {**RUN, "max_steps": 1, "report": False, "push_to_hub": True}
     with raises_one_line("bob/mine"):
-        finetune(
-            "vitcls-tiny",
-            "digits",
-            tmp_path / "run",
-            push_to_hub=True,
-            hub_model_id="bob/mine",
-            **flags,
-        )
+        finetune(output_dir=tmp_path / "run", hub_model_id="bob/mine", **flags)
     assert not (tmp_path / "run").exists()
 
-    finetune("vitcls-tiny", "digits", tmp_path / "mine", push_to_hub=True, **flags)
+    finetune(output_dir=tmp_path / "mine", **flags)
     commit = hub.repositories["ann/mine"].branches["main"]
 
     output = capsys.readouterr().out

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.fresh_processes import run_python
-from helpers.local_hub import LocalHub, Token
-from helpers.scripts_in_process import SCRIPTS
+from helpers.local_hub import LocalHub
 from helpers.tiny_models import (
     Kind,
     each_kind,
@@ -25,13 +23,9 @@ from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import compare_outputs, push_and_verify, verify
 
 
-SCRIPT = SCRIPTS / "push_to_hub.py"
-
-
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """Start an empty Hub for this process and its child processes, as ann."""
-    hub.tokens |= {"hf_bob": Token("bob")}
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # a new process must not use it
     return hub
 
@@ -40,20 +34,6 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
 def folder(tmp_path: Path) -> Path:
     """Return a classifier with its image processor."""
     return save_classifier(tmp_path / "my-run")
-
-
-@pytest.mark.slow
-def test_the_script_pushes_and_verifies_a_private_model(
-    hub: LocalHub, folder: Path, tmp_path: Path
-) -> None:
-    hub.fail("GET", "/objects/", "cut")  # the first request for weights
-    ended = run_python(
-        SCRIPT, "--model", folder, "--hub-model-id", "model", "--private", cwd=tmp_path
-    )
-    commit = hub.repositories["ann/model"].branches["main"]
-    assert hub.repositories["ann/model"].private
-    assert f"verified: ann/model at {commit}" in ended.stdout
-    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow
@@ -101,6 +81,7 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     assert environment["PATH"] == os.environ["PATH"]
     assert "hf_ann" not in environment.values()
     assert "MY_SECRET" not in environment
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow
