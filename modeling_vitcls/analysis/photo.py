@@ -254,29 +254,25 @@ def decompose_patches(features: Tensor) -> tuple[Tensor, list[float]]:
     return torch.from_numpy(colors).unflatten(0, features.shape[:2]), shares
 
 
-def match_colors(colors: Tensor, last_layer: int) -> Tensor:
+def match_colors(colors: Tensor, reference: int) -> Tensor:
     """Put similar components of all layers [L, gh, gw, 3] into the same color channel.
 
-    The order and the sign of principal components differ between layers. From `last_layer` to the
-    first layer, each component gets the channel and the sign of the component of the next layer
-    with which it correlates most. Layers after `last_layer` are compared with the previous layer.
+    The order and the sign of principal components differ between layers. Each component gets the
+    channel and the sign of the component of layer `reference` with which it correlates most.
     """
-    matched = list(colors)
     if colors[0, ..., 0].numel() < 2:  # One patch has no correlation
         return colors
-    earlier = [(layer, layer + 1) for layer in reversed(range(last_layer))]
-    later = [(layer, layer - 1) for layer in range(last_layer + 1, len(colors))]
-
-    for layer, neighbor in (*earlier, *later):
-        # [patches, 6]
-        channels = torch.cat([matched[neighbor].flatten(0, 1), matched[layer].flatten(0, 1)], dim=1)
+    layers = colors.flatten(1, 2)  # [L, patches, 3]
+    matched = []
+    for channels in layers:
         # [3, 3]; a channel without variation has no correlation
-        correlation = channels.T.corrcoef()[:3, 3:].nan_to_num()
+        both = torch.cat([layers[reference], channels], dim=1)
+        correlation = both.T.corrcoef()[:3, 3:].nan_to_num()
         _, order = linear_sum_assignment(correlation.abs(), maximize=True)
         is_opposite = correlation[range(3), order] < 0
-        reordered = matched[layer][..., order]
-        matched[layer] = torch.where(is_opposite, 1 - reordered, reordered)
-    return torch.stack(matched)
+        reordered = channels[:, order]
+        matched.append(torch.where(is_opposite, 1 - reordered, reordered))
+    return torch.stack(matched).view_as(colors)
 
 
 # Attention ----------------------------------------------------------------------------------------
