@@ -6,6 +6,7 @@ write_addition(old, addition)    certify, or nothing is written -> records, and 
 import shutil
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..data.splits_table import build_splits_table, read_splits, write_splits
@@ -23,7 +24,6 @@ from ..hub.model_files import (
     hash_weights,
 )
 from ..hub.model_folder import dump_flags
-from ..inference.intervals import compute_proportion_interval
 from ..inference.speed import count_flops
 from ..inference.stated_result import format_small_percent, state_addition
 from ..runtime.files import write_json
@@ -59,21 +59,18 @@ def write_addition(old: OldModel, addition: Addition) -> dict[str, Any]:
 def build_result(metric: str, predictions: Predictions, num_folds: int = 0) -> dict[str, Any]:
     """Build the record of the proportion of right predictions with its 95% interval.
 
-    A group, such as the copies of an image, counts once. Without folds, the images are held out.
+    Without folds, the images are held out.
     """
-    outputs = predictions.outputs
-    is_right = predictions.answers == outputs.labels
-    proportions = pd.Series(is_right).groupby(outputs.groups).mean()  # The share of each group
-    num_groups = len(proportions)
+    metrics = predictions.metrics
     return {
-        metric: float(proportions.mean()),
-        f"{metric}_interval": compute_proportion_interval(round(proportions.sum()), num_groups),
-        "num_images": len(is_right),
-        "num_right": int(is_right.sum()),
-        "num_groups": num_groups,
+        metric: metrics["accuracy"],
+        f"{metric}_interval": metrics["accuracy_interval"],
+        "num_images": metrics["num_images"],
+        "num_right": metrics["num_right"],
+        "num_groups": len(np.unique(predictions.outputs.groups)),
         "num_folds": num_folds,
-        "per_class": predictions.metrics["per_class"],
-        "confusion_matrix": predictions.metrics.get("confusion_matrix"),
+        "per_class": metrics["per_class"],
+        "confusion_matrix": metrics.get("confusion_matrix"),
     }
 
 

@@ -1,7 +1,6 @@
 """The images that evaluation reads: all of a split, except those that trained the model."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -11,8 +10,8 @@ from .in_memory import get_title
 from .labels import LabelSpace
 from .options import DataOptions
 from .sources import choose_split, load_splits
-from .splits import HELD_OUT_SPLITS, check_contradictions, merge_rows
-from .splits_table import EMPTY_TABLE, find_trained_images, get_keys
+from .splits import HELD_OUT_SPLITS, add_keys, check_contradictions, merge_rows
+from .splits_table import EMPTY_TABLE, find_trained_images
 
 
 # Splits that `vitcls evaluate` reads, in order of precedence.
@@ -61,7 +60,7 @@ def load_evaluation_data(
     loaded = load_splits(options, use_labels, choose, trained)
     ((name, images),) = loaded.images_by_split.items()
     if use_labels:
-        images = merge_rows(replace(images, keys=get_keys(images)), dataset)
+        images = merge_rows(add_keys({name: images})[name], dataset)
         check_contradictions([images], loaded.label_space, dataset)
     is_trained = find_trained_images(images, splits)
     num_trained = int(is_trained.sum())

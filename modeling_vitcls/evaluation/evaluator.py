@@ -84,7 +84,7 @@ def build_predictions(
     excludes. Floats are rounded to six decimals.
     """
     outputs = replace(outputs, features=None)  # They would stay in memory with the predictions
-    values = measure(label_space, outputs.logits, outputs.labels, threshold)
+    values = measure(label_space, outputs.logits, outputs.labels, threshold, outputs.groups)
     unreadable = {"num_unreadable_images": outputs.num_unreadable}
     metrics = round_floats(select_scalars(values) | unreadable | values | (estimate or {}))
     if isinstance(label_space, OneLabel):
@@ -102,12 +102,17 @@ def count_in_trained_scenes(names: Sequence[str], predictions: Predictions) -> d
         "names": outputs.names[is_known].tolist(),
         "num_images": len(outputs.names),
     }
-    if isinstance(predictions.label_space, PerTask):
+    others = outputs.take(~is_known)
+    number = len(others.indices)
+    if isinstance(predictions.label_space, PerTask) or not number:
         return record
-    others = outputs.indices[~is_known]
+    num_right = len(np.setdiff1d(others.indices, predictions.list_wrong()))
     return record | {
-        "num_others": len(others),
-        "num_right": len(np.setdiff1d(others, predictions.list_wrong())),
+        "others": {
+            "accuracy": num_right / number,
+            "accuracy_interval": compute_proportion_interval(num_right, number, others.groups),
+            "num_images": number,
+        }
     }
 
 
@@ -120,13 +125,7 @@ def describe_in_trained_scenes(record: Mapping[str, Any]) -> str | None:
         f"{len(names):,} of {record['num_images']:,} photos are of scenes that trained the "
         f"model, such as {names[0]}, and easier than new photos"
     )
-    if number := record.get("num_others"):
-        num_right = record["num_right"]
-        others = {
-            "accuracy": num_right / number,
-            "accuracy_interval": compute_proportion_interval(num_right, number),
-            "num_images": number,
-        }
+    if others := record.get("others"):
         text += f". The others: {state_result(others)}"
     return text
 

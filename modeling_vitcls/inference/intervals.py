@@ -1,6 +1,6 @@
 """95% confidence intervals, computed by scipy. All intervals of the package come from this file.
 
-compute_proportion_interval(num_successes, num_trials)    accuracy, fraction of changed predictions
+compute_proportion_interval(num_successes, num_trials, groups)    accuracy, fraction of changed predictions
 compute_bootstrap_interval(values)                        mean over images
 estimate_after_choice(losses, is_right, ...)              accuracy of the best of several candidates
 estimate_average_precision(scores, labels, groups)        mean average precision of several labels
@@ -22,13 +22,21 @@ MIN_CORRECTED_IMAGES = 30  # With fewer images, the result is a fraction without
 Interval = tuple[float, float]  # Lower and upper bounds
 
 
-def compute_proportion_interval(num_successes: int, num_trials: int) -> list[float]:
+def compute_proportion_interval(
+    num_successes: int, num_trials: int, groups: np.ndarray | None = None
+) -> list[float]:
     """Compute the Wilson score interval [low, high] of `num_successes / num_trials`.
 
     The width is positive even if all or no trials succeed (Wilson 1927, "Probable inference, the
-    law of succession, and statistical inference").
+    law of succession, and statistical inference"). The images of a group count as one trial: ten
+    shots of an object are one piece of evidence.
+
+    Args:
+        groups: [num_trials], such as patients, or the copies of an image.
     """
-    interval = stats.binomtest(num_successes, num_trials).proportion_ci(
+    num_units = num_trials if groups is None else len(np.unique(groups))
+    num_right = round(num_successes / num_trials * num_units)
+    interval = stats.binomtest(num_right, num_units).proportion_ci(
         CONFIDENCE_LEVEL, method="wilson"
     )
     return [float(interval.low), float(interval.high)]

@@ -73,7 +73,11 @@ NOTHING_MEASURED: MetricValues = {"num_images": 0, "num_unreadable_images": 0}
 
 
 def measure(
-    label_space: LabelSpace, logits: np.ndarray, labels: np.ndarray, threshold: float = 0.5
+    label_space: LabelSpace,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    threshold: float = 0.5,
+    groups: np.ndarray | None = None,
 ) -> MetricValues:
     """Measure the logits of images, as the function for the kind of labels describes.
 
@@ -83,15 +87,21 @@ def measure(
             returned ones: [N, 3 * L].
         labels: [N] or, with several labels or tasks, [N, L] or [N, tasks].
         threshold: probability from which one of several labels is predicted.
+        groups: [N]; the images of a group count once in the intervals (default: each image is one).
     """
     if isinstance(label_space, PerTask):
-        return measure_tasks(label_space, logits, labels)
+        return measure_tasks(label_space, logits, labels, groups)
     if isinstance(label_space, SeveralLabels):
-        return measure_several_labels(label_space.names, logits, labels > 0.5, threshold)
-    return measure_one_label(label_space.names, logits, labels)
+        return measure_several_labels(label_space.names, logits, labels > 0.5, threshold, groups)
+    return measure_one_label(label_space.names, logits, labels, groups)
 
 
-def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> MetricValues:
+def measure_one_label(
+    names: Sequence[str],
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+) -> MetricValues:
     """Measure the classifier of one label per image. Images with the label -100 are ignored.
 
     accuracy                top-1 accuracy
@@ -112,6 +122,7 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
     """
     is_known = labels != IGNORED_LABEL
     labels = labels[is_known]
+    groups = None if groups is None else groups[is_known]
     num_images = len(labels)
     num_classes = len(names)
     if not num_images:
@@ -149,7 +160,7 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
         "calibration_error": compute_calibration_error(logits, labels),
         "num_images": num_images,
         "num_right": num_right,
-        "accuracy_interval": compute_proportion_interval(num_right, num_images),
+        "accuracy_interval": compute_proportion_interval(num_right, num_images, groups),
         "per_class": per_class,
     }
     if num_classes <= MAX_MATRIX_CLASSES:
@@ -159,7 +170,11 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
 
 
 def measure_several_labels(
-    names: Sequence[str], logits: np.ndarray, labels: np.ndarray, threshold: float
+    names: Sequence[str],
+    logits: np.ndarray,
+    labels: np.ndarray,
+    threshold: float,
+    groups: np.ndarray | None,
 ) -> MetricValues:
     """Measure the classifier of several labels per image; the labels are a mask [N, L].
 
@@ -187,12 +202,16 @@ def measure_several_labels(
         "exact_match": float(is_exact.mean()),
         "loss": compute_mean_loss(logits, labels),
         "num_images": len(labels),
-        "exact_match_interval": compute_proportion_interval(int(is_exact.sum()), len(labels)),
+        "exact_match_interval": compute_proportion_interval(
+            int(is_exact.sum()), len(labels), groups
+        ),
         "per_class": per_class,
     }
 
 
-def measure_tasks(label_space: PerTask, logits: np.ndarray, labels: np.ndarray) -> MetricValues:
+def measure_tasks(
+    label_space: PerTask, logits: np.ndarray, labels: np.ndarray, groups: np.ndarray | None
+) -> MetricValues:
     """Measure the classifiers of several tasks.
 
     accuracy                mean over the tasks that have labeled images
@@ -204,7 +223,7 @@ def measure_tasks(label_space: PerTask, logits: np.ndarray, labels: np.ndarray) 
     start = 0  # First of the logits of a task
     for (task, names), own_labels in zip(label_space.columns.items(), labels.T, strict=True):
         own_logits = logits[:, start : start + len(names)]
-        task_metrics[task] = measure_one_label(names, own_logits, own_labels)
+        task_metrics[task] = measure_one_label(names, own_logits, own_labels, groups)
         start += len(names)
     return join_tasks(task_metrics, len(labels))
 

@@ -122,7 +122,7 @@ def test_photos_that_repeat_training_photos_are_known_after_additions(
         write_shots(tmp_path / "more" / label, scene, [5])
     known = evaluate(tmp_path / "task", tmp_path / "more", num_workers=0)["in_trained_scenes"]
     assert known["names"] == ["cups/IMG_105.png", "vase/IMG_405.png"]
-    assert known["num_others"] == 1
+    assert known["others"]["num_images"] == 1
     reset_accelerate()
     for label, scene in (("dusk", 50), ("noon", 10)):
         write_shots(tmp_path / "lights" / label, scene, [5])

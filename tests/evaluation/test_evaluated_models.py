@@ -1,5 +1,6 @@
 """Evaluation and prediction refuse ambiguous labels and damaged configurations."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def test_a_frozen_run_is_evaluated_whatever_its_pooler(
     others = write_photos(tmp_path / "others", range(6, 8), *NAMES)
     assert run_evaluation(tmp_path / "run", others, "--output", tmp_path / "results.json") == 0
     assert read_json(tmp_path / "results.json")["in_trained_scenes"]["num_images"] == 6
+
+
+def test_five_copies_of_each_photo_leave_the_interval_as_it_is(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    assert run_evaluation(model, photos, "--output", tmp_path / "once.json") == 0
+    for file in photos.glob("*/*"):
+        for number in range(4):
+            shutil.copyfile(file, file.with_stem(f"{file.stem} copy {number}"))
+    assert run_evaluation(model, photos, "--output", tmp_path / "copied.json") == 0
+    once, copied = (read_json(tmp_path / f"{name}.json") for name in ("once", "copied"))
+    assert copied["num_images"] == 5 * once["num_images"]
+    assert copied["accuracy_interval"] == once["accuracy_interval"]
 
 
 def test_labels_with_the_same_name_are_not_evaluated(
