@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import pytest
 import torch
 import transformers
 from fastapi.testclient import TestClient
+from helpers.demo_page import open_page
 from helpers.doc_pages import ROOT, read_blocks
+from helpers.fresh_processes import run_python
 from helpers.odd_photos import REFUSED, write_odd_photos
 from helpers.tiny_models import build_random, save_with_processor
 from scipy.special import softmax
@@ -38,7 +42,22 @@ NAMES = ("ant", "bee", "wasp")
 TOP_K = 4  # All labels
 TOLERANCE = 1e-5
 PILLOW_TOLERANCE = 0.001
-
+# Answers of the pipeline of transformers in a process that cannot import the package
+CHILD = """
+import json, os, sys
+sys.path.insert(0, os.environ["HELPERS"])
+from load_without_package import PackageBlocker
+sys.meta_path.insert(0, PackageBlocker())
+import transformers
+classify = transformers.pipeline("image-classification", sys.argv[1], trust_remote_code=True)
+found = {}
+for name, path in json.loads(sys.argv[2]).items():
+    try:
+        found[name] = {each["label"]: each["score"] for each in classify(path)}
+    except ValueError as error:
+        found[name] = str(error)
+print("ANSWERS" + json.dumps(found))
+"""
 
 Answer = dict[str, float] | str  # Label -> probability, or why there is none
 
@@ -159,6 +178,16 @@ def test_the_handler_of_an_inference_endpoint(model: Path, photos: Photos, rows:
     check_answers(ask_one_by_one(classify, photos), rows)
 
 
+@pytest.mark.slow
+def test_the_folder_alone(model: Path, photos: Photos, rows: Rows) -> None:
+    """test_remote_code.py compares outputs and pixel values of folders alone to the bit."""
+    helpers = Path(sys.modules["helpers.odd_photos"].__file__ or "").parent
+    paths = json.dumps({name: str(file) for name, file in photos.items()})
+    environment = os.environ | {"HELPERS": str(helpers)}
+    done = run_python("-c", CHILD, model, paths, environment=environment)
+    check_answers(json.loads(done.stdout.partition("ANSWERS")[2]), rows)
+
+
 def test_the_onnx_file_with_the_image_processor(
     model: Path, graph: Path, photos: Photos, rows: Rows
 ) -> None:
@@ -250,6 +279,19 @@ def test_evaluation(model: Path, photos: Photos, rows: Rows) -> None:
         name = Path(row["image"]).name
         probabilities = dict(zip(labels, row["probabilities"], strict=True))
         assert probabilities == pytest.approx(read_answer(rows[name]), abs=TOLERANCE), name
+
+
+def test_the_page_of_the_demo(model: Path, photos: Photos, rows: Rows) -> None:
+    import gradio
+
+    ask = open_page(model)
+    for name in ("gray16.png", "alpha.png", "exif6.jpg"):
+        expected = "none of these" if rows[name]["unknown"] else read_answer(rows[name])
+        answer = ask(str(photos[name]))[0]
+        assert answer == pytest.approx(expected, abs=TOLERANCE), name
+    for name in ("float.tif", "truncated.jpg"):
+        with pytest.raises(gradio.Error):
+            ask(str(photos[name]))
 
 
 # A model to keep ----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
 
 
 def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path: Path) -> None:
-    """Metrics and `predict`, with a model that has class statistics."""
+    """Metrics, the best model and `predict`, with a model that has class statistics."""
 
     def compute_metrics(eval_pred: Any) -> dict[str, float]:
         predictions, labels = eval_pred
@@ -106,7 +106,11 @@ def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path:
         learning_rate=3e-3,
         per_device_train_batch_size=12,
         per_device_eval_batch_size=5,
+        eval_strategy="steps",
+        eval_steps=15,
         save_steps=30,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
     )
     trainer = Trainer(
         model=model,

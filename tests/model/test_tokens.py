@@ -209,8 +209,10 @@ def test_cells_cover_an_uneven_grid_without_gap_or_overlap() -> None:
         ("sdpa", (32, 32), torch.ones(1, 1, 24, 24), ("4-dimensional attention_mask",)),
         ("sdpa", (8, 32), None, ("2 x 2", "1 x 4")),
         ("flash_attention_2", (32, 32), None, ("flash_attention_2", "sdpa")),
+        # a function of a person, to which transformers passes no mask
+        ("my_attention", (32, 32), None, ("my_attention", "sdpa")),
     ],
-    ids=["4D mask", "too few patches", "attention without masks"],
+    ids=["4D mask", "too few patches", "attention without masks", "own attention"],
 )
 def test_scopes_that_cannot_be_applied_are_errors(
     attention: str, size: tuple[int, int], mask: torch.Tensor | None, words: tuple[str, ...]
