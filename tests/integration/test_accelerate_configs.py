@@ -159,11 +159,3 @@ def test_a_run_with_fsdp2_is_resumed_with_ddp(fsdp2: Path, tmp_path: Path) -> No
     forget_end(folder, 6)
     assert "after step 4 of 6" in launch("ddp_cpu.yaml", folder, *STEPS, "--resume")
     assert_same_run(fsdp2, folder, tolerance=1e-9)
-
-
-@pytest.mark.slow
-def test_the_cpu_configuration_trains_in_one_process(tmp_path: Path) -> None:
-    launch("cpu.yaml", tmp_path, "--max-steps", 2, "--batch-size", 32)
-    results = read_json(tmp_path / "results.json")
-    assert results["num_processes"] == 1
-    assert results["device"].startswith("CPU")

@@ -54,49 +54,6 @@ def test_the_mlp_head_is_two_linear_layers_with_a_gelu_between(
     assert torch.equal(model(build_images()).logits, second(nn.functional.gelu(first(pooled))))
 
 
-@pytest.mark.parametrize(
-    ("fields", "num_heads", "hidden_size", "first"),
-    [
-        ({}, 2, 24, 3),
-        (
-            {
-                "attention_pool_heads": 4,
-                "attention_pool_intermediate_size": 40,
-                "hidden_act": "relu",
-            },
-            4,
-            40,
-            3,
-        ),
-        ({"attention_pool_tokens": "all", "attention_pool_mlp": False}, 2, None, 0),
-    ],
-)
-@torch.no_grad()
-def test_attention_pooling_equals_multihead_attention_of_pytorch(
-    fields: dict[str, Any], num_heads: int, hidden_size: int | None, first: int
-) -> None:
-    """Compare with PyTorch's multi-head attention.
-
-    `first` is the index of the first token that is pooled.
-    """
-    model = build_random(ViTCLSModel, pooling="attention", num_register_tokens=2, **fields)
-    output = model(build_images())
-    pooler = model.pooler
-    peer = nn.MultiheadAttention(16, num_heads, batch_first=True)
-    for name in ("weight", "bias"):
-        values = [getattr(getattr(pooler, f"{letter}_proj"), name) for letter in "qkv"]
-        getattr(peer, f"in_proj_{name}").copy_(torch.cat(values))
-    peer.out_proj.load_state_dict(pooler.o_proj.state_dict())
-    tokens = output.last_hidden_state[:, first:]
-    expected = peer(pooler.probe.expand(2, -1, -1), tokens, tokens)[0][:, 0]
-    if hidden_size is not None:
-        mlp = pooler.transform
-        activation = torch.relu if "hidden_act" in fields else nn.functional.gelu
-        assert mlp.fc1.out_features == hidden_size
-        expected = expected + mlp.fc2(activation(mlp.fc1(mlp.layernorm(expected))))
-    assert_same_outputs(output.pooler_output, expected, 1e-5)
-
-
 def test_the_pooled_vector_is_normalized_before_the_pooled_layer() -> None:
     fields = {"pooling": "cls_mean", "pooled_norm": True, "pooled_activation": "tanh"}
     model = build_random(ViTCLSModel, **fields, layer_norm_eps=0.1)
