@@ -19,7 +19,7 @@ from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import SeveralLabels
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import divide_images, load_undivided_images
+from modeling_vitcls.data.splits import load_undivided_images
 
 
 NUM_IMAGES = 12
@@ -437,16 +437,13 @@ def test_the_images_of_a_group_are_on_one_side(photos: Path) -> None:
     patients = [f"p{index // 2}" for index in range(NUM_IMAGES)]
     labels = ["a", "b"] * 5 + ["", ""]  # Rows without a label are skipped, also the last patient
     table = write_csv(photos, labels, "patients.csv", patient=patients)
-    options = DataOptions(dataset=table, group_column="patient")
-    images = load_undivided_images(options)
-    data = divide_images(images, 0.2)
+    data = read_training_data(table, group_column="patient")
     held_out, train = (
         {patients[FILES.index(name)] for name in part.images.get_names()}
         for part in (data.held_out, data.train)
     )
     assert len(held_out) in (1, 2)
     assert not held_out & train
-    assert images.facts["groups"] == "column 'patient': 5 groups"
 
 
 @pytest.mark.parametrize("name", ["Objekt", "specimen", "nr"])

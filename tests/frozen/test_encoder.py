@@ -311,19 +311,6 @@ def balance(values: np.ndarray, labels: np.ndarray) -> float:
     return pd.Series(values).groupby(labels).mean().mean()
 
 
-@pytest.mark.parametrize(("trainable", "rate"), [("full", 4e-4), ("lora", 5e-4)])
-def test_the_learning_rate_after_the_probe_is_that_of_the_trained_weights(
-    trainable: str, rate: float, encoder: Path, tmp_path: Path
-) -> None:
-    """A ViT of width 32 has the largest rate for pre-trained weights."""
-    flags = {"trainable": trainable, "max_steps": 1, "warmup": 0.0}
-    options = build_options(tmp_path / "run", encoder, **flags)
-    run_training(options)
-    (record,) = read_metrics(options.output_dir)
-    assert record["step"] == 1
-    assert record["learning_rate"] == pytest.approx(rate)
-
-
 def test_steps_start_from_the_frozen_model_also_after_a_damaged_checkpoint(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,11 +2,8 @@
 
 import io
 import time
-from pathlib import Path
 
 import pytest
-from helpers.photo_folders import write_photos
-from helpers.tiny_options import build_tiny_options, run_training
 from rich.console import Console
 
 from modeling_vitcls.runtime import progress
@@ -25,12 +22,3 @@ def test_short_work_prints_nothing() -> None:
     log = Console(file=io.StringIO())
     assert list(track(range(3), "features", console=log)) == [0, 1, 2]
     assert log.file.getvalue() == ""  # type: ignore[attr-defined]
-
-
-def test_training_and_evaluation_print_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
-    photos = write_photos(tmp_path / "photos", range(40))
-    run_training(build_tiny_options(tmp_path / "run", photos, max_steps=2, batch_size=8))
-    assert "evaluating 8 of 16 images" in capsys.readouterr().out
