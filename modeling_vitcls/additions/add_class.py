@@ -41,8 +41,8 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     statistics = ClassStatistics.from_model(model)
     if statistics is None:
         raise ValueError(
-            f"add-class requires class statistics, which a run with one label per image stores: "
-            f"{options.model} has none. Run vitcls finetune --model {options.model} with such labels, or "
+            f"add-class requires class statistics, which a run with one label per image and CLS or mean "
+            f"pooling stores: {options.model} has none. Run vitcls finetune --model {options.model} so, or "
             "use vitcls add-task"
         )
     label_space, images = load_new_images(options, get_label_space(model.config).names)

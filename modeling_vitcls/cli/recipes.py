@@ -5,6 +5,7 @@ read_recipe(Path("digits"), FinetuneOptions)     {"model": "vitcls-tiny", "epoch
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Collection, Hashable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,9 +66,10 @@ class RecipeLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build a dict, and raise an error at a key that is there twice."""
-        names = [str(name.value).replace("-", "_") for name, _ in node.value]
-        if repeated := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.YAMLError(f"{repeated} is set twice")
+        names = Counter(str(name.value).replace("-", "_") for name, _ in node.value)
+        for name, number in names.most_common(1):
+            if number > 1:
+                raise yaml.YAMLError(f"{name} is set twice")
         return super().construct_mapping(node, deep)
 
 

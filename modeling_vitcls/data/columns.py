@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import chain, compress
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,10 @@ SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
 # Groups are found by their shape: a few rows of one class per value. If they have several classes, as
 # the photos of a patient may, only the name of the column can tell.
 MAX_GROUP_SIZE = 30  # Mean number of rows per value; more are a finer class
-MAX_CHANCE = 0.05
 MAX_ROWS_OF_GROUPS = 100_000  # Reading all columns of larger tables takes seconds
+MAX_COLUMNS_OF_GROUPS = (
+    50  # First columns; wider tables have measurements, whose reading takes minutes
+)
 GROUP_COLUMN_NAME = re.compile(
     r"(patient|subject|person|individual|animal|camera|video|session|site|location|scene|sequence)"
     r"s?([ _-]?(id|no|nr|number|name))?",
@@ -467,7 +469,7 @@ def find_unused_groups(
     features = next(iter(tables.values())).features
     if len(labels) > MAX_ROWS_OF_GROUPS:
         return None
-    for name, feature in features.items():
+    for name, feature in islice(features.items(), MAX_COLUMNS_OF_GROUPS):
         if name in used_columns or is_image_feature(feature):
             continue
         values = read_texts(tables, name, dataset)
@@ -481,23 +483,16 @@ def find_unused_groups(
 
 
 def look_like_groups(values: Sequence[str | None], labels: Sequence[Any]) -> bool:
-    """Tell whether values name objects: most have a few rows, all of one class, and not by chance."""
+    """Tell whether values name objects: most have a few rows, and all rows of each are of one class."""
     import pandas as pd  # Predictions of photos read this file, and need no tables
 
     table = pd.DataFrame({"value": values, "label": list(map(repr, labels))}).dropna()
     groups = table.groupby("value")["label"].agg(["size", "nunique"])
     repeated = groups[groups["size"] > 1]
-    shares = table["label"].value_counts(normalize=True).to_numpy()  # [classes]
-    has_few_rows = 2 * len(shares) <= len(groups) and len(table) <= MAX_GROUP_SIZE * len(groups)
-    if (
-        not has_few_rows
-        or 2 * repeated["size"].sum() < len(table)
-        or (repeated["nunique"] > 1).any()
-    ):
-        return False
-    # Probability that rows with a value are of one class if classes and values are independent
-    chance = np.log((shares[:, None] ** repeated["size"].to_numpy()).sum(axis=0)).sum()
-    return bool(chance < np.log(MAX_CHANCE))
+    are_small = len(table) <= MAX_GROUP_SIZE * len(groups)
+    has_few_rows = are_small and 2 * table["label"].nunique() <= len(groups)
+    is_repeated = 2 * repeated["size"].sum() >= len(table)
+    return bool(has_few_rows and is_repeated and (repeated["nunique"] == 1).all())
 
 
 def read_texts(tables: Mapping[str, Any], column: str, dataset: str) -> list[str | None]:

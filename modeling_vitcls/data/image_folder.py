@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = frozenset(
 HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
 HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
 MNIST_REMEDY = "To read MNIST, set `dataset` to its images on the Hub, such as 'ylecun/mnist'"
-NAME_REMEDY = "To rename files to UTF-8, `convmv -r -f latin1 -t utf8 --notest FOLDER`"
+NAME_REMEDY = "Rename them, `convmv -r -f latin1 -t utf8 --notest FOLDER`, or set PYTHONUTF8=1"
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .ndjson .parquet .tar .tsv .zip".split())

@@ -40,6 +40,7 @@ from ..inference.options import EvaluateOptions
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from ..inference.stated_result import build_class_tables, build_metric_table, format_name
 from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.image_processing_vitcls import shorten_text
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.errors import format_name_list, warn_on_first_process
 from ..runtime.files import escape_csv_cell, write_json
@@ -287,19 +288,19 @@ def match_names(names: Sequence[str], model_names: Sequence[str]) -> Callable[[A
         found = indices.get(escape_csv_cell(normalize_name(name)), [])
         if len(found) > 1:
             raise ValueError(
-                f"the model has several labels with the name {name!r}. Give these labels different "
+                f"the model has several labels with the name {shorten_text(name)}. Give these labels different "
                 "names in the model's config.json"
             )
         if not found and all(map(PLACEHOLDER.match, model_names)):
             example = ", ".join(f'"{index}": "{each}"' for index, each in enumerate(names))
             raise ValueError(
                 f"the labels of the model have no names ({len(model_names)} labels, LABEL_0 "
-                f"...), but the dataset has {name!r}. Set `id2label` in the model's config.json, in "
+                f"...), but the dataset has {shorten_text(name)}. Set `id2label` in the model's config.json, in "
                 f'the order of its training: "id2label": {{{example}}}'
             )
         if not found:
             raise ValueError(
-                f"the dataset has the label {name!r}, but the model has only the labels "
+                f"the dataset has the label {shorten_text(name)}, but the model has only the labels "
                 f"{format_name_list(model_names, 20)}. Remove the images with this label, add "
                 "the class with `vitcls add-class`, or, if they are the same, correct `id2label` in "
                 "the model's config.json"

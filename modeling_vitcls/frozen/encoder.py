@@ -141,10 +141,10 @@ class FrozenEncoder:
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        """Return the negative indices of the layers of the user."""
-        if self.pooled_layers is None:
-            return None
+        """Return the negative indices of the layers of the user; a pooler reads its own."""
         config = self.model.config
+        if self.pooled_layers is None or not has_searchable_pooling(config):
+            return None
         indices = config.resolve_layers(self.pooled_layers)
         return tuple(index - config.num_hidden_layers - 1 for index in indices)
 

@@ -252,6 +252,8 @@ def read_scenes(folder: ModelFolder) -> dict[str, TrainedScenes]:
     if not file.is_file():
         return {}
     with explain_damage(file, "Remove it to use the model without it"), np.load(file) as arrays:
+        if any(each.compress_type for each in arrays.zip.infolist()):
+            raise ValueError("it is compressed: megabytes may hold gigabytes")
         weights_hash, tasks = json.loads(str(arrays["record"]))
         if weights_hash != folder.weights_sha256:
             return {}

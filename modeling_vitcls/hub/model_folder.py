@@ -72,6 +72,16 @@ SOURCE_FLAGS = ("dataset", "model", "teacher")  # Flags that may contain local p
 PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite")
 
 
+def build_processor(config: ViTCLSConfig) -> ViTCLSImageProcessor:
+    """Build the default image processor for a model; without three channels, with the mean 0.5."""
+    height, width = config.image_height_width
+    processor = ViTCLSImageProcessor(size={"height": height, "width": width})
+    if config.num_channels != 3:
+        processor.do_convert_rgb = False
+        processor.image_mean = processor.image_std = (0.5,) * config.num_channels  # type: ignore[assignment]
+    return processor
+
+
 class ModelFolder:
     """The contents of a folder with a model, read on first access.
 
@@ -159,14 +169,9 @@ class ModelFolder:
         """Load the image processor; without its file, build the default one with a warning."""
         if not self.has_processor:
             # As in folders that Trainer or PEFT wrote, which save only the model
-            config = self.config
-            height, width = config.image_height_width
-            processor = ViTCLSImageProcessor(size={"height": height, "width": width})
-            if config.num_channels != 3:
-                processor.do_convert_rgb = False
-                processor.image_mean = processor.image_std = (0.5,) * config.num_channels
+            processor = build_processor(self.config)
             warn_on_first_process(
-                f"{self.source} has no {PROCESSOR_FILE}: images are resized to {height} x {width} "
+                f"{self.source} has no {PROCESSOR_FILE}: images are resized to {self.config.image_size} "
                 f"pixels and normalized with the mean {processor.image_mean} and the standard "
                 f"deviation {processor.image_std}. If the model was trained with another image "
                 "processor, save it there: `processor.save_pretrained(FOLDER)`"

@@ -910,7 +910,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             )
         if num_labels is not None and not is_count:
             raise ValueError(
-                f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not "
+                f"`num_labels` must be an int between 0 (no classifier) and {MAX_LABELS:,}, not "
                 f"{num_labels!r}."
             )
         if self.id2label is not None and num_labels not in (None, len(labels)):

@@ -153,7 +153,7 @@ class ExtraHeadsConfig:
         if added_labels and (self.tasks or last_labels != added_labels):
             raise ValueError(
                 "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of "
-                f"`id2label`, which are {last_labels[:3]}. Append them to id2label."
+                f"`id2label`, which are {last_labels[:3]}. Append them, or set `extra_heads={{}}`."
             )
 
     def _check_head_name(self, field: str, name: str, reserved: Sequence[str] = ()) -> None:

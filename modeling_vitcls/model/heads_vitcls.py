@@ -264,7 +264,7 @@ def compute_classification_loss(
         kwargs: ignored, as by the losses of transformers.
 
     Raises:
-        ValueError: if a label is not a class index, if `problem_type` is not set for float labels, or if
+        ValueError: if a label is not a class index, if `problem_type` is not set for other labels, or if
             these have another shape than the logits.
     """
     labels = labels.to(logits.device)
@@ -277,12 +277,12 @@ def compute_classification_loss(
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
 
     has_indices = problem_type in (None, "single_label_classification")
-    if has_indices and not labels.is_floating_point():
+    if has_indices and not labels.is_floating_point() and labels.shape != logits.shape:
         return compute_cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
         raise ValueError(
-            'float labels require config.problem_type: "single_label_classification" for class '
-            'probabilities or "multi_label_classification" for several labels per image'
+            'labels that are no indices require config.problem_type: "single_label_classification" for '
+            'class probabilities or "multi_label_classification" for several labels per image'
         )
     if labels.numel() != logits.numel():
         raise ValueError(

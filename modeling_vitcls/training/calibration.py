@@ -188,23 +188,17 @@ def measure_tokens(
     Args:
         model, prepared_model: the trained model, and the same as Accelerate prepared it.
         held_out: images that did not train it.
-        predictions: of these images, if there are any already.
+        predictions: of these images; None without any, or for several tasks.
         plan: of the run.
 
     Returns:
         The field "tokens" of results.json, and a line for each group; neither without new gated
-        tokens, held-out images, or one task.
+        tokens or predictions.
     """
-    if (
-        "vitcls.gates.gates" not in plan.new_tokens
-        or not len(held_out.images)
-        or model.config.tasks
-    ):
+    if predictions is None or "vitcls.gates.gates" not in plan.new_tokens:
         return {}, None
     groups = [group for group, _ in list_gated_tokens(model.config)]
     are_new = plan.new_tokens["vitcls.gates.gates"]
-    predictions = predictions or held_out.predict(prepared_model)
-    reshard(prepared_model)
     gates = model.vitcls.gates.gates
     trained = gates.clone()
     record = {}

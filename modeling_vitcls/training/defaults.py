@@ -78,36 +78,23 @@ MAX_CPU_FLOPS = 1e15  # The limit of all training steps: about an hour at 300 GF
 def resolve_defaults(
     options: FinetuneOptions, initial: InitialModel, num_training_images: int
 ) -> tuple[FinetuneOptions, dict[str, str | None]]:
-    """Fill in the flags of this file that are not set; also return lines about weights and size.
+    """Fill in the flags that every run reads, if they are not set; also return lines about weights and size.
 
-    The length of the run and its learning rate are not among these flags (`resolve_schedule`).
+    Steps read others, too (`resolve_schedule`).
     """
-    method = get_training_method(options, initial.has_random_weights)
-
     # 1. The image size, before the weights are read: they are resampled to it as they load
     size_line = weights_line = None
     if options.image_size is None:
         height_width, size_line = choose_image_size(initial, options.get_config_values())
         options = replace(options, image_size=height_width)
     config_values = options.get_config_values()
-    image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
 
-    # 2. The augmentation. A crop of a small image keeps few pixels. Both numbers are guesses.
-    has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
-    if options.crop_scale is None:
-        options = replace(options, crop_scale=1.0 if has_small_images else 0.35)
-    augment = {"shift": 0.04 if has_small_images else 0.0} | (options.augment or {})
-    options = replace(options, augment=augment)
-
-    # 3. The batches. Large ones leave a small dataset few steps. Both sizes are guesses.
+    # 2. The batches. Large ones leave a small dataset few steps. Both sizes are guesses.
     if options.batch_size is None:
         is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
         options = replace(options, batch_size=64 if is_large else 32)
 
-    # 4. The start of the weights, and how far each layer may leave it (BEiT, arXiv 2106.08254)
-    if options.layer_decay is None:
-        layer_decay = 0.75 if method == "pre-trained weights" else 1.0
-        options = replace(options, layer_decay=layer_decay)
+    # 3. The start of the weights
     if initial.has_random_weights:
         # Between the Xavier standard deviations for the attention (1 / sqrt(width)) and the MLP
         # (0.63 / sqrt(width)); the factor is a guess. Narrow models learn slowly with 0.02.
@@ -157,7 +144,7 @@ def resolve_schedule(
     forward_flops: int,
     has_new_tokens: bool = False,
 ) -> tuple[FinetuneOptions, dict[str, str | None]]:
-    """Fill in the length and the learning rate if they are not set; also return lines about them.
+    """Fill in the flags that only steps read, if they are not set; also return lines about them.
 
     Args:
         options: flags of the run.
@@ -167,8 +154,24 @@ def resolve_schedule(
         forward_flops: floating-point operations of a forward pass of one image.
         has_new_tokens: whether tokens or gates have a rate of their own.
     """
-    width = options.get_config_values().get("hidden_size", initial.config.hidden_size)
+    config_values = options.get_config_values()
+    width = config_values.get("hidden_size", initial.config.hidden_size)
     method = get_training_method(options, initial.has_random_weights)
+
+    # 1. The augmentation. A crop of a small image keeps few pixels. Both numbers are guesses.
+    image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
+    has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
+    if options.crop_scale is None:
+        options = replace(options, crop_scale=1.0 if has_small_images else 0.35)
+    augment = {"shift": 0.04 if has_small_images else 0.0} | (options.augment or {})
+    options = replace(options, augment=augment)
+
+    # 2. How far each layer may leave the start of its weights (BEiT, arXiv 2106.08254)
+    if options.layer_decay is None:
+        layer_decay = 0.75 if method == "pre-trained weights" else 1.0
+        options = replace(options, layer_decay=layer_decay)
+
+    # 3. The length of the run
     if has_frozen_start and method == "pre-trained weights":
         method = "from the frozen model's classifier"
     is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
@@ -192,6 +195,7 @@ def resolve_schedule(
         if options.max_steps is None:
             lines["epochs"] = f"{epochs:g}: {reason}"
 
+    # 4. The learning rates
     rate = options.learning_rate
     if rate is None:
         changes["learning_rate"] = rate = choose_learning_rate(method, width)

@@ -27,7 +27,7 @@ from ..conversion.open_model import is_preset, open_model
 from ..data.aspect_ratio import get_resize, set_resize
 from ..data.cells import normalize_name
 from ..data.labels import LabelSpace, get_label_space
-from ..hub.model_folder import ModelFolder
+from ..hub.model_folder import ModelFolder, build_processor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier
 from ..model.adaptation_vitcls import can_copy_classifier
 from ..model.attention_masks_vitcls import list_gated_tokens
@@ -100,7 +100,7 @@ def build_model(
             initial.name, **config_values, **label_space.to_config_values()
         )
         model = CLASSIFIER_CLASSES[label_space.kind](config)
-        processor = ViTCLSImageProcessor()
+        processor = build_processor(config)
         new_parameter_names = {name for name, _ in model.named_parameters()}
     else:
         model, new_parameter_names = load_with_label_space(initial, config_values, label_space)

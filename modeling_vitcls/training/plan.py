@@ -30,6 +30,11 @@ from .run_inputs import RunInputs
 
 # Flags about steps: a run in which a person sets one of them has steps
 STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select", "teacher")
+# Flags that only steps read, but that do not ask for them: they may turn something off
+UNREAD_FLAGS = (
+    "crop_scale flip auto_augment augment mixup layer_decay warmup weight_decay label_smoothing compile "
+    "gradient_accumulation_steps average_with_start save_every keep_checkpoints log_with"
+).split()
 MIN_STEP_IMAGES = 2000
 MIN_STEP_CLASS_SIZE = 50
 FORWARD_PASSES_OF_STEP = 3  # A backward pass takes as long as two forward passes
@@ -92,7 +97,12 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     num_labels = max(map(len, inputs.images.label_space.columns.values()))
     min_images = max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels)
 
-    wishes = [name for name in STEP_FLAGS if getattr(options, name) is not None]
+    changed = [
+        name
+        for name in (*STEP_FLAGS, *UNREAD_FLAGS)
+        if getattr(options, name) != getattr(FinetuneOptions, name)
+    ]
+    wishes = [name for name in changed if name in STEP_FLAGS]
     images_text = f"{num_images:,} images"
     # The first reason that applies decides: first what cannot be otherwise, then what the person
     # asked for, then what is better for this many images.
@@ -115,16 +125,13 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     if fraction is None:
         fraction = choose_held_out_fraction(kind, num_images, num_labels, inputs.num_fitted)
     check_can_divide(inputs.images, fraction, options.select == "best")  # Before images are decoded
-    # The default of `select` is set after the kind is known, because an explicit value requires steps.
-    options = replace(
-        options,
-        held_out_fraction=fraction,
-        select=options.select or "last",
-    )
+    options = replace(options, held_out_fraction=fraction)
     lines: dict[str, str | None] = {}
     new_tokens: dict[str, list[bool]] = {}
     # After the kind is known: the rate and the number of epochs depend on where the steps start.
+    # A frozen run has no `select`, because its recipe would have steps with one.
     if kind == "steps":
+        options = replace(options, select=options.select or "last")
         new_tokens = find_new_tokens(inputs.initial, inputs.model)
         options, lines = resolve_schedule(
             options,
@@ -134,6 +141,8 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
             inputs.forward_flops,
             has_new_tokens=bool(new_tokens),
         )
+    elif changed:
+        lines["no steps"] = f"`{'`, `'.join(changed)}`: no effect, as only steps read them"
 
     # The mean with random weights would only dilute what the steps have learned.
     has_heads = inputs.frozen_encoder is not None or inputs.has_trained_heads

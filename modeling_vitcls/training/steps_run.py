@@ -101,7 +101,7 @@ def run_steps(
         # step.
         step = set_saved_weights(loop, plan)
     model = loop.state.model.eval()
-    has_excluded = exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
+    exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
     predictions = nearest_images = heads_text = trained_scenes = unknown_text = None
     calibration: Any = (None, "")
@@ -115,9 +115,11 @@ def run_steps(
             options.get_config_values().get("distillation_inference"),
         )
         metrics = predictions.metrics
-    # The last evaluation of the loop was of other weights, or of the images that select.
-    elif step != loop.state.step or plan.averaging or data.selection is not None or has_excluded:
-        metrics = held_out(model)
+    # The last evaluation of the loop may be of other weights, or of the images that select.
+    elif len(data.held_out):
+        measured = held_out.predict(model)
+        metrics = measured.metrics
+        predictions = None if data.label_space.kind == "multi_task" else measured
     reshard(model)
     tokens, tokens_text = measure_tokens(inputs.model, model, held_out, predictions, plan)
     # After the measurement, which a distance to the classes would only slow down.
@@ -196,17 +198,16 @@ def build_step_results(
 @torch.no_grad()
 def exclude_unreadable_classes(
     model: Any, data: TrainingData, unreadable: UnreadableImageCounter, reporter: Reporter
-) -> bool:
-    """Keep the model from predicting classes that no image has trained; return if there are any."""
+) -> None:
+    """Keep the model from predicting classes that no image has trained."""
     if not data.train.is_stratified or not unreadable.indices:
-        return False
+        return
     readable = np.delete(data.train.labels, sorted(unreadable.indices))
     missing = warn_about_unreadable_classes(data, readable, reporter.warn)
     for layer in list_last_layers(model):
         margins = torch.zeros(len(layer.bias))
         margins[missing] = ABSENT_CLASS_MARGIN
         layer.bias.sub_(distribute_like(margins, margins.dtype, layer.bias))
-    return bool(missing)
 
 
 def measure_initial_classifier(inputs: RunInputs, data: TrainingData) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.command_in_process import fail, run_here
@@ -91,6 +92,10 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "photos of a copy that was interrupted": (
         lambda folder: (folder / "trained_scenes.npz").touch(),
         ("trained_scenes.npz", "Remove it"),
+    ),
+    "photos that would fill the memory": (
+        lambda folder: np.savez_compressed(folder / "trained_scenes.npz", codes_=np.zeros((9, 9))),
+        ("trained_scenes.npz", "compressed"),
     ),
     "quantized weights": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "torchao"}),

@@ -33,17 +33,22 @@ def run_evaluation(model: Path, photos: Path, *flags: object) -> int:
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"pooling": "max"}, {"pooling": "attention"}, {"pooled_norm": True}],
-    ids=["max", "attention", "pooled_norm"],
+    ("fields", "flags"),
+    [
+        ({"pooling": "max"}, []),
+        ({}, ["--pooling", "max", "--pooled-layers", "-2", "-1"]),
+        ({"pooling": "attention"}, []),
+        ({"pooled_norm": True}, []),
+    ],
+    ids=["max", "max of two layers", "attention", "pooled_norm"],
 )
 def test_a_frozen_run_is_evaluated_whatever_its_pooler(
-    fields: dict[str, Any], photos: Path, tmp_path: Path
+    fields: dict[str, Any], flags: list[str], photos: Path, tmp_path: Path
 ) -> None:
     """The pooler reads the hidden states, which classifiers return, too."""
     encoder = save_encoder(tmp_path / "encoder", **fields)
-    flags = ["--output-dir", tmp_path / "run", "--trainable", "head", "--no-report"]
-    assert run_here("finetune", "--model", encoder, "--dataset", photos, *flags) == 0
+    run = ["--output-dir", tmp_path / "run", "--trainable", "head", "--no-report", *flags]
+    assert run_here("finetune", "--model", encoder, "--dataset", photos, *run) == 0
     others = write_photos(tmp_path / "others", range(6, 8), *NAMES)
     assert run_evaluation(tmp_path / "run", others, "--output", tmp_path / "results.json") == 0
     assert read_json(tmp_path / "results.json")["in_trained_scenes"]["num_images"] == 6

@@ -137,7 +137,10 @@ def test_both_heads_are_trained() -> None:
 
 # Labels, and words of the error.
 WRONG_LABELS: list[tuple[Any, tuple[str, ...]]] = [
-    (torch.ones(2, 3), ("float labels", "problem_type", "single_label", "multi_label")),
+    (
+        torch.ones(2, 3, dtype=torch.long),
+        ("no indices", "problem_type", "single_label", "multi_label"),
+    ),
     (torch.tensor([0, 3]), ("3", "0 to 2")),
     (torch.tensor([0, -1]), ("-1", "0 to 2")),
     (torch.zeros(3, dtype=torch.long), ()),

@@ -88,9 +88,9 @@ HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "
 def test_defaults_follow_the_weights_the_image_size_and_the_number_of_images(
     options: Any, initial: dict[str, Any], num_images: int | None, expected: dict[str, Any]
 ) -> None:
-    values = get_values(
-        resolve_defaults(options or build_options(), build_initial(**initial), num_images)[0]
-    )
+    model = build_initial(**initial)
+    resolved, _ = resolve_defaults(options or build_options(), model, num_images)
+    values = get_values(resolve_schedule(resolved, model, num_images, False, 1)[0])
     assert {name: values[name] for name in expected} == expected
 
 
@@ -149,10 +149,10 @@ def test_every_default_can_be_overridden() -> None:
     flags = {"model": "vitcls-tiny", "crop_scale": None, "augment": {"shift": 0.0, "zoom": 0.1}}
     asked = build_tiny_options(Path("out"), "digits", **flags)
     options, lines = resolve_defaults(asked, initial, 2000)
-
+    assert resolve_defaults(options, initial, 2000) == (options, lines)
+    options, _ = resolve_schedule(options, initial, 2000, False, 1)
     assert options.augment == {"shift": 0.0, "zoom": 0.1}
     assert options.crop_scale == 1
-    assert resolve_defaults(options, initial, 2000) == (options, lines)
 
 
 def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

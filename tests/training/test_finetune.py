@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -36,6 +37,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
     verify_unchanged,
 )
 from modeling_vitcls.data.batches import Normalizer
@@ -187,7 +189,14 @@ def test_several_labels_per_image_are_learned(tasks: Path, tmp_path: Path) -> No
     model = ViTCLSForImageClassification.from_pretrained(tmp_path)
     assert model.config.problem_type == "multi_label_classification"
     assert set(model.config.label2id) == {"all", "dusk", "noon"}
-    assert not (tmp_path / "predictions.parquet").exists()  # only of images with one label
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert len(rows) == results["num_images"]
+
+
+def test_a_preset_of_one_channel_reads_photos_in_gray(color_images: Path, tmp_path: Path) -> None:
+    results = train(tmp_path, color_images, model_config={"num_channels": 1}, max_steps=1)
+    assert results["num_unreadable_training_images"] == 0
+    assert ViTCLSImageProcessor.from_pretrained(tmp_path).image_mean == (0.5,)
 
 
 def test_unreadable_images_are_named_and_skipped(

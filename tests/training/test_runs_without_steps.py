@@ -217,6 +217,22 @@ def test_a_second_photo_makes_no_class_harder_to_find_and_only_pairs_are_measure
     assert with_one > 0.7
 
 
+def test_the_recipe_of_a_frozen_run_repeats_it(frozen: Any) -> None:
+    recipe = frozen["folder"] / "config.resolved.yaml"
+    again = finetune("vit", "my photos", "again", "--config", str(recipe))
+    assert again["frozen"]["candidates"] == frozen["frozen"]["candidates"]
+    assert again["steps"] == 0
+
+
+def test_a_frozen_run_names_the_flags_that_only_steps_read() -> None:
+    flags = ["--mixup", "0.8", "--augment", "cutmix=1", "--log-with", "tensorboard"]
+    printed = finetune("vit", "my photos", "frozen", *flags)["printed"]
+    (line,) = (line for line in printed.splitlines() if line.startswith("no steps"))
+    assert {"--mixup", "--augment", "--log-with"} <= {
+        *line.replace(",", " ").replace(":", "").split()
+    }
+
+
 def test_a_run_with_steps_says_why_none_will_be_unknown(tuned: Any) -> None:
     assert tuned["num_images"] < 100
     assert "not be marked: this requires 100 held-out images" in tuned["printed"]
