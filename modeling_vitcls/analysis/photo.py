@@ -163,11 +163,9 @@ def measure_photo(
     tokens = []
     if not config.num_cls_tokens:
         tokens.append(ShownToken("patch mean", "patches", patch_layer, is_read=True))
-    added_heads = config.get_extra_heads().values()
-    is_cls_read_by_added = any("cls" in str(head.pooling) for head in added_heads)
     for group, members in use.groups.items():
         for index in members:
-            is_read = index in use.read_tokens or (is_cls_read_by_added and group == "cls")
+            is_read = index in use.read_tokens
             tokens.append(ShownToken(use.names[index], group, layers[index], is_read))
 
     input_size = tuple(pixel_values.shape[-2:])

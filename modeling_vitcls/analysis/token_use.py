@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from ..data.labels import is_multi_label
@@ -61,12 +62,15 @@ class TokenUse:
             tasks = zip(config.task_labels(), cls, strict=True)
             return {task: {index} | patches for task, index in tasks}
 
-        heads = {"": patches}
-        if config.pooling in ("cls", "cls_mean"):
+        # The heads of added classes and tasks read tokens, too
+        added = [head.layer_poolings for head in config.get_extra_heads().values()]
+        poolings = {config.pooling, *chain(*added)}
+        heads = {"": set() if poolings == {"cls"} else {PATCHES}}
+        if poolings & {"cls", "cls_mean"}:
             num_pooled = 1 if config.cls_pooling == "first" else None
             pooled = config.pooled_cls_tokens or range(config.num_cls_tokens)
             heads[""] |= {cls[index] for index in pooled[:num_pooled]}
-        elif config.pooling == "attention" and config.attention_pool_tokens == "all":
+        if config.pooling == "attention" and config.attention_pool_tokens == "all":
             heads[""] |= set(range(config.token_layout.num_prefix_tokens))
         if config.has_distillation_head:
             heads["distillation"] = distillation

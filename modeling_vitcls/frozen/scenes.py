@@ -258,7 +258,9 @@ def read_scenes(folder: ModelFolder) -> dict[str, TrainedScenes]:
         if weights_hash != folder.weights_sha256:
             return {}
         return {
-            task: TrainedScenes(max_distance, FeatureLayout(**layout), arrays[f"codes_{task}"])
+            task: TrainedScenes(
+                float(max_distance), FeatureLayout(**layout), arrays[f"codes_{task}"]
+            )
             for task, (max_distance, layout) in tasks.items()
         }
 

@@ -398,7 +398,7 @@ class ModelFolder:
             flags: Any = yaml.safe_load(read_text(self.path / name))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             warn_on_first_process(f"ignoring {self.path / name}: {format_error(error)}")
             return {}
         return flags if isinstance(flags, dict) else {}

@@ -2,12 +2,10 @@
 
 import logging
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from zipfile import BadZipFile
 
 from .files import replace_control_characters
 
@@ -72,20 +70,9 @@ def explain_damage(file: Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        NotImplementedError,
-        RecursionError,
-        OSError,
-        EOFError,
-        BadZipFile,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # Damaged data raises almost any
         # The system gives its errors a number. Without one, pyarrow complains about the contents.
-        if getattr(error, "errno", None) is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
             raise
         reason = format_error(error).rstrip(".")
         raise ValueError(f"cannot read {file}: {reason}. {remedy}") from error

@@ -45,6 +45,10 @@ FIELDS = {
     }
     | {"num_distillation_tokens": 1, "distillation_head": False},
     "tasks": {"num_cls_tokens": 2, "tasks": TASKS, "num_distillation_tokens": 1},
+    "added classes": {
+        "pooling": "mean",
+        "extra_heads": {"more": {"labels": ["LABEL_2"], "pooling": "cls", "adds_classes": True}},
+    },
 }
 
 
