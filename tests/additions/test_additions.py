@@ -260,13 +260,10 @@ def test_a_class_is_added_to_statistics_in_bfloat16(digits: Path, tmp_path: Path
     save_both(model, tmp_path / "half", ViTCLSImageProcessor.from_pretrained(digits))
     record = add_class(tmp_path / "half", STRIPED, tmp_path / "new")
     assert record["result"]["recall"] > 0.9
-    result = record["result"]
-    count = f"{result['num_right']} of {result['num_images']} recognized"
-    assert count in (tmp_path / "new" / "README.md").read_text()
 
 
 def test_photos_of_an_added_class_are_known_also_if_they_differ_more_than_the_old_ones(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path
 ) -> None:
     """Noise is far from every digit and from other noise; one threshold serves both."""
     noise = draw_pixels(60, 8, 8)
@@ -281,7 +278,6 @@ def test_photos_of_an_added_class_are_known_also_if_they_differ_more_than_the_ol
 
     record = add_class(tmp_path / "old", build_new(noise[:20], "noise"), tmp_path / "noise")
     assert record["num_unknown"] < 8
-    assert f"{record['num_unknown']} of these images would be marked" in capsys.readouterr().out
     outputs = compute(tmp_path / "noise", images)
     assert (outputs.distance > threshold).float().mean() < 0.3
     distances = compute(tmp_path / "noise", PIXELS).distance

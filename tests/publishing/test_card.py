@@ -70,8 +70,6 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     )
     assert r"always saying `noon\|late`: 300 of 360 |" in text
     assert r"| `noon\|late` | 220 of 300 | 99% | 85% | `dusk` (80) |" in text
-    numbers = ("by 1 percentage points", "it was 9.", "0.65", "180 images")
-    assert all(number in text for number in numbers)
     assert f"modeling_vitcls {vitcls.__version__}" in text
     assert "report.html" not in text  # which the folder lacks
     assert card.data.pipeline_tag == "image-classification"
