@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from helpers.odd_photos import REFUSED, write_odd_photos
 from helpers.photo_folders import encode_image
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import raises_one_line
@@ -35,35 +36,24 @@ SIZES: list[dict[str, Any]] = [
 ]
 
 
-def make_exif(orientation: int) -> PIL.Image.Exif:
-    exif = PIL.Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
-
 PHOTO = photograph("china.jpg").crop((40, 100, 141, 177))
+JPEG = encode_image(PHOTO, "JPEG", quality=60)
 
 
-def build_example_images() -> dict[str, Any]:
-    """Return one image in every form that the image processor accepts."""
-    image = PHOTO
-    values = np.array(image)
+@pytest.fixture(scope="module")
+def examples(module_path: Path) -> dict[str, Any]:
+    """Return photos in every form that the image processor accepts."""
+    files = write_odd_photos(module_path)
+    values = np.array(PHOTO)
     return {
-        "jpeg": encode_image(image, "JPEG", quality=60),
+        **{name: files[name] for name in files.keys() - {*REFUSED, "wide.png", "tall.jpg"}},
         "jpeg 4:4:4 progressive": encode_image(
-            image, "JPEG", quality=95, subsampling=0, progressive=True
+            PHOTO, "JPEG", quality=95, subsampling=0, progressive=True
         ),
-        "gray jpeg": encode_image(image.convert("L"), "JPEG"),
-        "cmyk jpeg": encode_image(image.convert("CMYK"), "JPEG"),
         **{
-            f"jpeg turned {orientation}": encode_image(image, "JPEG", exif=make_exif(orientation))
-            for orientation in range(2, 9)
-        },
-        **{
-            mode: image.convert(mode)
+            mode: PHOTO.convert(mode)
             for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")
         },
-        "16 bits": PIL.Image.fromarray(values[..., 0].astype(np.uint16) * 257),
         "array": values,
         "array of floats": values.astype(np.float32) / 255,
         "array of whole numbers": values.astype(np.int64),
@@ -93,9 +83,11 @@ def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "resample"), list(zip(SIZES, [3, 3, 2, 0, 1, 3], strict=True)), ids=str
 )
-def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -> None:
+def test_all_images_have_the_same_values(
+    sizes: dict[str, Any], resample: int, examples: dict[str, Any]
+) -> None:
     processor = ViTCLSImageProcessor(**sizes, resample=resample)
-    for name, image in build_example_images().items():
+    for name, image in examples.items():
         check_same(processor, image, name)
 
 
@@ -104,13 +96,13 @@ def test_the_first_photo_is_decoded_as_later_ones(monkeypatch: pytest.MonkeyPatc
     pixels = torch.full((3, 60, 60), 99, dtype=torch.uint8)
     monkeypatch.setattr(image_processing_vitcls, "try_read_jpeg", lambda source: pixels)
     processor = ViTCLSImageProcessor(size=32)
-    photo = build_example_images()["jpeg"]
+    photo = JPEG
     first, second = (processor(photo, return_tensors="pt")["pixel_values"] for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
-    whole = build_example_images()["jpeg"]
+    whole = JPEG
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("no image")
     known = ViTCLSImageProcessor(do_resize=False)
@@ -136,7 +128,7 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
 
 def test_settings_may_change_between_calls() -> None:
     """Change a setting, a value within a size, and set a wrong value."""
-    image = build_example_images()["jpeg"]
+    image = JPEG
     processor = ViTCLSImageProcessor(size=32)
 
     check_same(processor, image, "as built")
@@ -174,8 +166,8 @@ def test_settings_may_change_between_calls() -> None:
 def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
     processor = ViTCLSImageProcessor(size=32, **settings)
     for _ in range(2):
-        found = processor(build_example_images()["jpeg"], return_tensors="pt")["pixel_values"]
-        assert torch.equal(found, run_slow_path(processor, build_example_images()["jpeg"]))
+        found = processor(JPEG, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, run_slow_path(processor, JPEG))
     assert processor._checked_settings is None
 
 
@@ -184,7 +176,7 @@ def test_methods_of_a_subclass_are_called() -> None:
         def rescale_and_normalize(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return super().rescale_and_normalize(*args, **kwargs) + 1
 
-    image = build_example_images()["jpeg"]
+    image = JPEG
     plain, brighter = ViTCLSImageProcessor(size=32), Brighter(size=32)
     for _ in range(2):  # the second call could use the fast path
         expected = plain(image, return_tensors="pt")["pixel_values"] + 1
