@@ -39,6 +39,7 @@ def fill(shapes: Shapes) -> Weights:
 
 def build_vit_shapes(
     num_positions: int,
+    scales: str = "",
     width: int = 192,
     depth: int = 2,
     mlp: str = "plain",
@@ -46,7 +47,8 @@ def build_vit_shapes(
 ) -> Shapes:
     """Return the shapes of an encoder with a CLS token.
 
-    Without positions, it has no position embeddings.
+    Without positions, it has no position embeddings. `scales` is the name of LayerScale, such as
+    `ls{}.gamma`.
     """
     mlps: dict[str, Shapes] = {
         "plain": {"mlp.fc1": (NEURONS, width), "mlp.fc2": (width, NEURONS)},
@@ -66,24 +68,14 @@ def build_vit_shapes(
         for name, shape in layers.items():
             shapes[f"blocks.{index}.{name}.weight"] = shape
             shapes[f"blocks.{index}.{name}.bias"] = shape[:1]
+        for number in (1, 2) if scales else ():
+            shapes[f"blocks.{index}.{scales.format(number)}"] = (width,)
     return shapes | (extra or {})
 
 
 def build_vit_weights(num_prefix_positions: int = 1, scales: str = "", **arguments: Any) -> Weights:
-    """Return the weights of an encoder.
-
-    `scales` is the name of LayerScale, such as `ls{}.gamma`.
-    """
-    shapes = build_vit_shapes(num_prefix_positions + GRID**2, **arguments)
-    width = shapes["cls_token"][-1]
-    depth = arguments.get("depth", 2)
-    if scales:
-        shapes |= {
-            f"blocks.{index}.{scales.format(number)}": (width,)
-            for index in range(depth)
-            for number in (1, 2)
-        }
-    return fill(shapes)
+    """Return the weights of an encoder."""
+    return fill(build_vit_shapes(num_prefix_positions + GRID**2, scales, **arguments))
 
 
 def build_dinov3_weights(mlp: str = "plain", bias: bool = True) -> Weights:
@@ -93,18 +85,12 @@ def build_dinov3_weights(mlp: str = "plain", bias: bool = True) -> Weights:
         "mask_token": (1, 384),
         "local_cls_norm.weight": (384,),
     }
-    extra |= {f"blocks.{index}.ls{number}.gamma": (384,) for index in range(2) for number in (1, 2)}
-    weights = fill(build_vit_shapes(0, 384, mlp=mlp, extra=extra))
+    weights = fill(build_vit_shapes(0, "ls{}.gamma", 384, mlp=mlp, extra=extra))
     for name in [name for name in weights if name.endswith("qkv.bias")]:
-        weights[f"{name}_mask"] = torch.cat([torch.ones(384), torch.zeros(384), torch.ones(384)])
+        weights[f"{name}_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(384)
         if not bias:
             del weights[name], weights[f"{name}_mask"]
     return weights | {"rope_embed.periods": (100.0 ** (torch.arange(16) / 16)).bfloat16()}
-
-
-def project_patches(images: torch.Tensor, kernel: torch.Tensor, bias: Any) -> torch.Tensor:
-    """Return the projections of patches [B, D, rows, columns], of the size of the kernel."""
-    return functional.conv2d(images, kernel, bias, stride=(kernel.shape[-2], kernel.shape[-1]))
 
 
 @torch.no_grad()
@@ -115,9 +101,9 @@ def run_authors_vit(
 
     `resample` maps position embeddings [1, D, rows, columns] to the patch grid of the images.
     """
-    width = weights["patch_embed.proj.weight"].shape[0]
     kernel, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
-    maps = project_patches(images, kernel, bias)
+    width = len(bias)
+    maps = functional.conv2d(images, kernel, bias, kernel.shape[2:])
     grid = maps.shape[-2:]
     tokens = maps.flatten(2).transpose(1, 2)
     prefix = [
@@ -156,7 +142,7 @@ def run_authors_vit(
         )
         qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1")).unflatten(2, (3, -1, HEAD_SIZE))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attention = (query @ key.transpose(-2, -1) / HEAD_SIZE**0.5).softmax(dim=-1) @ value
+        attention = functional.scaled_dot_product_attention(query, key, value)
         tokens = tokens + attention_scale * linear(
             f"{block}.attn.proj", attention.transpose(1, 2).flatten(2)
         )
@@ -246,7 +232,7 @@ def run_big_vision(weights: Weights, images: torch.Tensor) -> torch.Tensor:
             + weights[f"{name}/{part}/bias"][:, None]
             for part, inputs in (("query", queries), ("key", values), ("value", values))
         )
-        mixed = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1) @ value
+        mixed = functional.scaled_dot_product_attention(query, key, value)
         return (
             torch.einsum("bhne,hed->bnd", mixed, weights[f"{name}/out/kernel"])
             + weights[f"{name}/out/bias"]
@@ -258,7 +244,7 @@ def run_big_vision(weights: Weights, images: torch.Tensor) -> torch.Tensor:
         return hidden @ weights[f"{name}/Dense_1/kernel"] + weights[f"{name}/Dense_1/bias"]
 
     kernel = weights["embedding/kernel"].permute(3, 2, 0, 1)
-    maps = project_patches(images, kernel, weights["embedding/bias"])
+    maps = functional.conv2d(images, kernel, weights["embedding/bias"], kernel.shape[2:])
     tokens = maps.flatten(2).transpose(1, 2)
     if "pos_embedding" in weights:
         tokens = tokens + weights["pos_embedding"]
