@@ -14,7 +14,6 @@ from datasets import ClassLabel, Dataset
 from helpers.command_in_process import parse_flags
 from helpers.scripts_in_process import SCRIPTS
 from helpers.tiny_models import raises_one_line
-from pyarrow import parquet
 from scipy import stats
 
 from scripts.study import (
@@ -106,96 +105,85 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
 def test_a_subset_has_random_training_images_and_all_other_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    label = ClassLabel(names=["cat", "ship"])
     for split, numbers in {"train": range(20), "test": range(100, 105)}.items():
-        images = Dataset.from_dict(
-            {"label": [number % 2 for number in numbers], "number": list(numbers)}
-        )
-        images = images.cast_column("label", ClassLabel(names=["cat", "ship"]))
+        columns = {"label": [number % 2 for number in numbers], "number": numbers}
+        images = Dataset.from_dict(columns).cast_column("label", label)
         images.to_parquet(tmp_path / "data" / f"{split}.parquet")
     monkeypatch.setenv("DATA", str(tmp_path / "data"))
     subset = {"dataset": "$DATA", "num_images": 6}
     groups = {"kind": {"vehicle": ["ship"], "animal": ["cat"]}}
-    folder = tmp_path / "subsets"
     subsets = {"a": subset, "b": subset | {"seed": 0}, "c": subset | {"seed": 1, "groups": groups}}
     study = replace(STUDY_OBJECT, seeds=[], subsets=subsets)
     StudyRunner(study, tmp_path).execute()
 
-    def read(name: str, split: str) -> dict[str, list[int]]:
-        return parquet.read_table(folder / name / f"{split}.parquet").to_pydict()
-
-    assert not (folder / "a" / "validation.parquet").exists()
-    numbers = [read(name, "train")["number"] for name in "abc"]
+    folder = tmp_path / "subsets"
+    parts = [pandas.read_parquet(folder / name / "train.parquet") for name in "abc"]
+    numbers = [part["number"].tolist() for part in parts]
     assert numbers[0] == numbers[1] != numbers[2]
     for one in numbers:
         assert len(set(one)) == 6
         assert set(one) < set(range(20))
         assert sorted(one) != list(range(6))
-    assert read("c", "train")["kind"] == [1 - number % 2 for number in numbers[2]]
-    assert read("c", "test")["kind"] == [1, 0, 1, 0, 1]
+    test = pandas.read_parquet(folder / "c" / "test.parquet")
+    for part, size in ((parts[2], 6), (test, 5)):
+        assert part["kind"].tolist() == (1 - part["label"]).tolist()
+        assert len(part) == size
+    assert not (folder / "a" / "validation.parquet").exists()
+    absent = replace(study, subsets={"d": subset})
     with pytest.raises(FileNotFoundError):
-        StudyRunner(
-            replace(study, subsets={"d": subset}), tmp_path, dataset=str(tmp_path / "absent")
-        ).execute()
+        StudyRunner(absent, tmp_path, dataset=str(tmp_path / "absent")).execute()
     assert not (folder / "d").exists()
 
 
 def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
-    values = {
-        ("cls", "s"): [50, 70, 90],
-        ("mean", "s"): [60, 80, 98],
-        ("cls", "l"): [75],
-        ("mean", "l"): [None, 50],
-    }
+    cls, mean = [5, 7, 9], [6, 8, 9.8]
     rows = pandas.DataFrame(
-        {"pooling": pooling, "size": size, "seed": seed, "accuracy": value and value * 10}
-        for (pooling, size), column in values.items()
-        for seed, value in enumerate(column)
+        {"pooling": pooling, "size": size, "seed": seed, "loss": loss}
+        for pooling, size, losses in (
+            ("cls", "s", cls),
+            ("mean", "s", mean),
+            ("cls", "l", [7.5]),
+            ("mean", "l", [None, 5]),
+        )
+        for seed, loss in enumerate(losses)
     )
-    study = replace(
-        STUDY_OBJECT, factors={"pooling": {"cls": {}, "mean": {}}, "size": {"s": {}, "l": {}}}
-    )
-    summary = summarize(study, rows, "accuracy")
-    high = stats.t.interval(0.95, 2, loc=70_000, scale=stats.sem([50_000, 70_000, 90_000]))[1]
-    assert summary.loc[0, ["mean", "half_width"]].tolist() == pytest.approx([70_000, high - 70_000])
+    study = replace(STUDY_OBJECT, factors={"pooling": {}, "size": {}})
+    summary = summarize(study, rows, "loss")
+    high = stats.t.interval(0.95, 2, loc=7, scale=stats.sem(cls))[1]
+    assert summary.loc[0, ["mean", "half_width"]].tolist() == pytest.approx([7, high - 7])
 
-    paired = stats.ttest_rel(
-        [60_000, 80_000, 98_000], [50_000, 70_000, 90_000]
-    ).confidence_interval(0.95)
+    paired = stats.ttest_rel(mean, cls).confidence_interval(0.95)
     found = summary.loc[1, "difference"], summary.loc[1, "difference_half_width"]
     assert found == pytest.approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
 
     # no baseline
-    assert summarize(study, rows[rows["pooling"] == "mean"], "accuracy")["difference"].isna().all()
+    assert summarize(study, rows[rows["pooling"] == "mean"], "loss")["difference"].isna().all()
 
 
 @pytest.mark.usefixtures("program")
 def test_all_runs_are_executed_summarized_and_resumed(tmp_path: Path) -> None:
-    factors = {"pooling": {"cls": {}, "mean": {"pooling": "mean"}, "median": {"pooling": "median"}}}
-    metrics = {"evaluate.accuracy": "Accuracy", "accuracy": "Accuracy (%)", "f1": "F1"}
-    stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
+    poolings = {"cls": {}, "mean": {"pooling": "mean"}, "median": {"pooling": "median"}}
     file = write_study(
         tmp_path,
-        factors=factors,
-        stages=stages,
+        factors={"pooling": poolings},
+        stages={"finetune": {"model": "vitcls-tiny"}, "evaluate": None},
         answer="The\nmean.",
-        metrics=metrics,
+        metrics={"evaluate.accuracy": "Accuracy", "accuracy": "Accuracy (%)", "f1": "F1"},
         subsets={100: {}},
     )
     output = tmp_path / "the output"
     (output / "subsets" / "100").mkdir(parents=True)  # drawn before
     with raises_one_line("2 of 6 runs failed"):
         run_command(StudyOptions(file, output, "other", jobs=2, threads=3))
-    rows = parquet.read_table(output / "runs.parquet").to_pylist()
-    assert [(row["pooling"], row["seed"], row["status"], row["accuracy"]) for row in rows] == [
-        ("cls", 0, "finished", 0.5),
-        ("cls", 1, "finished", 0.5625),
-        ("mean", 0, "finished", 0.75),
-        ("mean", 1, "finished", 0.8125),
-        ("median", 0, "unfinished", 0.25),
-        ("median", 1, "unfinished", 0.3125),
-    ]
-    assert all(row["threads"] == 33 and row["running"] <= 2 for row in rows)
-    assert [row["evaluate.accuracy"] for row in rows[:4]] == [1.0] * 4
+    rows = pandas.read_parquet(output / "runs.parquet")
+    assert rows["pooling"].tolist() == ["cls"] * 2 + ["mean"] * 2 + ["median"] * 2
+    assert rows["seed"].tolist() == [0, 1] * 3
+    assert rows["status"].tolist() == ["finished"] * 4 + ["unfinished"] * 2
+    assert rows["accuracy"].tolist() == [0.5, 0.5625, 0.75, 0.8125, 0.25, 0.3125]
+    assert set(rows["threads"]) == {33}
+    assert rows["running"].max() <= 2
+    assert rows["evaluate.accuracy"].tolist()[:4] == [1.0] * 4
     page = (output / "README.md").read_text()
     assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
     assert "| median |" not in page
@@ -204,13 +192,12 @@ def test_all_runs_are_executed_summarized_and_resumed(tmp_path: Path) -> None:
     (interrupted / "finetune" / "results.json").unlink()
     (interrupted / "finetune" / "checkpoints" / "step-2").mkdir(parents=True)
     run_study(StudyRunner(load_study(file), output), "python scripts/study.py")
-    runs = {
-        "pooling-cls_seed-0": (1, 1),
-        "pooling-mean_seed-1": (2, 1),
-        "pooling-median_seed-0": (1, 2),
-    }
-    for name, (num_trained, num_evaluated) in runs.items():
-        log = (output / "runs" / name / "log.txt").read_text()
+    for name, num_trained, num_evaluated in (
+        ("cls_seed-0", 1, 1),
+        ("mean_seed-1", 2, 1),
+        ("median_seed-0", 1, 2),
+    ):
+        log = (output / "runs" / f"pooling-{name}" / "log.txt").read_text()
         assert log.count("the stage finetune") == num_trained, name
         assert log.count("the stage evaluate") == num_evaluated, name
         assert log.count("--resume") == num_trained - 1, name
