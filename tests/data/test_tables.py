@@ -326,20 +326,16 @@ def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Pa
         assert labels == ["no label", "label, dog", "dog"]
 
 
-def test_images_of_a_table_may_be_base64(photos: Path) -> None:
-    encoded = base64.encodebytes((photos / FILES[3]).read_bytes()).decode()
-    file = write_table(photos / "base64.jsonl", image=[encoded, FILES[1]], label=["cat", "dog"])
-    images = read_splits_of(file).train.images
-    assert [image.getpixel((0, 0))[0] for image in images] == [60, 20]
-    assert images.get_names() == ["0", FILES[1]]
-
-
-def test_large_photos_in_a_csv_file_may_be_base64(photos: Path) -> None:
+def test_large_photos_in_a_csv_file_may_be_base64_beside_files(photos: Path) -> None:
     (photo,) = draw_noise((200, 200))
-    encoded = base64.b64encode(encode_image(photo)).decode()
-    table = write_table(photos / "large.csv", image=[encoded], label=["cat"])
-    (image,) = read_splits_of(table).train.images
-    assert image.tobytes() == photo.tobytes()
+    texts = [
+        encode(encode_image(photo)).decode() for encode in (base64.b64encode, base64.encodebytes)
+    ]
+    table = write_table(photos / "large.csv", image=[*texts, FILES[1]], label=[*"abb"])
+    images = read_splits_of(table).train.images
+    assert images[0].tobytes() == images[1].tobytes() == photo.tobytes()
+    assert images[2].getpixel((0, 0)) == (20, 10, 200)
+    assert images.get_names() == ["0", "1", FILES[1]]
 
 
 def test_the_name_of_a_column_has_two_unicode_forms(photos: Path) -> None:
@@ -402,24 +398,21 @@ def test_a_field_with_the_name_of_a_label_is_found(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "spellings"),
-    [("split", ["Train", "TEST", "valid"]), ("Subset", ["training", "testing", "val"])],
+    ("name", "spellings", "flags"),
+    [
+        ("split", ["Train", "TEST", "valid"], {}),
+        ("Subset", ["training", "testing", "val"], {}),
+        ("part", ["train", "test", "val"], {"split_column": "part"}),
+    ],
 )
-def test_a_column_of_splits_is_used(name: str, spellings: list[str], photos: Path) -> None:
-    parts = [spellings[index % 3] for index in range(NUM_IMAGES)]
-    table = write_csv(photos, ["a", "b", "a", "b"] * 3, "split.csv", **{name: parts})
-    images = load_undivided_images(DataOptions(dataset=table), reads_all=True)
+def test_a_column_of_splits_is_used(
+    name: str, spellings: list[str], flags: Any, photos: Path
+) -> None:
+    table = write_csv(photos, ["a", "b", "a", "b"] * 3, "split.csv", **{name: spellings * 4})
+    images = load_undivided_images(DataOptions(dataset=table, **flags), reads_all=True)
     for split, first in (("train", 0), ("test", 1), ("validation", 2)):
         assert images.images_by_split[split].images.get_names() == FILES[first::3]
     assert images.facts["splits"] == f"column {name!r}: train 4, validation 4, test 4 rows"
-
-
-def test_another_column_of_splits_can_be_named(photos: Path) -> None:
-    part = ["train", "test"] * 6
-    table = write_csv(photos, ["a", "b", "b", "a"] * 3, "part.csv", part=part)
-    assert read_training_data(table, split_column="part").held_out.images.get_names() == FILES[1::2]
-    with raises_one_line("no column 'x'", "part"):
-        read_training_data(table, split_column="x")
 
 
 def test_a_column_with_other_values_than_splits_is_named(photos: Path) -> None:

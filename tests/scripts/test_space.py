@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -35,28 +33,6 @@ runpy.run_path("app.py", run_name="__main__")
 """
 
 
-@contextmanager
-def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[str]:
-    """Run a page in a separate process and yield its address."""
-    child = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=folder,
-        env=os.environ
-        | environment
-        | {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        line = child.stdout.readline()
-        assert "http://" in line, child.stderr.read()
-        yield line.split()[-1]
-    finally:
-        child.terminate()
-        child.communicate(timeout=60)
-
-
 def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path) -> None:
     """Later commits of the model have no effect."""
     counts = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 2}
@@ -75,7 +51,20 @@ def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path) -> N
 
     push_folder(ModelFolder(save_classifier(tmp_path / "newer", num_labels=1)), "ann/mine")
     command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1]), folder=str(space))
-    with run_page(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at:
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", command],
+        cwd=space,
+        env=os.environ
+        | {"HF_HOME": str(tmp_path / "empty"), "GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
+        | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = child.stdout.readline()
+        assert "http://" in line, child.stderr.read()
+        at = line.split()[-1]
         with urlopen(f"{at.rstrip('/')}/gradio_api/info", timeout=60) as answer:
             assert set(json.load(answer)["named_endpoints"]) == {"/predict"}
         label = Client(at, verbose=False).predict(handle_file(photo), api_name="/predict")
@@ -85,3 +74,6 @@ def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path) -> N
             (row[f"label{end}"], row[f"probability{end}"]) for end in ("", "_2", "_3", "_4", "_5")
         ]
         assert confidences == pytest.approx(dict(found), abs=1e-4)
+    finally:
+        child.terminate()
+        child.communicate(timeout=60)

@@ -97,9 +97,7 @@ def test_usual_layers_are_lean(build_models: Any, name: str) -> None:
 
 
 def replace_module(layer: Any) -> None:
-    layer.attention.v_proj = nn.Linear(16, 16)
-    nn.init.constant_(layer.attention.v_proj.weight, 0.1)
-    nn.init.constant_(layer.attention.v_proj.bias, 0.2)
+    layer.attention.v_proj = randomize(nn.Linear(16, 16))
 
 
 def transpose(layer: Any) -> None:
