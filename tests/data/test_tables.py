@@ -1,7 +1,6 @@
 """Tables as people have them: spelled labels, separators, lists, columns of splits and groups."""
 
 import base64
-import json
 import os
 import unicodedata
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import datasets
 import pandas as pd
 import pytest
-from helpers.photo_folders import draw_noise, encode_image, get_unicode_forms
+from helpers.photo_folders import draw_noise, encode_image, get_unicode_forms, write_files
 from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
@@ -18,7 +17,6 @@ from PIL import Image
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import SeveralLabels
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_undivided_images
 
 
@@ -101,12 +99,8 @@ def test_text_labels_keep_their_spelling(
 def test_numbers_and_text_in_one_json_column_are_text(
     values: list[Any], names: list[str], photos: Path
 ) -> None:
-    lines = (
-        json.dumps({"file_name": file, "label": value})
-        for file, value in zip(FILES, values, strict=False)
-    )
-    (photos / "mixed.jsonl").write_text("\n".join(lines))
-    assert read_labels(photos / "mixed.jsonl") == names
+    table = write_table(photos / "mixed.jsonl", file_name=FILES[:3], label=values)
+    assert read_labels(table) == names
 
 
 def test_numbers_of_a_parquet_column_have_one_spelling(photos: Path) -> None:
@@ -120,12 +114,10 @@ def test_numbers_of_a_parquet_column_have_one_spelling(photos: Path) -> None:
 
 
 def test_numeric_image_ids_are_names_of_files(tmp_path: Path) -> None:
-    for name in ("1000", "00012"):
-        Image.new("RGB", (8, 8), (int(name) % 256, 0, 0)).save(tmp_path / name, "PNG")
+    write_files(tmp_path, "1000", "00012", content=encode_image(Image.new("RGB", (8, 8))))
     for ids in (["1000", "00012"], [1000, 1000]):
-        pd.DataFrame({"id": ids, "label": "a"}).to_parquet(tmp_path / "table.parquet")
-        options = DataOptions(dataset=str(tmp_path / "table.parquet"), image_column="id")
-        images = load_splits(options).images_by_split["train"].images
+        table = write_table(tmp_path / "table.parquet", id=ids, label="a")
+        images = read_splits_of(table, image_column="id").train.images
         assert images[0].size == images[1].size == (8, 8)
 
 
@@ -468,13 +460,10 @@ def test_a_column_of_groups_that_is_not_used_is_named(name: str, photos: Path) -
 
 
 def test_a_table_of_windows_names_files_with_backslashes(photos: Path) -> None:
-    (photos / "sub").mkdir()
-    for file in FILES[:3]:
-        os.link(photos / file, photos / "sub" / file)
-    names = [f"sub\\{file}" for file in FILES[:3]]
-    assert read_labels(
-        write_table(photos / "table.csv", file_name=names, label=["a", "b", "c"])
-    ) == ["a", "b", "c"]
+    names = [f"{photos.name}\\{file}" for file in FILES[:3]]
+    table = write_table(photos.parent / "windows.csv", file_name=names, label=[*"abc"])
+    images = read_splits_of(table).train.images
+    assert [image.getpixel((0, 0))[0] for image in images] == [0, 20, 40]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

@@ -1,5 +1,7 @@
 """Losses: their formulas, gradient accumulation, and errors."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,12 +257,10 @@ def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
     ],
 )
 def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None:
-    def build() -> PreTrainedModel:
-        if kind == "tasks":
-            return build_multi_task()
-        if kind == "masks":
-            return build_random(ViTCLSForMaskedImageModeling)
-        return build_classifier(**KINDS[kind][0])
+    build: Callable[[], PreTrainedModel] = {
+        "tasks": build_multi_task,
+        "masks": partial(build_random, ViTCLSForMaskedImageModeling),
+    }.get(kind) or partial(build_classifier, **KINDS[kind][0])
 
     examples: list[dict[str, Any]] = [{"pixel_values": image} for image in build_images(4)]
     for index, example in enumerate(examples):
@@ -281,7 +281,6 @@ def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None
             max_steps=1,
             optim="sgd",
             learning_rate=0.1,
-            lr_scheduler_type="constant",
             max_grad_norm=0.0,
             use_cpu=True,
             report_to="none",
