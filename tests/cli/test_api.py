@@ -5,7 +5,6 @@ Datasets may be in memory, and errors name the argument.
 
 import contextlib
 import importlib
-import json
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from PIL import Image
 
 from modeling_vitcls import Predictor, evaluate, finetune, inspect_tokens, predict
 from modeling_vitcls.cli.api import build_options
+from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.flags import get_flag_fields
 from modeling_vitcls.training.options import FinetuneOptions
 
@@ -118,7 +118,7 @@ def test_data_in_memory_is_evaluated_on_its_held_out_images(
     trained: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, results = trained
-    assert results == json.loads((folder / "results.json").read_text())
+    assert results == read_json(folder / "results.json")
 
     evaluated = evaluate(folder, build_photos(), num_workers=0)
     assert evaluated["accuracy"] == results["accuracy"]

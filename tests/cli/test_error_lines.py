@@ -20,6 +20,7 @@ from helpers.tiny_models import edit_config, save_classifier
 from transformers import ViTConfig
 
 from modeling_vitcls.runtime import files
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -84,7 +85,7 @@ def test_a_wrong_value_in_a_file_of_the_model_is_named(
     if name == INDEX:
         Path("model/model.safetensors").rename("x.safetensors")
     if isinstance(values, dict):
-        saved = json.loads(file.read_text()) if file.exists() else {}
+        saved = read_json(file) if file.exists() else {}
         values = json.dumps(saved | values)
     file.write_text(values)
     error = fail(*PREDICT)

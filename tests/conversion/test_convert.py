@@ -46,6 +46,7 @@ from modeling_vitcls.conversion import source_models
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.weight_rules import ConversionError
+from modeling_vitcls.runtime.files import read_json
 from scripts.tools.random_weights import randomize_weights
 
 
@@ -123,7 +124,7 @@ def test_the_parity_report_has_the_differences_at_two_sizes(
     from_timm: Path, from_transformers: tuple[Path, Path]
 ) -> None:
     for folder in (from_timm, from_transformers[0]):
-        report = json.loads((folder / "parity_report.json").read_text())
+        report = read_json(folder / "parity_report.json")
         weights = (folder / "model.safetensors").read_bytes()
         assert report["sha256"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
         assert report["classifier"] == "kept"
@@ -304,7 +305,7 @@ def test_remote_code_is_never_run(
     references = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "evil.Evil")
     settings = {"model_type": "evil", "image_processor_type": "Evil", "auto_map": references}
     path = tmp_path / "source" / file
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+    path.write_text(json.dumps((read_json(path) if path.exists() else {}) | settings))
 
     if file == "config.json":
         with raises_one_line("remote code", error=OSError):

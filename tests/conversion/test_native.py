@@ -27,6 +27,7 @@ from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import verify
+from modeling_vitcls.runtime.files import read_json
 
 
 DEMO = {"num_register_tokens": 2, "intermediate_size": 64, "id2label": {0: "a", 1: "b", 2: "c"}}
@@ -74,7 +75,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert card.data.license == "mit"
     assert card.data.tags == ["vision", "vit"]
     assert card.data.pipeline_tag == "image-classification"
-    report = json.loads((tmp_path / "native" / "parity_report.json").read_text())
+    report = read_json(tmp_path / "native" / "parity_report.json")
     assert report["source"] == "path/to/mine"
     assert report["source_class"] == "ViTCLSForImageClassification"
     assert report["source_revision"] is None
@@ -167,7 +168,7 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     (folder / "config.resolved.yaml").write_text("dataset: digits\n")
 
     convert_to_native(str(folder), tmp_path / "native")
-    kept = json.loads((tmp_path / "native" / "results.json").read_text())
+    kept = read_json(tmp_path / "native" / "results.json")
     assert kept == {
         "accuracy": 0.5,
         "weights_sha256": hash_weights(tmp_path / "native"),

@@ -1,6 +1,5 @@
 """Checkpoints by name: used directly or converted once, and pinned to commits."""
 
-import json
 import logging
 import os
 import re
@@ -41,6 +40,7 @@ from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.loading import pin_revision
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.runtime.errors import warn_on_first_process
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -90,7 +90,7 @@ def test_a_model_of_transformers_is_converted_once(
 
     assert sum("converting" in record.message for record in caplog.records) == 1
     assert folder.parent == own_cache
-    report = json.loads((folder / "parity_report.json").read_text())
+    report = read_json(folder / "parity_report.json")
     assert report["source_class"] == "ViTForImageClassification"
 
     assert load_model(open_model(str(source))).config.num_labels == 3

@@ -57,8 +57,8 @@ def test_of_two_columns_the_one_without_file_names_has_the_labels(
         lines = [",".join(row[::order]) for row in [names, *rows]]
         (photos / "table.csv").write_text("\n".join(lines))
         splits = read_splits_of(photos / "table.csv")
-        assert list(splits.images_by_split["train"].labels) == [0, 1, 0, 1]
-        assert splits.images_by_split["train"].images.get_names()[0] == "a/0.png"
+        assert list(splits.train.labels) == [0, 1, 0, 1]
+        assert splits.train.images.get_names()[0] == "a/0.png"
 
 
 def test_of_several_possible_columns_none_is_chosen(tmp_path: Path) -> None:

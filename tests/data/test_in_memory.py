@@ -192,7 +192,7 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
     splits = read_splits_of(tasks, label_column=("animal", "age"))
 
     assert splits.label_space.kind == "multi_task"
-    assert splits.images_by_split["train"].labels[3] == {"animal": 1, "age": 3}
+    assert splits.train.labels[3] == {"animal": 1, "age": 3}
 
     splits = read_splits_of(add_dataset(NamedPairs([(image, [index]) for index in range(2)])))
     assert (splits.label_space.kind, splits.label_space.names) == (
@@ -206,7 +206,7 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
         splits = read_splits_of(tags)
         assert splits.label_space.kind == "multi_label_classification"
         assert splits.label_space.names == names
-        assert splits.images_by_split["train"].labels[:3] == [[], [0], [0, 1]]
+        assert splits.train.labels[:3] == [[], [0], [0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_floats_are_scaled_and_integers_are_not(
     pixels: torch.Tensor, expected: list[list[int]]
 ) -> None:
     splits = read_splits_of(add_dataset([(pixels, 0), (pixels.numpy(), 0)]))
-    for image in splits.images_by_split["train"].images:
+    for image in splits.train.images:
         assert np.array(image).tolist() == expected
 
 
@@ -298,7 +298,7 @@ def test_a_photo_has_one_key_as_a_file_as_bytes_and_as_an_image(tmp_path: Path) 
     with Image.open(tmp_path / "a.jpg") as image:
         pairs = [(image, 0), (tmp_path / "a.jpg", 0), ((tmp_path / "a.jpg").read_bytes(), 0)]
         splits = read_splits_of(add_dataset(pairs))
-    keys = splits.images_by_split["train"].images.compute_content_keys()
+    keys = splits.train.images.compute_content_keys()
     assert len(set(keys.tolist())) == 1
 
 
@@ -307,4 +307,4 @@ def test_a_changed_image_is_not_its_file(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as image:
         image.putpixel((0, 0), 9 if image.mode == "L" else (9, 9, 9))
         splits = read_splits_of(add_dataset([(image, 0)]))
-    assert splits.images_by_split["train"].images[0].tobytes() == image.tobytes()
+    assert splits.train.images[0].tobytes() == image.tobytes()

@@ -224,7 +224,7 @@ def test_names_of_predict_are_read_from_the_working_folder(
     monkeypatch.chdir(photos.parent)
     names = [f"{photos.name}/{name}" for name in FILES[:2]]
     images = read_splits_of(write_csv(tmp_path, ["a", "b"], file_name=names))
-    assert images.images_by_split["train"].images[1].size
+    assert images.train.images[1].size
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Pa
     table = write_csv(photos, [no, yes, no], "bits.csv", dog=[no, yes, yes])
     splits = read_splits_of(table, label_column=("label", "dog"))
     assert splits.label_space == SeveralLabels({"labels": ["label", "dog"]})
-    assert list(splits.images_by_split["train"].labels) == [[], [0, 1], [1]]
+    assert list(splits.train.labels) == [[], [0, 1], [1]]
     gaps = write_csv(photos, [no, "", no], "gaps.csv", dog=[no, yes, yes])
     assert read_labels(gaps, label_column=("label", "dog")) == ["no label", "dog"]
     for mark in (yes, "x"):

@@ -6,7 +6,6 @@ The Hub is a local one with the two timm models of the page, with random weights
 push. The photos are digits.
 """
 
-import json
 import os
 import re
 import shlex
@@ -22,6 +21,8 @@ from helpers.doc_pages import ROOT, read_blocks
 from helpers.fresh_processes import run_program
 from helpers.local_hub import LocalHub, Token, running_hub
 from helpers.photo_folders import write_digits
+
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.slow
@@ -110,7 +111,7 @@ def test_every_block_runs_after_the_printed_installation(
         for printed in re.findall(r"^# ([{(\[].*)$", text, re.MULTILINE):
             assert printed in done.stdout
 
-    accuracy = json.loads((checkout / "runs/digits/results.json").read_text())["accuracy"]
+    accuracy = read_json(checkout / "runs/digits/results.json")["accuracy"]
     (num_right,) = re.findall(r"\*\*(\d+) of 359 held-out images are right\*\*", README)
     assert accuracy == pytest.approx(int(num_right) / 359, abs=0.015)
     assert accuracy >= 0.96
@@ -132,6 +133,6 @@ def test_the_first_block_clones_an_address_and_makes_its_targets(tmp_path: Path)
 
 def test_the_numbers_of_the_readme_are_in_committed_results() -> None:
     for name in ("digits", "fashion-mnist"):
-        results = json.loads((ROOT / "model_cards" / name / "results.json").read_text())
+        results = read_json(ROOT / "model_cards" / name / "results.json")
         num_images = results["num_images"]
         assert f"{round(results['accuracy'] * num_images):,} of {num_images:,}" in README

@@ -3,7 +3,6 @@
 All tests are slow: they take minutes.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.scripts_in_process import SCRIPTS
 
+from modeling_vitcls.runtime.files import read_json
 from scripts.studies.train_cnn_teacher import train_cnn_teacher
 
 
@@ -24,7 +24,7 @@ def finetune_digits(output: Path, *flags: object) -> dict[str, Any]:
     """Fine-tune with the digits recipe and further flags; return results.json."""
     program = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", output]
     run_python(*program, *flags, environment=os.environ | SCRIPT_ENVIRONMENT)
-    return json.loads((output / "results.json").read_text())
+    return read_json(output / "results.json")
 
 
 def test_attention_pooling_learns_the_digits(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.runtime.files import read_json
 
 
 PACKAGE = Path(vitcls.__file__).parent
@@ -151,7 +152,7 @@ def list_sources(folder: Path) -> list[str]:
 
 
 def read_answers(target: Path) -> LoadedCheckpoints:
-    report = json.loads((target / "report.json").read_text())
+    report = read_json(target / "report.json")
     return LoadedCheckpoints(target, report, load_file(target / "answers.safetensors"))
 
 
@@ -226,15 +227,12 @@ def test_saving_without_the_package_writes_the_same_files(
     }
     for file in SHIPPED_FILES:
         assert (folder / file.name).read_bytes() == file.read_bytes()
-    assert json.loads((folder / "config.json").read_text()) == json.loads(
+    assert read_json(folder / "config.json") == json.loads(
         (saved / name / "config.json").read_text()
     )
 
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    assert (
-        settings["auto_map"]
-        == json.loads((saved / name / "preprocessor_config.json").read_text())["auto_map"]
-    )
+    settings = read_json(folder / "preprocessor_config.json")
+    assert settings["auto_map"] == read_json(saved / name / "preprocessor_config.json")["auto_map"]
 
 
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)

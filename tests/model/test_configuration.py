@@ -30,6 +30,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.model.configuration_vitcls import AUTO_MAP
+from modeling_vitcls.runtime.files import read_json
 from scripts.tools.make_field_tables import PAGE, build_tables, replace_tables
 
 
@@ -366,7 +367,7 @@ def test_every_field_of_the_architecture_is_saved(tmp_path: Path) -> None:
     auto_map = {"AutoModel": "ann/mine--modeling_vitcls.ViTCLSModel"}  # of a model on the Hub
     config = ViTCLSConfig(num_register_tokens=2, qkv_bias=False, auto_map=auto_map)
     config.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())
+    stored = read_json(tmp_path / "config.json")
 
     fields = {field.name for field in dataclasses.fields(ViTCLSConfig)}
     fields -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
@@ -382,7 +383,7 @@ def test_only_a_saved_configuration_names_code(tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(build_tiny_config())
     assert not hasattr(model.config, "auto_map")
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert read_json(tmp_path / "config.json")["auto_map"] == AUTO_MAP
     assert not hasattr(model.config, "auto_map")
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import functools
-import json
 import os
 import threading
 from io import BytesIO
@@ -29,6 +28,7 @@ from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from modeling_vitcls.model import image_processing_vitcls
 from modeling_vitcls.model.fast_image_processing_vitcls import read_jpeg_bytes
 from modeling_vitcls.model.image_processing_vitcls import IMAGE_FORMATS, image_to_tensor
+from modeling_vitcls.runtime.files import read_json
 
 
 BACKENDS = {"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
@@ -545,7 +545,7 @@ def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> Non
         "fast_image_processing_vitcls.py",
         "field_checks_vitcls.py",
     }
-    stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    stored = read_json(tmp_path / "preprocessor_config.json")
     assert stored["image_processor_type"] == "ViTCLSImageProcessor"
     assert stored["bit_depth"] == 12
     assert stored["auto_map"] == {

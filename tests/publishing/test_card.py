@@ -19,6 +19,7 @@ from modeling_vitcls import (
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import render_card
+from modeling_vitcls.runtime.files import read_json
 
 
 def load_card(folder: Path, name: str | None = None, license_id: str | None = None) -> ModelCard:
@@ -249,7 +250,7 @@ def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path:
     assert "vitcls finetune --model ann/vit" in card.text
     assert "## Accuracy of the conversion" in card.text
 
-    report = json.loads((tmp_path / "vit" / "parity_report.json").read_text())
+    report = read_json(tmp_path / "vit" / "parity_report.json")
     for name in (
         report["source"],
         "timm/vit",

@@ -30,6 +30,7 @@ from modeling_vitcls.publishing.push import (
     prepare_repository,
     push_folder,
 )
+from modeling_vitcls.runtime.files import read_json
 
 
 CODE = {file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")}
@@ -124,7 +125,7 @@ def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Pat
 def test_a_path_of_this_machine_in_the_configuration_is_not_pushed(
     hub: LocalHub, folder: Path
 ) -> None:
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     edit_config(folder, _name_or_path=str(folder.parent / "private"))
     assert run_push_command(folder) == 0
     assert json.loads(hub.read("ann/model", "config.json")) == config

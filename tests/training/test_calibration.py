@@ -1,6 +1,5 @@
 """Temperature of a classifier, and its held-out predictions."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.frozen.confidence import fit_temperature
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
+from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.calibration import describe_fold_calibration
 
 
@@ -61,7 +61,7 @@ def test_calibration_uses_images_that_are_not_reported(
             tmp_path / "run", "digits", model_config={"drop_path_rate": 0.5}, **flags
         )
     )
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     model = ViTCLSForImageClassification.from_pretrained(folder)
     calibration = results["calibration"]
     assert calibration["temperature"] != 1
