@@ -6,7 +6,6 @@ The script runs in this process.
 import copy
 import hashlib
 import io
-import json
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -46,7 +45,7 @@ from modeling_vitcls.conversion import source_models
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.files import read_json, write_json
 from scripts.tools.random_weights import randomize_weights
 
 
@@ -305,7 +304,7 @@ def test_remote_code_is_never_run(
     references = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "evil.Evil")
     settings = {"model_type": "evil", "image_processor_type": "Evil", "auto_map": references}
     path = tmp_path / "source" / file
-    path.write_text(json.dumps((read_json(path) if path.exists() else {}) | settings))
+    write_json(path, (read_json(path) if path.exists() else {}) | settings)
 
     if file == "config.json":
         with raises_one_line("remote code", error=OSError):

@@ -27,7 +27,7 @@ from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import verify
-from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
 DEMO = {"num_register_tokens": 2, "intermediate_size": 64, "id2label": {0: "a", 1: "b", 2: "c"}}
@@ -164,7 +164,7 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     """The card of the native model has the results of the run, with the hash of the new weights."""
     folder = save(tmp_path / "mine")
     results = {"accuracy": 0.5, "weights_sha256": hash_weights(folder)}
-    (folder / "results.json").write_text(json.dumps(results))
+    write_json(folder / "results.json", results)
     (folder / "config.resolved.yaml").write_text("dataset: digits\n")
 
     convert_to_native(str(folder), tmp_path / "native")

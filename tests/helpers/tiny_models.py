@@ -1,7 +1,6 @@
 """Small models, random weights and images, and a check for one-line errors."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +19,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
 SIZES: dict[str, Any] = {
@@ -165,7 +165,7 @@ def edit_weights(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
 def edit_config(folder: Path, file: str = "config.json", **values: Any) -> None:
     """Change values in a JSON file of a saved model."""
     path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    write_json(path, read_json(path) | values)
 
 
 def save_with_processor(model: PreTrainedModel, folder: Path, processor: Any = None) -> Path:

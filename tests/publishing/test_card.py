@@ -1,6 +1,5 @@
 """Cards of model folders: every claim was measured or read from the folder."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from modeling_vitcls import (
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import render_card
-from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
 def load_card(folder: Path, name: str | None = None, license_id: str | None = None) -> ModelCard:
@@ -257,7 +256,7 @@ def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path:
         "mine",
     ):  # the source, or a model that was made from the base model
         report["provenance"] = {"name": name, "base_model": "timm/vit"}
-        (tmp_path / "vit" / "parity_report.json").write_text(json.dumps(report))
+        write_json(tmp_path / "vit" / "parity_report.json", report)
         card = load_card(tmp_path / "vit")
         assert (f"[`{name}`](https://huggingface.co/timm/vit)" in card.text) == (name != "mine")
         assert card.data.base_model == "timm/vit"

@@ -30,7 +30,7 @@ from modeling_vitcls.publishing.push import (
     prepare_repository,
     push_folder,
 )
-from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
 CODE = {file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")}
@@ -202,7 +202,7 @@ def write_export(folder: Path, **values: Any) -> None:
     }
     for name in ("model.onnx", "model.onnx.data"):
         (folder / name).write_bytes(b"graph")
-    (folder / "model.onnx.json").write_text(json.dumps(report | values))
+    write_json(folder / "model.onnx.json", report | values)
 
 
 def rename_class(folder: Path) -> None:
