@@ -43,9 +43,7 @@ SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
 # the photos of a patient may, only the name of the column can tell.
 MAX_GROUP_SIZE = 30  # Mean number of rows per value; more are a finer class
 MAX_ROWS_OF_GROUPS = 100_000  # Reading all columns of larger tables takes seconds
-MAX_COLUMNS_OF_GROUPS = (
-    50  # First columns; wider tables have measurements, whose reading takes minutes
-)
+MAX_COLUMNS_OF_GROUPS = 50  # The first ones; reading all of a wide table takes minutes
 GROUP_COLUMN_NAME = re.compile(
     r"(patient|subject|person|individual|animal|camera|video|session|site|location|scene|sequence)"
     r"s?([ _-]?(id|no|nr|number|name))?",

@@ -161,15 +161,14 @@ def resolve_schedule(
     # 1. The augmentation. A crop of a small image keeps few pixels. Both numbers are guesses.
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
     has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
+    shift = 0.04 if has_small_images else 0.0
+    changes: dict[str, Any] = {"augment": {"shift": shift} | (options.augment or {})}
     if options.crop_scale is None:
-        options = replace(options, crop_scale=1.0 if has_small_images else 0.35)
-    augment = {"shift": 0.04 if has_small_images else 0.0} | (options.augment or {})
-    options = replace(options, augment=augment)
+        changes["crop_scale"] = 1.0 if has_small_images else 0.35
 
     # 2. How far each layer may leave the start of its weights (BEiT, arXiv 2106.08254)
     if options.layer_decay is None:
-        layer_decay = 0.75 if method == "pre-trained weights" else 1.0
-        options = replace(options, layer_decay=layer_decay)
+        changes["layer_decay"] = 0.75 if method == "pre-trained weights" else 1.0
 
     # 3. The length of the run
     if has_frozen_start and method == "pre-trained weights":
@@ -188,7 +187,6 @@ def resolve_schedule(
             reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"
             epochs = max_epochs
 
-    changes: dict[str, Any] = {}
     lines: dict[str, str | None] = {}
     if options.epochs is None:
         changes["epochs"] = epochs
