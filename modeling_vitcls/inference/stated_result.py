@@ -90,7 +90,7 @@ def state_result(
     if not counts_images(metrics, name):
         return text if bounds is None else f"{text} ({bounds})"
 
-    # The value may be corrected, or the mean of groups
+    # The value may be corrected for the choice of a classifier
     num_right = metrics.get("num_right", round(value * num_images))
     count = f"{num_right:,} of {num_images:,} {METRICS[name].count_text}"
     if num_images < MIN_CORRECTED_IMAGES:
