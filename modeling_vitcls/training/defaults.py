@@ -17,7 +17,7 @@ batch_size         32                         64
 
 * at least 0.02
 
-All of these values are written to config.resolved.yaml. A value that no study has compared with
+The values that a run reads are written to config.resolved.yaml. A value that no study has compared with
 others is called a guess where it is assigned.
 """
 

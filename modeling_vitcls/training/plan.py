@@ -30,7 +30,7 @@ from .run_inputs import RunInputs
 
 # Flags about steps: a run in which a person sets one of them has steps
 STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select", "teacher")
-# Flags that only steps read, but that do not ask for them: they may turn something off
+# Flags without a meaning in a frozen run. They do not lead to steps, because some turn something off
 UNREAD_FLAGS = (
     "crop_scale flip auto_augment augment mixup layer_decay warmup weight_decay label_smoothing compile "
     "gradient_accumulation_steps average_with_start save_every keep_checkpoints log_with"
