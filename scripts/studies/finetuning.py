@@ -1,30 +1,29 @@
-"""Study: what do a few epochs of fine-tuning add to a frozen encoder with a fitted head?
+"""Study: what do a few epochs of fine-tuning, and a special token, gain on a trained encoder?
 
-The results are in model_cards/studies/finetuning.md.
+The results are in model_cards/studies/finetuning.md and model_cards/studies/tokens.md.
 
     python scripts/studies/finetuning.py --encoder ENCODER --photos PHOTOS --output runs/finetuning
 
-The arguments are those of first_answer.py. For each number of labels and each seed, `finetune`
-trains on all labels: frozen, and five epochs of the last four layers and of all layers.
-Each tuned model is also measured with two changes, and with both:
-
-    averaged  each weight is the mean of the start's and the tuned one (WiSE-FT, arXiv 2109.01903)
-    refitted  the head is fitted again by `LinearProbe`, to the features of the tuned encoder
+For each seed, `finetune` trains on the same photographs: frozen, and five epochs of each row of
+`RECIPES`, with all labels. The saved weights are the means of the start's and the trained ones
+(WiSE-FT, arXiv 2109.01903), but for the rows "not averaged". Each token has a control, the same run
+without it, and the table contains the gates at the end. The teacher is a frozen model of other
+photographs of the same classes. Each model is measured on all test photographs, and compared with
+the frozen one of the same seed.
 """
 
 import time
+from dataclasses import dataclass
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-import torch
 import tyro
-from first_answer import Options, compute_metrics
 from photos import (
+    PhotoOptions,
     add_row,
-    compute_features,
     draw_photos,
     has_row,
     link_photos,
@@ -32,167 +31,185 @@ from photos import (
     read_rows,
     write_page,
 )
-from transformers import AutoImageProcessor
+from scipy import stats
 
-from modeling_vitcls import ViTCLSForImageClassification, finetune
-from modeling_vitcls.frozen.class_statistics import TokenFeatures
-from modeling_vitcls.frozen.linear_probe import LinearProbe, stack_tokens
-from modeling_vitcls.inference.intervals import compute_bootstrap_interval
-from modeling_vitcls.runtime.files import read_json, write_json
+from modeling_vitcls import evaluate, finetune
 
 
 EPOCHS = 5
-TRAINABLE = {"head": "frozen", "last-4": "last four layers", "full": "all layers"}
-RECIPE = ("trainable", "is_averaged", "is_refitted")
-# nothing is held out, and no time is spent on what the study does not read
-FLAGS = {"held_out_fraction": 0.0, "average_with_start": 0.0, "report": False, "overwrite": True}
+SLOW_GATES = (3e-5, 1e-3)  # The second rate is that of gates and new tokens: 0.01 by default
+MIN_GATE = 0.1  # Below it, a row says nothing about its token
+# Name -> flags of `finetune`, five epochs if they set none. Each token has a control: the same run without it.
+RECIPES: dict[str, dict[str, Any]] = {
+    "frozen": {"trainable": "head", "epochs": None},
+    "classifier alone": {"trainable": "head"},
+    "last four layers": {"trainable": "last-4"},
+    "last four layers, not averaged": {"trainable": "last-4", "average_with_start": 0.0},
+    "all layers": {},
+    "all layers, not averaged": {"average_with_start": 0.0},
+    "LoRA": {"trainable": "lora"},
+    "4 registers, gated, all layers": {"num_register_tokens": 4},
+    "4 registers, gates at 1e-3, all layers": {
+        "num_register_tokens": 4,
+        "learning_rate": SLOW_GATES,
+    },
+    "4 registers, open, all layers": {
+        "num_register_tokens": 4,
+        "gate_new_tokens": False,
+    },
+    "8 prompts, gated, nothing else": {
+        "num_register_tokens": 8,
+        "trainable": "tokens",
+    },
+    "8 prompts, gates at 1e-3, nothing else": {
+        "num_register_tokens": 8,
+        "trainable": "tokens",
+        "learning_rate": SLOW_GATES,
+    },
+    "8 prompts, open, nothing else": {
+        "num_register_tokens": 8,
+        "trainable": "tokens",
+        "gate_new_tokens": False,
+    },
+    "CLS for each quarter, all layers": {
+        "cls_scopes": ("image", "2x2"),
+        "pooling": "cls",
+        "model_config": {"cls_pooling": "concat"},
+    },
+    "teacher on CLS, no token, all layers": {"teacher": True},
+    "distillation token, same teacher, all layers": {
+        "teacher": True,
+        "num_distillation_tokens": 1,
+        "distillation": "soft",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options(PhotoOptions):
+    """Measure what fine-tuning and special tokens gain on a trained encoder."""
+
+    num_labels: int = 20
+    """Photographs of each class."""
+    num_teacher_labels: int = 80
+    """Photographs of each class that train the teacher, none of which train the student."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    recipes: tuple[str, ...] = tuple(RECIPES)
+    """Rows of the table."""
+    image_size: int = 112
 
 
 def main() -> None:
     options = tyro.cli(Options)
-    for num_labels, seed in product(options.labels, options.seeds):
-        for trainable in TRAINABLE:
-            for is_averaged in (False, True):
-                run_recipe(options, num_labels, seed, trainable, is_averaged)
+    for seed, name in product(options.seeds, options.recipes):
+        if not has_row(options.output, {"seed": seed, "name": name}):
+            run_recipe(options, seed, name, RECIPES[name])
     write_page(options.output, format_page(read_rows(options.output)))
 
 
-def run_recipe(
-    options: Options, num_labels: int, seed: int, trainable: str, is_averaged: bool
-) -> None:
-    """Train one model, measure it with its own head and with a refitted one, and add the results."""
-    key = {"labels": num_labels, "seed": seed, "trainable": trainable, "is_averaged": is_averaged}
-    is_frozen = trainable == "head"
-    if has_row(options.output, key) or (is_frozen and is_averaged):
-        return
+def run_recipe(options: Options, seed: int, name: str, flags: dict[str, Any]) -> None:
+    """Train and measure one model."""
+    folder = options.output / str(seed)
+    train = draw_photos(options.photos / "train", options.num_labels, seed)
+    link_photos(train, folder / "train")
+    link_photos(list_photos(options.photos / "test"), options.output / "test")
+    if flags.get("teacher"):
+        flags = flags | {"teacher": str(fit_teacher(options, seed, set(train)))}
 
-    folder = options.output / f"{num_labels}-{seed}"
-    train = draw_photos(options.photos / "train", num_labels, seed)
-    test = list_photos(options.photos / "test")
-    link_photos(train, folder / "photos")
-    seconds = fine_tune(options, folder, trainable)
-    model = average_weights(folder, trainable) if is_averaged else folder / trainable
-    features = compute_features(model, test)
-    labels, targets = (
-        np.unique([file.parent.name for file in files], return_inverse=True)[1]
-        for files in (train, test)
+    start = time.process_time()
+    trained = fit(options, folder / "train", folder / "model", **{"epochs": EPOCHS} | flags)
+    seconds = time.process_time() - start
+    results = evaluate(folder / "model", options.output / "test", num_workers=0)
+    names = ("accuracy", "loss", "calibration_error", "cls_accuracy", "distillation_accuracy")
+    row = {"seed": seed, "name": name, "cpu_seconds": seconds}
+    row |= {each: results.get(each) for each in names}
+    add_row(options.output, row | {"gates": list(trained.get("gates", {}).values())})
+
+
+def fit_teacher(options: Options, seed: int, students: set[Path]) -> Path:
+    """Fit a frozen classifier to other photographs, and record its accuracy."""
+    folder = options.output / str(seed)
+    others = [each for each in list_photos(options.photos / "train") if each not in students]
+    chosen: list[Path] = []
+    for name in sorted({each.parent.name for each in others}):
+        photos = [each for each in others if each.parent.name == name]
+        chosen += photos[: options.num_teacher_labels]
+    link_photos(chosen, folder / "teacher-photos")
+    results = folder / "teacher" / "results.json"
+    if not results.exists():
+        fit(options, folder / "teacher-photos", folder / "teacher", trainable="head")
+    accuracy = evaluate(folder / "teacher", options.output / "test", num_workers=0)["accuracy"]
+    print({"seed": seed, "teacher": accuracy}, flush=True)
+    return folder / "teacher"
+
+
+def fit(options: Options, photos: Path, output: Path, **flags: Any) -> dict[str, Any]:
+    """Train on all photographs, without a report, and return the results of the run."""
+    return finetune(
+        options.encoder,
+        str(photos),
+        output,
+        image_size=options.image_size,
+        held_out_fraction=0.0,
+        report=False,
+        overwrite=True,
+        **flags,
     )
-
-    probabilities = {False: apply_head(model, features)}
-    start_time = time.process_time()
-    if not is_frozen:
-        probe = LinearProbe().fit(compute_features(model, train), labels)
-        probabilities[True] = probe.predict_proba(features)
-    refit_seconds = time.process_time() - start_time
-    for is_refitted, values in probabilities.items():
-        row = key | {
-            "is_refitted": is_refitted,
-            "cpu_seconds": seconds + is_refitted * refit_seconds,
-            **compute_metrics(values, targets),
-            "is_right": (values.argmax(axis=1) == targets).astype(int).tolist(),
-        }
-        add_row(options.output, row)
-
-
-def fine_tune(options: Options, folder: Path, trainable: str) -> float:
-    """Fine-tune on all photographs unless that has been done, and return the CPU seconds."""
-    usage = folder / f"{trainable}.json"
-    if usage.exists():
-        return float(read_json(usage)["cpu_seconds"])
-    flags = FLAGS | {"trainable": trainable, "image_size": options.image_size}
-    if trainable != "head":
-        # the geometry is compared once for all models
-        frozen = read_json(folder / "head" / "results.json")["frozen"]
-        flags |= {"epochs": EPOCHS, "resize": frozen["resize"]}
-    start_time = time.process_time()
-    finetune(options.encoder, str(folder / "photos"), folder / trainable, **flags)
-    seconds = time.process_time() - start_time
-    write_json(usage, {"cpu_seconds": seconds})
-    return seconds
-
-
-def average_weights(folder: Path, trainable: str) -> Path:
-    """Write a model whose weights are the means of those of the start and the tuned model."""
-    start, tuned = (
-        ViTCLSForImageClassification.from_pretrained(folder / name) for name in ("head", trainable)
-    )
-    weights = start.state_dict()
-    tuned.load_state_dict(
-        {name: (value + weights[name]) / 2 for name, value in tuned.state_dict().items()}
-    )
-    output = folder / f"{trainable}-averaged"
-    tuned.save_pretrained(output)
-    AutoImageProcessor.from_pretrained(folder / trainable).save_pretrained(output)
-    return output
-
-
-@torch.no_grad()
-def apply_head(folder: Path, features: TokenFeatures) -> np.ndarray:
-    """Return the probabilities [N, K] of the model's own classifier."""
-    model = ViTCLSForImageClassification.from_pretrained(folder)
-    config = model.config
-    kinds = ("cls", "mean") if config.pooling == "cls_mean" else (config.pooling,)
-    layers = config.resolve_layers(config.pooled_layers or [config.num_hidden_layers])
-    tokens = [(layer - config.num_hidden_layers - 1, kind) for layer in layers for kind in kinds]
-    values = torch.from_numpy(stack_tokens(features, tokens)).float()
-    return model.classifier(values).softmax(dim=1).double().numpy()
-
-
-# Page ---------------------------------------------------------------------------------------------
 
 
 def format_page(rows: list[dict[str, Any]]) -> str:
-    """Return a table for each number of labels, with the differences from the frozen model."""
-    lines = []
-    for num_labels in dict.fromkeys(row["labels"] for row in rows):
-        of_labels = [row for row in rows if row["labels"] == num_labels]
-        frozen = {row["seed"]: row for row in of_labels if row["trainable"] == "head"}
-        lines += [
-            f"## {num_labels} labels per class, seeds {', '.join(map(str, frozen))}",
-            "",
-            "| trained | weights | head | accuracy | difference of each draw, points "
-            "| mean (95%) | log loss | calibration error, points | CPU seconds |",
-            "|---|---|---|---:|---|---|---:|---:|---:|",
+    """Format a table of the recipes: mean accuracy, and paired differences with their interval."""
+    lines = [
+        "| trained for five epochs | accuracy | over frozen, points (95%) | over all layers, each draw "
+        "| mean (95%) | log loss | calibration error, points | gates at the end | CPU seconds |",
+        "|---|---:|---|---|---|---:|---:|---|---:|",
+    ]
+    for name in RECIPES:
+        own = sorted((row for row in rows if row["name"] == name), key=itemgetter("seed"))
+        if not own:
+            continue
+        over_frozen = compare(rows, own, "frozen")
+        over_all = compare(rows, own, "all layers")
+        cells = [
+            name,
+            f"{100 * fmean(row['accuracy'] for row in own):.1f}%",
+            format_interval(over_frozen),
+            ", ".join(f"{each:+.1f}" for each in over_all),
+            format_interval(over_all),
+            f"{fmean(row['loss'] for row in own):.3f}",
+            f"{100 * fmean(row['calibration_error'] for row in own):.1f}",
+            format_gates(own),
+            f"{fmean(row['cpu_seconds'] for row in own):.0f}",
         ]
-        recipes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        for row in of_labels:
-            recipes.setdefault(tuple(row[name] for name in RECIPE), []).append(row)
-        for recipe, runs in recipes.items():
-            lines.append(format_row(recipe, runs, frozen))
-        lines.append("")
-    return "\n".join(lines)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
-def format_row(
-    recipe: tuple[Any, ...], runs: list[dict[str, Any]], frozen: dict[int, dict[str, Any]]
-) -> str:
-    """Return the row of a recipe, with the mean of its draws."""
-    trainable, is_averaged, is_refitted = recipe
-    cells = [
-        TRAINABLE[trainable],
-        "mean with the start" if is_averaged else "",
-        "refitted" if is_refitted else "",
-        f"{fmean(run['accuracy'] for run in runs):.1%}",
-    ]
-    # of each test photograph, in points
-    values = [
-        100 * (np.array(run["is_right"]) - np.array(frozen[run["seed"]]["is_right"]))
-        for run in runs
-    ]
-    if trainable == "head":
-        cells += ["", ""]
-    else:
-        low, high = compute_bootstrap_interval(np.mean(values, axis=0))
-        cells += [
-            ", ".join(f"{each.mean():+.1f}" for each in values),
-            f"{np.mean(values):+.1f} ({low:+.1f} to {high:+.1f})",
-        ]
-    cells += [
-        f"{fmean(run['log_loss'] for run in runs):.2f}",
-        f"{100 * fmean(run['calibration_error'] for run in runs):.1f}",
-        f"{fmean(run['cpu_seconds'] for run in runs):.0f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+def compare(rows: list[dict[str, Any]], own: list[dict[str, Any]], name: str) -> list[float]:
+    """Compute differences in accuracy to another recipe on the same draws, in points."""
+    others = {row["seed"]: row["accuracy"] for row in rows if row["name"] == name}
+    if own[0]["name"] == name:
+        return []
+    return [100 * (row["accuracy"] - others[row["seed"]]) for row in own if row["seed"] in others]
+
+
+def format_gates(rows: list[dict[str, Any]]) -> str:
+    """Format the range of the gates; a token below 0.1 was hardly in the network."""
+    gates = [gate for row in rows for gate in row["gates"]]
+    if not gates:
+        return "open" if "open" in rows[0]["name"] else ""
+    note = ": not tested" if fmean(gates) < MIN_GATE else ""
+    return f"{min(gates):.2g} to {max(gates):.2g}, mean {fmean(gates):.2f}{note}"
+
+
+def format_interval(differences: list[float]) -> str:
+    if not differences:
+        return ""
+    mean = f"{fmean(differences):+.1f}"
+    if len(differences) == 1:
+        return mean
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval()
+    return f"{mean} ({low:+.1f} to {high:+.1f})"
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def add_row(output: Path, row: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with (output / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    print({name: value for name, value in row.items() if name != "is_right"}, flush=True)
+    print(row, flush=True)
 
 
 def has_row(output: Path, key: dict[str, Any]) -> bool:
