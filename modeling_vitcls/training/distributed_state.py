@@ -13,13 +13,12 @@ weights. Moments are not loaded with `set_optimizer_state_dict`, because this fu
 count of 1 for parameters that have no moments in the checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -42,20 +41,19 @@ def gather_state(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    start: Sequence[Tensor] = (),
+    start: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Gather the training state as full tensors, and the loss scaler's state for JSON.
 
     The tensors are returned only on the main process. This function must be called on all
     processes. With a single process on the CPU, the returned tensors share memory with the training
     state and must be written to disk before training continues. `start` contains the weights
-    before the first step, in the order of the trainable parameters; it is empty if they are not needed.
+    before the first step, by name; it is empty if they are not needed.
     """
-    torch_optimizer = unwrap_optimizer(optimizer)
     parameter_states: Any = {}
-    if torch_optimizer.state:
+    if optimizer.state:
         optimizer_state = get_optimizer_state_dict(
-            model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS
+            model, optimizer, options=FULL_STATE_DICT_OPTIONS
         )
         parameter_states = optimizer_state.get("state", {})
     moments = {
@@ -67,7 +65,7 @@ def gather_state(
     tensors = {"model": gather_weights(model), "optimizer": moments}
     if start:
         tensors["start"] = {}
-        for name, tensor in zip(get_trainable_parameter_names(model), start, strict=True):
+        for name, tensor in start.items():
             full_tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if PartialState().is_main_process:
                 tensors["start"][name] = full_tensor.detach().cpu()
@@ -82,20 +80,20 @@ def scatter_state(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    start: Sequence[Tensor] = (),
+    start: Mapping[str, Tensor],
 ) -> None:
     """Load a state returned by `gather_state`. This function must be called on all processes.
 
     Args:
         checkpoint: checkpoint to load, the same on all processes. Only the main process reads the
             tensors from disk.
-        start: weights before the first step, which are overwritten in place.
+        start: weights before the first step, by name, which are overwritten in place.
     """
     scatter_model(checkpoint, model)
     is_main_process = PartialState().is_main_process
     if start:
         stored = checkpoint.load_tensors("start") if is_main_process else {}
-        for name, target in zip(get_trainable_parameter_names(model), start, strict=True):
+        for name, target in start.items():
             target.copy_(distribute_like(stored.get(name), target.dtype, target))
     moments = checkpoint.load_tensors("optimizer") if is_main_process else {}
     scatter_optimizer_state(moments, model, optimizer)
@@ -130,18 +128,6 @@ def reshard(model: nn.Module) -> None:
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """List the parameters of the unwrapped model by name. Tied weights are included once."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
-
-
-def get_trainable_parameter_names(model: nn.Module) -> list[str]:
-    """List the names of the trainable parameters, in the order of the model's parameters."""
-    return [
-        name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad
-    ]
-
-
-def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Take the PyTorch optimizer out of Accelerate's wrapper."""
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 # Tensors across processes -------------------------------------------------------------------------
@@ -180,10 +166,7 @@ def scatter_optimizer_state(
     Moments are sharded like their parameters, and step counts are copied.
     """
     parameters: Tensors = {**get_named_parameters(model)}
-    torch_optimizer = unwrap_optimizer(optimizer)
-    grouped_parameters = chain.from_iterable(
-        group["params"] for group in torch_optimizer.param_groups
-    )
+    grouped_parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def read_state() -> dict[str, Any]:
@@ -203,6 +186,6 @@ def scatter_optimizer_state(
         if isinstance(value, torch.dtype):
             value = distribute_like(full_tensors.get(name), value, parameter)
         state.setdefault(indices[id(parameter)], {})[key] = value
-    torch_optimizer.load_state_dict(
-        {"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]}
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )

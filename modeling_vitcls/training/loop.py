@@ -58,8 +58,8 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    # Trainable weights before the first step; empty if they are not averaged with the last
-    start: list[Tensor] = field(default_factory=list)
+    # Trainable weights before the first step, by name; empty if they are not averaged with the last
+    start: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0  # Number of completed optimizer steps
     best_score: float | None = None  # The best of the evaluations so far
     # Losses of the steps since the last record

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def get_learning_rate(step: int, num_steps: int, peak: float, warmup: float) -> 
 @torch.no_grad()
 def average_with_start(
     model: nn.Module,
-    start: Sequence[Tensor],
+    start: Mapping[str, Tensor],
     fraction: float,
     new_tokens: Collection[str],
 ) -> None:
@@ -84,12 +84,11 @@ def average_with_start(
 
     Args:
         model: model with the weights of the last step.
-        start: the trainable weights before the first step, in their order.
+        start: the trainable weights before the first step, by name.
         fraction: part of the start in the mean.
         new_tokens: names of the parameters that started at nothing, and stay as they are.
     """
-    trained = [each for each in model.named_parameters() if each[1].requires_grad]
-    for (name, parameter), initial in zip(trained, start, strict=True):
+    for name, initial in start.items():
         # LoRA's B is 0 at the start, so A as it is makes the merged weights the mean
         if ".lora_A." not in name and name not in new_tokens:
-            parameter.lerp_(initial, fraction)
+            model.get_parameter(name).lerp_(initial, fraction)

@@ -334,8 +334,11 @@ def build_loop(
     if plan.averaging:
         # Copied after `prepare`, so each process keeps the start of its own shard on its own
         # device.
-        trainable = (each for each in state.model.parameters() if each.requires_grad)
-        state.start = [each.detach().clone() for each in trainable]
+        state.start = {
+            name: parameter.detach().clone()
+            for name, parameter in accelerator.unwrap_model(state.model).named_parameters()
+            if parameter.requires_grad
+        }
 
     loop = TrainingLoop(
         state=state,

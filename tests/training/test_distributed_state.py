@@ -69,13 +69,13 @@ def check_resume(
     model, optimizer = first
     for step in range(3):
         step_once(model, optimizer, step)
-    tensors, facts = gather_state(accelerator, model, optimizer)
+    tensors, facts = gather_state(accelerator, model, optimizer, start={})
     store.save(3, tensors, facts, is_best=False)
     expected = [step_once(model, optimizer, step) for step in range(3, 6)]
 
     other, other_optimizer = second
     checkpoint: Any = store.load_newest(pytest.fail)
-    scatter_state(checkpoint, accelerator, other, other_optimizer)
+    scatter_state(checkpoint, accelerator, other, other_optimizer, start={})
 
     assert [step_once(other, other_optimizer, step) for step in range(3, 6)] == expected
     for name, tensor in gather_weights(model).items():
@@ -101,12 +101,12 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     model = build("plain", seed=0)
     model, optimizer = accelerator.prepare(model, build_optimizer("plain", model))
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=512.5, growth_interval=5)
-    tensors, facts = gather_state(accelerator, model, optimizer)
+    tensors, facts = gather_state(accelerator, model, optimizer, start={})
     assert tensors.keys() == {"model", "optimizer"}
     store.save(1, tensors, facts, is_best=False)
     checkpoint: Any = store.load_newest(pytest.fail)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    scatter_state(checkpoint, accelerator, model, optimizer)
+    scatter_state(checkpoint, accelerator, model, optimizer, start={})
     state = accelerator.scaler.state_dict()
 
     assert state["scale"] == 512.5
