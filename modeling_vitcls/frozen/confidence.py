@@ -7,8 +7,9 @@ several labels per image    sigmoid(slope * score + offset)       fit_line, for 
 import math
 
 import numpy as np
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import expit, log_softmax, logit
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, logit
+from sklearn.linear_model import LogisticRegression
 
 
 # Logarithms of the temperature, in units of the spread of the logits: probabilities are hardly more
@@ -59,19 +60,16 @@ def fit_line(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     num_with = labels.sum()
     targets = np.where(labels, (num_with + 1) / (num_with + 2), 1 / (len(labels) - num_with + 2))
     scale = scores.std() or 1.0
-    inputs = scores / scale
-
-    def compute_loss(line: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = line[0] * inputs + line[1]
-        errors = expit(logits) - targets
-        loss = float((np.logaddexp(0, logits) - targets * logits).mean())
-        return loss, np.array([(errors * inputs).mean(), errors.mean()])
-
-    start = np.array([0.0, logit(targets.mean())])
-    bounds = [(0, None), (None, None)]
-    options = {"ftol": 1e-12, "gtol": 1e-9}
-    slope, offset = minimize(compute_loss, start, jac=True, bounds=bounds, options=options).x
-    return slope / scale, offset
+    # Each image counts with the label and without it, in these parts.
+    regression = LogisticRegression(C=np.inf, tol=1e-9).fit(
+        np.tile(scores / scale, 2)[:, None],
+        np.repeat([True, False], len(scores)),
+        np.concatenate([targets, 1 - targets]),
+    )
+    slope = regression.coef_.item() / scale
+    if slope < 0:
+        return 0.0, float(logit(targets.mean()))
+    return slope, regression.intercept_.item()
 
 
 def extrapolate_temperature(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit, softmax
-from sklearn.linear_model import LogisticRegression
+from sklearn.calibration import _SigmoidCalibration
 
 from modeling_vitcls.frozen.confidence import fit_line, fit_temperature
 
@@ -59,20 +59,15 @@ def test_images_that_are_all_wrong_are_wrong_in_single_precision_too(scale: floa
 
 @pytest.mark.parametrize("scale", [0.01, 300.0])
 @pytest.mark.parametrize("num_images", [12, 400])
-def test_a_line_is_logistic_regression_on_smoothed_targets(num_images: int, scale: float) -> None:
+def test_a_line_is_that_of_platt_scaling(num_images: int, scale: float) -> None:
     generator = np.random.default_rng(0)
     scores = generator.normal(size=num_images)
     labels = generator.random(num_images) < expit(3 * scores - 1)
     slope, offset = fit_line(scale * scores, labels)
 
-    targets = np.where(labels, (labels.sum() + 1) / (labels.sum() + 2), 1 / ((~labels).sum() + 2))
-    regression = LogisticRegression(C=np.inf, tol=1e-10).fit(
-        np.tile(scores, 2)[:, None],
-        np.repeat([True, False], num_images),
-        np.concatenate([targets, 1 - targets]),
-    )
-    assert slope * scale == pytest.approx(regression.coef_[0, 0], rel=1e-3)
-    assert offset == pytest.approx(regression.intercept_[0], abs=1e-3)
+    expected = _SigmoidCalibration().fit(scores, labels)
+    assert slope * scale == pytest.approx(-expected.a_, rel=1e-3)
+    assert offset == pytest.approx(-expected.b_, abs=1e-3)
 
 
 def test_scores_that_are_lower_with_the_label_say_nothing() -> None:
