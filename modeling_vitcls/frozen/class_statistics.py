@@ -40,6 +40,7 @@ MIN_RELATIVE_VARIANCE = 1e-6
 KNOWN_RECALL = 0.95  # Fraction of training images within the distance threshold
 
 Token = tuple[int, str]  # Negative index of a layer, and "cls" or "mean" (of the patches)
+Tokens = tuple[Token, ...]  # In the order in which a classifier reads them
 TokenFeatures = Mapping[Token, np.ndarray]  # [N, D] of each token, after the final norm
 
 
@@ -64,7 +65,7 @@ class ClassStatistics:
         predicted = (features @ weight.T + bias).argmax(axis=1)
     """
 
-    tokens: tuple[Token, ...]
+    tokens: Tokens
     means: tuple[np.ndarray, ...]
     precisions: tuple[np.ndarray, ...]
     sizes: np.ndarray
@@ -310,10 +311,8 @@ def compute_means(values: np.ndarray, labels: np.ndarray, counts: np.ndarray) ->
     return sums / np.maximum(counts, 1)[:, None]
 
 
-def build_label_scores(
-    features: TokenFeatures, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Score several labels per image: weight [L, T * D] and bias [L], averaged over the T tokens.
+def build_label_scores(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Score several labels per image: weight [L, D] and bias [L].
 
     The direction of a label is the mean with it minus the mean without it, times the inverse
     covariance of all images, which all labels share: with one covariance per label, few images have
@@ -321,7 +320,7 @@ def build_label_scores(
     images have.
 
     Args:
-        features: [N, D] of each token.
+        values: features [N, D] of a token.
         labels: [N, L] whether an image has a label.
     """
     num_images = len(labels)
@@ -330,17 +329,13 @@ def build_label_scores(
     # The weights of the images in the mean with a label and, negative, in the mean without it
     shares = labels / np.maximum(with_label.T, 1)
     shares -= ~labels / np.maximum(num_images - with_label.T, 1)
-    weights, biases = [], []
-    for values in features.values():
-        values = values.astype(np.float64)
-        center = values.mean(axis=0)
-        precision = estimate_precision(
-            values - center, np.zeros(num_images, np.int64), np.array([num_images])
-        )
-        weight = (shares.T @ values) * is_known @ precision
-        weights.append(weight)
-        biases.append(-weight @ center)
-    return np.concatenate(weights, axis=1) / len(weights), np.mean(biases, axis=0)
+    values = values.astype(np.float64)
+    center = values.mean(axis=0)
+    precision = estimate_precision(
+        values - center, np.zeros(num_images, np.int64), np.array([num_images])
+    )
+    weight = (shares.T @ values) * is_known @ precision
+    return weight, -weight @ center
 
 
 def estimate_precision(residuals: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:

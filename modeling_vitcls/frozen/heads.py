@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..data.labels import LabelSpace, PerTask
 from ..inference.stated_result import format_percent
-from .class_statistics import Token, expand_rows
+from .class_statistics import Token, Tokens, expand_rows
 from .features import Features
 from .linear_probe import (
     MIN_DISTANCE_IMAGES,
@@ -104,7 +104,7 @@ class FrozenHead:
 
     task: str
     probe: LinearProbe
-    tokens: tuple[Token, ...]
+    tokens: Tokens
     labels: LabelSpace
     features: Features
     held_out: Features | None

@@ -42,6 +42,7 @@ from .class_statistics import (
     ClassStatistics,
     Token,
     TokenFeatures,
+    Tokens,
     build_label_scores,
     compute_means,
     expand_rows,
@@ -90,13 +91,13 @@ class Candidate:
     inference: str | None = None
 
     @property
-    def tokens(self) -> tuple[Token, ...]:
+    def tokens(self) -> Tokens:
         """Tokens in the order in which a classifier with `pooled_layers` reads them."""
         kinds = ("cls", "mean") if self.pooling == "cls_mean" else (self.pooling,)
         return tuple((layer, kind) for layer in self.layers for kind in kinds)
 
     @property
-    def heads(self) -> list[tuple[Token, ...]]:
+    def heads(self) -> list[Tokens]:
         """The tokens of each head of the model."""
         if self.inference is None:
             return [self.tokens]
@@ -214,23 +215,6 @@ class Score:
         return cls(candidate, calibrated, temperature, lines, losses, is_right, row)
 
 
-@dataclass(frozen=True)
-class CrossValidated:
-    """What the classifiers of the folds say about images that they were not fitted to.
-
-    Attributes:
-        logits: [N, K] of each candidate; NaN for images that no fold left out.
-        distances: [N] for the tokens whose statistics the model of each candidate would store; NaN
-            with several labels, as well.
-        spreads: of the logits of each candidate, one for each fold (`measure_spread`); none with
-            several labels.
-    """
-
-    logits: dict[Candidate, np.ndarray]
-    distances: dict[tuple[Token, ...], np.ndarray]
-    spreads: dict[Candidate, list[float]]
-
-
 class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A linear classifier of frozen features, which is an estimator of scikit-learn.
 
@@ -336,14 +320,14 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         folds = split_folds(targets, groups)
         self.num_folds_ = len(folds)
         candidates = list_candidates(features, self.layers, self.pooling, self.inference)
-        cross_validated = self.cross_validate(features, targets, candidates, folds)
-        self.choose(cross_validated, targets, groups)
+        logits, distances, spreads = self.cross_validate(features, targets, candidates, folds)
+        self.choose(logits, targets, groups)
         self.refit(features, labels)
-        self.calibrate(cross_validated, features, targets, groups)
+        self.calibrate(spreads[self.candidate_], features, targets, groups)
         self.distance_threshold_: float | None = None
         # Pairs have no covariance, in which a photo of another class would be far.
         if self.has_covariance(targets):
-            self.set_threshold(cross_validated, features)
+            self.set_threshold(distances, features)
         return self
 
     def cross_validate(
@@ -352,8 +336,15 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         labels: np.ndarray,
         candidates: Sequence[Candidate],
         folds: Folds,
-    ) -> CrossValidated:
-        """Predict each image with the classifiers of its fold, which share what is known of a token."""
+    ) -> tuple[dict[Candidate, np.ndarray], dict[Tokens, np.ndarray], dict[Candidate, list[float]]]:
+        """Predict each image with the classifiers of its fold, which share what is known of a token.
+
+        Returns:
+            Logits [N, K] of each candidate, with NaN for images that no fold left out; distances [N] for
+            the tokens whose statistics the model of each candidate would store, NaN with several labels,
+            as well; and spreads of the logits of each candidate, one for each fold (`measure_spread`),
+            none with several labels.
+        """
         logits = {each: np.full((len(labels), len(self.classes_)), np.nan) for each in candidates}
         tokens_of_distances = {choose_statistics_tokens(features, each) for each in candidates}
         distances = {each: np.full(len(labels), np.nan) for each in tokens_of_distances if each}
@@ -384,7 +375,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 own_spreads.append(measure_spread(candidate.average(mean_logits)))
             for tokens, own_distances in distances.items():
                 own_distances[known] = statistics.select(tokens).compute_distances(left_out)
-        return CrossValidated(logits, distances, spreads)
+        return logits, distances, spreads
 
     def fit_tokens(
         self, features: TokenFeatures, labels: np.ndarray, has_covariance: bool
@@ -395,8 +386,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         if labels.ndim == 2:
             scores = {
-                token: build_label_scores({token: values}, labels)
-                for token, values in features.items()
+                token: build_label_scores(values, labels) for token, values in features.items()
             }
             return scores, None
         statistics = ClassStatistics.fit(features, labels, len(self.classes_), has_covariance)
@@ -407,10 +397,16 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return classifiers, statistics
 
     def choose(
-        self, cross_validated: CrossValidated, labels: np.ndarray, groups: np.ndarray | None
+        self,
+        logits: Mapping[Candidate, np.ndarray],
+        labels: np.ndarray,
+        groups: np.ndarray | None,
     ) -> None:
-        """Choose the candidate with the lowest log loss; without folds, the simplest one."""
-        self.candidate_, *_ = cross_validated.logits
+        """Choose the candidate with the lowest log loss; without folds, the simplest one.
+
+        The logits [N, K] are out of fold.
+        """
+        self.candidate_, *_ = logits
         self.table_: list[dict[str, Any]] = []
         self.estimate_: dict[str, Any] | None = None
         self.losses_ = np.full(len(labels), np.nan)
@@ -423,10 +419,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             )
             return
 
-        scores = [
-            Score.of(each, logits, labels, weights)
-            for each, logits in cross_validated.logits.items()
-        ]
+        scores = [Score.of(each, own, labels, weights) for each, own in logits.items()]
         self.table_ = [score.row for score in scores]
         # If losses are equal, the first one wins, because the simplest candidate comes first.
         chosen = min(scores, key=lambda score: score.row["loss"])
@@ -452,37 +445,30 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # Classes that no image of the choice has
         places = np.searchsorted(self.classes_, chosen_classes)
         self.out_of_fold_ = expand_rows(self.out_of_fold_.T, places, len(self.classes_)).T
+        tokens: Tokens = ()
+        if self.lines_ is None:
+            tokens = choose_statistics_tokens(features, self.candidate_)
         heads = self.candidate_.heads
+        read = {token: features[token] for token in dict.fromkeys([*tokens, *chain(*heads)])}
+        classifiers, statistics = self.fit_tokens(read, indices, self.has_covariance(indices))
+        self.heads_ = [
+            average_classifiers([classifiers[token] for token in head]) for head in heads
+        ]
         if self.lines_ is not None:
             slopes, offsets = self.lines_
-            scores = [
-                build_label_scores({each: features[each] for each in head}, indices)
-                for head in heads
-            ]
             self.heads_ = [
-                (weight * slopes[:, None], bias * slopes + offsets) for weight, bias in scores
+                (weight * slopes[:, None], bias * slopes + offsets) for weight, bias in self.heads_
             ]
-            self.statistics_ = None
-            return
-
-        tokens = choose_statistics_tokens(features, self.candidate_)
-        fitted = ClassStatistics.fit(
-            {token: features[token] for token in dict.fromkeys([*tokens, *chain(*heads)])},
-            indices,
-            len(self.classes_),
-            self.has_covariance(indices),
-        )
-        self.heads_ = [fitted.select(head).build_classifier(self.is_balanced) for head in heads]
-        self.statistics_ = fitted.select(tokens) if tokens else None
+        self.statistics_ = statistics.select(tokens) if statistics and tokens else None
 
     def calibrate(
         self,
-        cross_validated: CrossValidated,
+        fold_spreads: Sequence[float],
         features: TokenFeatures,
         labels: np.ndarray,
         groups: np.ndarray | None,
     ) -> None:
-        """Extrapolate the temperature from the fold classifiers to the final one."""
+        """Extrapolate the temperature from the fold classifiers, with their spreads, to the final one."""
         if self.lines_ is not None or (self.num_folds_ and len(labels) > FEW_IMAGES):
             return
         logits = self.compute_logits(features)
@@ -496,26 +482,27 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.num_folds_ == NUM_FOLDS_OF_FEW:
             read = {token: features[token] for token in chain(*self.candidate_.heads)}
             folds = split_folds(labels, groups, NUM_FOLDS)
-            fewer = self.cross_validate(read, labels, [self.candidate_], folds)
+            fewer, *_ = self.cross_validate(read, labels, [self.candidate_], folds)
             fewer_temperature = Score.of(
-                self.candidate_, fewer.logits[self.candidate_], labels, self.weigh(labels)
+                self.candidate_, fewer[self.candidate_], labels, self.weigh(labels)
             ).temperature
         self.temperature_ = extrapolate_temperature(
             self.temperature_,
             fewer_temperature,
             spread=spread,
-            fold_spread=float(np.mean(cross_validated.spreads[self.candidate_])),
+            fold_spread=float(np.mean(fold_spreads)),
         )
 
-    def set_threshold(self, cross_validated: CrossValidated, features: TokenFeatures) -> None:
+    def set_threshold(
+        self, distances: Mapping[Tokens, np.ndarray], features: TokenFeatures
+    ) -> None:
         """Set the distance from which an image is unknown, if there are enough images."""
         # Distances out of fold: an image is closer to a mean that contains it than a new image
         # would be.
-        tokens = choose_statistics_tokens(features, self.candidate_)
-        distances = cross_validated.distances.get(tokens, np.empty(0))
-        distances = distances[np.isfinite(distances)]
-        if len(distances) >= MIN_DISTANCE_IMAGES:
-            self.distance_threshold_ = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
+        own = distances.get(choose_statistics_tokens(features, self.candidate_), np.empty(0))
+        own = own[np.isfinite(own)]
+        if len(own) >= MIN_DISTANCE_IMAGES:
+            self.distance_threshold_ = float(np.quantile(own, KNOWN_RECALL, method="higher"))
 
     @property
     def is_balanced(self) -> bool:
@@ -605,7 +592,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return round_floats(record | {"candidates": self.table_})
 
 
-def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> tuple[Token, ...]:
+def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> Tokens:
     """Choose the tokens of which a model stores statistics, among its last layers.
 
     The patches of the last layer are only among them if the classifier reads them: a model on CLS
@@ -617,6 +604,14 @@ def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> t
         for token in features
         if token[0] >= -NUM_LAST_LAYERS and token[1] in ("cls", "mean") and token not in unread
     )
+
+
+def average_classifiers(
+    classifiers: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Join the classifiers of tokens: their mean logits have weight [K, T * D] and bias [K]."""
+    weights, biases = zip(*classifiers, strict=True)
+    return np.concatenate(weights, axis=1) / len(weights), np.mean(biases, axis=0)
 
 
 def stack_tokens(features: TokenFeatures, tokens: Sequence[Token]) -> np.ndarray:

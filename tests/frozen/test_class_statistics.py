@@ -139,19 +139,17 @@ def test_several_labels_share_one_covariance_of_all_images() -> None:
     generator = np.random.default_rng(0)
     labels = generator.random((60, 3)) < 0.3
     labels[:, 2] = True
-    tokens = [labels @ generator.normal(size=(3, 80)) + generator.normal(size=(60, 80)) * 3] * 2
-    tokens[1] = tokens[0] ** 2
-    weight, bias = build_label_scores(dict(zip(["a", "b"], tokens, strict=True)), labels)
+    values = labels @ generator.normal(size=(3, 80)) + generator.normal(size=(60, 80)) * 3
+    weight, bias = build_label_scores(values, labels)
+    scales = values.std(axis=0)
+    covariance = LedoitWolf().fit(values / scales).covariance_ * np.outer(scales, scales)
     expected = np.zeros((60, 2))
-    for values in tokens:
-        scales = values.std(axis=0)
-        covariance = LedoitWolf().fit(values / scales).covariance_ * np.outer(scales, scales)
-        for label in range(2):
-            has_label = labels[:, label]
-            direction = np.linalg.inv(covariance) @ (
-                values[has_label].mean(axis=0) - values[~has_label].mean(axis=0)
-            )
-            expected[:, label] += (values - values.mean(axis=0)) @ direction / 2
-    scores = np.concatenate(tokens, axis=1) @ weight.T + bias
+    for label in range(2):
+        has_label = labels[:, label]
+        direction = np.linalg.inv(covariance) @ (
+            values[has_label].mean(axis=0) - values[~has_label].mean(axis=0)
+        )
+        expected[:, label] = (values - values.mean(axis=0)) @ direction
+    scores = values @ weight.T + bias
     np.testing.assert_allclose(scores[:, :2], expected, atol=1e-8)
     assert not weight[2].any()  # all images have it
