@@ -41,12 +41,7 @@ from .linear_probe import (
     LinearProbe,
     describe_inference,
 )
-from .scenes import (
-    TrainedScenes,
-    find_pairs,
-    keep_together,
-    measure_limit,
-)
+from .scenes import TrainedScenes, keep_together, measure_limit
 
 
 # Maximum number of training images, drawn at random, for the classifiers of a run with steps. They
@@ -359,10 +354,7 @@ class FrozenEncoder:
             others = self.compute_features(data.held_out, missing, images.processor, warn)
             held_out = held_out.join(others)
         held_out = held_out.take(np.argsort(held_out.indices))
-        in_trained_scenes = []
-        if len(held_out.names):
-            pairs, _ = find_pairs(train, images.max_distance, held_out)
-            in_trained_scenes = np.unique(held_out.names[pairs[:, 0]]).tolist()
+        trained_scenes = TrainedScenes.of(train, images.max_distance)
 
         frozen = freeze(probes, self.label_space, train, held_out)
         record = build_record(frozen) | images.geometry
@@ -378,9 +370,7 @@ class FrozenEncoder:
             size = get_output_size(self.processor, config.image_height_width)
             tasks = split_tasks(sample, self.label_space)
             record["border"] = measure_border(frozen, tasks, config.get_grid_size(size))
-        return FrozenModel(
-            frozen, record, TrainedScenes.of(train, images.max_distance), in_trained_scenes
-        )
+        return FrozenModel(frozen, record, trained_scenes, trained_scenes.recognize(held_out))
 
     def fit_probes(self, features: Features) -> dict[str, LinearProbe]:
         """Choose and fit the classifier of each task, with the settings of the user.

@@ -1,8 +1,7 @@
 """Scenes: photos that are near one another in the features of a frozen encoder, such as shots of one thing.
 
     features -> measure_limit -> keep_together -> groups, so that no fold divides a scene
-                                 find_pairs    -> held-out photos of training scenes
-                                 TrainedScenes, a file of the model -> evaluated photos of training scenes
+                                 TrainedScenes, a file of the model -> held-out and evaluated photos of training scenes
 
 Classifiers recognize a scene that they were trained on, whatever its label: sixteen objects with
 five shots each and random labels had an accuracy of 100 % in folds that divide them.
@@ -134,19 +133,14 @@ def are_distinct(features: Features, scenes: np.ndarray, limit: float, min_contr
     return bool(density > 0.9 or (density > 0.5 and contrast > min_contrast))
 
 
-def find_pairs(
-    features: Features, max_distance: float, others: Features | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Find near photos: pairs [P, 2] of rows, the nearest pair first, and their cosine distances [P].
-
-    Each pair is a row of `others`, or of the features without them, and a row of the features.
-    """
+def find_pairs(features: Features, max_distance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Find near photos: pairs [P, 2] of rows, the nearest pair first, and their cosine distances [P]."""
     vectors = describe_photos(features)
-    num_neighbors = min(NUM_NEIGHBORS, len(vectors) - (others is None))
+    num_neighbors = min(NUM_NEIGHBORS, len(vectors) - 1)
     if not num_neighbors:  # A photo alone
         return np.zeros((0, 2), int), np.zeros(0)
     neighbors = NearestNeighbors(n_neighbors=num_neighbors, algorithm="brute").fit(vectors)
-    distances, columns = neighbors.kneighbors(others and describe_photos(others))
+    distances, columns = neighbors.kneighbors()
     rows, places = np.nonzero(distances**2 < 2 * max_distance)
     order = distances[rows, places].argsort(kind="stable")
     pairs = np.stack([rows, columns[rows, places]], axis=1)
@@ -229,6 +223,8 @@ class TrainedScenes:
 
     def recognize(self, features: Features) -> list[str]:
         """Name the photos that are near a stored one."""
+        if not len(features.names):
+            return []
         _, distances = pairwise_distances_argmin_min(encode_photos(features), self.codes)
         limit = 2 * NUM_PROJECTIONS * CODE_SCALE**2 * self.max_distance
         return features.names[distances**2 < limit].tolist()  # type: ignore[no-any-return]
