@@ -103,7 +103,6 @@ def divide_images(
     Raises:
         ValueError: if there are too few images.
     """
-    check_can_divide(images, held_out_fraction, needs_selection)
     train, *others = images.images_by_split.values()
     _, *names = images.images_by_split
     reason = SINGLE_GROUPS

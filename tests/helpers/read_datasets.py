@@ -4,12 +4,18 @@ from typing import Any
 
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import Splits, load_splits
-from modeling_vitcls.data.splits import TrainingData, divide_images, load_undivided_images
+from modeling_vitcls.data.splits import (
+    TrainingData,
+    check_can_divide,
+    divide_images,
+    load_undivided_images,
+)
 
 
 def load_training_data(options: DataOptions, use_selection_split: bool = False) -> TrainingData:
     """Read a dataset, and divide its images as a run with steps does."""
     images = load_undivided_images(options, use_selection_split)
+    check_can_divide(images, options.held_out_part, use_selection_split)
     return divide_images(images, options.held_out_part, use_selection_split)
 
 
