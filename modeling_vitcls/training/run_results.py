@@ -10,7 +10,7 @@ from ..data.splits import TrainingData
 from ..evaluation.evaluator import Predictions, count_in_trained_scenes, describe_in_trained_scenes
 from ..frozen.scenes import TrainedScenes
 from ..inference.intervals import MIN_CORRECTED_IMAGES
-from ..inference.metrics import METRICS, MetricValues, get_task_metrics
+from ..inference.metrics import METRICS, MetricValues
 from ..inference.stated_result import Measurement, describe_classes
 from ..inference.token_names import count_tokens
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -33,19 +33,20 @@ def list_measurements(
     Args:
         task_metrics: metrics of each task (inference/metrics.py).
         metric: of the results.
-        seen_by_encoder: number of images of the run that trained its encoder.
+        seen_by_encoder: number of images of the run that trained its encoder. If there are any, the
+            intervals are removed from the metrics.
         num_folds: number of folds of the cross-validation; 0 for held-out images.
     """
     measured = []
     for task, metrics in task_metrics.items():
+        if seen_by_encoder:
+            # The error is larger than any interval says.
+            for name in [each for each in metrics if each.endswith("_interval")]:
+                del metrics[name]
         if metrics.get(metric) is None:
             continue
         # The average precision of a handful of images means little.
         is_small = "exact_match" in metrics and metrics["num_images"] < MIN_CORRECTED_IMAGES
-        if seen_by_encoder:
-            metrics = {
-                name: value for name, value in metrics.items() if not name.endswith("_interval")
-            }
         own_metric = "exact_match" if is_small else metric
         measured.append(Measurement(task, own_metric, metrics, num_folds))
     return measured
@@ -128,10 +129,6 @@ def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -
         **outcome.results,
     }
     if num_seen and outcome.measured:
-        # The error is larger than any interval says.
-        for metrics in get_task_metrics(results).values():
-            for name in [each for each in metrics if each.endswith("_interval")]:
-                del metrics[name]
         results["num_images_of_encoder"] = num_seen
     if record := find_in_trained_scenes(outcome):
         results["in_trained_scenes"] = record
