@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import PartialState
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import normalize
+from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
@@ -250,21 +251,20 @@ def describe_class_weights(frozen: FrozenHead) -> str | None:
     with threadpool_limits(limits=1):
         weighted.fit(images.get_tokens(), images.labels, images.groups)
 
-    known = np.isfinite(probe.losses_) & np.isfinite(weighted.losses_)
+    known = np.isfinite(probe.losses_)  # Both have the same folds
     labels = images.labels[known]
-    classes, counts = np.unique(labels, return_counts=True)
-    rarest = classes[counts.argmin()]
+    class_weights = compute_sample_weight("balanced", labels)  # Each class counts equally
+    rarest = labels[class_weights == class_weights.max()].min()
     rows = []
     for each in (probe, weighted):
-        is_right = each.classes_[each.out_of_fold_[known].argmax(axis=1)] == labels
-        measured = pd.DataFrame({"is_right": is_right, "loss": each.losses_[known]})
-        means = measured.groupby(labels).mean()  # The means of each class
+        predicted = each.classes_[each.out_of_fold_[known].argmax(axis=1)]
+        is_right = predicted == labels
         rows.append(
             {
-                f"recall of {frozen.labels.names[rarest]}": means["is_right"][rarest],
-                "balanced accuracy": means["is_right"].mean(),
+                f"recall of {frozen.labels.names[rarest]}": is_right[labels == rarest].mean(),
+                "balanced accuracy": balanced_accuracy_score(labels, predicted),
                 "accuracy": is_right.mean(),
-                "loss": means["loss"].mean(),
+                "loss": np.average(each.losses_[known], weights=class_weights),
             }
         )
     before, after = rows
