@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from ..model.image_processing_vitcls import pil_to_tensor
 from ..runtime.errors import format_error
 from .augmentation import Augmentation
-from .images import LabeledImages, UnreadableImage, check_channels
+from .images import LabeledImages, check_channels
 from .labels import LabelSpace
 from .sampling import BatchPlan, ImageKey, derive_seed
 
@@ -56,18 +56,6 @@ class TrainingImages:
     cache: dict[int, Tensor] = field(default_factory=dict)  # Prepared images
     errors: dict[int, str] = field(default_factory=dict)  # Message of each unreadable image
 
-    def prepare_image(self, image: Any) -> Tensor:
-        """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform.
-
-        Raise UnreadableImage if the mode or the number of channels is not supported.
-        """
-        try:
-            pixels = pil_to_tensor(image, self.to_rgb, self.bit_depth, self.num_channels)
-        except ValueError as error:
-            raise UnreadableImage(str(error)) from error
-        check_channels(image, pixels, self.num_channels)
-        return self.augmentation.fixed_transform(pixels)
-
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Build the batch for a list of keys. Raise ValueError if no image can be read."""
         epochs, wanted = zip(*keys, strict=True)
@@ -89,7 +77,7 @@ class TrainingImages:
             if candidate not in self.errors:
                 try:
                     return candidate, self.load_pixels(candidate)
-                except UnreadableImage as error:
+                except ValueError as error:
                     self.errors[candidate] = str(error)
         raise ValueError(
             f"none of the {num_images} images can be read. First error: {self.errors[index]}. "
@@ -97,10 +85,16 @@ class TrainingImages:
         )
 
     def load_pixels(self, index: int) -> Tensor:
-        """Prepare the pixels of an image, or take them from the cache."""
+        """Apply the fixed transform to the `uint8` pixels [C, H, W] of an image, or take them from the cache.
+
+        Raise ValueError if the image cannot be read, or its mode or number of channels is not supported.
+        """
         if index in self.cache:
             return self.cache[index]
-        pixels = self.prepare_image(self.source.images[index])
+        image = self.source.images[index]
+        pixels = pil_to_tensor(image, self.to_rgb, self.bit_depth, self.num_channels)
+        check_channels(image, pixels, self.num_channels)
+        pixels = self.augmentation.fixed_transform(pixels)
         # All images or none: with a part of them, every batch would still wait for the rest.
         if pixels.nbytes * len(self.source) <= MAX_CACHE_BYTES:
             self.cache[index] = pixels

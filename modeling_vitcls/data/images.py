@@ -2,8 +2,8 @@
 
     DatasetImages    a column of a `datasets.Dataset`: encoded images or paths
 
-It returns PIL images and raises `UnreadableImage` for unreadable images. Three methods do not
-decode images:
+It returns PIL images, and raises ValueError for unreadable images, in one line with the name of the
+image and the reason. Three methods do not decode images:
 
     select(indices)          a subset
     get_names()              the path of each image within the dataset, or the row number
@@ -47,13 +47,6 @@ ROWS_PER_READ = 64  # Number of dataset rows that are read from disk at once
 MIN_BASE64_LENGTH = 100  # Shorter texts are paths: photos are not that small
 URL_SAFE = str.maketrans("-_", "+/")  # Another alphabet of base64
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-
-
-class UnreadableImage(ValueError):
-    """Raised for an unreadable image.
-
-    The message is a single line: the name of the image and the reason.
-    """
 
 
 @dataclass(frozen=True)
@@ -194,7 +187,7 @@ class DatasetImages(Sequence):
 def read_size(images: Any, index: int) -> Size:
     """Read the height and width of an upright image; for a local file, only its header is read.
 
-    Raise UnreadableImage if the image cannot be read.
+    Raise ValueError if the image cannot be read.
     """
     with (
         suppress(Exception),  # The image is decoded below
@@ -236,13 +229,13 @@ NO_CONTENT_KEY = compute_content_key(io.BytesIO())  # Key of missing images and 
 
 
 def check_channels(image: Image.Image, pixels: Tensor, num_channels: int) -> None:
-    """Raise UnreadableImage if pixels [C, H, W] do not have `num_channels` channels.
+    """Raise ValueError if pixels [C, H, W] do not have `num_channels` channels.
 
     The image processor converts images to three channels only if `do_convert_rgb` is set.
     """
     if len(pixels) != num_channels:
         name = shorten_text(getattr(image, "filename", "in memory"))
-        raise UnreadableImage(
+        raise ValueError(
             f"the image {name} has {len(pixels)} channel(s), but the model requires {num_channels}"
         )
 
@@ -323,7 +316,7 @@ def get_relative_path(path: str, folder: Path) -> str:
 def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Image:
     """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None.
 
-    Return the image in its stored mode and in upright orientation. Raise UnreadableImage if the
+    Return the image in its stored mode and in upright orientation. Raise ValueError if the
     image is missing or cannot be decoded.
 
     The `filename` attribute of the image is the path (as in Pillow) or, if there is no path,
@@ -332,7 +325,7 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
     content = encoded_image["bytes"]
     path = encoded_image["path"]
     if content is None and not path:
-        raise UnreadableImage(f"{fallback_name} has no image")
+        raise ValueError(f"{fallback_name} has no image")
     try:
         if content is None:
             check_is_no_address(path)
@@ -343,7 +336,7 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
             message = (
                 f"cannot read the image {shorten_text(path) if path else fallback_name}: {message}"
             )
-        raise UnreadableImage(message) from error
+        raise ValueError(message) from error
     image.filename = path or fallback_name  # type: ignore[union-attr, attr-defined]
     return image
 
