@@ -27,7 +27,7 @@ from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
 from ..evaluation.evaluate import set_up_evaluation
 from ..frozen.class_statistics import Token
-from ..frozen.features import OWN_POOLING, FeatureLayout, Features, FrozenPass
+from ..frozen.features import OWN_POOLING, FeatureLayout, Features, compute_features
 from ..frozen.heads import set_weights
 from ..frozen.linear_probe import NUM_LAST_LAYERS
 from ..frozen.scenes import (
@@ -102,9 +102,11 @@ class OldModel:
     def compute_features(
         self, images: LabeledImages, label_space: LabelSpace, **arguments: Any
     ) -> Features:
-        """Compute the features of the images that have a label; `arguments` are of `FrozenPass`."""
+        """Compute the features of the images that have a label; `arguments` are of the pass."""
         arguments = self.pass_arguments | {"label_space": label_space} | arguments
-        features = FrozenPass(images, self.layout, **arguments)(self.model, self.console)
+        features = compute_features(
+            self.model, images, self.layout, console=self.console, **arguments
+        )
         return features.take(features.labels >= 0)
 
     def keep_scenes_together(

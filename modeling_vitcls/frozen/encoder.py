@@ -33,7 +33,7 @@ from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .border import describe_border, measure_border
 from .camera import describe_camera
-from .features import OWN_POOLING, FeatureLayout, Features, FrozenPass, has_searchable_pooling
+from .features import OWN_POOLING, FeatureLayout, Features, has_searchable_pooling
 from .heads import FrozenHead, build_record, describe_choice, freeze, split_tasks
 from .linear_probe import (
     DISTILLATION,
@@ -119,7 +119,7 @@ class FrozenEncoder:
         model: the classifier. Its pooler and its heads are replaced.
         processor: image processor, whose geometry may change.
         label_space: names of the labels.
-        build_pass: returns a `FrozenPass` for images and a layout.
+        run_pass: `features.compute_features` of a model, images and a layout.
         resize, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
         class_weight, inference: as in `LinearProbe`.
     """
@@ -127,7 +127,7 @@ class FrozenEncoder:
     model: Any
     processor: Any
     label_space: LabelSpace
-    build_pass: Callable[..., FrozenPass]
+    run_pass: Callable[..., Features]
     resize: str | None
     pooling: str | None
     pooled_layers: Sequence[int] | None
@@ -254,14 +254,14 @@ class FrozenEncoder:
     ) -> Features:
         """Pass the images at some indices through the encoder."""
         layout = self.layout
-        one_pass = self.build_pass(
+        features = self.run_pass(
+            self.model.to(PartialState().device).eval(),
             images.select(indices),
             layout,
             processor=processor,
             warn=warn,
             has_rings=has_rings and "mean" in layout.widths,
         )
-        features = one_pass(self.model.to(PartialState().device).eval())
         return replace(features, indices=indices[features.indices])
 
     def choose_geometry(

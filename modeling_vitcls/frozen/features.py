@@ -7,7 +7,6 @@ classifier of them is the model's classifier.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..data.images import LabeledImages
 from ..inference.image_pass import ImageOutputs, ImagePass
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size
@@ -108,43 +108,37 @@ class Features(ImageOutputs):
         return dict(zip(tokens, np.split(self.features, ends[:-1], axis=1), strict=True))
 
 
-class FrozenPass(ImagePass):
-    """One pass of images through an encoder, whose features are the same on every process.
+def compute_features(
+    model: Any,
+    images: LabeledImages,
+    layout: FeatureLayout,
+    has_logits: bool = False,
+    has_rings: bool = False,
+    console: Console | None = None,
+    **arguments: Any,
+) -> Features:
+    """Compute the features of images in one pass; they are the same on every process.
 
-    With `has_logits`, the logits of the classifier are computed, too; with `has_rings`, the parts of the
-    mean of the patches that are at the border of the images.
+    Args:
+        model: a classifier or an encoder.
+        images: what passes it.
+        layout: of the features.
+        has_logits: whether the logits of the classifier are computed, too.
+        has_rings: whether the parts of the mean of the patches are that are at the border of the images.
+        console: shows the progress.
+        arguments: of `ImagePass`.
     """
+    encoder = use_fast_modules(model.base_model, frozen=True)
+    program = model if has_logits else encoder
 
-    # Each image passes the encoder once, so a cache of preprocessed images would only take memory.
-    is_repeated = False
-
-    def __init__(
-        self,
-        images: Any,
-        layout: FeatureLayout,
-        has_logits: bool = False,
-        has_rings: bool = False,
-        **arguments: Any,
-    ) -> None:
-        super().__init__(images, **arguments)
-        self.layout = layout
-        self.has_logits = has_logits
-        self.has_rings = has_rings
-
-    def __call__(self, model: Any, console: Console | None = None) -> Features:
-        """Compute and return the features, with a classifier or an encoder."""
-        encoder = use_fast_modules(model.base_model, frozen=True)
-        outputs = self.collect(encoder, partial(self.compute, model), console)
-        return Features(layout=self.layout, **vars(outputs))
-
-    def compute(self, model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Compute the features [B, all] and what else is required of images [B, C, H, W]."""
-        encoder = model.base_model
-        program = model if self.has_logits else encoder
+    def compute(pixel_values: Tensor) -> dict[str, Tensor]:
         outputs = program(pixel_values, output_hidden_states=True)
-        computed = {"features": pool_layers(encoder, outputs, self.layout)}
-        if self.has_logits:
+        computed = {"features": pool_layers(encoder, outputs, layout)}
+        if has_logits:
             computed["logits"] = outputs.logits
-        if self.has_rings:
-            computed["rings"] = pool_rings(encoder, outputs, self.layout.num_layers)
+        if has_rings:
+            computed["rings"] = pool_rings(encoder, outputs, layout.num_layers)
         return computed
+
+    outputs = ImagePass(images, **arguments).collect(encoder, compute, console)
+    return Features(layout=layout, **vars(outputs))

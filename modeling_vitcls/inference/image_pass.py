@@ -4,7 +4,6 @@
 
     ImagePass      labeled images of a dataset, on any number of processes; each image is counted exactly once
     Evaluator      an ImagePass whose outputs become metrics (evaluator.py)
-    FrozenPass     an ImagePass whose outputs are the features of a frozen encoder (frozen/features.py)
 
 Sharded models require that all processes run the same number of batches of the same size. The
 images are therefore distributed in rounds of one batch per process. The last round is padded with
@@ -226,7 +225,6 @@ class ImagePass:
     """
 
     pass_name = "features"  # What a pass over the images does, for the progress
-    is_repeated = True  # Whether small datasets are kept in memory for the next pass
 
     def __init__(
         self,
@@ -359,7 +357,7 @@ class ImagePass:
             yield from self.cache
             return
 
-        cache: list[ImageBatch] | None = [] if self.is_repeated else None
+        cache: list[ImageBatch] | None = []
         num_bytes = 0
         for batch in self.prepare_batches():
             num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes

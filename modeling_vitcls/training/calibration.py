@@ -19,7 +19,7 @@ from ..evaluation.evaluator import Evaluator, Predictions
 from ..frozen.class_statistics import KNOWN_RECALL, ClassStatistics, Token
 from ..frozen.confidence import fit_temperature
 from ..frozen.encoder import ignore_message
-from ..frozen.features import FeatureLayout, Features, FrozenPass
+from ..frozen.features import FeatureLayout, Features, compute_features
 from ..frozen.heads import describe_unknown
 from ..frozen.linear_probe import (
     MIN_DISTANCE_IMAGES,
@@ -279,7 +279,7 @@ def compute_labeled_features(inputs: RunInputs, images: LabeledImages, processor
     layout = FeatureLayout.for_extra_heads(inputs.model.config, NUM_LAST_LAYERS)
     # The steps and evaluations have named the unreadable images
     arguments = inputs.pass_arguments | {"warn": ignore_message, "processor": processor}
-    features = FrozenPass(images, layout, **arguments)(inputs.model)
+    features = compute_features(inputs.model, images, layout, **arguments)
     return features.take(features.labels >= 0)
 
 

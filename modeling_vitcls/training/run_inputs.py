@@ -13,7 +13,7 @@ from ..data.sources import Splits, load_on_main
 from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, list_encoder_rows
 from ..frozen.encoder import FrozenEncoder
-from ..frozen.features import FrozenPass, has_searchable_pooling
+from ..frozen.features import compute_features, has_searchable_pooling
 from ..hub.loading import pin_revision
 from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
@@ -145,7 +145,7 @@ def load(
             model=model,
             processor=processor,
             label_space=labels,
-            build_pass=partial(FrozenPass, **pass_arguments),
+            run_pass=partial(compute_features, **pass_arguments),
             resize=options.resize,
             pooling=options.pooling,
             pooled_layers=options.pooled_layers,
