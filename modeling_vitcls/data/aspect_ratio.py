@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import functional
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
@@ -89,35 +89,26 @@ def get_resize(processor: Processor) -> str:
     return "pad" if processor.do_pad else "squash"
 
 
-class ResizeTransform(nn.Module):
-    """The image processor's resizing, cropping and padding, without normalization.
+def resize_pixels(processor: Processor, keep_resolution: bool, pixels: Tensor) -> Tensor:
+    """Resize, crop and pad an image [..., C, H, W] `uint8` as an image processor does, without normalization.
 
-    With `keep_resolution`, images are padded to the aspect ratio of the input, but not resized or
-    cropped.
+    With `keep_resolution`, it is padded to the aspect ratio of the input, but not resized or cropped.
     """
+    if not keep_resolution:
+        pixels = resize_and_crop(processor, pixels)
+    if not processor.do_pad:
+        return pixels
 
-    def __init__(self, processor: Processor, keep_resolution: bool) -> None:
-        super().__init__()
-        self.processor = processor
-        self.keep_resolution = keep_resolution
+    height, width = pixels.shape[-2:]
+    size = processor.pad_size
+    scale = max(height / size.height, width / size.width) if keep_resolution else 1.0
+    right = round(size.width * scale) - width
+    bottom = round(size.height * scale) - height
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Resize and crop an image [..., C, H, W] `uint8` to [..., C, h, w]."""
-        if not self.keep_resolution:
-            pixels = resize_and_crop(self.processor, pixels)
-        if not self.processor.do_pad:
-            return pixels
-
-        height, width = pixels.shape[-2:]
-        size = self.processor.pad_size
-        scale = max(height / size.height, width / size.width) if self.keep_resolution else 1.0
-        right = round(size.width * scale) - width
-        bottom = round(size.height * scale) - height
-
-        # 0 after normalization
-        mean = self.processor.image_mean if self.processor.do_normalize else 0.0
-        fill = [round(255 * value) for value in np.ravel(mean).tolist()]  # One for all, or for each
-        return functional.pad(pixels, [0, 0, right, bottom], fill[: pixels.shape[-3]])
+    # 0 after normalization
+    mean = processor.image_mean if processor.do_normalize else 0.0
+    fill = [round(255 * value) for value in np.ravel(mean).tolist()]  # One for all, or for each
+    return functional.pad(pixels, [0, 0, right, bottom], fill[: pixels.shape[-3]])
 
 
 # Visible region -----------------------------------------------------------------------------------

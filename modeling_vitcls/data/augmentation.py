@@ -8,23 +8,29 @@ numbers depend only on the seed of each image. Held-out images are preprocessed 
 processor without augmentation. Pixels are rescaled and normalized on the model's device (batches.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from .aspect_ratio import ResizeTransform, get_output_size
+from .aspect_ratio import get_output_size, resize_pixels
 from .options import LARGEST_AUGMENT, AugmentationOptions
+
+
+# Mean and standard deviation of the noise of random erasing, in gray levels (0 to 255)
+NOISE_MEAN = 128.0
+NOISE_STD = 64.0
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """The two transforms of an augmentation, in the order of application."""
 
-    fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
+    fixed_transform: Callable[[Tensor], Tensor]  # [C, H, W] `uint8` -> [C, H, W] `uint8`
     random_transform: nn.Module  # [C, H, W] -> [C, H, W]; draws from torch's default generator
 
     def __call__(self, pixels: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
@@ -48,7 +54,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
     Without random crops, images are resized as by the image processor.
     """
     height_width = get_output_size(processor)
-    fixed_transform = ResizeTransform(processor, keep_resolution=options.crop_scale != 1)
+    fixed_transform = partial(resize_pixels, processor, options.crop_scale != 1)
 
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None, "the defaults set it"
@@ -76,27 +82,18 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if maxima["random_erasing"]:
-        transforms.append(Erasing(maxima["random_erasing"]))
+        erasing = v2.RandomErasing(maxima["random_erasing"], value="random")
+        transforms.append(v2.Lambda(partial(erase, erasing)))
     return Augmentation(fixed_transform, nn.Sequential(*transforms))
 
 
-class Erasing(nn.Module):
-    """Random erasing (Zhong et al. 2020) with Gaussian noise around mid-gray."""
+def erase(erasing: v2.RandomErasing, pixels: Tensor) -> Tensor:
+    """Replace a random rectangle of an image [C, H, W] `uint8` with Gaussian noise around mid-gray.
 
-    # Mean and standard deviation of the noise, in gray levels (0 to 255)
-    NOISE_MEAN = 128.0
-    NOISE_STD = 64.0
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.erase = v2.RandomErasing(probability, value="random")
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Erase a random rectangle of an image [C, H, W] `uint8`."""
-        erased_pixels = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
-        return (
-            (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
-        )
+    Source: Zhong et al. 2020, random erasing.
+    """
+    erased_pixels = erasing((pixels.float() - NOISE_MEAN) / NOISE_STD)
+    return (erased_pixels * NOISE_STD + NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
 
 
 def build_mixer(mixup: float, cutmix: float, num_classes: int) -> nn.Module:

@@ -9,9 +9,9 @@ from torchvision.transforms import v2
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import (
     Augmentation,
-    Erasing,
     build_augmentation,
     build_mixer,
+    erase,
 )
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.sampling import derive_seed
@@ -76,7 +76,7 @@ def test_images_of_different_sizes_become_one_batch() -> None:
 def test_erasing_changes_only_a_rectangle() -> None:
     (source,) = build_pil_images(1)
     torch.manual_seed(0)
-    erased = Erasing(1.0)(source)
+    erased = erase(v2.RandomErasing(1.0, value="random"), source)
     changed = (erased != source).any(dim=0).nonzero()
     top, left = changed.min(dim=0).values.tolist()
     bottom, right = changed.max(dim=0).values.tolist()
@@ -85,7 +85,7 @@ def test_erasing_changes_only_a_rectangle() -> None:
     assert 0.01 * 40 * 36 < part[0].numel() < 0.4 * 40 * 36
     assert len(changed) > 0.9 * part[0].numel()
     assert 100 < part.mean() < 156
-    assert torch.equal(Erasing(0.0)(source), source)
+    assert torch.equal(erase(v2.RandomErasing(0.0, value="random"), source), source)
 
 
 # Mixing -------------------------------------------------------------------------------------------
