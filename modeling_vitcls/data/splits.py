@@ -77,10 +77,11 @@ class TrainingData:
         measured = self.train if is_cross_validated else self.held_out
         return int(find_trained_images(measured, encoder_rows).sum())
 
-    def build_splits_table(self, task: str = "") -> pd.DataFrame:
-        """Build the rows of splits.parquet about this run, or about an added task."""
-        parts = {"train": self.train, "validation": self.selection, "test": self.held_out}
-        return build_splits_table(parts, task)
+    def build_splits_table(self) -> pd.DataFrame:
+        """Build the rows of splits.parquet about this run."""
+        return build_splits_table(
+            {"train": self.train, "validation": self.selection, "test": self.held_out}
+        )
 
 
 def divide_images(

@@ -13,7 +13,6 @@ divided after training.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,12 +34,12 @@ def get_keys(images: LabeledImages) -> np.ndarray:
     return images.images.compute_content_keys() if images.keys is None else images.keys
 
 
-def build_splits_table(parts: Mapping[str, Any], task: str = "") -> pd.DataFrame:
-    """Build the rows of splits.parquet about images by split."""
+def build_splits_table(parts: Mapping[str, LabeledImages | None], task: str = "") -> pd.DataFrame:
+    """Build the rows of splits.parquet about images by split, of which there may be none."""
     tables = [
         pd.DataFrame({"key": get_keys(part), "split": split, "task": task})
         for split, part in parts.items()
-        if isinstance(part, LabeledImages) and len(part)
+        if part
     ]
     return pd.concat(tables) if tables else EMPTY_TABLE
 

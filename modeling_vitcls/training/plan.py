@@ -11,16 +11,14 @@ otherwise                                             steps, if they take less t
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
 from ..data.sources import Splits
-from ..data.splits import TrainingData, check_can_divide, divide_images
+from ..data.splits import check_can_divide
 from ..inference.speed import measure_inference_speed
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
 from .model import find_new_tokens
@@ -73,21 +71,6 @@ class RunPlan:
         """Whether images are drawn, to measure the model or to select a checkpoint."""
         num_splits = 3 if self.options.select == "best" else 2
         return bool(self.options.held_out_part) and len(self.images.images_by_split) < num_splits
-
-    def divide(self, groups: Sequence[int] | np.ndarray | None) -> TrainingData:
-        """Divide the images of the run as `divide_images` does.
-
-        Args:
-            groups: [N] of the training images, in which photos of a scene are together, if images are
-                drawn; None to keep their groups.
-        """
-        options = self.options
-        return divide_images(
-            self.images,
-            options.held_out_part,
-            options.select == "best",
-            groups if self.is_drawn else None,
-        )
 
 
 def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:

@@ -17,7 +17,7 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from ..data.image_folder import check_output_is_not_read
-from ..data.splits import TrainingData
+from ..data.splits import TrainingData, divide_images
 from ..frozen.encoder import EncodedImages
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
@@ -146,6 +146,11 @@ def divide_run(
     elif inputs.frozen_encoder is not None:
         encoded = encode_images(inputs, plan, reporter)
         groups = encoded.groups
-    data = plan.divide(groups)
+    data = divide_images(
+        plan.images,
+        plan.options.held_out_part,
+        plan.options.select == "best",
+        groups if plan.is_drawn else None,  # The splits of a dataset keep their own
+    )
     print_division(inputs, plan, data, reporter)
     return data, encoded
