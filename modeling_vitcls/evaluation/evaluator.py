@@ -6,15 +6,13 @@ The pass over the images is in image_pass.py, the metrics are in metrics.py, and
 evaluates a saved model and writes the results.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -213,21 +211,16 @@ class Evaluator(ImagePass):
 # of the model's weights, because predictions of other weights must not be used.
 
 
-METADATA_KEY = b"vitcls"
-
-
 def build_rows(
     predictions: Predictions, nearest_images: Mapping[int, list[str]] | None = None
-) -> Any:
-    """Build a pandas DataFrame with the columns in the header of this file.
+) -> pd.DataFrame:
+    """Build the columns above.
 
     Args:
         predictions: logits of all images.
         nearest_images: names of the nearest training images, the nearest first, by the index of the
             image.
     """
-    import pandas as pd
-
     names = predictions.label_space.names
     outputs = predictions.outputs
     target = predictions.target
@@ -246,21 +239,19 @@ def build_rows(
     return pd.DataFrame(columns)
 
 
-def write_rows(file: Path, rows: Any, weights_hash: dict[str, str] | None) -> None:
+def write_rows(file: Path, rows: pd.DataFrame, weights_hash: dict[str, str] | None) -> None:
     """Write the rows to a Parquet file, with the SHA-256 of each weight file of the model.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    table = pa.Table.from_pandas(rows, preserve_index=False)
-    metadata = {METADATA_KEY: json.dumps({"weights_sha256": weights_hash})}
-    table = table.replace_schema_metadata((table.schema.metadata or {}) | metadata)
+    rows.attrs["weights_sha256"] = weights_hash  # Pandas writes it to the metadata of the file
     with write_atomically(file) as temporary_file:
-        pq.write_table(table, temporary_file)
+        rows.to_parquet(temporary_file, index=False)
 
 
-def read_predictions(folder: ModelFolder) -> Any:
-    """Read predictions.parquet: a pandas DataFrame with one row per image, and `confidence`.
+def read_predictions(folder: ModelFolder) -> pd.DataFrame | None:
+    """Read predictions.parquet: one row per image, and `confidence`.
 
     The result is None if the folder has no predictions of these weights, or the images do not have
     exactly one label.
@@ -270,21 +261,19 @@ def read_predictions(folder: ModelFolder) -> Any:
         return None
     try:
         check_parquet_size(file)
-        table = pq.read_table(file)
+        rows = pd.read_parquet(file)
     except (OSError, ValueError):  # The errors of pyarrow are subclasses
         warn_on_first_process(
             f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate "
             "--per-image`"
         )
         return None
-    metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, "{}"))
     # A model that was trained again makes other mistakes than those in the file.
-    if metadata.get("weights_sha256") != folder.weights_sha256:
+    if rows.attrs.get("weights_sha256") != folder.weights_sha256:
         warn_on_first_process(
             f"ignoring {file}, because it contains the predictions of other weights"
         )
         return None
-    rows = table.to_pandas()
     # Several labels of an image are a list, of which some may be right and others wrong.
     if not len(rows) or not isinstance(rows["label"][0], str):
         return None

@@ -1,16 +1,14 @@
 """Folders of tiny models, as training writes them, for publishing."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
+from modeling_vitcls.evaluation.evaluator import write_rows
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE, hash_weights
 from modeling_vitcls.runtime.files import write_json
 
@@ -75,6 +73,4 @@ def write_results(folder: Path, results: dict[str, Any] | None = None) -> None:
 
 def write_predictions(folder: Path, rows: pd.DataFrame) -> None:
     """Write predictions.parquet of the weights in a folder."""
-    metadata = {"vitcls": json.dumps({"weights_sha256": hash_weights(folder)})}
-    table = pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(metadata)
-    pq.write_table(table, folder / PREDICTIONS_FILE)
+    write_rows(folder / PREDICTIONS_FILE, rows, hash_weights(folder))
