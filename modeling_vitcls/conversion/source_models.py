@@ -308,18 +308,15 @@ def load_transformers_model(
 
 
 def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Any]:
-    """Build the inputs of SigLIP 2: flattened patches, and the size of the patch grid.
+    """Build the inputs of SigLIP 2: flattened patches, and the size of the patch grid."""
+    # Imported here, because it requires torchvision, as no other model does
+    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
-    The channels come last in a patch.
-    """
-    batch_size, _, height, width = pixel_values.shape
-    rows = height // patch_size
-    columns = width // patch_size
-    patches = pixel_values.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))
+    grid_size = [side // patch_size for side in pixel_values.shape[2:]]
     # [B, rows * columns, pixels * C]
-    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    patches = torch.stack([convert_image_to_patches(image, patch_size) for image in pixel_values])
     return {
         "pixel_values": patches,
-        "pixel_attention_mask": pixel_values.new_ones(batch_size, rows * columns),
-        "spatial_shapes": torch.tensor([[rows, columns]] * batch_size),
+        "pixel_attention_mask": patches.new_ones(patches.shape[:2]),
+        "spatial_shapes": torch.tensor([grid_size] * len(patches)),
     }
