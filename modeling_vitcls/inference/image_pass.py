@@ -111,14 +111,9 @@ def pass_over_images(
         yield batch, outputs
 
 
-def find_finite(outputs: Mapping[str, Tensor], num_images: int) -> Tensor:
-    """Find the images [num_images] whose outputs are finite; others must not become a result.
-
-    The outputs are tensors [B, ...], of which the first rows are images.
-    """
-    are_finite = [
-        tensor[:num_images].flatten(1).isfinite().all(dim=1) for tensor in outputs.values()
-    ]
+def find_finite(outputs: Mapping[str, Tensor]) -> Tensor:
+    """Find the images [B] whose outputs [B, ...] are finite; others must not become a result."""
+    are_finite = [tensor.flatten(1).isfinite().all(dim=1) for tensor in outputs.values()]
     return torch.stack(are_finite).all(dim=0)
 
 
@@ -309,9 +304,7 @@ class ImagePass:
         parts = gather_object(parts)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         indices = arrays["indices"]
-        is_finite = find_finite(
-            {name: torch.from_numpy(arrays[name]) for name in outputs}, len(indices)
-        )
+        is_finite = find_finite({name: torch.from_numpy(arrays[name]) for name in outputs})
         if not is_finite.all():
             raise ValueError(
                 f"the outputs of the model are not finite for {(~is_finite).sum():,} of "

@@ -386,7 +386,7 @@ def build_checked_rows(
         )
     overflow_row = {"error": message}
     rows = columns.build_rows(outputs)
-    are_finite = find_finite(outputs, num_images).tolist()
+    are_finite = find_finite(outputs).tolist()
     return [
         row if is_finite else overflow_row for row, is_finite in zip(rows, are_finite, strict=True)
     ]

@@ -103,7 +103,7 @@ class Teacher(nn.Module):
         """
         outputs = self.model(self.preprocessing(pixels))
         logits: Tensor = getattr(outputs, "logits", outputs)
-        if num_wrong := int((~find_finite({"logits": logits}, len(logits))).sum()):
+        if num_wrong := int((~find_finite({"logits": logits})).sum()):
             raise ValueError(
                 f"the outputs of the teacher {self.source} are not finite for {num_wrong} of "
                 f"{len(logits)} images. Use another teacher, or set `mixed_precision='no'`"
