@@ -17,6 +17,7 @@ W], and `build_rows` converts the outputs to rows.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -93,11 +94,8 @@ class OneLabelColumns:
 
     def build_values(self, logits: Tensor) -> dict[str, list[Any]]:
         """Build the values of each column."""
-        ranks = zip(*self.select(logits), strict=True)
-        values: dict[str, list[Any]] = {}
-        for (label, probability), pairs in zip(self.names, ranks, strict=True):
-            values[label], values[probability] = map(list, zip(*pairs, strict=True))
-        return values
+        rows = [chain.from_iterable(labels) for labels in self.select(logits)]
+        return dict(zip(self.types, map(list, zip(*rows, strict=True)), strict=True))
 
     def read(self, row: Row) -> list[Label]:
         """Read the labels of a row."""
