@@ -46,9 +46,8 @@ def predict_images(options: PredictOptions) -> None:
     columns = get_output_columns(predictor.columns.columns)
     summary: list[Row]
     if options.output is None:
-        summary = list(compute_rows(accelerator, predictor, records, range(len(records))))
-        if accelerator.num_processes > 1:
-            summary = sorted(gather_object(summary), key=lambda row: row["index"])
+        rows = compute_rows(accelerator, predictor, records, range(len(records)))
+        summary = sorted(gather_object(list(rows)), key=lambda row: row["index"])
         if accelerator.is_main_process:
             print_table(summary, columns)
     else:
