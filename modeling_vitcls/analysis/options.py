@@ -17,9 +17,6 @@ class InspectOptions(ImageOptions):
     wrong.
     """
 
-    model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
-    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     split: str | None = None
     """Dataset split to inspect. Default: `test` or, if there is none, `validation` or the only
     split, without the images that the model was trained on."""
