@@ -147,11 +147,8 @@ class ModelFolder:
     @cached_property
     def architecture(self) -> str:
         """The name of the model class."""
-        if self.config is not None:
-            names = self.config.architectures
-        else:
-            names = self.read_saved(CONFIG_FILE).get("architectures")
-        return (names or ["ViTCLSModel"])[0]
+        names = self.read_saved(CONFIG_FILE).get("architectures") or ["ViTCLSModel"]
+        return names[0]
 
     @property
     def auto_class(self) -> str:
