@@ -26,7 +26,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..hub.connection import name_cache
 from ..hub.loading import (
-    MODEL_FILE_PATTERNS,
     append_commit,
     get_cached_commit,
     get_model_folder,
@@ -37,8 +36,6 @@ from ..hub.model_files import (
     CONFIG_FILE,
     PARITY_REPORT_FILE,
     PROCESSOR_FILE,
-    RESULTS_FILE,
-    SPLITS_FILE,
 )
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS
@@ -86,8 +83,7 @@ def open_model(source: str) -> ModelFolder:
     if is_named or Path(source).is_file():
         folder = convert_once(pin_revision(source))
     else:
-        records = (RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE)
-        folder = get_model_folder(source, (*MODEL_FILE_PATTERNS, *records))
+        folder = get_model_folder(source)
         name = append_commit(source, folder)
         if prefix := find_prefix(folder):
             folder = convert_once(prefix + name)

@@ -38,14 +38,28 @@ from .model_files import (
     ADAPTER_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
+    LICENSE_FILES,
+    PARITY_REPORT_FILE,
     PICKLED_WEIGHTS_PATTERNS,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    SPLITS_FILE,
     WEIGHTS_PATTERNS,
 )
 
 
-# Files of a model that this package reads, and one that it refuses. The model's code files are not
-# needed.
-MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, ADAPTER_FILE)
+# Files of a model that this package reads, with the records of its training or conversion, and one
+# that it refuses. The model's code files are not needed.
+MODEL_FILE_PATTERNS = (
+    *CONFIG_FILES,
+    *WEIGHTS_PATTERNS,
+    ADAPTER_FILE,
+    RESULTS_FILE,
+    SPLITS_FILE,
+    RECIPE_FILE,
+    PARITY_REPORT_FILE,
+    *LICENSE_FILES,
+)
 
 # The address of a page or of a repository
 HUB_PAGE = re.compile(r"(?:https?://[^/]+|hf:/)/(?:datasets/)?([\w.-]+/[\w.-]+)")

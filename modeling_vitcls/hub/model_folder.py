@@ -18,7 +18,7 @@ from ..runtime.errors import format_error, warn_on_first_process
 from ..runtime.files import read_json, read_text, replace_control_characters
 from ..speed.lean_layers import use_fast_modules
 from .connection import silence_transformers
-from .loading import MODEL_FILE_PATTERNS, get_model_folder
+from .loading import get_model_folder
 from .local_paths import BUILT_IN_DATASET, is_hub_dataset, strip_folders
 from .model_files import (
     ADDITION_FLAGS_FILE,
@@ -26,7 +26,6 @@ from .model_files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
-    LICENSE_FILES,
     NOT_VITCLS,
     PARITY_REPORT_FILE,
     PROCESSOR_FILE,
@@ -34,7 +33,6 @@ from .model_files import (
     REPORT_FILE,
     RESULTS_FILE,
     SAMPLE_IMAGES_FILE,
-    SPLITS_FILE,
     check_is_vitcls,
     hash_settings,
     hash_weights,
@@ -463,8 +461,7 @@ def open_vitcls(source: str) -> ModelFolder:
     # No id has a colon, but names such as timm:NAME have one.
     if Path(source).is_file() or (":" in source and not Path(source).is_dir()):
         raise ValueError(NOT_VITCLS.format(source))
-    records = (RESULTS_FILE, SPLITS_FILE, RECIPE_FILE, PARITY_REPORT_FILE, *LICENSE_FILES)
-    folder = ModelFolder(Path(get_model_folder(source, (*MODEL_FILE_PATTERNS, *records))), source)
+    folder = ModelFolder(Path(get_model_folder(source)), source)
     if folder.is_native:
         raise ValueError(NOT_VITCLS.format(source))
     return folder
