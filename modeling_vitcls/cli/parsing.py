@@ -338,17 +338,15 @@ def exit_on_error(options_class: type[Options], status: int = 1) -> Iterator[Non
 def run_script(
     options_class: type[ScriptOptions],
     run: Callable[[ScriptOptions], None],
-    arguments: list[str] | None = None,
 ) -> None:
     """Run a program of scripts/ that is not a subcommand, with the same errors of one line.
 
     Args:
         options_class: The class of its options, whose fields are the flags.
         run: The program.
-        arguments: The flags. Default: `sys.argv[1:]`.
     """
     with exit_on_error(options_class, status=2):
-        options = run_tyro(options_class, args=arguments)
+        options = run_tyro(options_class)
         options.check()
     silence_libraries()
     with exit_on_error(options_class):

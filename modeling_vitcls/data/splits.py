@@ -67,8 +67,8 @@ class TrainingData:
     train_indices: np.ndarray  # Places of the training images among the undivided ones
     held_out_indices: np.ndarray  # Places of the held-out images; -1 if they are a split
     # Images for selecting the best checkpoint (`--select best`)
-    selection: LabeledImages | None = None
-    selection_name: str = ""
+    selection: LabeledImages | None
+    selection_name: str
 
     def count_seen(self, encoder_rows: pd.DataFrame, is_frozen: bool = True) -> int:
         """Count the images that measure the model, although they trained its encoder earlier."""
