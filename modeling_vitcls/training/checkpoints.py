@@ -72,7 +72,11 @@ class CheckpointStore:
     num_kept: int  # Number of most recent checkpoints to keep; the best checkpoint is always kept
 
     def save(
-        self, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool
+        self,
+        step: int,
+        tensor_groups: dict[str, Tensors],
+        metadata: dict[str, Any],
+        best_step: int | None,
     ) -> None:
         """Write a checkpoint, then remove old checkpoints.
 
@@ -81,7 +85,7 @@ class CheckpointStore:
             tensor_groups: file name without its suffix -> named tensors, on any device.
             metadata: JSON-serializable metadata. Floats are restored exactly, and tuples become
                 lists.
-            is_best: whether the model is the best model so far.
+            best_step: step with the best evaluation so far, whose checkpoint is kept.
 
         Raises:
             OSError: if the checkpoint cannot be written; earlier checkpoints are left unchanged.
@@ -105,7 +109,6 @@ class CheckpointStore:
             state = {
                 "format": 1,
                 "step": step,
-                "is_best": is_best,
                 "metadata": metadata,
                 "files": {path.name: compute_file_digest(path) for path in paths},
             }
@@ -127,7 +130,7 @@ class CheckpointStore:
             ) from error
 
         # Old checkpoints go only when the new one is complete.
-        self.prune(step)
+        self.prune(step, best_step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest undamaged checkpoint; None if there are no checkpoints.
@@ -151,18 +154,17 @@ class CheckpointStore:
             )
         return None
 
-    def load_best(self) -> Checkpoint:
+    def load_best(self, best_step: int | None) -> Checkpoint:
         """Load the checkpoint with the best evaluation.
 
         Raise ValueError if the checkpoint is missing or damaged.
         """
-        for step in reversed(self.list_steps()):
-            if is_best_checkpoint(self.get_folder(step)):
-                return read_checkpoint(self.get_folder(step))
-        raise ValueError(
-            f"{self.folder} does not contain the best checkpoint. Restart the run with "
-            "`overwrite=True`"
-        )
+        if best_step not in self.list_steps():
+            raise ValueError(
+                f"{self.folder} does not contain the best checkpoint. Restart the run with "
+                "`overwrite=True`"
+            )
+        return read_checkpoint(self.get_folder(best_step))
 
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
@@ -182,21 +184,15 @@ class CheckpointStore:
         """Return the folder of the checkpoint that is saved at `step`."""
         return self.folder / f"step-{step:08d}"
 
-    def prune(self, step: int) -> None:
-        """Keep the `num_kept` newest checkpoints and the best one up to `step`, the last saved.
+    def prune(self, step: int, best_step: int | None) -> None:
+        """Keep the best checkpoint, and the `num_kept` newest ones up to `step`, the last saved.
 
         Checkpoints of later steps, saved before the run was resumed from an earlier step, are also
         removed.
         """
         steps = self.list_steps()
         earlier_steps = [stored_step for stored_step in steps if stored_step <= step]
-        best_steps = [
-            stored_step
-            for stored_step in earlier_steps
-            if is_best_checkpoint(self.get_folder(stored_step))
-        ]
-        # A checkpoint is marked if it beats all earlier ones, so the last mark is on the best.
-        steps_to_keep = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
+        steps_to_keep = {*earlier_steps[-self.num_kept :], best_step}
         for stored_step in steps:
             if stored_step not in steps_to_keep:
                 remove_checkpoint(self.get_folder(stored_step))
@@ -244,14 +240,6 @@ def read_training_state(folder: Path) -> dict[str, Any]:
 def format_state(state: dict[str, Any]) -> str:
     """Format the contents of state.json: the fields of `state` and a checksum of the fields."""
     return json.dumps(state | {"sha256": compute_json_digest(state)}, indent=1) + "\n"
-
-
-def is_best_checkpoint(folder: Path) -> bool:
-    """Return whether a checkpoint contained the best model when it was written."""
-    try:
-        return bool(read_training_state(folder)["is_best"])
-    except DamagedCheckpointError:
-        return False
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -62,6 +62,7 @@ class TrainingState:
     start: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0  # Number of completed optimizer steps
     best_score: float | None = None  # The best of the evaluations so far
+    best_step: int | None = None
     # Losses of the steps since the last record
     recent_losses: list[dict[str, float]] = field(default_factory=list)
     # Metrics of a step that has not been evaluated yet; otherwise empty
@@ -96,7 +97,6 @@ class TrainingLoop:
     step_seconds: list[float] = field(default_factory=list)
     # Unreadable images that are not reported yet
     unreported_errors: dict[int, str] = field(default_factory=dict)
-    is_best: bool = False  # Whether the last step was evaluated and had the best score so far
     num_overflows: int = 0  # Number of consecutive steps that the loss scaler skipped
     start_time: float = field(default_factory=time.perf_counter)
 
@@ -124,9 +124,7 @@ class TrainingLoop:
             is_last_step = self.state.step == self.plan.num_steps
             name = None if is_last_step else self.signals.get_signal()
             if name:
-                # This replaces the checkpoint of the same step, if there is one, so it must carry
-                # the mark of the best model on.
-                self.save(self.is_best)
+                self.save()
                 raise RunStopped(
                     f"stopped by {name}; a checkpoint was saved. Repeat the command with "
                     "`resume=True` to continue the run",
@@ -160,7 +158,6 @@ class TrainingLoop:
         self.step_seconds.append(time.perf_counter() - start_time)
         self.reporter.show_step(state.step)
 
-        self.is_best = False
         if should_log:
             record |= self.compute_recent_metrics()
         if should_evaluate:
@@ -170,9 +167,7 @@ class TrainingLoop:
         elif should_log:
             self.log(record)
         if should_save:
-            # Whether this is the best model is known after the evaluation, which then saves it
-            # again.
-            self.save(False)
+            self.save()
         return self.evaluate_step() if should_evaluate else {}
 
     def run_optimizer_step(self, batches: Iterator[Batch]) -> MetricValues:
@@ -271,18 +266,16 @@ class TrainingLoop:
         return metrics
 
     def evaluate_step(self) -> MetricValues:
-        """Evaluate the model, log the pending record, and save a checkpoint of the best model."""
+        """Evaluate the model, log the pending record, and keep a checkpoint of the best model."""
         state = self.state
         metrics = self.evaluate()
         score = metrics.get(self.selection_metric)
 
         best_score = state.best_score
         metric = METRICS[self.selection_metric]
-        self.is_best = score is not None and (
-            best_score is None or metric.is_better(score, best_score)
-        )
-        if self.is_best:
-            state.best_score = score
+        is_best = score is not None and (best_score is None or metric.is_better(score, best_score))
+        if is_best:
+            state.best_score, state.best_step = score, state.step
 
         # The names of a log are flat.
         scalars = {
@@ -297,8 +290,9 @@ class TrainingLoop:
         self.log(state.pending_record | scalars)
         state.pending_record = {}
 
-        if self.is_best:
-            self.save(True)
+        # Otherwise, each evaluated step has a checkpoint
+        if is_best and self.save_every is not None:
+            self.save()
         return metrics
 
     def log(self, record: MetricValues) -> None:
@@ -343,7 +337,7 @@ class TrainingLoop:
         """Return the training time so far in seconds, including the time before --resume."""
         return self.state.earlier_seconds + time.perf_counter() - self.start_time
 
-    def save(self, is_best: bool) -> None:
+    def save(self) -> None:
         """Save a checkpoint with everything that `restore` requires.
 
         All processes must call this method.
@@ -354,6 +348,7 @@ class TrainingLoop:
         metadata = self.run_metadata | {
             "step": state.step,
             "best_score": state.best_score,
+            "best_step": state.best_step,
             "training_seconds": self.get_training_seconds(),
             "recent_losses": gather_object([state.recent_losses]),
             "pending_record": state.pending_record,
@@ -365,7 +360,7 @@ class TrainingLoop:
 
         metadata |= non_tensor_state
         # Gathering needs all processes, writing only one.
-        save = partial(self.store.save, state.step, tensors, metadata, is_best)
+        save = partial(self.store.save, state.step, tensors, metadata, state.best_step)
         run_on_main(save)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -378,6 +373,7 @@ class TrainingLoop:
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.start)
         state.step = checkpoint.step
         state.best_score = metadata["best_score"]
+        state.best_step = metadata["best_step"]
 
         losses_by_process = metadata["recent_losses"]
         # A run may be resumed with more processes. These losses are only logged, as means.

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -404,7 +405,7 @@ def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
     # Averaging serves the last weights only. The best checkpoint was measured as it is, and its
     # mean with the start never was.
     if plan.options.select == "best":
-        checkpoint: Checkpoint = run_on_main(loop.store.load_best)
+        checkpoint: Checkpoint = run_on_main(partial(loop.store.load_best, loop.state.best_step))
         # The moments of the optimizer are not needed after the last step.
         scatter_model(checkpoint, loop.state.model)
         loop.reporter.print_line("selected", f"the checkpoint of step {checkpoint.step:,}")

@@ -45,7 +45,7 @@ def build_tensors(step: int, size: int = 100) -> dict[str, dict[str, torch.Tenso
 
 def save(store: CheckpointStore, *steps: int, best: int | None = None) -> None:
     for step in steps:
-        store.save(step, build_tensors(step), {"flag": step}, is_best=step == best)
+        store.save(step, build_tensors(step), {"flag": step}, best_step=best)
 
 
 def get_newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
@@ -79,7 +79,7 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "nested": {"name": ["é", True, -0.0]},
     }
 
-    store.save(7, {"model": tensors}, facts, is_best=False)
+    store.save(7, {"model": tensors}, facts, best_step=None)
     assert {path.relative_to(store.folder).as_posix() for path in store.folder.rglob("*")} == {
         "step-00000007",
         "step-00000007/model.safetensors",
@@ -120,24 +120,20 @@ def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore
     assert store.list_steps() == [20, 25]
 
 
-def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(
-    store: CheckpointStore,
-) -> None:
+def test_the_best_checkpoint_stays_until_a_better_one(store: CheckpointStore) -> None:
     with raises_one_line("does not contain the best checkpoint", "`overwrite=True`"):
-        store.load_best()
+        store.load_best(None)
     store.num_kept = 3
     save(store, 10, best=10)
-    save(store, 20, best=20)
-    save(store, 30)
+    save(store, 20, 30, best=20)
     assert store.list_steps() == [10, 20, 30]
-    assert store.load_best().step == 20
+    assert store.load_best(20).step == 20
     flip(store.get_folder(20) / "model.safetensors")
     with raises_one_line("step-00000020 is damaged", error=DamagedCheckpointError):
-        store.load_best()
-    flip(store.get_folder(30) / "state.json")  # whether it was the best is unknown
-    save(store, 40)
+        store.load_best(20)
+    save(store, 40, best=20)
     assert store.list_steps() == [20, 30, 40]
-    save(store, 50, 60)
+    save(store, 50, 60, best=20)
 
     assert store.list_steps() == [20, 40, 50, 60]
 
@@ -276,6 +272,6 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(store: CheckpointStore) -> No
         "`resume=True`",
     )
     with limited_file_size(100_000), raises_one_line(*words, error=OSError):
-        store.save(20, tensors, {}, is_best=False)
+        store.save(20, tensors, {}, best_step=None)
     assert get_newest(store) == (20, [])
     assert store.list_steps() == [10, 20]
