@@ -5,6 +5,7 @@ PATHS -> measure_photo (photo.py) -> build_sheet (sheet.py) -> HTML (pages.py) o
 
 import textwrap
 import warnings
+from collections.abc import Callable
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..hub.local_paths import get_title
 from ..inference.inputs import compute_checksum, list_records, read_trained_checksums
 from ..inference.load_model import load_model
 from ..model.field_checks_vitcls import to_pair
-from ..model.image_processing_vitcls import image_to_tensor, read_image
+from ..model.image_processing_vitcls import image_to_tensor
 from ..runtime.errors import warn_on_first_process
 from ..runtime.files import write_atomically
 from ..runtime.progress import build_console, print_warning, track
@@ -40,15 +41,9 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     """
     if isinstance(image, list | tuple):
         raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
-    model, processor, trained = load_adjusted_model(options)
-    photo = processor.fetch_images(image)
-    if not isinstance(photo, Image.Image):
-        photo = to_pil_image(image_to_tensor(photo, to_rgb=True, bit_depth=processor.bit_depth))
+    sheet = open_sheets(options)(image)
     name = Path(image).name if isinstance(image, str | Path) else ""
-    model_name = get_title(options.model)
-    measurements = measure_photo(model, processor, photo, find_token_use(model))
-    title = " · ".join(filter(None, (model_name, name)))
-    sheet = build_sheet(measurements, compute_checksum(image) in trained)
+    title = " · ".join(filter(None, (get_title(options.model), name)))
     if options.output is not None:
         save_sheet(sheet, title, choose_file(options.output, Path(name).stem or "sheet", True, []))
     return draw_sheet(sheet, title)
@@ -64,19 +59,17 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     """
     error_console = build_console(stderr=True)
     photos, _ = list_records(options.paths)
-    model, processor, trained = load_adjusted_model(options)
-    use = find_token_use(model)
+    build = open_sheets(options)
     model_name = get_title(options.model)
     is_single = len(photos) == 1
     written: list[Path] = []
     for name, source in track(photos, "drawing sheets", unit="photos", console=error_console):
         try:
-            measurements = measure_photo(model, processor, read_image(source), use)
+            sheet = build(source)
         except ValueError as error:
             print_warning(error_console, f"skipped a photo: {error}")
             continue
         file = choose_file(output, Path(name).stem, is_single, written)
-        sheet = build_sheet(measurements, compute_checksum(source) in trained)
         save_sheet(sheet, f"{model_name} · {Path(name).name}", file)
         written.append(file)
         print(f"saved {file}")
@@ -84,10 +77,11 @@ def write_sheets(options: LookOptions, output: Path) -> None:
         raise ValueError(f"none of the {len(photos)} photos can be read. Pass other image files")
 
 
-def load_adjusted_model(options: LookOptions) -> tuple[Any, Any, frozenset[str]]:
+def open_sheets(options: LookOptions) -> Callable[[Any], Sheet]:
     """Load the model and its image processor, with another image size or resizing if it is set.
 
-    Return also the checksums of the images that trained it.
+    Returns:
+        A function that builds the sheet of one photo: a path, encoded bytes, a PIL image or an array.
     """
     folder = open_model(options.model)
     model, processor = load_model(folder), folder.load_processor()
@@ -95,7 +89,17 @@ def load_adjusted_model(options: LookOptions) -> tuple[Any, Any, frozenset[str]]
     if image_size is not None or resize is not None:
         size = get_output_size(processor) if image_size is None else to_pair(image_size)
         set_resize(processor, resize or get_resize(processor), size)
-    return model, processor, read_trained_checksums(folder)
+    use = find_token_use(model)
+    trained = read_trained_checksums(folder)
+
+    def build(image: Any) -> Sheet:
+        photo = processor.fetch_images(image)
+        if not isinstance(photo, Image.Image):
+            photo = to_pil_image(image_to_tensor(photo, to_rgb=True, bit_depth=processor.bit_depth))
+        measurements = measure_photo(model, processor, photo, use)
+        return build_sheet(measurements, compute_checksum(image) in trained)
+
+    return build
 
 
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:
