@@ -67,7 +67,7 @@ COMMON_RULES = [
     Rule("embeddings.mask_token", "embeddings.mask_token", reshape_token),
     Rule("embeddings.position_embedding(s|.weight)?", POSITIONS, split_positions, axis=1),
     Rule(
-        "embeddings.patch_embed(dings?)?(.projection)?.{rest}",
+        "embeddings.patch_(embed|embedding|embeddings|projection)(.projection)?.{rest}",
         "embeddings.patch_embeddings.projection.{rest}",
     ),
     Rule("embeddings.rms_norm.{rest}", "embeddings.patch_embeddings.norm.{rest}"),
@@ -370,7 +370,6 @@ RADIO_RULES = [
             weight.unflatten(1, (config.num_channels, *config.patch_height_width))
         ],
     ),
-    Rule("embeddings.patch_projection.bias", "embeddings.patch_embeddings.projection.bias"),
     Rule(
         "embeddings.cls_register_token",
         ["embeddings.cls_token", "embeddings.register_tokens"],
