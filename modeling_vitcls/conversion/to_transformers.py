@@ -19,7 +19,7 @@ interpolates position embeddings only from a square grid.
 """
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,12 +121,10 @@ class TargetMatch:
 
     target: str
     config: ViTCLSConfig  # Configuration of the model, in the form that is converted
-    # Configuration of the target, converted back; after an error, the model's configuration
-    target_config: ViTCLSConfig
     # Description of each field that the target does not support, or of an error, by name
     mismatches: dict[str, str]
     # Descriptions of fields that matter only at other image sizes than the native size
-    resampling: tuple[str, ...] = ()
+    resampling: list[str]
 
 
 def find_transformers_class(model: ViTCLSPreTrainedModel) -> TargetMatch:
@@ -157,27 +155,29 @@ def find_transformers_class(model: ViTCLSPreTrainedModel) -> TargetMatch:
 
 def match_target(target: str, config: ViTCLSConfig) -> TargetMatch:
     """Compare a model with a class in the equivalent form that is closest to the class."""
-    match = compare_with_target(target, config)
+    target_config, mismatches = compare_with_target(target, config)
     changeable_fields = set(RESAMPLING_FIELDS)
     if config.position_embedding_type.startswith("learned"):
         changeable_fields.add("position_embedding_tokens")
-    pools_both = match.target_config.pooling == "cls_mean" and config.num_cls_tokens
+    pools_both = target_config.pooling == "cls_mean" and config.num_cls_tokens
     if config.pooling in ("cls", "mean") and pools_both:
         changeable_fields.add("pooling")
     changes = {
-        name: getattr(match.target_config, name)
-        for name in match.mismatches
-        if name in changeable_fields
+        name: getattr(target_config, name) for name in mismatches if name in changeable_fields
     }
-    if not changes:
-        return match
-    resampling = [match.mismatches[name] for name in RESAMPLING_FIELDS if name in changes]
-    match = compare_with_target(target, replace_fields(config, changes))
-    return replace(match, resampling=tuple(resampling))
+    resampling = [mismatches[name] for name in RESAMPLING_FIELDS if name in changes]
+    if changes:
+        config = replace_fields(config, changes)
+        _, mismatches = compare_with_target(target, config)
+    return TargetMatch(target, config, mismatches, resampling)
 
 
-def compare_with_target(target: str, config: ViTCLSConfig) -> TargetMatch:
-    """Convert a configuration to the target and back, and compare the fields."""
+def compare_with_target(target: str, config: ViTCLSConfig) -> tuple[ViTCLSConfig, dict[str, str]]:
+    """Convert a configuration to the target and back, and compare the fields.
+
+    Returns:
+        The configuration that came back, or the given one after an error, and the mismatches.
+    """
     convertible_class = CONVERTIBLE_CLASSES[target]
 
     try:
@@ -191,7 +191,7 @@ def compare_with_target(target: str, config: ViTCLSConfig) -> TargetMatch:
         round_trip_config = ViTCLSConfig(**fields | dict(convertible_class.fields))
     except (TypeError, ValueError) as error:
         # The class or this version of transformers does not support a value.
-        return TargetMatch(target, config, config, {"error": format_error(error)})
+        return config, {"error": format_error(error)}
 
     has_head = convertible_class.encoder_name is not None
     values = get_compared_fields(config, has_head)
@@ -200,12 +200,11 @@ def compare_with_target(target: str, config: ViTCLSConfig) -> TargetMatch:
     # Without a dense layer, users can pool the outputs of a model without a pooler.
     is_pooled_by_user = target in OPTIONAL_POOLERS and config.pooled_activation is None
     ignored_fields = POOLING_FIELDS if is_pooled_by_user else set()
-    mismatches = {
+    return round_trip_config, {
         name: f"{name}={value!r} instead of {target_values[name]!r}"
         for name, value in values.items()
         if name not in ignored_fields and is_mismatch(name, value, target_values[name])
     }
-    return TargetMatch(target, config, round_trip_config, mismatches)
 
 
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
