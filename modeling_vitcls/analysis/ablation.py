@@ -136,9 +136,6 @@ def compute_ablations(
     # A generator of its own, so the same tokens are redrawn at every call.
     generator = torch.Generator().manual_seed(0)
     ablations: Ablations = {}
-    if not targets:
-        return ablations
-
     batches = take_batches(model, batches)
     before = gather_outputs(model, batches)
     labels = collect_labels(batches, use.config)
