@@ -85,7 +85,7 @@ def estimate_after_choice(
         drawn = generator.integers(num_groups, size=num_groups)
         counts = np.bincount(drawn, minlength=num_groups)[groups]  # [N]
         # Every image was drawn, so none is left to measure the choice.
-        if counts.all() or not counts.any():
+        if counts.all():
             continue
         chosen = (losses @ counts).argmin()
         accuracies.append(is_right[chosen, counts == 0].mean())
