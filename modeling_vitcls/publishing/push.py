@@ -10,7 +10,6 @@ completes the push. Files that the Hub already has are not uploaded again. The f
 
 import json
 import logging
-import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from huggingface_hub import (
     hf_hub_download,
 )
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import filter_repo_objects
 
 from ..hub.connection import (
@@ -62,7 +62,6 @@ from .card import has_edited_card, is_edited, render_card
 # Maximum time without a response, in seconds; the duration of an upload is not limited.
 TIMEOUT = 50.0
 GIT_ATTRIBUTES_FILE = ".gitattributes"  # The Hub keeps the list of large files in it
-METADATA = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)  # At the start of a card
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 
 
@@ -270,7 +269,7 @@ def keep_edited_card(
     card = Path(hf_hub_download(repo_id, CARD_FILE, revision=commit)).read_text(encoding="utf-8")
     own = files[CARD_FILE]
     # The Hub writes the license of a new repository to a card without text.
-    if not is_edited(card) or not METADATA.sub("", card).strip():
+    if not is_edited(card) or not REGEX_YAML_BLOCK.sub("", card).strip():
         return files
     if isinstance(own, bytes):
         logger.warning(
