@@ -161,7 +161,8 @@ def load_with_label_space(
         }
         new_parameter_names = missing_names | head_names
 
-    new_parameter_names |= get_added_token_names(stored_config, model)
+    token_names = list_token_parameters(model)
+    new_parameter_names |= {token_names[group] for group in find_grown_groups(stored_config, model)}
     has_new_head = model.config.has_distillation_head and not stored_config.has_distillation_head
     if has_new_head and not can_copy_classifier(stored_config):
         names = (name for name, _ in model.named_parameters())
@@ -190,13 +191,10 @@ def has_same_input(config: ViTCLSConfig, config_values: Mapping[str, Any]) -> bo
     return config.compute_pooled_size(pooling, len(layers)) == config.pooled_size
 
 
-def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
-    """Find the token parameters that contain more tokens than in the checkpoint, by name."""
-    group_sizes = zip(
-        COUNT_FIELDS, stored_config.token_counts, model.config.token_counts, strict=True
-    )
-    names = list_token_parameters(model)
-    return {names[group] for group, old_size, new_size in group_sizes if new_size > old_size}
+def find_grown_groups(stored_config: ViTCLSConfig, model: Any) -> dict[str, list[bool]]:
+    """Find the groups with more tokens than in the checkpoint, and tell which of their tokens are new."""
+    sizes = zip(COUNT_FIELDS, stored_config.token_counts, model.config.token_counts, strict=True)
+    return {group: [index >= old for index in range(new)] for group, old, new in sizes if new > old}
 
 
 def list_last_layers(model: Any) -> list[nn.Linear]:
@@ -321,15 +319,15 @@ def find_new_tokens(initial: InitialModel, model: Any) -> dict[str, list[bool]]:
     if initial.has_random_weights:
         return {}
     token_names = list_token_parameters(model)
-    old_counts = dict(zip(COUNT_FIELDS, initial.config.token_counts, strict=True))
+    grown = find_grown_groups(initial.config, model)
 
     are_new: dict[str, list[bool]] = {}
-    for group, name in token_names.items():
-        num_tokens = getattr(model.config, COUNT_FIELDS[group])
-        if num_tokens > old_counts[group]:
-            values = [index >= old_counts[group] for index in range(num_tokens)]
-            are_new[name] = are_new[f"vitcls.embeddings.position_embeddings.{group}"] = values
-    gates = [index >= old_counts[group] for group, index in list_gated_tokens(model.config)]
+    for group, values in grown.items():
+        are_new[token_names[group]] = values
+        are_new[f"vitcls.embeddings.position_embeddings.{group}"] = values
+    gates = [
+        group in grown and grown[group][index] for group, index in list_gated_tokens(model.config)
+    ]
     are_new["vitcls.gates.gates"] = gates if any(gates) else [True] * len(gates)
 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
