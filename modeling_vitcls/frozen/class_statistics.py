@@ -165,11 +165,9 @@ class ClassStatistics:
         the mean of the old ones; without images, it is never predicted.
         """
         weights, biases = self.compute_discriminants()
-        old_counts, new_counts = np.split(self.counts, [num_old])
-        known = np.flatnonzero(old_counts)
-        prior = old_counts[known].mean() / old_counts.sum()
-        new_biases = biases[num_old:] - biases[known].mean() + np.log(prior)
-        new_biases[new_counts == 0] = -np.inf
+        known = np.flatnonzero(self.counts[:num_old])
+        new_biases = biases[num_old:] - biases[known].mean() - np.log(len(known))
+        new_biases[self.counts[num_old:] == 0] = -np.inf
         return weights[num_old:] - weights[known].mean(axis=0), new_biases
 
     def compute_distances(self, features: TokenFeatures) -> np.ndarray:
