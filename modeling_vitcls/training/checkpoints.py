@@ -100,10 +100,8 @@ class CheckpointStore:
             self.clean_up_interrupted_saves()
             partial_folder.mkdir()
             for name, tensors in tensor_groups.items():
-                cpu_tensors = {
-                    key: each.detach().cpu().contiguous() for key, each in tensors.items()
-                }
-                save_file(cpu_tensors, partial_folder / f"{name}.safetensors")
+                contiguous = {key: each.contiguous() for key, each in tensors.items()}
+                save_file(contiguous, partial_folder / f"{name}.safetensors")
             follow_umask(partial_folder)
             paths = sorted(partial_folder.iterdir())
             state = {

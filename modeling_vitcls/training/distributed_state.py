@@ -122,14 +122,6 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-# Names --------------------------------------------------------------------------------------------
-
-
-def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """List the parameters of the unwrapped model by name. Tied weights are included once."""
-    return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
-
-
 # Tensors across processes -------------------------------------------------------------------------
 
 
@@ -165,7 +157,8 @@ def scatter_optimizer_state(
 
     Moments are sharded like their parameters, and step counts are copied.
     """
-    parameters: Tensors = {**get_named_parameters(model)}
+    unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
+    parameters: Tensors = dict(unwrapped.named_parameters())
     grouped_parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
