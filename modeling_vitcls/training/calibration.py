@@ -207,7 +207,7 @@ def measure_tokens(
         is_kept = [
             not is_new or each != group for each, is_new in zip(groups, are_new, strict=True)
         ]
-        gates.mul_(distribute_like(torch.tensor(is_kept, dtype=gates.dtype), gates.dtype, gates))
+        gates.mul_(distribute_like(torch.tensor(is_kept, dtype=gates.dtype), gates))
         without = held_out.predict(prepared_model)
         reshard(prepared_model)
         gates.copy_(trained)

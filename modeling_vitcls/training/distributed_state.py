@@ -94,7 +94,7 @@ def scatter_state(
     if start:
         stored = checkpoint.load_tensors("start") if is_main_process else {}
         for name, target in start.items():
-            target.copy_(distribute_like(stored.get(name), target.dtype, target))
+            target.copy_(distribute_like(stored.get(name), target))
     moments = checkpoint.load_tensors("optimizer") if is_main_process else {}
     scatter_optimizer_state(moments, model, optimizer)
     if accelerator.scaler is not None and checkpoint.metadata["scaler"]:
@@ -134,14 +134,14 @@ def gather_weights(model: nn.Module) -> Tensors:
     return weights
 
 
-def distribute_like(full_tensor: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
+def distribute_like(full_tensor: Tensor | None, like: Tensor) -> Tensor:
     """Give every process its shard of a tensor of the main process.
 
-    The result has the device and the sharding of `like`. `full_tensor` must be None on all other
-    processes.
+    The result has the device and the sharding of `like`, whose dtype it has. `full_tensor` may be None
+    on all other processes.
     """
     if full_tensor is None:
-        full_tensor = torch.empty(like.shape, dtype=dtype)
+        full_tensor = torch.empty(like.shape, dtype=like.dtype)
     full_tensor = full_tensor.to(PartialState().device)
     if isinstance(like, DTensor):
         return distribute_tensor(full_tensor, like.device_mesh, like.placements)
@@ -163,12 +163,11 @@ def scatter_optimizer_state(
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def read_state() -> dict[str, Any]:
-        # The result is sent to all processes. It contains only the dtypes of the moments, which are
-        # large and have the same shapes as their parameters. Step counts, which are small, are sent
-        # as tensors.
+        # The result is sent to all processes. It has None for the moments, which are large and have
+        # the shapes and dtypes of their parameters. Step counts, which are small, are sent as tensors.
         shapes = {name: parameters[name.split("/", 1)[1]].shape for name in full_tensors}
         return {
-            name: tensor.dtype if tensor.ndim and tensor.shape == shapes[name] else tensor
+            name: None if tensor.ndim and tensor.shape == shapes[name] else tensor
             for name, tensor in full_tensors.items()
         }
 
@@ -176,8 +175,8 @@ def scatter_optimizer_state(
     for name, value in run_on_main(read_state).items():
         key, parameter_name = name.split("/", 1)
         parameter = parameters[parameter_name]
-        if isinstance(value, torch.dtype):
-            value = distribute_like(full_tensors.get(name), value, parameter)
+        if value is None:
+            value = distribute_like(full_tensors.get(name), parameter)
         state.setdefault(indices[id(parameter)], {})[key] = value
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

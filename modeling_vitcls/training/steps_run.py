@@ -208,7 +208,7 @@ def exclude_unreadable_classes(
     for layer in list_last_layers(model):
         margins = torch.zeros(len(layer.bias))
         margins[missing] = ABSENT_CLASS_MARGIN
-        layer.bias.sub_(distribute_like(margins, margins.dtype, layer.bias))
+        layer.bias.sub_(distribute_like(margins, layer.bias))
 
 
 def measure_initial_classifier(inputs: RunInputs, data: TrainingData) -> dict[str, Any]:
