@@ -73,7 +73,10 @@ RUN_FILES = (RESULTS_FILE, SPLITS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
 # Files that commands read again, which no other output replaces.
 REQUIRED_PATTERNS = (
     *MODEL_PATTERNS,
-    *(name for name in RUN_FILES if name != REPORT_FILE),
+    RESULTS_FILE,
+    SPLITS_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
     SCENES_FILE,
     PREDICTIONS_FILE,
     PARITY_REPORT_FILE,
