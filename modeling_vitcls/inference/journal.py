@@ -58,9 +58,7 @@ class JournalRow(NamedTuple):
 
 
 def read_file_state(content: Any) -> FileState:
-    """Read the state of the file of an image, or the size of encoded bytes."""
-    if isinstance(content, bytes):
-        return FileState(None, len(content), None)
+    """Read the state of the file of an image; an image without a file has none."""
     if not isinstance(content, str):
         return FileState(None, None, None)
     with suppress(OSError, ValueError):  # No file, such as a data URI
