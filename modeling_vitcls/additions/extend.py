@@ -133,7 +133,7 @@ class OldModel:
 
 @contextmanager
 def open_old_model(options: AdditionOptions) -> Iterator[OldModel]:
-    """Open the old model and the output folder, into which `OldModel.write` writes.
+    """Open the old model and the output folder, into which `write_addition` writes.
 
     Raises:
         ValueError, OSError: if the model cannot be read, or if the output folder is in use.
