@@ -171,12 +171,16 @@ class Evaluator(ImagePass):
             return computed
 
         outputs = self.collect(model, compute, console)
+        if trained_scenes is None:
+            return build_predictions(self.label_space, outputs, threshold)
+
+        features = Features(layout=trained_scenes.layout, **vars(outputs))
+        # Each shot of a scene is little further evidence.
+        outputs = replace(outputs, groups=trained_scenes.join_shots(features))
         predictions = build_predictions(self.label_space, outputs, threshold)
-        if trained_scenes is not None:
-            features = Features(layout=trained_scenes.layout, **vars(outputs))
-            predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(
-                trained_scenes.recognize(features), predictions
-            )
+        predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(
+            trained_scenes.recognize(features), predictions
+        )
         return predictions
 
     def select_logits(self, outputs: Any) -> Tensor:

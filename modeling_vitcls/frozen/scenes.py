@@ -221,6 +221,11 @@ class TrainedScenes:
         assert other.layout == self.layout, "equal features are compared"
         return replace(self, codes=np.concatenate([self.codes, other.codes]))
 
+    def join_shots(self, features: Features) -> np.ndarray:
+        """Join the groups [N] of photos with those of other shots of their scenes."""
+        pairs, _ = find_pairs(features, self.max_distance)
+        return join_groups(features.groups, connect(pairs, len(features.groups)))
+
     def recognize(self, features: Features) -> list[str]:
         """Name the photos that are near a stored one."""
         if not len(features.names):

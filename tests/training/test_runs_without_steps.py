@@ -31,6 +31,7 @@ import modeling_vitcls
 from modeling_vitcls import ViTCLSModel, evaluate, predict
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import frozen_run
@@ -390,6 +391,16 @@ def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the
     printed = capsys.readouterr().out
     assert "7 of 9 photos are of scenes that trained the model" in printed
     assert " of 2 right (95%: " in printed
+
+
+def test_evaluated_shots_of_a_scene_count_once_in_the_interval(of_bursts: Any) -> None:
+    for scene in range(10, 16):
+        write_shots(Path("more") / ("cups", "pens")[scene % 2], scene, range(5, 10))
+    reset_accelerate()
+    results = evaluate(of_bursts["folder"], "more")
+    num_right = round(30 * results["accuracy"])
+    low, _ = compute_proportion_interval(num_right, 30, np.arange(30) // 5)
+    assert results["accuracy_interval"][0] < low + 1e-6
 
 
 def test_two_photos_alone_have_a_sentence_and_no_number() -> None:
