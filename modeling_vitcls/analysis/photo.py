@@ -347,7 +347,7 @@ def hide_parts(model: Any, pixel_values: Tensor, masks: Tensor) -> dict[str, Ten
         with autocast():
             outputs = model(torch.where(is_hidden > 0, gray, pixel_values))
         logits.append(get_logits_by_task(outputs))
-    return {task: torch.cat([each[task] for each in logits]).double().cpu() for task in logits[0]}
+    return {task: torch.cat([each[task] for each in logits]).cpu().double() for task in logits[0]}
 
 
 def compute_scores(logits: Tensor, has_one_label: bool) -> Tensor:
