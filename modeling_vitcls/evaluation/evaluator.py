@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..data.batches import MAX_CACHE_BYTES
 from ..data.labels import LabelSpace, OneLabel, PerTask
 from ..frozen.features import Features, pool_layers
 from ..frozen.scenes import TrainedScenes
@@ -132,6 +133,7 @@ class Evaluator(ImagePass):
     """Evaluates models on a fixed set of labeled images. It takes the arguments of `ImagePass`."""
 
     pass_name = "evaluating"
+    max_cache_bytes = MAX_CACHE_BYTES
 
     def __call__(self, model: nn.Module, console: Console | None = None) -> MetricValues:
         """Measure a model; without images, there are only their numbers."""

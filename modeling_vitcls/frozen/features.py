@@ -124,7 +124,8 @@ def compute_features(
         images: what passes it.
         layout: of the features.
         has_logits: whether the logits of the classifier are computed, too.
-        has_rings: whether the parts of the mean of the patches are that are at the border of the images.
+        has_rings: whether the parts of the mean of the patches at the border of the images are computed,
+            too.
         console: shows the progress.
         arguments: of `ImagePass`.
     """

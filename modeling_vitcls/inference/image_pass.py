@@ -29,7 +29,6 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from ..data.batches import MAX_CACHE_BYTES
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels
 from ..data.labels import LabelSpace
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -220,6 +219,7 @@ class ImagePass:
     """
 
     pass_name = "features"  # What a pass over the images does, for the progress
+    max_cache_bytes = 0  # Of preprocessed images, which only a second pass would read
 
     def __init__(
         self,
@@ -344,7 +344,7 @@ class ImagePass:
     def load_batches(self) -> Iterator[ImageBatch]:
         """Yield the batches of this process.
 
-        The first pass caches batches of up to `MAX_CACHE_BYTES` in total.
+        The first pass caches batches of up to `max_cache_bytes` in total.
         """
         if self.cache is not None:
             yield from self.cache
@@ -354,7 +354,7 @@ class ImagePass:
         num_bytes = 0
         for batch in self.prepare_batches():
             num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
-            if num_bytes > MAX_CACHE_BYTES:
+            if num_bytes > self.max_cache_bytes:
                 cache = None
             elif cache is not None:
                 cache.append(batch)
