@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import PartialState
-from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import normalize
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
@@ -254,15 +254,15 @@ def describe_class_weights(frozen: FrozenHead) -> str | None:
     known = np.isfinite(probe.losses_)  # Both have the same folds
     labels = images.labels[known]
     class_weights = compute_sample_weight("balanced", labels)  # Each class counts equally
-    rarest = labels[class_weights == class_weights.max()].min()
+    rarest = labels[class_weights.argmax()]
     rows = []
     for each in (probe, weighted):
-        predicted = each.classes_[each.out_of_fold_[known].argmax(axis=1)]
-        is_right = predicted == labels
+        is_right = each.classes_[each.out_of_fold_[known].argmax(axis=1)] == labels
+        recalls = pd.Series(is_right).groupby(labels).mean()
         rows.append(
             {
-                f"recall of {frozen.labels.names[rarest]}": is_right[labels == rarest].mean(),
-                "balanced accuracy": balanced_accuracy_score(labels, predicted),
+                f"recall of {frozen.labels.names[rarest]}": recalls[rarest],
+                "balanced accuracy": recalls.mean(),
                 "accuracy": is_right.mean(),
                 "loss": np.average(each.losses_[known], weights=class_weights),
             }
