@@ -32,7 +32,6 @@ from .options import DataOptions, read_data_options
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
 from .splits_table import (
-    build_splits_table,
     find_trained_images,
     get_keys,
     read_splits,
@@ -76,12 +75,6 @@ class TrainingData:
         is_cross_validated = is_frozen and not len(self.held_out)
         measured = self.train if is_cross_validated else self.held_out
         return int(find_trained_images(measured, encoder_rows).sum())
-
-    def build_splits_table(self) -> pd.DataFrame:
-        """Build the rows of splits.parquet about this run."""
-        return build_splits_table(
-            {"train": self.train, "validation": self.selection, "test": self.held_out}
-        )
 
 
 def divide_images(

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.splits_table import write_splits
+from ..data.splits_table import build_splits_table, write_splits
 from ..evaluation.evaluator import build_rows, write_rows
 from ..frozen.scenes import write_scenes
 from ..hub.connection import silence_transformers
@@ -85,9 +85,9 @@ def save_output(
                 use_fast_modules(saved_model, frozen=True)
                 record["inference"] = measure_inference_speed(saved_model, device)
                 write_json(folder / RESULTS_FILE, results | record)
-                write_splits(
-                    pd.concat([outcome.data.build_splits_table(), inputs.encoder_rows]), folder
-                )
+                data = outcome.data
+                parts = {"train": data.train, "validation": data.selection, "test": data.held_out}
+                write_splits(pd.concat([build_splits_table(parts), inputs.encoder_rows]), folder)
                 if outcome.trained_scenes is not None:
                     write_scenes({"": outcome.trained_scenes}, folder, weights_hash)
                 if outcome.predictions is not None:

@@ -35,7 +35,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits_table import write_splits
+from modeling_vitcls.data.splits_table import build_splits_table, write_splits
 from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.runtime.files import read_json, write_json
@@ -327,7 +327,7 @@ def test_photos_that_trained_the_model_are_counted(
     shutil.copytree(digits, folder)
     dataset = build_dataset(TASKS["parity"])
     data = load_training_data(DataOptions(dataset=add_dataset(dataset), held_out_fraction=0.0))
-    write_splits(data.build_splits_table(), folder)
+    write_splits(build_splits_table({"train": data.train}), folder)
     results = {"steps": 3, "label_column": ["label"], "weights_sha256": hash_weights(folder)}
     write_json(folder / "results.json", results)
 
