@@ -27,12 +27,6 @@ def read(
     return space.names, list(labels["train"])
 
 
-def test_minus_one_is_a_class_unless_the_column_is_declared() -> None:
-    assert read([-1, 0, 1]) == (["-1", "0", "1"], [0, 1, 2])
-    declared = datasets.ClassLabel(names=["no", "yes"])
-    assert read([0, 1, -1], declared) == (["no", "yes"], [0, 1, None])
-
-
 def test_an_index_of_a_declared_column_is_never_a_name() -> None:
     found = name_items({"0": [0], "7": [7]}, ["no", "7"], is_declared=True, has_vectors=False)
     space = OneLabel({"label": ["no", "7"]})
@@ -136,6 +130,8 @@ def test_a_vector_of_another_length_or_number_is_an_error_with_its_row(odd: list
         with raises_one_line(f"row {len(values) - 1} has", "each of the 3 classes"):
             read(values, names=("a", "b", "c"))
     assert read([*VECTORS, None], names=("a", "b", "c"))[1] == [[0], [1], [1, 2], [], None]
+    with raises_one_line("3 places with 0 or 1", "`label_names`"):
+        read(VECTORS)
 
 
 def test_lists_of_indices_are_no_vectors() -> None:

@@ -279,14 +279,6 @@ def test_brackets_in_the_name_of_a_table_are_no_pattern(photos: Path) -> None:
 # Lists --------------------------------------------------------------------------------------------
 
 
-def test_vectors_of_bits_need_names(photos: Path) -> None:
-    vectors = [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
-    file = write_table(photos / "vectors.parquet", file_name=FILES[:3], label=vectors)
-    with raises_one_line("3 places with 0 or 1", "`label_names`"):
-        read_labels(file)
-    assert read_labels(file, label_names=("cat", "dog", "owl")) == ["cat", "dog, owl", "no label"]
-
-
 def test_vectors_of_a_declared_or_torch_dataset_have_its_names(photos: Path) -> None:
     vectors = [[1, 0, 0], [0, 1, 1]]
     paths = [str(photos / name) for name in FILES[:2]]

@@ -10,10 +10,8 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data import image_folder
-from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
-    DatasetRecords,
     build_record,
     open_input,
     prepare_image,
@@ -62,16 +60,6 @@ def test_images_of_folders_are_sorted(tmp_path: Path) -> None:
     assert left_out == [str(tmp_path / ".c (images: 1)")]
 
 
-def test_a_missing_image_of_a_dataset_is_named_by_its_row(tmp_path: Path) -> None:
-    values = [None if index == 2 else f"{index}.png" for index in range(4)]
-    records = DatasetRecords(DatasetImages.from_list(values, tmp_path))
-
-    assert list(records[1]) == ["1.png", str(tmp_path / "1.png")]
-    assert list(records[2]) == ["2", None]
-    assert "2" in prepare_image(None, None, 2)  # type: ignore
-    assert len(records) == 4
-
-
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
     image = Image.new("L", (4, 4))
 
@@ -86,11 +74,6 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
         (None, "7", None),
     ):
         assert build_record(7, value, tmp_path) == (name, content)
-
-
-def test_a_pattern_names_the_folder() -> None:
-    with raises_one_line("Pass the folder photos"):
-        inputs.list_records(["photos/*.png"])
 
 
 def test_an_address_is_refused_before_any_request(tmp_path: Path) -> None:
@@ -111,7 +94,6 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         ({"dataset": table, "image_column": "c"}, "has no column 'c'. Choose one of a, b"),
         ({"dataset": table, "split": "test"}, "`split`"),
         ({"dataset": empty}, "empty is empty"),
-        ({"paths": (str(tmp_path),)}, "there are no images in"),
         ({"paths": (str(tmp_path / "no.jpg"),)}, "no.jpg' does not exist"),
     ]
     for options, words in wrong:
