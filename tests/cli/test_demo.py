@@ -1,4 +1,6 @@
-"""The page of `vitcls demo`: answers, probabilities, the sheet, and files that are refused.
+"""The page of `vitcls demo`: answers, the sheet, and files that are refused.
+
+integration/test_doors.py compares its probabilities with those of `predict`.
 
 gradio is imported where it is used: each process that collects the tests would spend 4 s.
 """
@@ -40,18 +42,6 @@ def photo(tmp_path: Path) -> Path:
 def ask(model: Path, photo: Path) -> list[Any]:
     """Call the function of the page with an uploaded file."""
     return open_page(model)(str(photo))
-
-
-def test_the_page_has_the_answer_the_probabilities_and_the_sheet(
-    tmp_path: Path, photo: Path
-) -> None:
-    model = save_classifier(tmp_path / "model", *NAMES)
-    (row,) = predict(model, photo, top_k=3)
-    probabilities, sheet = ask(model, photo)
-    assert max(probabilities, key=probabilities.get) == row["label"]
-    expected = {row[f"label{end}"]: row[f"probability{end}"] for end in ("", "_2", "_3")}
-    assert probabilities == expected
-    assert sheet.count('class="tile"') > 10
 
 
 def test_the_sheet_has_the_numbers_of_the_answer(

@@ -65,6 +65,8 @@ def open_folder() -> Iterator[Path]:
         (CONFIG, {"hidden_act": "\x1b[31mRED"}, "'hidden_act'"),
         # too deep
         (CONFIG, '{"a": ' * 100_000, "config.json"),
+        (CONFIG, "[]", "config.json"),
+        (CONFIG, "{}", "is not a vitcls model"),
         (CONFIG, '{"model_type": "vitcls", "a": ' + "[" * 50_000, "config.json"),
         (PROCESSOR, {"image_std": "x"}, "preprocessor_config.json"),
         (PROCESSOR, {"crop_rounding": []}, "preprocessor_config.json"),

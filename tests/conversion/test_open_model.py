@@ -15,7 +15,6 @@ import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.source_checkpoints import build_vit_classifier
 from helpers.tiny_models import (
-    build_random,
     edit_weights,
     raises_one_line,
     save_both,
@@ -28,7 +27,6 @@ from timm.models import save_for_hf
 from modeling_vitcls import (
     Predictor,
     ViTCLSForImageClassification,
-    ViTCLSModel,
     convert_from_timm,
 )
 from modeling_vitcls.conversion.convert import load_source
@@ -182,19 +180,6 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path) -> None:
     assert folders[0] != folders[1]
     assert open_model(f"ann/vit@{COMMIT}").path == folders[0]
     assert load_source(f"transformers:ann/vit@{COMMIT}").revision == COMMIT
-
-
-def test_vitcls_folders_are_not_converted(tmp_path: Path) -> None:
-    build_random(ViTCLSModel).save_pretrained(tmp_path / "mine")
-    assert open_model(str(tmp_path / "mine")).path == tmp_path / "mine"
-    assert pin_revision(str(tmp_path / "mine")) == str(tmp_path / "mine")
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_a_damaged_configuration_is_an_error_of_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with raises_one_line(str(tmp_path)):
-        open_model(str(tmp_path))
 
 
 def test_commits_are_pinned(cached_hub_model: str) -> None:

@@ -390,6 +390,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     ("flags", "reason"),
     [
         ({"probe": False}, "`probe=False` is set"),
+        ({"model": "vitcls-tiny"}, "the initial weights are random"),
         ({"model_config": {"head_type": "mlp"}}, "the head is an MLP"),
         ({"pooling": "attention"}, "the pooler has random weights"),
     ],
@@ -400,13 +401,6 @@ def test_heads_and_poolers_of_another_kind_have_no_probe(
     inputs = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).inputs
     assert inputs.frozen_encoder is None
     assert inputs.missing_start_reason == reason
-
-
-def test_random_weights_have_no_probe(tmp_path: Path) -> None:
-    run = prepare_setup(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
-    assert run.inputs.frozen_encoder is None
-    assert run.options.select == "last"
-    assert run.inputs.missing_start_reason == "the initial weights are random"
 
 
 def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: Path) -> None:

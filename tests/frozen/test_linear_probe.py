@@ -198,14 +198,6 @@ def test_one_tag_has_no_temperature() -> None:
     assert all("temperature" not in row for row in probe.table_)
 
 
-def test_two_images_are_too_few_for_folds() -> None:
-    features, labels = draw_images(2, num_classes=2)
-    probe = LinearProbe().fit(features, labels)
-    assert probe.num_folds_ == 0
-    assert probe.estimate_ is None
-    assert probe.predict_proba(features).shape == (2, 2)
-
-
 def test_the_temperature_of_five_images_per_class_suits_the_classifier_of_all_of_them() -> None:
     def draw_tokens(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.arange(num_images) % 4

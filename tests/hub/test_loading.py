@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import pytest
 import timm
-import torch
 import transformers
 from helpers.command_in_process import check_error
 from helpers.local_hub import LocalHub, Token, read_files
@@ -23,7 +22,6 @@ from helpers.tiny_models import build_tiny_config, raises_one_line, save_both
 from huggingface_hub import constants
 from huggingface_hub.utils import _http as hub_http
 from PIL import Image
-from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import modeling_vitcls as vitcls
@@ -301,18 +299,6 @@ def test_an_old_revision_of_pickled_weights_is_downloaded(hub: LocalHub) -> None
     assert get_cached_commit(str(folder)) == old
     newest = Path(loading.get_external_model_folder("ann/old"))
     assert not (newest / "pytorch_model.bin").exists()
-
-
-def test_a_file_replaces_the_weights_of_timm(tmp_path: Path) -> None:
-    """The published weights of this model are in Flax's format, which the file is not."""
-    weights = randomize_weights(timm.create_model("vit_tiny_patch16_224")).state_dict()
-    save_file(weights, tmp_path / "mine@2.safetensors")
-    name = f"vit_tiny_patch16_224@{tmp_path / 'mine@2.safetensors'}"
-    model, commit = loading.load_timm_model(name)
-    assert commit is None
-    assert model.state_dict().keys() == weights.keys()
-    for parameter, values in model.state_dict().items():
-        assert torch.equal(values, weights[parameter])
 
 
 def test_a_model_of_which_the_cache_has_a_part_is_not_used_offline(

@@ -133,3 +133,4 @@ def test_a_model_saved_by_hand_gets_a_card(tmp_path: Path) -> None:
     assert "for image classification with 3 classes" in card.text
     assert card.data.eval_results is None
     assert f'model="{tmp_path.name}/mine"' in card.text
+    assert str(tmp_path) not in card.text

@@ -77,13 +77,6 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     assert card.data.license is None
 
 
-def test_a_local_card_does_not_name_the_folder_of_the_photos(tmp_path: Path) -> None:
-    """`photos` is one, where `vitcls finetune --dataset photos --output-dir runs/photos` ran."""
-    text = load_card(write_run_folder(tmp_path / "runs" / "photos")).text
-    assert 'model="runs/photos"' in text
-    assert str(tmp_path) not in text
-
-
 def test_values_of_a_folder_are_no_markdown(tmp_path: Path) -> None:
     hostile = "x\n## Free\n![a](https://evil.example/a.png) <b>`code`</b> | \x1b[31mred"
     results = {

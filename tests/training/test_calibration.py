@@ -71,6 +71,7 @@ def test_calibration_uses_images_that_are_not_reported(
     assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(
         results["accuracy"], abs=1e-6
     )
+    assert rows["loss"].mean() == pytest.approx(results["loss"], abs=1e-5)
     # the other half was used for the temperature
     reported = rows[1::2] if select == "last" else rows
     assert calibration["num_images"] == len(fitted)

@@ -78,12 +78,6 @@ def test_a_run_is_refused_while_another_uses_the_folder(
         assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
 
 
-def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
-    with raises_one_line("no-such-folder", error=(ValueError, OSError)):
-        run(folder, dataset="./no-such-folder")
-    assert not folder.exists()
-
-
 def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     (earlier / "model.onnx").write_text("of these weights")
     (earlier / "mine.onnx").write_text("of any weights")
