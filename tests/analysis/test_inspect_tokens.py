@@ -12,8 +12,6 @@ from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import edit_weights, raises_one_line, save_classifier
 
 from modeling_vitcls import inspect_tokens
-from modeling_vitcls.analysis.inspect_tokens import write_inspection
-from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.model.attention_masks_vitcls import TokenGates
 
 
@@ -64,12 +62,6 @@ def test_terminal_page_and_the_function_have_the_same_values(
     assert model not in text  # local folders are not in the page
 
 
-def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> InspectOptions:
-    return InspectOptions(
-        model=model, paths=tuple(map(str, paths)), output=tmp_path / "report.html", **fields
-    )
-
-
 def test_the_page_names_the_commit_of_a_model_on_the_hub(
     model: str,
     image_folder: Path,
@@ -100,10 +92,10 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
 def test_unusable_inputs_are_one_line_errors_and_write_nothing(
     model: str, image_folder: Path, tmp_path: Path
 ) -> None:
-    with raises_one_line("missing.png"):
-        write_inspection(build_options(model, tmp_path, tmp_path / "missing.png"))
-    with raises_one_line("broken [old].png"):
-        write_inspection(build_options(model, tmp_path, image_folder / "cat" / "broken [old].png"))
+    page = tmp_path / "report.html"
+    for file in (tmp_path / "missing.png", image_folder / "cat" / "broken [old].png"):
+        with raises_one_line(file.name):
+            inspect_tokens(model, file, output=page)
     with raises_one_line("cat, dog, owl"):
-        write_inspection(build_options(model, tmp_path, dataset="digits"))
-    assert not (tmp_path / "report.html").exists()
+        inspect_tokens(model, dataset="digits", output=page)
+    assert not page.exists()

@@ -193,14 +193,6 @@ def test_nothing_that_keeps_the_function_ends_the_distance(change: Any, limit: f
     torch.testing.assert_close(distance, expected, rtol=limit / 3, atol=limit)
 
 
-def test_averaged_weights_have_no_distance() -> None:
-    model, images, _ = build_model()
-    average = torch.optim.swa_utils.AveragedModel(model)
-    train_steps(model)
-    average.update_parameters(model)
-    assert average.module.eval()(images).distance is None
-
-
 def test_a_trained_adapter_that_is_loaded_ends_the_distance(tmp_path: Path) -> None:
     model, images, _ = build_model()
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)

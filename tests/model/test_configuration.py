@@ -244,17 +244,6 @@ def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None
         assert ViTCLSConfig.from_pretrained(tmp_path, **{name: value}).pooling == "cls"
 
 
-def test_overrides_at_load_are_validated_together(tmp_path: Path) -> None:
-    build_tiny_config().save_pretrained(tmp_path)
-    config = ViTCLSConfig.from_pretrained(tmp_path, num_cls_tokens=0, pooling="mean")
-    assert config.num_cls_tokens == 0
-    assert config.pooling == "mean"
-    with raises_one_line("num_cls_tokens=1"):
-        ViTCLSConfig.from_pretrained(tmp_path, num_cls_tokens=0)
-    with raises_one_line("pooling"):
-        ViTCLSModel.from_pretrained(tmp_path, pooling="other")
-
-
 def test_stored_labels_are_kept_until_their_number_or_names_change(tmp_path: Path) -> None:
     ViTCLSConfig(id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path)
     kept = ViTCLSConfig.from_pretrained(tmp_path)

@@ -25,12 +25,9 @@ from modeling_vitcls.model.attention_masks_vitcls import TokenGates
 
 
 GATED = {
-    "plain": {},
     "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
     "distances": {"relative_position_bias": "layer"},
     "rope": {"position_embedding_type": "rope_2d"},
-    "mean": {"pooling": "mean"},
-    "several layers": {"pooled_layers": [-2, -1]},
     "parallel": {"layer_type": "parallel"},
 }
 

@@ -19,7 +19,7 @@ import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.full_disk import limited_file_size
-from helpers.photo_folders import write_two_colors
+from helpers.photo_folders import write_two_colors, write_unequal_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
@@ -41,12 +41,13 @@ from modeling_vitcls import (
     verify_unchanged,
 )
 from modeling_vitcls.data.batches import Normalizer
+from modeling_vitcls.data.sampling import compute_class_weights
 from modeling_vitcls.evaluation.evaluator import Evaluator
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.losses import build_objective
+from modeling_vitcls.training.losses import build_objective, compute_single_label_loss
 from modeling_vitcls.training.options import FinetuneOptions
 
 
@@ -253,13 +254,12 @@ def test_only_new_tokens_and_the_heads_are_trained_on_request(
     assert f"the other {num_weights - len(changed_and_old)} tensors are equal" in difference
 
 
-def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_path: Path) -> None:
-    run = prepare_setup(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
-    counts = torch.bincount(torch.tensor(run.data.train.labels), minlength=2)
+def test_the_losses_of_classes_are_weighted_on_request(tmp_path: Path) -> None:
+    photos = write_unequal_photos(tmp_path / "photos")
+    run = prepare_setup(tiny_options(tmp_path / "out", photos, class_balance="weights"))
+    weights = compute_class_weights(run.data.train.labels, 2)
     logits = torch.randn(6, 2)
     labels = torch.tensor([0, 1, 1, 0, 1, 1])
-    plain = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
-    weighted = (plain * (counts.sum() / (2 * counts))[labels]).mean()
     objective = build_objective(
         run.options,
         run.data,
@@ -267,7 +267,8 @@ def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_p
         normalize=Normalizer(run.inputs.processor, torch.device("cpu")),
         accelerator=run.reporter.accelerator,
     )
-    torch.testing.assert_close(objective.label_loss(logits, labels), weighted)
+    expected = compute_single_label_loss(logits, labels, 0.1, weights)
+    assert torch.equal(objective.label_loss(logits, labels), expected)
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.training.defaults import choose_image_size
 from modeling_vitcls.training.model import (
@@ -40,7 +39,7 @@ from modeling_vitcls.training.model import (
     set_train_mode,
     set_trainable_parameters,
 )
-from modeling_vitcls.training.options import FinetuneOptions, ModelOptions
+from modeling_vitcls.training.options import ModelOptions
 
 
 @pytest.fixture(scope="module")
@@ -203,12 +202,6 @@ def test_contradictory_flags_are_errors() -> None:
     with raises_one_line("`trainable='last-1'`", "`model`"):
         check_model_flags("vitcls-tiny", (), "last-1", True)
     check_model_flags("some/checkpoint", (), "head", True)
-    run = {"output_dir": "out", "dataset": "digits", "model": "some/checkpoint"}
-    for fitting in (
-        {"class_balance": "weights", "mixup": 0.8, "augment": {"cutmix": 1.0}},
-        {"teacher": "t", "num_distillation_tokens": 0, "trainable": "head"},
-    ):
-        build_options(FinetuneOptions, **run | fitting)
 
 
 LAYOUT: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 2}
