@@ -130,6 +130,7 @@ def test_how_a_program_wanted_the_outputs_of_a_model_does_not_matter() -> None:
         "add-class --model vit --dataset photos --output-dir new",
         "add-class --model timm:vit_tiny_patch16_224 --dataset photos --output-dir new",
         "verify-unchanged model vit",
+        "convert vit new --to transformers",
         "push --model vit --hub-model-id ann/photos",
     ],
 )

@@ -19,14 +19,13 @@ from modeling_vitcls import (
 )
 
 
+# test_tokens.py compares these and other poolings of the last layer with formulas.
 POOLINGS: dict[str, dict[str, Any]] = {
     "cls": {},
     "several cls": {"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]},
-    "mean": {"pooling": "mean", "num_register_tokens": 2},
     "cls_mean": {"pooling": "cls_mean"},
-    "max": {"pooling": "max"},
 }
-LAYERS = (None, [-4, -3, -2, -1], [4, 1], [-2])  # None: the last layer
+LAYERS = ([-4, -3, -2, -1], [4, 1], [-2])
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
@@ -37,13 +36,13 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 @pytest.mark.parametrize("layers", LAYERS, ids=str)
 @pytest.mark.parametrize("fields", POOLINGS.values(), ids=POOLINGS)
 def test_the_head_reads_the_concatenated_poolings_of_the_normalized_layers(
-    fields: dict[str, Any], layers: list[int] | None
+    fields: dict[str, Any], layers: list[int]
 ) -> None:
     model = build_classifier(**fields, pooled_layers=layers)
     pool: Any = ViTCLSModel(build_tiny_config(**fields)).pooler
 
     encoded = model.vitcls(build_images(), output_hidden_states=True)
-    states = [encoded.hidden_states[layer] for layer in layers or [-1]]
+    states = [encoded.hidden_states[layer] for layer in layers]
     expected = torch.cat([pool(model.vitcls.layernorm(each)) for each in states], dim=-1)
 
     assert encoded.pooler_output.shape == (2, model.config.pooled_size)
