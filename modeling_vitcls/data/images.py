@@ -1,4 +1,4 @@
-"""Sequences of images that are decoded on access, and a counter of unreadable images.
+"""Sequences of images that are decoded on access, and the count of unreadable images.
 
     DatasetImages    a column of a `datasets.Dataset`: encoded images or paths
 
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -341,30 +341,29 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
     return image
 
 
-@dataclass
-class UnreadableImageCounter:
-    """Counter of the unreadable images of one run.
+def count_unreadable(
+    counted: set[int], errors: Mapping[int, str], warn: Callable[[str], None]
+) -> None:
+    """Add unreadable images to those that are counted already, with a warning for each new one.
 
-    Every process calls `add` with the unreadable images of all processes, so that all processes
-    stop at the same step.
+    Every process calls it with the unreadable images of all processes, so that all processes stop
+    at the same step.
+
+    Args:
+        counted: indices of the images so far, to which the new ones are added.
+        errors: index -> error message.
+        warn: function that prints a one-line warning.
+
+    Raises:
+        ValueError: if their number exceeds `MAX_UNREADABLE_IMAGES`.
     """
-
-    warn: Callable[[str], None]  # Function that prints a one-line warning
-    indices: set[int] = field(default_factory=set)
-
-    def add(self, errors: Mapping[int, str]) -> None:
-        """Count unreadable images, and print a warning for each that was not counted before.
-
-        The images are given as index -> error message. Raise ValueError if their number exceeds the
-        limit.
-        """
-        for index, message in errors.items():
-            if index in self.indices:
-                continue
-            self.indices.add(index)
-            self.warn(f"skipped an image: {message}")
-            if len(self.indices) > MAX_UNREADABLE_IMAGES:
-                raise ValueError(
-                    f"more than {MAX_UNREADABLE_IMAGES} images cannot be read; the last: {message}. "
-                    "Remove these images"
-                )
+    for index, message in errors.items():
+        if index in counted:
+            continue
+        counted.add(index)
+        warn(f"skipped an image: {message}")
+        if len(counted) > MAX_UNREADABLE_IMAGES:
+            raise ValueError(
+                f"more than {MAX_UNREADABLE_IMAGES} images cannot be read; the last: {message}. "
+                "Remove these images"
+            )

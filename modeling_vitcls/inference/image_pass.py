@@ -29,7 +29,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from ..data.images import LabeledImages, UnreadableImageCounter, check_channels
+from ..data.images import LabeledImages, check_channels, count_unreadable
 from ..data.labels import LabelSpace
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.progress import track
@@ -237,7 +237,8 @@ class ImagePass:
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.unreadable_counter = UnreadableImageCounter(accelerator.on_main_process(warn))
+        self.warn = accelerator.on_main_process(warn)
+        self.unreadable: set[int] = set()  # Images that were named already
 
         # Each process takes one batch per round; the last round may have empty batches
         round_size = batch_size * accelerator.num_processes
@@ -294,7 +295,7 @@ class ImagePass:
         # Errors are raised after the last batch, by all processes together. A process that stopped
         # in the middle would leave the others waiting for its part of a sharded model.
         error_messages = dict(sorted(gather_object(list(error_messages.items()))))
-        self.unreadable_counter.add(error_messages)
+        count_unreadable(self.unreadable, error_messages, self.warn)
         if len(error_messages) == len(self.images):
             first_error = next(iter(error_messages.values()), "no image")
             raise ValueError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..data.batches import Batch
-from ..data.images import UnreadableImageCounter
+from ..data.images import count_unreadable
 from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import METRICS, MetricValues, select_scalars
 from ..runtime.distributed import run_on_main
@@ -83,7 +83,6 @@ class TrainingLoop:
     reporter: Reporter
     store: CheckpointStore
     selection_metric: str
-    unreadable_images: UnreadableImageCounter
     signals: SignalHandler
     # Number of steps between checkpoints; None to save at each evaluation
     save_every: int | None = None
@@ -95,6 +94,7 @@ class TrainingLoop:
     new_tokens: Mapping[str, Sequence[bool]] = field(default_factory=dict)
     # Durations of the steps of this process since the last record, without evaluations and checkpoints
     step_seconds: list[float] = field(default_factory=list)
+    unreadable_images: set[int] = field(default_factory=set)  # The reported ones
     # Unreadable images that are not reported yet
     unreported_errors: dict[int, str] = field(default_factory=dict)
     num_overflows: int = 0  # Number of consecutive steps that the loss scaler skipped
@@ -303,7 +303,8 @@ class TrainingLoop:
         with mark_errors_of_all_processes():
             # All processes add the same images, so they reach the limit, and raise the error,
             # together.
-            self.unreadable_images.add(dict(gather_object(list(self.unreported_errors.items()))))
+            errors = dict(gather_object(list(self.unreported_errors.items())))
+            count_unreadable(self.unreadable_images, errors, self.reporter.warn)
         self.unreported_errors.clear()
 
     def compute_recent_metrics(self) -> MetricValues:
@@ -352,7 +353,7 @@ class TrainingLoop:
             "training_seconds": self.get_training_seconds(),
             "recent_losses": gather_object([state.recent_losses]),
             "pending_record": state.pending_record,
-            "unreadable_images": sorted(self.unreadable_images.indices),
+            "unreadable_images": sorted(self.unreadable_images),
         }
         tensors, non_tensor_state = gather_state(
             self.accelerator, state.model, state.optimizer, state.start
@@ -381,7 +382,7 @@ class TrainingLoop:
         state.recent_losses = losses_by_process[process_index]
 
         state.pending_record = metadata["pending_record"]
-        self.unreadable_images.indices.update(metadata["unreadable_images"])
+        self.unreadable_images.update(metadata["unreadable_images"])
         state.earlier_seconds = metadata["training_seconds"]
 
 

@@ -17,7 +17,6 @@ from ..data.batches import (
     explain_worker_errors,
     iterate_training_batches,
 )
-from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images
 from ..evaluation.evaluator import Evaluator, build_predictions
@@ -131,7 +130,7 @@ def run_steps(
         nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
 
     seconds = loop.get_training_seconds()
-    num_unreadable = len(loop.unreadable_images.indices)
+    num_unreadable = len(loop.unreadable_images)
     return Outcome(
         data=data,
         measured=list_measurements(
@@ -198,12 +197,12 @@ def build_step_results(
 
 @torch.no_grad()
 def exclude_unreadable_classes(
-    model: Any, data: TrainingData, unreadable: UnreadableImageCounter, reporter: Reporter
+    model: Any, data: TrainingData, unreadable: set[int], reporter: Reporter
 ) -> None:
     """Keep the model from predicting classes that no image has trained."""
-    if not data.train.is_stratified or not unreadable.indices:
+    if not data.train.is_stratified or not unreadable:
         return
-    readable = np.delete(data.train.labels, sorted(unreadable.indices))
+    readable = np.delete(data.train.labels, sorted(unreadable))
     missing = warn_about_unreadable_classes(data, readable, reporter.warn)
     for layer in list_last_layers(model):
         margins = torch.zeros(len(layer.bias))
@@ -357,7 +356,6 @@ def build_loop(
         reporter=reporter,
         store=store,
         selection_metric=inputs.selection_metric,
-        unreadable_images=UnreadableImageCounter(reporter.warn),
         save_every=options.save_every,
         evaluated_images="held_out" if data.selection is None else "selection",
         signals=signals,

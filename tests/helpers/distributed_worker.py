@@ -28,7 +28,6 @@ sys.path.extend(map(str, Path(__file__).parents[1:3]))
 import modeling_vitcls as vitcls
 from helpers.batch_plans import build_plan
 from helpers.tiny_models import build_tiny_config
-from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.checkpoints import CheckpointStore
@@ -173,7 +172,6 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     plan = build_plan(8, NUM_PROCESSES, max_steps=4, batch_size=2)
     reporter = Reporter(folder / "metrics.jsonl", accelerator)
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
-    unreadable_images = UnreadableImageCounter(print)
     return TrainingLoop(
         state=state,
         objective=objective,
@@ -184,7 +182,6 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
         reporter=reporter,
         store=store,
         selection_metric="accuracy",
-        unreadable_images=unreadable_images,
         signals=SignalHandler(),
     )
 

@@ -33,7 +33,6 @@ from modeling_vitcls.data.batches import (
     TrainingImages,
     iterate_training_batches,
 )
-from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.loop import (
@@ -115,7 +114,6 @@ class RecordedLoop:
             reporter=self.reporter,
             store=Mock(save=lambda step, tensors, metadata, best: self.saved.append((step, best))),
             selection_metric="accuracy",
-            unreadable_images=UnreadableImageCounter(self.reporter.warn),
             save_every=save_every,
             signals=Mock(
                 get_signal=lambda: "SIGTERM" if self.state.step == self.signal_step else None
