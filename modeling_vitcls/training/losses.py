@@ -16,7 +16,6 @@ teacher.py implements the teachers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,8 +35,6 @@ from .teacher import Teacher
 Losses = dict[str, Tensor]
 # Returns the "loss" to minimize, and other losses to log
 Objective = Callable[[nn.Module, Batch], Losses]
-# Computes the mean loss from logits and labels
-LabelLossFunction = Callable[[Any, Any], Tensor]
 
 TAU = 3.0  # Temperature of soft distillation, as in DeiT
 
@@ -95,49 +92,47 @@ def compute_multi_task_loss(
 # Objective ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LabelObjective:
-    """Label loss, averaged over the CLS head and the distillation head.
+def compute_batch_losses(
+    model: Any,
+    batch: Batch,
+    *,
+    normalize: Callable[[Tensor], Tensor],
+    compute_label_loss: Callable[[Any, Any], Tensor],
+    mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+    compute_teacher_loss: Callable[[Tensor, Batch], Tensor] | None = None,
+) -> Losses:
+    """Compute the loss of a batch on the model's device and, with a teacher, its parts.
 
-    With a teacher, the distillation head is trained on the teacher's logits instead; a model without
-    this head learns from labels and teacher with its only one.
+    The label loss is averaged over the CLS head and the distillation head. With a teacher, the
+    distillation head is trained on the teacher's logits instead; a model without this head learns
+    from labels and teacher with its only one.
+
+    Args:
+        normalize: of the pixels.
+        compute_label_loss: mean loss from logits and labels.
+        mixer: mixes images and labels.
+        compute_teacher_loss: mean distillation loss from the logits that learn from the teacher and
+            the batch; None without a teacher.
     """
+    if mixer is not None:
+        pixels, mixed_labels = mixer(batch["pixels"], batch["labels"])
+        batch = batch | {"pixels": pixels, "labels": mixed_labels}
 
-    normalize: Normalizer
-    label_loss: LabelLossFunction
-    mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None  # Mixes images and labels
-    # Mean distillation loss from the logits that learn from the teacher and the batch; None without
-    # a teacher
-    distillation_loss: Callable[[Tensor, Batch], Tensor] | None = None
+    labels = batch["labels"]
+    outputs = model(pixel_values=normalize(batch["pixels"]))
+    if isinstance(outputs.logits, dict):  # Multi-task model
+        return {"loss": compute_label_loss(outputs.logits, labels)}
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Compute the loss of a batch on the model's device and, with a teacher, its parts."""
-        if self.mixer is not None:
-            pixels, mixed_labels = self.mixer(batch["pixels"], batch["labels"])
-            batch = batch | {"pixels": pixels, "labels": mixed_labels}
-
-        labels = batch["labels"]
-        outputs = model(pixel_values=self.normalize(batch["pixels"]))
-
-        if self.distillation_loss is not None:
-            student_logits = outputs.distillation_logits
-            if student_logits is None:
-                student_logits = outputs.cls_logits
-            distillation_loss = self.distillation_loss(student_logits, batch)
-            label_loss = self.label_loss(outputs.cls_logits, labels)
-            loss = (label_loss + distillation_loss) / 2
-            return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
-
-        if isinstance(outputs.logits, dict):  # Multi-task model
-            return {"loss": self.label_loss(outputs.logits, labels)}
-        head_logits = [
-            logits
-            for logits in (outputs.cls_logits, outputs.distillation_logits)
-            if logits is not None
-        ]
-        return {
-            "loss": torch.stack([self.label_loss(logits, labels) for logits in head_logits]).mean()
-        }
+    cls_loss = compute_label_loss(outputs.cls_logits, labels)
+    second_logits = outputs.distillation_logits
+    if compute_teacher_loss is not None:
+        student_logits = outputs.cls_logits if second_logits is None else second_logits
+        teacher_loss = compute_teacher_loss(student_logits, batch)
+        loss = (cls_loss + teacher_loss) / 2
+        return {"loss": loss, "label_loss": cls_loss, "distillation_loss": teacher_loss}
+    if second_logits is None:
+        return {"loss": cls_loss}
+    return {"loss": (cls_loss + compute_label_loss(second_logits, labels)) / 2}
 
 
 def compute_distillation_loss(kind: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -168,7 +163,7 @@ def build_objective(
     teacher: Teacher | None,
     normalize: Normalizer,
     accelerator: Accelerator,
-) -> LabelObjective:
+) -> Objective:
     """Build the label loss, combined with the distillation loss if a teacher is set."""
     labels = data.label_space
     mixer = None
@@ -186,15 +181,20 @@ def build_objective(
         "multi_label_classification": compute_multi_label_loss,
         "multi_task": compute_multi_task_loss,
     }
-    label_loss = partial(functions[labels.kind], label_smoothing=options.label_smoothing)
+    objective = partial(
+        compute_batch_losses,
+        normalize=normalize,
+        compute_label_loss=partial(functions[labels.kind], label_smoothing=options.label_smoothing),
+        mixer=mixer,
+    )
     if teacher is None:
-        return LabelObjective(normalize, label_loss, mixer)
+        return objective
 
-    def compute_loss(logits: Tensor, batch: Batch) -> Tensor:
+    def compute_teacher_loss(logits: Tensor, batch: Batch) -> Tensor:
         # Accelerate runs only the prepared model under autocast by itself, and the teacher is not
         # one.
         with accelerator.autocast():
             teacher_logits = teacher(batch["pixels"])
         return compute_distillation_loss(options.distillation, logits, teacher_logits)
 
-    return LabelObjective(normalize, label_loss, mixer, compute_loss)
+    return partial(objective, compute_teacher_loss=compute_teacher_loss)

@@ -40,7 +40,7 @@ from modeling_vitcls.training.loop import (
     TrainingState,
 )
 from modeling_vitcls.training.losses import (
-    LabelObjective,
+    compute_batch_losses,
     compute_multi_label_loss,
     compute_multi_task_loss,
     compute_single_label_loss,
@@ -96,8 +96,10 @@ class RecordedLoop:
         self.saved: list[tuple[int, int | None]] = []
         self.signal_step: int | None = None
         self.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8, 0.9])
-        classification = LabelObjective(
-            self.normalise, partial(compute_single_label_loss, label_smoothing=0.1)
+        classification = partial(
+            compute_batch_losses,
+            normalize=self.normalise,
+            compute_label_loss=partial(compute_single_label_loss, label_smoothing=0.1),
         )
 
         def objective(model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
@@ -325,8 +327,10 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     labels = torch.tensor([[0, -100], [-100, -100]])
     batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "labels": labels}
     multi_task_loss = partial(compute_multi_task_loss, label_smoothing=0.0)
-    objective = LabelObjective(normalize, multi_task_loss)  # type: ignore[arg-type]
-    loss = objective(model, batch)["loss"]
+    objective = partial(
+        compute_batch_losses, model, normalize=normalize, compute_label_loss=multi_task_loss
+    )
+    loss = objective(batch)["loss"]
     logits = model(normalize(batch["pixels"])).logits["age"][:1]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0]))
     torch.testing.assert_close(loss, expected / 2)
@@ -335,7 +339,7 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
     complete = {"age": torch.tensor([0, 2]), "kind": torch.tensor([1, 0])}
     table = torch.stack(list(complete.values()), dim=1)
-    loss = objective(model, batch | {"labels": table})["loss"]
+    loss = objective(batch | {"labels": table})["loss"]
 
     torch.testing.assert_close(loss, model(normalize(batch["pixels"]), labels=complete).loss)
 
@@ -346,9 +350,9 @@ def test_every_head_is_trained_without_a_teacher() -> None:
     model = build_random(ViTCLSForImageClassification, **fields).train()
     batch = {"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([0, 1])}
     label_loss = partial(compute_single_label_loss, label_smoothing=0.0)
-    loss = LabelObjective(normalize, label_loss)(model, batch)["loss"]  # type: ignore[arg-type]
+    losses = compute_batch_losses(model, batch, normalize=normalize, compute_label_loss=label_loss)
     own = model(normalize(batch["pixels"]), labels=batch["labels"]).loss  # of both (test_losses.py)
-    torch.testing.assert_close(loss, own)
+    torch.testing.assert_close(losses["loss"], own)
 
 
 # Signals ------------------------------------------------------------------------------------------
