@@ -9,7 +9,6 @@ processor without augmentation. Pixels are rescaled and normalized on the model'
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,32 +25,18 @@ NOISE_MEAN = 128.0
 NOISE_STD = 64.0
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """The two transforms of an augmentation, in the order of application."""
-
-    fixed_transform: Callable[[Tensor], Tensor]  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    random_transform: nn.Module  # [C, H, W] -> [C, H, W]; draws from torch's default generator
-
-    def __call__(self, pixels: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
-        """Apply `random_transform` to outputs of `fixed_transform`, each with a seed of its own.
-
-        Returns:
-            Images [B, C, H, W] `uint8`.
-        """
-        images = []
-        # Restore the caller's random state.
-        with torch.random.fork_rng(devices=[]):
-            for image, seed in zip(pixels, seeds, strict=True):
-                torch.default_generator.manual_seed(seed)
-                images.append(self.random_transform(image))
-        return torch.stack(images)
+# [C, H, W] `uint8` -> [C, H, W] `uint8`
+Transform = Callable[[Tensor], Tensor]
 
 
-def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmentation:
+def build_augmentation(options: AugmentationOptions, processor: Any) -> tuple[Transform, Transform]:
     """Build the augmentation for the input size of an image processor.
 
     Without random crops, images are resized as by the image processor.
+
+    Returns:
+        The fixed transform of an image, and the random one of its output, which draws from torch's
+        default generator.
     """
     height_width = get_output_size(processor)
     fixed_transform = partial(resize_pixels, processor, options.crop_scale != 1)
@@ -84,7 +69,18 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
     if maxima["random_erasing"]:
         erasing = v2.RandomErasing(maxima["random_erasing"], value="random")
         transforms.append(v2.Lambda(partial(erase, erasing)))
-    return Augmentation(fixed_transform, nn.Sequential(*transforms))
+    return fixed_transform, nn.Sequential(*transforms)
+
+
+def apply_seeded(transform: Transform, pixels: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
+    """Apply a random transform to images of any sizes, each with a seed of its own: [B, C, H, W] `uint8`."""
+    images = []
+    # Restore the caller's random state.
+    with torch.random.fork_rng(devices=[]):
+        for image, seed in zip(pixels, seeds, strict=True):
+            torch.default_generator.manual_seed(seed)
+            images.append(transform(image))
+    return torch.stack(images)
 
 
 def erase(erasing: v2.RandomErasing, pixels: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from ..model.image_processing_vitcls import pil_to_tensor
 from ..runtime.errors import format_error
-from .augmentation import Augmentation
+from .augmentation import Transform, apply_seeded
 from .images import LabeledImages, check_channels
 from .labels import LabelSpace
 from .sampling import BatchPlan, ImageKey, derive_seed
@@ -47,7 +47,8 @@ class TrainingImages:
     """
 
     source: LabeledImages
-    augmentation: Augmentation
+    fixed_transform: Transform  # Its outputs are cached
+    random_transform: Transform
     label_space: LabelSpace
     to_rgb: bool  # Whether images are converted to three channels
     seed: int  # Seed of the augmentation
@@ -62,7 +63,7 @@ class TrainingImages:
         indices, pixels = zip(*map(self.load_readable_image, wanted), strict=True)
         seeds = [derive_seed(self.seed, *key) for key in zip(epochs, indices, strict=True)]
         return {
-            "pixels": self.augmentation(pixels, seeds),
+            "pixels": apply_seeded(self.random_transform, pixels, seeds),
             "labels": self.label_space.collate([self.source.labels[index] for index in indices]),
             "index": torch.tensor(indices),
             "errors": {index: self.errors[index] for index in wanted if index in self.errors},
@@ -94,7 +95,7 @@ class TrainingImages:
         image = self.source.images[index]
         pixels = pil_to_tensor(image, self.to_rgb, self.bit_depth, self.num_channels)
         check_channels(image, pixels, self.num_channels)
-        pixels = self.augmentation.fixed_transform(pixels)
+        pixels = self.fixed_transform(pixels)
         # All images or none: with a part of them, every batch would still wait for the rest.
         if pixels.nbytes * len(self.source) <= MAX_CACHE_BYTES:
             self.cache[index] = pixels

@@ -383,9 +383,9 @@ def build_loop(
 
     images = TrainingImages(
         data.train,
-        build_augmentation(options, processor),
-        data.label_space,
-        bool(processor.do_convert_rgb),
+        *build_augmentation(options, processor),
+        label_space=data.label_space,
+        to_rgb=bool(processor.do_convert_rgb),
         seed=options.seed,
         bit_depth=processor.bit_depth,
         num_channels=model.config.num_channels,

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import (
-    Augmentation,
+    apply_seeded,
     build_augmentation,
     build_mixer,
     erase,
@@ -26,7 +26,7 @@ ALL = {
 STILL = {"crop_scale": 1.0, "flip": False}
 
 
-def build(**options: Any) -> Augmentation:
+def build(**options: Any) -> Any:
     return build_augmentation(AugmentationOptions(**options), ViTCLSImageProcessor(size=[24, 32]))
 
 
@@ -38,10 +38,11 @@ def build_pil_images(count: int, size: tuple[int, int] = (40, 36)) -> list[torch
 
 
 def augment(
-    augmentation: Augmentation, sources: list[torch.Tensor], seed: int, indices: list[int]
+    augmentation: Any, sources: list[torch.Tensor], seed: int, indices: list[int]
 ) -> torch.Tensor:
-    fixed = [augmentation.fixed_transform(source) for source in sources]
-    return augmentation(fixed, [derive_seed(seed, index) for index in indices])
+    fixed_transform, random_transform = augmentation
+    seeds = [derive_seed(seed, index) for index in indices]
+    return apply_seeded(random_transform, list(map(fixed_transform, sources)), seeds)
 
 
 @pytest.mark.parametrize("name", [*ALL, "everything"])

@@ -41,7 +41,13 @@ def build_images(
         AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16])
     )
     return TrainingImages(
-        source, augmentation, label_space, to_rgb=True, seed=seed, bit_depth=16, num_channels=3
+        source,
+        *augmentation,
+        label_space=label_space,
+        to_rgb=True,
+        seed=seed,
+        bit_depth=16,
+        num_channels=3,
     )
 
 

@@ -127,11 +127,10 @@ class RecordedLoop:
         return {"loss": 1.0, "accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
 
     def batches(self) -> Iterator[Any]:
-        augmentation = build_augmentation(PLAIN, ViTCLSImageProcessor(size=[32, 32]))
         pictures = TrainingImages(
             DIGITS.train,
-            augmentation,
-            DIGITS.label_space,
+            *build_augmentation(PLAIN, ViTCLSImageProcessor(size=[32, 32])),
+            label_space=DIGITS.label_space,
             to_rgb=True,
             seed=0,
             bit_depth=16,
