@@ -110,7 +110,7 @@ class CheckpointStore:
                 "metadata": metadata,
                 "files": {path.name: compute_file_digest(path) for path in paths},
             }
-            (partial_folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
+            write_training_state(partial_folder, state)
             for path in (*partial_folder.iterdir(), partial_folder):
                 sync_to_disk(path)
             if target.exists():  # Saved before the evaluation of this step, or damaged
@@ -235,9 +235,10 @@ def read_training_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def format_state(state: dict[str, Any]) -> str:
-    """Format the contents of state.json: the fields of `state` and a checksum of the fields."""
-    return json.dumps(state | {"sha256": compute_json_digest(state)}, indent=1) + "\n"
+def write_training_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write state.json: the fields of `state` and a checksum of the fields."""
+    content = json.dumps(state | {"sha256": compute_json_digest(state)}, indent=1)
+    (folder / STATE_FILE).write_text(f"{content}\n", encoding="utf-8")
 
 
 def remove_checkpoint(folder: Path) -> None:

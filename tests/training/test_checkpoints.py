@@ -25,8 +25,8 @@ from modeling_vitcls.runtime.files import compute_file_digest
 from modeling_vitcls.training.checkpoints import (
     CheckpointStore,
     DamagedCheckpointError,
-    format_state,
     read_training_state,
+    write_training_state,
 )
 
 
@@ -211,7 +211,7 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     torch.save({"weight": RunWhenUnpickled(ran)}, file)
     state = read_training_state(store.get_folder(10))
     state["files"]["model.safetensors"] = compute_file_digest(file)
-    (store.get_folder(10) / "state.json").write_text(format_state(state), encoding="utf-8")
+    write_training_state(store.get_folder(10), state)
     checkpoint = store.load_newest(pytest.fail)
 
     assert checkpoint is not None

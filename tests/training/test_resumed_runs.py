@@ -21,7 +21,11 @@ from helpers.tiny_options import (
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.flags import to_flags
-from modeling_vitcls.training.checkpoints import CheckpointStore, format_state, read_training_state
+from modeling_vitcls.training.checkpoints import (
+    CheckpointStore,
+    read_training_state,
+    write_training_state,
+)
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.run_folder import take_derived_values
 
@@ -57,10 +61,10 @@ def killed(whole: Path, tmp_path: Path) -> Path:
 
 def change_metadata(folder: Path, **changes: Any) -> None:
     """Change the metadata of the checkpoint of step 2."""
-    file = folder / "checkpoints" / "step-00000002" / "state.json"
-    state = read_training_state(file.parent)
+    checkpoint = folder / "checkpoints" / "step-00000002"
+    state = read_training_state(checkpoint)
     state["metadata"] |= changes
-    file.write_text(format_state(state), encoding="utf-8")
+    write_training_state(checkpoint, state)
 
 
 # Results ------------------------------------------------------------------------------------------
