@@ -58,7 +58,7 @@ NUM_NAMED_PAIRS = 3
 MIN_SHARE = 0.05  # Part of the photos from which a run says that it has kept scenes together
 
 
-def describe_photos(features: Features) -> np.ndarray:
+def compute_vectors(features: Features) -> np.ndarray:
     """Compute vectors [N, F] whose products are cosines, the mean over the tokens."""
     tokens = features.get_tokens()
     earliest = min(layer for layer, _ in tokens)
@@ -95,7 +95,7 @@ def measure_limit(
 
 def compute_limit(features: Features, own: Features, mirrored: Features) -> float:
     """Compute the limit from some photos and their mirror images, in the same order."""
-    cosines = (describe_photos(own) * describe_photos(mirrored)).sum(axis=1)
+    cosines = (compute_vectors(own) * compute_vectors(mirrored)).sum(axis=1)
     mirror_distance = float(1 - np.median(cosines))
     limit = 0.0
     for part in MIRROR_PARTS:
@@ -117,7 +117,7 @@ def are_distinct(features: Features, scenes: np.ndarray, limit: float, min_contr
     only to their neighbors, and photos of other scenes are far away.
     """
     sample = np.random.RandomState(0).permutation(len(scenes))[:MAX_COMPARED]
-    distances = cosine_distances(describe_photos(features)[sample])
+    distances = cosine_distances(compute_vectors(features)[sample])
     is_same = scenes[sample, None] == scenes[sample]
     within = distances[is_same & ~np.eye(len(sample), dtype=bool)]
     if not len(within):
@@ -135,7 +135,7 @@ def are_distinct(features: Features, scenes: np.ndarray, limit: float, min_contr
 
 def find_pairs(features: Features, max_distance: float) -> tuple[np.ndarray, np.ndarray]:
     """Find near photos: pairs [P, 2] of rows, the nearest pair first, and their cosine distances [P]."""
-    vectors = describe_photos(features)
+    vectors = compute_vectors(features)
     num_neighbors = min(NUM_NEIGHBORS, len(vectors) - 1)
     if not num_neighbors:  # A photo alone
         return np.zeros((0, 2), int), np.zeros(0)
@@ -268,7 +268,7 @@ def read_scenes(folder: ModelFolder) -> dict[str, TrainedScenes]:
 
 def encode_photos(features: Features) -> np.ndarray:
     """Project the vectors of photos on random directions: [N, NUM_PROJECTIONS] int8."""
-    vectors = describe_photos(features)
+    vectors = compute_vectors(features)
     # The old generator, because its numbers will stay the same.
     directions = np.random.RandomState(0).normal(size=(vectors.shape[1], NUM_PROJECTIONS))
     codes = (CODE_SCALE * vectors @ directions).clip(-127, 127)
