@@ -1,7 +1,7 @@
 """The frozen encoder of a run: the features of its images, and a model with classifiers of them.
 
     images -> encode: geometry, features, scenes -> EncodedImages -> the run divides the images
-    training and held-out images -> fit: classifiers (heads.py), which choose layers and tokens -> FrozenModel
+    training and held-out images -> fit: the classifier of each task (heads.py), which chooses layers and tokens
 
 The features are described in frozen/features.py. A frozen run saves the classifiers, fitted to
 every label, and their temperatures come from the images that each fold leaves out. Steps start from
@@ -92,23 +92,6 @@ class EncodedImages:
         num_unreadable = int(np.isin(self.indices, indices).sum()) - len(rows)
         rows = rows[put_first(self.features.labels[rows], MAX_CHOICE_IMAGES)]
         return replace(self.features.take(rows), num_unreadable=num_unreadable)
-
-
-@dataclass(frozen=True)
-class FrozenModel:
-    """The classifiers of a frozen encoder.
-
-    Attributes:
-        heads: the classifier of each task.
-        record: what was chosen, for results.json.
-        trained_scenes: recognizes photos of the scenes that trained it.
-        in_trained_scenes: names of the held-out photos of such a scene.
-    """
-
-    heads: dict[str, FrozenHead]
-    record: dict[str, Any]
-    trained_scenes: TrainedScenes
-    in_trained_scenes: list[str]
 
 
 @dataclass(frozen=True)
@@ -333,13 +316,18 @@ class FrozenEncoder:
 
     def fit(
         self, images: EncodedImages, data: TrainingData, warn: Callable[[str], None]
-    ) -> FrozenModel:
+    ) -> tuple[dict[str, FrozenHead], dict[str, Any], TrainedScenes, list[str]]:
         """Choose and fit the classifiers, and set the geometry and the pooling that they read.
 
         Args:
             images: the images before they were divided.
             data: the images.
             warn: prints a warning about an unreadable image of a held-out split.
+
+        Returns:
+            The classifier of each task; the record of what was chosen, for results.json; what
+            recognizes photos of the scenes that trained them; and the names of the held-out photos
+            of such a scene.
         """
         start_time = time.perf_counter()
         train = images.select(data.train_indices)
@@ -370,7 +358,7 @@ class FrozenEncoder:
             size = get_output_size(self.processor, config.image_height_width)
             tasks = split_tasks(sample, self.label_space)
             record["border"] = measure_border(frozen, tasks, config.get_grid_size(size))
-        return FrozenModel(frozen, record, trained_scenes, trained_scenes.recognize(held_out))
+        return frozen, record, trained_scenes, trained_scenes.recognize(held_out)
 
     def fit_probes(self, features: Features) -> dict[str, LinearProbe]:
         """Choose and fit the classifier of each task, with the settings of the user.

@@ -50,14 +50,14 @@ def run_frozen(
     encoder = inputs.frozen_encoder
     assert encoder is not None, "only a run with a frozen encoder can be frozen"
     assert images is not None, "a frozen run is not resumed"
-    frozen = encoder.fit(images, data, reporter.warn)
+    heads, record, trained_scenes, in_trained_scenes = encoder.fit(images, data, reporter.warn)
     # Everything below is measured with the heads in the model, which are what the folder will
     # contain.
-    encoder.set_frozen(frozen.heads)
+    encoder.set_frozen(heads)
     measured = []
     task_metrics = {}
     calibration_texts = {}
-    for task, head in frozen.heads.items():
+    for task, head in heads.items():
         (calibration, text), predictions = measure_head(encoder.model, head)
         calibration_texts[task] = text
         task_metrics[task] = NOTHING_MEASURED if predictions is None else predictions.metrics
@@ -71,9 +71,9 @@ def run_frozen(
     # Every task has the features of the same pass.
     features = head.features
     num_training_images = len(data.train) - features.num_unreadable
-    lines = describe_frozen(frozen.record)
+    lines = describe_frozen(record)
     lines["calibration"] = join_texts(calibration_texts)
-    results: dict[str, Any] = {"frozen": frozen.record}
+    results: dict[str, Any] = {"frozen": record}
     nearest_images = None
     if task == "":  # The only one
         metrics = task_metrics[task]
@@ -88,7 +88,7 @@ def run_frozen(
             nearest_images = head.find_nearest_images(predictions.list_wrong())
     else:
         calibration = predictions = None  # Tasks have no common ones
-        metrics = join_task_metrics(frozen.heads, task_metrics, data)
+        metrics = join_task_metrics(heads, task_metrics, data)
 
     is_cross_validated = any(each.num_folds for each in measured)
     return Outcome(
@@ -99,11 +99,11 @@ def run_frozen(
         num_training_images=num_training_images,
         calibration=calibration,
         predictions=predictions,
-        seconds=frozen.record["seconds"],
+        seconds=record["seconds"],
         nearest_images=nearest_images,
         num_unreadable=features.num_unreadable,
-        trained_scenes=frozen.trained_scenes,
-        in_trained_scenes=frozen.in_trained_scenes,
+        trained_scenes=trained_scenes,
+        in_trained_scenes=in_trained_scenes,
         missing_reason=inputs.images.missing_reason or explain_missing_result(images.scenes),
         results=results,
         lines=lines,

@@ -256,16 +256,16 @@ def start_steps(
 
     start = measure_initial_classifier(inputs, data)
     if encoder is not None and images is not None:
-        frozen = encoder.fit(images, data, ignore_message)
-        for head in frozen.heads.values():
+        heads, record, _, in_trained_scenes = encoder.fit(images, data, ignore_message)
+        for head in heads.values():
             head.copy_to(encoder.model)
-        reporter.print_lines(describe_frozen(frozen.record))
+        reporter.print_lines(describe_frozen(record))
         start |= {
-            "frozen": frozen.record,
+            "frozen": record,
             "groups": images.groups.tolist(),
-            "in_trained_scenes": frozen.in_trained_scenes,
+            "in_trained_scenes": in_trained_scenes,
         }
-        measured = [head for head in frozen.heads.values() if head.held_out is not None]
+        measured = [head for head in heads.values() if head.held_out is not None]
         if measured:
             metric = inputs.selection_metric
             values = [
@@ -273,7 +273,7 @@ def start_steps(
                 for head in measured
             ]
             start["before_steps"] = {metric: compute_mean(values)}
-        if "" in frozen.heads and measured:
+        if "" in heads and measured:
             # Pairs, because the keys of JSON are texts
             nearest = measured[0].find_nearest_images(np.arange(len(data.held_out)))
             start["nearest_images"] = list(nearest.items())

@@ -360,7 +360,7 @@ def test_the_probe_chooses_what_the_user_has_not_set(
     encoder_of_run = prepared.inputs.frozen_encoder
     warn = prepared.reporter.warn
     images = encoder_of_run.encode(prepared.data.train, warn, 64, is_divided=False)
-    record = encoder_of_run.fit(images, prepared.data, warn).record
+    _, record, *_ = encoder_of_run.fit(images, prepared.data, warn)
     assert {row["pooling"] for row in record["candidates"]} == tokens
     assert record["num_training_images"] == 64
 
