@@ -44,7 +44,7 @@ class TorchDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         pixels = torch.from_numpy(np.array(make_image(index))).permute(2, 0, 1)
-        return pixels / 255, index % 2
+        return pixels / 255.3, index % 2  # Floats are rounded to 256 levels
 
 
 def build(kind: str, folder: Path) -> Any:

@@ -350,15 +350,6 @@ def test_without_rgb_an_image_keeps_its_own_channels(backend: type) -> None:
         assert get_raw_values(backend, source, do_convert_rgb=False).shape == (5, 6, expected), name
 
 
-def test_a_gray_model_gets_one_channel(backend: type) -> None:
-    processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
-    arrays = [np.zeros((8, 8)), np.linspace(0.9985, 1, 64).reshape(8, 8)]
-    digits = [build_gradient().convert("L"), build_gradient().convert("LA"), *arrays]
-    pixel_values = processor(digits, return_tensors="pt").pixel_values
-    assert pixel_values.shape == (4, 1, 28, 28)
-    assert pixel_values[2:].flatten(1).unique(dim=1).tolist() == [[-1], [1]]
-
-
 @pytest.mark.parametrize("kind", [encode_image, np.array, lambda image: image, torch.from_numpy])
 def test_color_images_become_gray_for_a_gray_model(backend: type, kind: Any) -> None:
     """The gray levels are those of PIL, also in the second call, which may take the fast path."""
