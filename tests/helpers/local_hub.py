@@ -64,20 +64,15 @@ class StoredFile:
     is_lfs: bool
 
 
-@dataclass(frozen=True)
-class Commit:
-    """The message of a commit and its files, by path."""
-
-    message: str
-    files: dict[str, StoredFile]
+Files = dict[str, StoredFile]  # Of a commit, by path
 
 
 @dataclass
 class Repository:
-    """All commits, by hash, and the branches."""
+    """The files of all commits, by hash, and the branches."""
 
     private: bool
-    commits: dict[str, Commit] = field(default_factory=dict)
+    commits: dict[str, Files] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
     def resolve(self, revision: str) -> str | None:
@@ -85,13 +80,11 @@ class Repository:
         revisions = self.branches | {commit: commit for commit in self.commits}
         return revisions.get(revision)
 
-    def commit(self, branch: str, message: str, files: dict[str, StoredFile]) -> str:
+    def commit(self, branch: str, files: Files) -> str:
         """Add a commit to a branch and return its hash."""
-        content = repr(
-            (self.branches.get(branch), message, len(self.commits), sorted(files.items()))
-        )
+        content = repr((self.branches.get(branch), len(self.commits), sorted(files.items())))
         name = hashlib.sha1(content.encode()).hexdigest()
-        self.commits[name] = Commit(message, files)
+        self.commits[name] = files
         self.branches[branch] = name
         return name
 
@@ -146,12 +139,12 @@ class LocalHub:
         content = self.contents[sha256]
         self.contents[sha256] = content[:-1] + bytes([content[-1] ^ 1])
 
-    def files(self, repo_id: str, revision: str = "main") -> dict[str, StoredFile]:
+    def files(self, repo_id: str, revision: str = "main") -> Files:
         """Return the files of a commit."""
         repository = self.repositories[repo_id]
         commit = repository.resolve(revision)
         assert commit is not None, f"{repo_id} has no revision {revision}"
-        return repository.commits[commit].files
+        return repository.commits[commit]
 
     def read(self, repo_id: str, file: str, revision: str = "main") -> bytes:
         """Return the content of a file."""
@@ -179,9 +172,7 @@ class LocalHub:
         """Create a repository with one commit."""
         repository = Repository(private)
         files = {".gitattributes": GIT_ATTRIBUTES} if files is None else files
-        repository.commit(
-            "main", "initial commit", {path: self.store(path, data) for path, data in files.items()}
-        )
+        repository.commit("main", {path: self.store(path, data) for path, data in files.items()})
         self.repositories[repo_id] = repository
         return repository
 

@@ -18,7 +18,7 @@ import yaml
 
 
 if TYPE_CHECKING:
-    from helpers.local_hub import Commit, LocalHub, Repository, Token
+    from helpers.local_hub import Files, LocalHub, Repository, Token
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ PREFIXES = {"model": "", "space": "spaces/"}
 # Revisions ---------------------------------------------------------------------------------------
 
 
-def get_commit(repository: "Repository", revision: str) -> tuple[str, "Commit"]:
-    """Return the hash and the commit of a revision."""
+def get_commit(repository: "Repository", revision: str) -> tuple[str, "Files"]:
+    """Return the hash and the files of a revision."""
     name = repository.resolve(revision)
     if name is None:
         raise ErrorResponse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -160,7 +160,7 @@ def create_branch(request: Request) -> Response:
 def repository_info(request: Request) -> Response:
     """Return information about a revision."""
     repository = request.get_readable()
-    name, commit = get_commit(repository, request.names["revision"] or "main")
+    name, files = get_commit(repository, request.names["revision"] or "main")
     repo_id = "/".join(request.names["repo"].split("/")[-2:])
     return Response(
         {
@@ -168,18 +168,18 @@ def repository_info(request: Request) -> Response:
             "sha": name,
             "private": repository.private,
             "gated": "auto" if request.names["repo"] in request.hub.gated else False,
-            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
+            "siblings": [{"rfilename": path} for path in sorted(files)],
         }
     )
 
 
 def tree(request: Request) -> Response:
     """Return all files below a folder, with their hashes."""
-    _, commit = get_commit(request.get_readable(), request.names["revision"])
+    _, files = get_commit(request.get_readable(), request.names["revision"])
     folder = request.names["folder"]
     start = folder and f"{folder}/"
     entries = []
-    for path, file in sorted(commit.files.items()):
+    for path, file in sorted(files.items()):
         entry: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
         if file.is_lfs:
             entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 130}
@@ -192,12 +192,12 @@ def tree(request: Request) -> Response:
 
 def resolve(request: Request) -> Response:
     """Return the content of a file, or the address of an LFS file in the storage."""
-    name, commit = get_commit(request.get_readable(), request.names["revision"])
+    name, files = get_commit(request.get_readable(), request.names["revision"])
     if request.names["repo"] in request.hub.gated:
         raise ErrorResponse(
             403, f"Access to model {request.names['repo']} is restricted", "GatedRepo"
         )
-    file = commit.files.get(request.names["file"])
+    file = files.get(request.names["file"])
     if file is None:
         raise ErrorResponse(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": name})
     headers = {"X-Repo-Commit": name, "ETag": f'"{file.oid}"'}
@@ -223,10 +223,10 @@ def stored_object(request: Request) -> Response:
 
 def preupload(request: Request) -> Response:
     """Return for each file whether it is an LFS file, and the hash of the file in the branch."""
-    _, commit = get_commit(request.get_writable(), request.names["revision"])
+    _, files = get_commit(request.get_writable(), request.names["revision"])
     entries = []
     for path in (file["path"] for file in request.json()["files"]):
-        there = commit.files.get(path)
+        there = files.get(path)
         entries.append(
             {
                 "path": path,
@@ -270,14 +270,12 @@ def make_commit(request: Request) -> Response:
     repository = request.get_writable()
     branch = request.names["revision"]
     changes = [json.loads(line) for line in request.body.splitlines()]
-    parent, commit = get_commit(repository, branch)
-    files = dict(commit.files)
-    header: dict[str, Any] = {}
+    parent, before = get_commit(repository, branch)
+    files = dict(before)
     for change in changes:
         value = change["value"]
         match change["key"]:
             case "header":
-                header = value
                 if value.get("parentCommit", parent) != parent:
                     raise ErrorResponse(
                         412, "A commit has happened since. Please refresh and try again."
@@ -292,7 +290,7 @@ def make_commit(request: Request) -> Response:
                 )
             case "deletedFile":
                 del files[value["path"]]
-    name = repository.commit(branch, header["summary"], files)
+    name = repository.commit(branch, files)
     return Response(
         {
             "success": True,

@@ -108,7 +108,7 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     commit = repository.branches["main"]
 
     repository.commit(
-        "main", "broken", hub.files("them/dino") | {"config.json": hub.store("config.json", b"{}")}
+        "main", hub.files("them/dino") | {"config.json": hub.store("config.json", b"{}")}
     )
     assert (
         run_in_process(
@@ -202,7 +202,7 @@ def test_a_pinned_model_of_timm_loads_from_the_cache(
     commit = repository.branches["main"]
     assert convert_checkpoint("timm:hf-hub:ann/vit", tmp_path / "mine")["source_revision"] == commit
 
-    repository.commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
+    repository.commit("main", {"config.json": hub.store("config.json", b"{}")})
     lose_hub(hub, monkeypatch)
     convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
     for source in ("timm:hf-hub:ann/none", "timm:vit_tiny_patch16_224"):
@@ -255,8 +255,8 @@ def test_given_revisions_and_the_newest_are_used_and_found_in_the_cache(
 ) -> None:
     repository = hub.repositories["ann/model"]
     old = repository.branches["main"]
-    files = repository.commits[old].files | {"config.json": hub.store("config.json", b"1")}
-    newest = repository.commit("main", "newer", files)
+    files = repository.commits[old] | {"config.json": hub.store("config.json", b"1")}
+    newest = repository.commit("main", files)
 
     for lose_hub in (None, stop_hub, go_offline):
         if lose_hub is not None:
@@ -293,7 +293,7 @@ def test_an_old_revision_of_pickled_weights_is_downloaded(hub: LocalHub) -> None
     files = {"config.json": b"{}", "pytorch_model.bin": b"pickled"}
     repository = hub.create("ann/old", files=files)
     old = repository.branches["main"]
-    repository.commit("main", "newer", {"config.json": hub.store("config.json", b"{}")})
+    repository.commit("main", {"config.json": hub.store("config.json", b"{}")})
     folder = Path(loading.get_external_model_folder(f"ann/old@{old}"))
     assert (folder / "pytorch_model.bin").read_bytes() == b"pickled"
     assert get_cached_commit(str(folder)) == old

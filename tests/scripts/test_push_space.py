@@ -18,7 +18,7 @@ from scripts.space.space import find_published_model
 
 def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> None:
     first = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine").sha
-    newest = hub.repositories["ann/mine"].commit("main", "again", hub.files("ann/mine"))
+    newest = hub.repositories["ann/mine"].commit("main", hub.files("ann/mine"))
     photos = (tmp_path / "a" / "photo.png", tmp_path / "b" / "photo.png")  # equal names
     for photo in photos:
         photo.parent.mkdir()
