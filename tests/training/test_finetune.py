@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -40,7 +41,6 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     verify_unchanged,
 )
-from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.sampling import compute_class_weights
 from modeling_vitcls.evaluation.evaluator import Evaluator
 from modeling_vitcls.hub.model_files import hash_weights
@@ -260,15 +260,16 @@ def test_the_losses_of_classes_are_weighted_on_request(tmp_path: Path) -> None:
     weights = compute_class_weights(run.data.train.labels, 2)
     logits = torch.randn(6, 2)
     labels = torch.tensor([0, 1, 1, 0, 1, 1])
+    outputs = SimpleNamespace(logits=logits, cls_logits=logits, distillation_logits=None)
     objective = build_objective(
         run.options,
         run.data,
         teacher=None,
-        normalize=Normalizer(run.inputs.processor, torch.device("cpu")),
+        normalize=Mock(),
         accelerator=run.reporter.accelerator,
     )
-    expected = compute_single_label_loss(logits, labels, 0.1, weights)
-    assert torch.equal(objective.label_loss(logits, labels), expected)
+    losses = objective(Mock(return_value=outputs), {"pixels": None, "labels": labels})
+    assert torch.equal(losses["loss"], compute_single_label_loss(logits, labels, 0.1, weights))
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:
