@@ -169,10 +169,9 @@ def read_answer(row: dict[str, Any], columns: Any) -> dict[str, float] | str:
         row: The row of a photo, as in `vitcls predict --top-k`.
         columns: The columns of the task (inference/prediction_rows.py).
     """
-    from ..inference.prediction_rows import name_column
     from ..runtime.errors import format_name_list
 
     labels = columns.read(row)
-    if not labels or row.get(name_column(columns.task, "unknown")):
+    if not labels or row.get(columns.name_column("unknown")):
         return f"{NONE_OF_THESE}: {format_name_list(columns.head.labels, MAX_NAMES)}"
     return dict(labels)

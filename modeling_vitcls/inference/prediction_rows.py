@@ -51,24 +51,28 @@ def get_logits_by_task(outputs: Any) -> Outputs:
     return {**by_task, **(getattr(outputs, "task_logits", None) or {})}
 
 
-def name_column(task: str, name: str) -> str:
-    """Name a column of a task. The task of a classifier has an empty name."""
-    return f"{task}_{name}" if task else name
-
-
 @dataclass(frozen=True)
-class OneLabelColumns:
-    """The columns of the most probable labels of a task, of which an image has one.
+class TaskColumns:
+    """The columns of a task.
 
     Attributes:
         task: its name; the task of a classifier has an empty name.
         head: its labels.
-        top_k: number of labels; default: one.
+        top_k: maximum number of labels of an image. Default: one or, with several labels per image,
+            all.
     """
 
     task: str
     head: ExtraHead
     top_k: int | None
+
+    def name_column(self, name: str) -> str:
+        """Name a column of the task."""
+        return f"{self.task}_{name}" if self.task else name
+
+
+class OneLabelColumns(TaskColumns):
+    """The columns of the most probable labels of a task, of which an image has one."""
 
     @property
     def names(self) -> list[tuple[str, str]]:
@@ -76,8 +80,7 @@ class OneLabelColumns:
         num_labels = min(self.top_k or 1, len(self.head.labels))
         ends = ["", *(f"_{rank}" for rank in range(2, num_labels + 1))]
         return [
-            (name_column(self.task, f"label{end}"), name_column(self.task, f"probability{end}"))
-            for end in ends
+            (self.name_column(f"label{end}"), self.name_column(f"probability{end}")) for end in ends
         ]
 
     @property
@@ -102,23 +105,13 @@ class OneLabelColumns:
         return [(row[label], row[probability]) for label, probability in self.names]
 
 
-@dataclass(frozen=True)
-class SeveralLabelsColumns:
-    """The columns of a task of which an image has any number of labels, two lists.
-
-    Attributes:
-        task, head: as in `OneLabelColumns`.
-        top_k: maximum number of labels; default: all.
-    """
-
-    task: str
-    head: ExtraHead
-    top_k: int | None
+class SeveralLabelsColumns(TaskColumns):
+    """The columns of a task of which an image has any number of labels, two lists."""
 
     @property
     def names(self) -> tuple[str, str]:
         """The columns of the labels and of their probabilities."""
-        return name_column(self.task, "labels"), name_column(self.task, "probabilities")
+        return self.name_column("labels"), self.name_column("probabilities")
 
     @property
     def types(self) -> dict[str, pa.DataType]:
