@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor
 
 
@@ -74,11 +75,9 @@ def compute_class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
 
     A class without images has weight 0.
     """
-    class_counts = torch.bincount(torch.tensor(labels), minlength=num_classes)
-    is_present = class_counts > 0
-    return torch.where(
-        is_present, class_counts.sum() / (is_present.sum() * class_counts.clamp(min=1)), 0.0
-    )
+    weights = torch.zeros(num_classes)
+    weights[labels] = torch.from_numpy(compute_sample_weight("balanced", labels)).float()
+    return weights
 
 
 # Batches ------------------------------------------------------------------------------------------
@@ -109,12 +108,10 @@ class BatchPlan:
         for step in range(first_step, self.num_steps):
             for batch_index in range(self.accumulation_steps):
                 start = (batch_index * self.num_processes + process_index) * self.batch_size
-                yield [
-                    self.compute_key(step, position)
-                    for position in range(start, start + self.batch_size)
-                ]
-
-    def compute_key(self, step: int, position: int) -> ImageKey:
-        """Compute the key of the image at a position in a step."""
-        epoch, position_in_epoch = divmod(step * self.images_per_step + position, self.num_images)
-        return epoch, int(shuffle_indices(self.num_images, self.seed, epoch)[position_in_epoch])
+                start += step * self.images_per_step
+                keys = []
+                for position in range(start, start + self.batch_size):
+                    epoch, place = divmod(position, self.num_images)
+                    order = shuffle_indices(self.num_images, self.seed, epoch)
+                    keys.append((epoch, int(order[place])))
+                yield keys
