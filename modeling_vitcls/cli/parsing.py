@@ -194,33 +194,31 @@ def check_outputs(options: Options) -> None:
     """Raise ValueError if an output cannot be written, before libraries are imported."""
     for name in ("output_dir", "output", "per_image"):
         output = getattr(options, name, None)
-        if output is not None:
-            check_writable(name, output)
-
-
-def check_writable(name: str, output: Path) -> None:
-    """Raise ValueError if a file or folder cannot be written, before the work is done."""
-    # Python reads bytes of file names that are not UTF-8 as surrogates
-    if str(output).encode(errors="ignore").decode() != str(output):
-        raise ValueError(f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one")
-    output = output.absolute()
-    for path in (output, *output.parents):
-        # Such as a disk that is not mounted
-        if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110
+        if output is None:
+            continue
+        # Python reads bytes of file names that are not UTF-8 as surrogates
+        if str(output).encode(errors="ignore").decode() != str(output):
             raise ValueError(
-                f"cannot write {output}: {path} is a link to {path.readlink()}, which does not exist. "
-                f"Create it, or set a different `{name}`"
+                f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one"
             )
-    # Unlike Path.exists, os.path.exists does not raise PermissionError
-    existing = next(path for path in (output, *output.parents) if os.path.exists(path))  # noqa: PTH110
-    if existing != output and not existing.is_dir():
-        raise ValueError(
-            f"cannot write {output}: {existing} is not a folder. Set a different `{name}`"
-        )
-    if existing.is_dir() and not os.access(existing, os.W_OK):
-        raise ValueError(
-            f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
-        )
+        output = output.absolute()
+        for path in (output, *output.parents):
+            # Such as a disk that is not mounted
+            if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110
+                raise ValueError(
+                    f"cannot write {output}: {path} is a link to {path.readlink()}, which does not exist. "
+                    f"Create it, or set a different `{name}`"
+                )
+        # Unlike Path.exists, os.path.exists does not raise PermissionError
+        existing = next(path for path in (output, *output.parents) if os.path.exists(path))  # noqa: PTH110
+        if existing != output and not existing.is_dir():
+            raise ValueError(
+                f"cannot write {output}: {existing} is not a folder. Set a different `{name}`"
+            )
+        if existing.is_dir() and not os.access(existing, os.W_OK):
+            raise ValueError(
+                f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
+            )
 
 
 # Help ---------------------------------------------------------------------------------------------

@@ -76,7 +76,9 @@ def compute_class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
     A class without images has weight 0.
     """
     weights = torch.zeros(num_classes)
-    weights[labels] = torch.from_numpy(compute_sample_weight("balanced", labels)).float()
+    weights[torch.tensor(labels)] = torch.from_numpy(
+        compute_sample_weight("balanced", labels)
+    ).float()
     return weights
 
 

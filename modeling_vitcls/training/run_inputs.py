@@ -83,11 +83,9 @@ def load(
         ValueError, OSError: if data or models cannot be read or do not match the options, or the
             earlier run had other flags.
     """
-    recorded_precision = None
     if recorded is not None:
         # Derived values come from the record: this machine might derive others.
         options = take_derived_values(options, recorded)
-        recorded_precision = recorded["mixed_precision"]
     accelerator = reporter.accelerator
     state = PartialState()
 
@@ -171,7 +169,10 @@ def load(
 
     # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(
-        accelerator, options.mixed_precision, model.config, recorded_precision
+        accelerator,
+        options.mixed_precision,
+        model.config,
+        recorded["mixed_precision"] if recorded else None,
     )
     lines["device"] = f"{describe_device()}, mixed precision: {precision_text}"
     return RunInputs(

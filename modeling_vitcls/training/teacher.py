@@ -64,11 +64,8 @@ class TeacherPreprocessing:
         if pixels.is_floating_point():
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
         pixels = convert_channels(pixels, self.num_channels)
-        if pixels.shape[-2:] != self.height_width:
-            pixels = transforms.resize(
-                pixels, list(self.height_width), self.interpolation, antialias=True
-            )
-        return self.normalize(pixels)
+        size = list(self.height_width)
+        return self.normalize(transforms.resize(pixels, size, self.interpolation))
 
 
 class Teacher(nn.Module):
