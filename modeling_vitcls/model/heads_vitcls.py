@@ -270,7 +270,7 @@ def compute_classification_loss(
     labels = labels.to(logits.device)
     if logits.shape[-1] != config.num_labels:
         raise ValueError(
-            "labels require a classifier, but the model has no classifier: set num_labels"
+            f"the model has {logits.shape[-1]} outputs, but num_labels={config.num_labels}: set num_labels"
         )
 
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
