@@ -25,13 +25,12 @@ from .folder_layout import FOLDER_COLUMN, SPLIT_ORDER, find_groups, find_split_f
 
 IMAGE_SUFFIXES = frozenset(
     ".apng .avif .avifs .bmp .dib .gif .ico .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx "
-    ".mpo .pbm .pgm "
-    ".png .pnm .ppm .tif .tiff .webp".split()
+    ".mpo .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
 HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
 MNIST_REMEDY = "To read MNIST, set `dataset` to its images on the Hub, such as 'ylecun/mnist'"
-NAME_REMEDY = "Rename them, `convmv -r -f latin1 -t utf8 --notest FOLDER`, or set PYTHONUTF8=1"
+NAME_REMEDY = "Rename them: `convmv -r -f latin1 -t utf8 --notest FOLDER`"
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .ndjson .parquet .tar .tsv .zip".split())
@@ -110,8 +109,9 @@ def scan_folder(path: Path) -> ImageFolder:
     folder = ImageFolder(path)
     visited = set()
     for parent, subfolders, files in os.walk(path, onerror=stop, followlinks=True):
-        visited.add(Path(parent).resolve())
-        relative_parent = PurePosixPath(Path(parent).relative_to(path).as_posix())
+        directory = Path(parent)
+        visited.add(directory.resolve())
+        relative_parent = PurePosixPath(directory.relative_to(path).as_posix())
         if RECIPE_FILE in files or set(CONFIG_FILES) <= set(files):
             folder.skipped_folders.append(str(relative_parent))
             # The root is not skipped, but reported by `read_image_folder`: it would leave no image
@@ -120,14 +120,15 @@ def scan_folder(path: Path) -> ImageFolder:
                 subfolders.clear()
                 continue
 
-        subfolders.sort()
+        # Links come last: train is the folder itself, and test -> train has nothing of its own.
+        subfolders.sort(key=lambda name: ((directory / name).is_symlink(), name))
         unread = [
             name
             for name in subfolders
             if is_hidden(name) or name.lower().startswith(SYSTEM_PREFIXES)
         ]
         for name in unread:
-            paths = [path for path in Path(parent, name).rglob("*") if not is_hidden(path.name)]
+            paths = (directory / name).rglob("[!.]*")
             if count := sum(path.suffix.lower() in IMAGE_SUFFIXES for path in paths):
                 folder.skipped_folders.append(f"{relative_parent / name} (images: {count:,})")
         # Changed in place, because `os.walk` visits the folders that remain in this list. A folder
@@ -135,7 +136,7 @@ def scan_folder(path: Path) -> ImageFolder:
         subfolders[:] = [
             name
             for name in subfolders
-            if name not in unread and Path(parent, name).resolve() not in visited
+            if name not in unread and (directory / name).resolve() not in visited
         ]
         folder.folders.extend(str(relative_parent / name) for name in subfolders)
         for name in sorted(files):
@@ -187,7 +188,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
     warn_about_skipped(where, others, "files that are no images")
     classes = {place.label for place in places.values() if place.split and place.label}
     if use_labels:
-        warn_about_skipped(where, list_folders_without_images(folder), "folders without images")
+        warn_about_skipped(where, list_empty_folders(folder), "folders without images of their own")
         unlabeled = [image for image, place in places.items() if place.split and not place.label]
         if not classes:
             parent = folder.path / PurePosixPath(unlabeled[0]).parent
@@ -265,7 +266,7 @@ def find_repeated_names(images: Sequence[str]) -> list[str]:
 # Skipped files ------------------------------------------------------------------------------------
 
 
-def list_folders_without_images(folder: ImageFolder) -> list[str]:
+def list_empty_folders(folder: ImageFolder) -> list[str]:
     """List folders that have no image at any depth, such as a class of HEIC files."""
     # Folders with images, and those that another line names
     named = {ROOT, *folder.skipped_folders}

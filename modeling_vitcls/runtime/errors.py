@@ -29,6 +29,7 @@ REMEDIES = {
         "there is not enough memory. End other programs, raise the limit (ulimit -v), or use a "
         "smaller batch"
     ),
+    ("surrogates not allowed",): "the name of a file or folder is not valid UTF-8. Rename it",
 }
 ALL_PROCESSES_NOTE = "on all processes"  # Note that marks errors that are raised on all processes
 
@@ -36,13 +37,10 @@ ALL_PROCESSES_NOTE = "on all processes"  # Note that marks errors that are raise
 def format_error(error: BaseException) -> str:
     """Shorten the message of an error to one line of at most `MAX_MESSAGE_LENGTH` characters.
 
-    Invalid bytes in file names are replaced. If there is no message, the name of the error type is
-    returned.
+    Characters that cannot be printed, such as invalid bytes in file names, are replaced. If there is
+    no message, the name of the error type is returned.
     """
-    message = (
-        " ".join(str(error).split()).encode("utf-8", errors="replace").decode()
-        or type(error).__name__
-    )
+    message = replace_control_characters(" ".join(str(error).split())) or type(error).__name__
     return (
         message if len(message) <= MAX_MESSAGE_LENGTH else f"{message[: MAX_MESSAGE_LENGTH - 3]}..."
     )

@@ -95,7 +95,7 @@ def check_output_is_empty(output: Path, parameter: str = "output") -> None:
     is_unfinished = STAGING_FOLDER in names and LAST_FILE not in names
     if names - {LOCK_FILE} and not is_unfinished:
         raise ValueError(
-            f"{output} exists and is not empty. Set a different `{parameter}`, or remove {output}"
+            f"{output} exists and is not empty. Set a different `{parameter}`, or move {output} away"
         )
 
 

@@ -155,7 +155,7 @@ def test_folders_with_names_that_are_not_text_have_a_remedy(
     with raises_one_line("only contains no images", "convmv -r -f latin1 -t utf8"):
         read_training_data(tmp_path / "only")
     assert read(tmp_path / "some") == {"train": {"cat": ["cat/3.png"]}}
-    assert f"skipped folders without images (1): caf\ufffd. {NAME_REMEDY}" in caplog.text
+    assert f"images of their own (1): caf\ufffd. {NAME_REMEDY}" in caplog.text
 
 
 def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
@@ -176,6 +176,12 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
         assert read(folder) == {
             "train": {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/1.png"]}
         }
+
+
+def test_a_split_that_is_a_link_to_another_one_has_no_images(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"train/cat": 1})
+    (tmp_path / "test").symlink_to("train")
+    assert read(tmp_path) == {"train": {"cat": ["train/cat/0.png"]}}
 
 
 # Folders as programs and people leave them --------------------------------------------------------
@@ -467,5 +473,5 @@ def test_folders_without_readable_images_are_named(
     write_photos(tmp_path / "train", range(3))
     write_files(tmp_path, "train/shoes/2024/a.nef", "test/shoes/b.nef", content=b"1")
     read_training_data(tmp_path)
-    assert "skipped folders without images (2): test, train/shoes" in caplog.text
+    assert "skipped folders without images of their own (2): test, train/shoes" in caplog.text
     assert "no images (2): test/shoes/b.nef, train/shoes/2024/a.nef" in caplog.text

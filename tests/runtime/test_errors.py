@@ -11,7 +11,7 @@ from modeling_vitcls.runtime.errors import format_error, is_raised_on_all_proces
     [
         ("a\n  b\tc ", "a b c"),
         ("", "ValueError"),
-        ("\udcff.png", "?.png"),
+        ("\udcff.png", "\ufffd.png"),
         ("x" * 400, "x" * 400),
         ("x" * 401, "x" * 397 + "..."),
     ],
