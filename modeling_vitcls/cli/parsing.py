@@ -52,7 +52,8 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Any]:
     """
     name, *flags = arguments
     if name not in COMMANDS:
-        print_commands(arguments)
+        # tyro would explain each flag of an unknown command.
+        print_commands(arguments[: 1 + name.startswith("--tyro")])
     options_class = get_options_class(name)
 
     with exit_on_error(options_class, status=2):

@@ -121,7 +121,7 @@ def read_recipe(path: Path, options_class: type[Options]) -> dict[str, Any]:
     fields = get_flag_fields(options_class)
     values: dict[str, Any] = {}
     for key, value in recipe.items():
-        name = str(key).replace("-", "_")
+        name = str(key).lstrip("-").replace("-", "_")
         if name not in fields:
             raise ValueError(f"{file}: {describe_unknown_flag(str(key), fields)}")
         # a flag without a value keeps its default

@@ -83,8 +83,8 @@ class ViTCLSPatchEmbeddings(nn.Module):
         """
         if pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, "
-                "channels, height, width]"
+                f"pixel_values has shape {tuple(pixel_values.shape)}: pass one or more "
+                "images, [batch, channels, height, width]"
             )
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:

@@ -157,8 +157,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         if is_valid_image(images):
             return images
         raise ValueError(
-            f"cannot use {type(images).__name__} as an image: pass a path, URL, bytes, PIL image, "
-            "array or tensor"
+            f"cannot use {type(images).__name__} as an image: pass a path, bytes, PIL image, array "
+            "or tensor"
         )
 
     def process_image(

@@ -101,7 +101,7 @@ def test_errors_of_recipes_are_one_line(content: bytes, words: list[str], tmp_pa
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("nosuch", ["nosuch", "finetune"]),
+        ("nosuch --model m", ["options: nosuch. Available", "finetune"]),
         (f"finetune {RUN} --lr 3", ["--lr", "Did you mean --learning-rate?"]),
         (f"finetune {RUN} --learning-rat 3", ["--learning-rat", "Did you mean --learning-rate?"]),
         ("finetune --datset d --model m", ["no flag --datset", "Did you mean --dataset?"]),
