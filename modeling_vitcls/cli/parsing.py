@@ -192,13 +192,28 @@ def check_flags(
 
 
 def check_outputs(options: Options) -> None:
-    """Raise ValueError if an output cannot be written, before libraries are imported."""
+    """Raise ValueError if an output cannot be written, or is an input, before libraries are imported."""
+    values = (*vars(options).values(), *getattr(options, "paths", ()))
+    named = [Path(str(value)).resolve() for value in values]
     for name in ("output_dir", "output", "per_image"):
         output = getattr(options, name, None)
-        if output is None:
-            continue
-        # Python reads bytes of file names that are not UTF-8 as surrogates
-        if str(output).encode(errors="ignore").decode() != str(output):
+        if output is not None:
+            check_writable(name, output)
+            if output.is_file() and named.count(output.resolve()) > 1:
+                raise ValueError(
+                    f"`{name}` would replace {output}, which is an input. Set another one"
+                )
+
+
+def check_writable(name: str, output: Path) -> None:
+    """Raise ValueError if a file or folder cannot be written, before the work is done."""
+    # Python reads bytes of file names that are not UTF-8 as surrogates
+    if str(output).encode(errors="ignore").decode() != str(output):
+        raise ValueError(f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one")
+    output = output.absolute()
+    for path in (output, *output.parents):
+        # Such as a disk that is not mounted
+        if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110
             raise ValueError(
                 f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one"
             )

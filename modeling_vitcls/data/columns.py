@@ -517,7 +517,7 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
         images = images.cast_column(column, datasets.Value("binary"))
     if is_encoded:
         images = images.cast_column(column, datasets.Image(decode=False))
-    elif not hasattr(feature, "dtype"):
+    elif type(feature).__name__ != "Value":
         raise ValueError(
             f"{name}: the column {column!r} has lists or objects ({feature}). Write one image or file name "
             "into each row, or set `image_column`"

@@ -94,7 +94,12 @@ def find_split_folders(root: Path, images: Sequence[str], has_classes: bool) -> 
         if path:
             paths.setdefault(path[0], []).append(path)
 
-    splits = {name: split for name in paths if (split := SPLIT_BY_FOLDER_NAME.get(name.lower()))}
+    splits = {
+        name: split
+        for name in paths
+        # Without the year, as in COCO's train2017
+        if (split := SPLIT_BY_FOLDER_NAME.get(re.sub(r"20\d\d$", "", name.lower())))
+    }
     if len(splits) == len(paths):
         return splits
 

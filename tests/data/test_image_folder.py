@@ -87,7 +87,7 @@ def test_split_folders_are_recognized_in_any_case_but_not_among_their_classes(
     ("folders", "words"),
     [
         (["train/cat", "test/cat", "extra/cat"], ["'test'", "'extra'", "rename"]),
-        (["train"], ["photos/train", "no class folders", "set `dataset` to a table"]),
+        (["train2017", "val2017"], ["train2017", "no class folders", "set `dataset` to a table"]),
         (["packed/cat"], ["the single class 'packed'", "set `dataset` to it"]),
     ],
 )

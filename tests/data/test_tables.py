@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pytest
 from helpers.photo_folders import draw_noise, encode_image, get_unicode_forms, write_files
@@ -248,8 +249,16 @@ def test_the_name_of_a_task_that_cannot_be_one_is_named_before_the_run(photos: P
         read_splits_of(table, label_column=("label", "main color"))
 
 
-def test_a_column_of_several_images_per_row_is_one_line() -> None:
-    table = datasets.Dataset.from_dict({"images": [["1.png", "2.png"]], "label": ["a"]})
+@pytest.mark.parametrize(
+    ("cell", "kind"),
+    [
+        (["1.png", "2.png"], datasets.List(datasets.Value("string"))),
+        (np.zeros((8, 8, 3)), datasets.Array3D((8, 8, 3), "uint8")),
+    ],
+)
+def test_a_column_of_lists_or_arrays_is_one_line(cell: Any, kind: Any) -> None:
+    features = datasets.Features(images=kind, label=datasets.Value("string"))
+    table = datasets.Dataset.from_dict({"images": [cell], "label": ["a"]}, features)
     with raises_one_line("the column 'images' has lists or objects"):
         read_splits_of(add_dataset(table))
 
