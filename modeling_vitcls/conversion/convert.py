@@ -104,6 +104,10 @@ def convert_to_native(source_name: str, output: Path) -> Report:
             )
         if not folder.has_processor:
             native.notes.append("neither model has an image processor")
+        if model.config.class_statistics:
+            native.notes.append(
+                "the classes of transformers return no `distance`, so no photo is `unknown`"
+            )
         return write_parity_report(
             output_folder,
             source_name,

@@ -776,17 +776,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """Whether the last layer can compute only the first tokens: not with flash attention."""
         return self._attn_implementation in (None, "sdpa", "eager")
 
-    @property
-    def num_head_tokens(self) -> int | None:
-        """The number of leading tokens that the classifiers read; None if they read all.
-
-        In the last layer, a classifier computes only these tokens unless `compute_all_tokens` is
-        True.
-        """
-        if self.pooling != "cls" or not self.can_trim_last_layer:
-            return None
-        return self.num_cls_tokens + self.num_distillation_tokens * self.has_distillation_head
-
     def task_labels(self) -> dict[str, list[str]]:
         """List the label names of each task, sorted by task name. Task i uses CLS token i."""
         labels_by_task: dict[str, list[str]] = {}

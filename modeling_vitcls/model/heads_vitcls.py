@@ -90,6 +90,8 @@ class AttentionPooler(nn.Module):
     `PooledMLP` can follow.
     """
 
+    pooling = "attention"
+
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         width = config.hidden_size

@@ -713,12 +713,12 @@ def count_output_tokens(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int 
 
     The last layer computes only the tokens that the heads read; the logits do not change. It
     computes all tokens if `config.compute_all_tokens` is True, if hidden states or attentions are
-    requested, or if others may read them: hooks, recorders and patched `forward` methods of the
-    encoder, its last layer, final norm or pooler, and layers of a person.
+    requested, or if others may read them: a pooler of patches, hooks, recorders and patched
+    `forward` methods of the encoder, its last layer, final norm or pooler, and layers of a person.
     """
     config = encoder.config
     # Without labels, the logits are the pooler output of the encoder, to the bit
-    if config.compute_all_tokens or not config.num_labels:
+    if config.compute_all_tokens or not config.num_labels or not config.can_trim_last_layer:
         return None
     if any(
         kwargs.get(name, getattr(config, name))
@@ -738,9 +738,12 @@ def count_output_tokens(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int 
     for part in (last_layer, encoder.layernorm, encoder.pooler):
         # torch.compile before 2.11 traces no += here
         readers = readers if part is None else [*readers, *part.modules()]
-    if any("forward" in vars(reader) or has_user_hooks(reader) for reader in readers):
-        return None
-    return config.num_head_tokens
+    for reader in readers:
+        # The pooler says what it reads: `config.pooling` may have changed since it was built.
+        reads_patches = getattr(reader, "pooling", "cls") != "cls"
+        if reads_patches or "forward" in vars(reader) or has_user_hooks(reader):
+            return None
+    return config.num_cls_tokens + config.num_distillation_tokens * config.has_distillation_head
 
 
 # Masked image modeling ----------------------------------------------------------------------------

@@ -68,7 +68,6 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(
     fields: dict[str, Any], num_read: int | None
 ) -> None:
     model = build_random(ViTCLSForImageClassification, **fields)
-    assert model.config.num_head_tokens == num_read
 
     num_tokens = model.config.token_layout.num_prefix_tokens + 16
     for implementation in ("sdpa", "eager"):
@@ -132,7 +131,16 @@ def test_requested_outputs_contain_all_tokens(output: str) -> None:
 def test_other_attention_implementations_require_all_tokens(implementation: str) -> None:
     config = build_tiny_config(**TOKENS)
     config._attn_implementation = implementation
-    assert config.num_head_tokens is None
+    assert not config.can_trim_last_layer
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "cls_mean", "attention"])
+def test_another_pooling_set_in_the_configuration_leaves_the_logits(pooling: str) -> None:
+    """The pooler was built for the first one, so the last layer must compute what it reads."""
+    model = build_random(ViTCLSForImageClassification, pooling=pooling)
+    expected = model(build_images()).logits
+    model.config.pooling = "cls"
+    assert torch.equal(model(build_images()).logits, expected)
 
 
 # Hooks --------------------------------------------------------------------------------------------
