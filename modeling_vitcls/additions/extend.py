@@ -114,7 +114,8 @@ class OldModel:
     ) -> tuple[Features, float, dict[str, Any]]:
         """Group the photos of a scene: another shot of a left-out photo would recognize it.
 
-        How near these photos are is known from the run of the model, or measured.
+        How near these photos are is known from the run of the model. Otherwise, or if the photos of
+        the run were too alike to tell scenes apart, it is measured on these photos.
 
         Returns:
             The features with these groups, the limit, and the record of `keep_together`.

@@ -35,7 +35,7 @@ from ..data.splits import connect, join_groups
 from ..hub.model_files import SCENES_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.distributed import run_on_main
-from ..runtime.errors import explain_damage, format_name_list
+from ..runtime.errors import explain_damage, format_name_list, warn_on_first_process
 from .features import FeatureLayout, Features
 
 
@@ -223,6 +223,11 @@ class TrainedScenes:
 
     def join_shots(self, features: Features) -> np.ndarray:
         """Join the groups [N] of photos with those of other shots of their scenes."""
+        if not self.max_distance:
+            warn_on_first_process(
+                "the encoder could not tell scenes apart in training, so each photo counts as a scene of its "
+                "own. If some are shots of one scene, name scenes with sub-folders or `group_column`"
+            )
         pairs, _ = find_pairs(features, self.max_distance)
         return join_groups(features.groups, connect(pairs, len(features.groups)))
 

@@ -113,7 +113,7 @@ def read_addition(record: Mapping[str, Any], name: str = "") -> Measurement:
 def state_addition(record: Mapping[str, Any]) -> str:
     """State the result of an added task or of added classes, if it was measured."""
     if "result" not in record:
-        return "not measured, because each class has one image or one scene"
+        return "not measured, because each class has one image or one group"
     return str(read_addition(record))
 
 

@@ -8,7 +8,12 @@ import pytest
 from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.frozen.features import FeatureLayout, Features
 from modeling_vitcls.frozen.linear_probe import split_folds
-from modeling_vitcls.frozen.scenes import compute_limit, describe_scenes, keep_together
+from modeling_vitcls.frozen.scenes import (
+    TrainedScenes,
+    compute_limit,
+    describe_scenes,
+    keep_together,
+)
 
 
 WIDTH = 48
@@ -54,6 +59,15 @@ def test_each_pair_with_two_labels_counts_once() -> None:
     _, record = keep_together(features, 0.02, LABELS)
     assert record["num_contradictions"] == 0
     assert len(record["pairs"]) == 1
+
+
+def test_without_a_limit_an_evaluation_says_that_shots_count_apart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    features = build_features(np.ones((3, WIDTH)), np.zeros(3))
+    groups = TrainedScenes.of(features, max_distance=0.0).join_shots(features)
+    assert len(set(groups)) == 3
+    assert "could not tell scenes apart" in caplog.text
 
 
 @pytest.mark.parametrize("width, is_told_apart", [(0.05, True), (1.0, False)])
