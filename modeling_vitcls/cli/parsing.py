@@ -193,8 +193,10 @@ def check_flags(
 
 def check_outputs(options: Options) -> None:
     """Raise ValueError if an output cannot be written, or is an input, before libraries are imported."""
-    values = (*vars(options).values(), *getattr(options, "paths", ()))
-    named = [Path(str(value)).resolve() for value in values]
+    named = [
+        Path(str(value)).resolve()
+        for value in (*vars(options).values(), *getattr(options, "paths", ()))
+    ]
     for name in ("output_dir", "output", "per_image"):
         output = getattr(options, name, None)
         if output is not None:
@@ -207,34 +209,23 @@ def check_outputs(options: Options) -> None:
 
 def check_writable(name: str, output: Path) -> None:
     """Raise ValueError if a file or folder cannot be written, before the work is done."""
-    # Python reads bytes of file names that are not UTF-8 as surrogates
-    if str(output).encode(errors="ignore").decode() != str(output):
-        raise ValueError(f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one")
+    str(output).encode()  # Raises an error for bytes that are not UTF-8: no table can have the name
     output = output.absolute()
-    for path in (output, *output.parents):
-        # Such as a disk that is not mounted
-        if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110
-            raise ValueError(
-                f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one"
-            )
-        output = output.absolute()
-        for path in (output, *output.parents):
-            # Such as a disk that is not mounted
-            if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110
-                raise ValueError(
-                    f"cannot write {output}: {path} is a link to {path.readlink()}, which does not exist. "
-                    f"Create it, or set a different `{name}`"
-                )
-        # Unlike Path.exists, os.path.exists does not raise PermissionError
-        existing = next(path for path in (output, *output.parents) if os.path.exists(path))  # noqa: PTH110
-        if existing != output and not existing.is_dir():
-            raise ValueError(
-                f"cannot write {output}: {existing} is not a folder. Set a different `{name}`"
-            )
-        if existing.is_dir() and not os.access(existing, os.W_OK):
-            raise ValueError(
-                f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
-            )
+    existing = next(path for path in (output, *output.parents) if os.path.lexists(path))
+    # Such as a disk that is not mounted. Unlike Path.exists, os.path.exists does not raise PermissionError
+    if not os.path.exists(existing):  # noqa: PTH110
+        raise ValueError(
+            f"cannot write {output}: {existing} is a link to {existing.readlink()}, which does not exist. "
+            f"Create it, or set a different `{name}`"
+        )
+    if existing != output and not existing.is_dir():
+        raise ValueError(
+            f"cannot write {output}: {existing} is not a folder. Set a different `{name}`"
+        )
+    if existing.is_dir() and not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
+        )
 
 
 # Help ---------------------------------------------------------------------------------------------

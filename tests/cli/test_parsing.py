@@ -265,8 +265,7 @@ def test_no_output_replaces_an_input(command: str, tmp_path: Path) -> None:
 def test_a_folder_that_is_not_utf_8_is_an_error_before_training() -> None:
     folder = os.fsdecode(b"out\xff")
     error = fail("finetune", *RUN.replace("-dir o", "-dir").split(), folder)
-    assert "--output-dir" in error
-    assert "UTF-8" in error
+    assert "the name of a file or folder is not valid UTF-8" in error
     assert not Path(folder).exists()
 
 
