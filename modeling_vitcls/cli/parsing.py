@@ -193,39 +193,33 @@ def check_flags(
 
 def check_outputs(options: Options) -> None:
     """Raise ValueError if an output cannot be written, or is an input, before libraries are imported."""
-    named = [
-        Path(str(value)).resolve()
-        for value in (*vars(options).values(), *getattr(options, "paths", ()))
-    ]
+    values = (*vars(options).values(), *getattr(options, "paths", ()))
+    named = [os.path.realpath(str(value)) for value in values]
     for name in ("output_dir", "output", "per_image"):
         output = getattr(options, name, None)
-        if output is not None:
-            check_writable(name, output)
-            if output.is_file() and named.count(output.resolve()) > 1:
-                raise ValueError(
-                    f"`{name}` would replace {output}, which is an input. Set another one"
-                )
-
-
-def check_writable(name: str, output: Path) -> None:
-    """Raise ValueError if a file or folder cannot be written, before the work is done."""
-    str(output).encode()  # Raises an error for bytes that are not UTF-8: no table can have the name
-    output = output.absolute()
-    existing = next(path for path in (output, *output.parents) if os.path.lexists(path))
-    # Such as a disk that is not mounted. Unlike Path.exists, os.path.exists does not raise PermissionError
-    if not os.path.exists(existing):  # noqa: PTH110
-        raise ValueError(
-            f"cannot write {output}: {existing} is a link to {existing.readlink()}, which does not exist. "
-            f"Create it, or set a different `{name}`"
-        )
-    if existing != output and not existing.is_dir():
-        raise ValueError(
-            f"cannot write {output}: {existing} is not a folder. Set a different `{name}`"
-        )
-    if existing.is_dir() and not os.access(existing, os.W_OK):
-        raise ValueError(
-            f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
-        )
+        if output is None:
+            continue
+        str(
+            output
+        ).encode()  # Raises an error for bytes that are not UTF-8: no table can have the name
+        output = output.absolute()
+        existing = next(path for path in (output, *output.parents) if os.path.lexists(path))
+        # Such as a disk that is not mounted. Path.exists may raise PermissionError
+        if not os.path.exists(existing):  # noqa: PTH110
+            raise ValueError(
+                f"cannot write {output}: {existing} is a link to {existing.readlink()}, which does not exist. "
+                f"Create it, or set a different `{name}`"
+            )
+        if existing != output and not existing.is_dir():
+            raise ValueError(
+                f"cannot write {output}: {existing} is not a folder. Set a different `{name}`"
+            )
+        if existing.is_dir() and not os.access(existing, os.W_OK):
+            raise ValueError(
+                f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
+            )
+        if output.is_file() and named.count(os.path.realpath(output)) > 1:
+            raise ValueError(f"`{name}` would replace {output}, which is an input. Set another one")
 
 
 # Help ---------------------------------------------------------------------------------------------
