@@ -150,6 +150,7 @@ def open_old_model(options: AdditionOptions) -> Iterator[OldModel]:
 def build_old_model(options: AdditionOptions, staging: Path) -> OldModel:
     """Load the old model and its image processor, and prepare passes of labeled images."""
     folder = open_vitcls(options.model)
+    folder.provenance  # noqa: B018  # It is written after the work: an error should not come so late
     if folder.architecture == "ViTCLSModel":
         # It becomes a classifier whose logits are the pooled vector.
         model = folder.load(ViTCLSForImageClassification, num_labels=0)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..hub.model_files import check_output_files
 from ..inference.options import ImageOptions, Paths
-from ..runtime.flags import Options, check_minimum, check_value
+from ..runtime.flags import Options, check_minimum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,7 @@ class LookOptions(Options):
 
     def check(self) -> None:
         super().check()
-        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        check_value(
-            self, "image_size", all(size is None or size >= 1 for size in sizes), "1 or more"
-        )
+        check_minimum(self, 1, "image_size")
         suffixes = ("", ".html", ".png", ".jpg", ".jpeg", ".webp")
         if self.output is not None and self.output.suffix.lower() not in suffixes:
             raise ValueError(

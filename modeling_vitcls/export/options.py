@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..runtime.flags import Options
+from ..runtime.flags import Options, check_minimum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +28,7 @@ class ExportOptions(Options):
     """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16"] = "float32"
     """dtype of the weights and computations. Inputs and outputs are always float32."""
+
+    def check(self) -> None:
+        super().check()
+        check_minimum(self, 1, "image_size")

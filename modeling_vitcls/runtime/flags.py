@@ -120,10 +120,12 @@ def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> No
 
 
 def check_minimum(options: Any, minimum: int, *names: str) -> None:
-    """Raise ValueError if a flag in `names` is set to a value below the minimum."""
+    """Raise ValueError if a flag in `names`, or one of its values, is set and below the minimum."""
     for name in names:
         value = getattr(options, name)
-        check_value(options, name, value is None or value >= minimum, f"{minimum} or more")
+        values = value if isinstance(value, tuple) else (value,)
+        is_valid = all(each is None or each >= minimum for each in values)
+        check_value(options, name, is_valid, f"{minimum} or more")
 
 
 def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:

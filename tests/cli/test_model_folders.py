@@ -123,6 +123,12 @@ def test_how_a_program_wanted_the_outputs_of_a_model_does_not_matter() -> None:
     assert run_here(*"evaluate --model model --dataset photos --num-workers 0".split()) == 0
 
 
+def test_a_damaged_provenance_is_an_error_before_classes_are_added() -> None:
+    Path("model", "results.json").write_text('{"provenance": {"author": 1}}')
+    error = fail(*"add-class --model model --dataset missing --output-dir new".split())
+    assert "Remove it from results.json" in error
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -122,6 +122,7 @@ def test_errors_of_recipes_are_one_line(content: bytes, words: list[str], tmp_pa
         ("push runs/mine", ["runs/mine"]),
         ("finetune --config nosuch --output-dir o", ["nosuch", "digits"]),
         ("inspect --model m", ["`images`", "--dataset"]),
+        ("export --model m --output o --image-size 0 8", ["--image-size is (0, 8)", "1 or more"]),
         ("convert --output o", ["--model"]),
     ],
 )
