@@ -84,8 +84,8 @@ def convert_to_native(source_name: str, output: Path) -> Report:
         model_class = classifier if folder.architecture == classifier.__name__ else ViTCLSModel
         model: ViTCLSPreTrainedModel = folder.load(model_class)
 
-        match = find_transformers_class(model)
-        build_transformers_model(match, model).save_pretrained(output_folder)
+        target, config, resampling = find_transformers_class(model)
+        build_transformers_model(target, config, model).save_pretrained(output_folder)
         if folder.has_processor:
             processor = folder.load_processor()
             native_processor = transformers.ViTImageProcessor(**select_settings(processor))
@@ -98,7 +98,7 @@ def convert_to_native(source_name: str, output: Path) -> Report:
         # be missed there.
         native = TransformersSource.from_name(str(output_folder))
         native.model.float()
-        if match.resampling:
+        if resampling:
             native.native_size_reason = (
                 "at other image sizes, the two models resample position embeddings differently"
             )

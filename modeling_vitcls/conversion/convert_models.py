@@ -111,13 +111,13 @@ def convert_to_transformers(
     if model.config.gated_tokens:
         model = copy.deepcopy(model)
         remove_open_gates(model)
-    match = find_transformers_class(model)
-    if match.resampling and not native_size_only:
+    target, config, resampling = find_transformers_class(model)
+    if resampling and not native_size_only:
         raise ConversionError(
-            f"{match.target} has the same outputs only at {model.config.image_size} pixels, because "
-            f"it resamples position embeddings differently: {', '.join(match.resampling)}. Set "
+            f"{target} has the same outputs only at {model.config.image_size} pixels, because "
+            f"it resamples position embeddings differently: {', '.join(resampling)}. Set "
             "`native_size_only=True` if one size is enough"
         )
-    converted = build_transformers_model(match, model)
+    converted = build_transformers_model(target, config, model)
     check_in_memory(model, TransformersSource(type(converted).__name__, "", converted, []))
     return converted

@@ -1,7 +1,8 @@
 """Convert ViTCLS models to transformers models with the same outputs.
 
     model = ViTCLSForImageClassification.from_pretrained(path)
-    built_in = build_transformers_model(find_transformers_class(model), model)
+    name, config, resampling = find_transformers_class(model)
+    built_in = build_transformers_model(name, config, model)
 
 A class in `TARGETS` supports a model if the configuration of the class, converted by
 transformers_families.py, equals the configuration of the model. If no class supports the model, the
@@ -19,7 +20,6 @@ interpolates position embeddings only from a square grid.
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,46 +115,50 @@ def build_target(name: str, config: ViTCLSConfig) -> PreTrainedModel:
 RESAMPLING_FIELDS = ("position_interpolation", "position_offset", "position_antialias")
 
 
-@dataclass(frozen=True)
-class TargetMatch:
-    """A transformers class, compared with a model or with an equivalent form of the model."""
-
-    target: str
-    config: ViTCLSConfig  # Configuration of the model, in the form that is converted
-    # Description of each field that the target does not support, or of an error, by name
-    mismatches: dict[str, str]
-    # Descriptions of fields that matter only at other image sizes than the native size
-    resampling: list[str]
-
-
-def find_transformers_class(model: ViTCLSPreTrainedModel) -> TargetMatch:
+def find_transformers_class(
+    model: ViTCLSPreTrainedModel,
+) -> tuple[str, ViTCLSConfig, list[str]]:
     """Find the transformers class with the outputs of a model, if possible at all image sizes.
 
-    Raise ConversionError if no class supports the model.
+    Returns:
+        The name of the class; the configuration of the model, in the form that is converted; and
+        descriptions of the fields that matter only at other image sizes than the native size.
+
+    Raises:
+        ConversionError: if no class supports the model.
     """
     name = type(model).__name__
     if name not in TARGETS:
         raise ConversionError(
             f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls"
         )
-    matches = [match_target(target, model.config) for target in TARGETS[name]]
-    best_match = min(matches, key=lambda match: (len(match.mismatches), len(match.resampling)))
-    if best_match.mismatches:
+    matches = {target: match_target(target, model.config) for target in TARGETS[name]}
+    # With the fewest mismatches and, of these, the fewest differences at other sizes
+    target = min(matches, key=lambda each: [len(part) for part in matches[each][1:]])
+    config, mismatches, resampling = matches[target]
+    if mismatches:
         remedy = ""
-        if "gated_tokens" in best_match.mismatches:
+        if "gated_tokens" in mismatches:
             remedy = (
                 ". No class of transformers has gates. Train the tokens without them, with `vitcls "
                 "finetune --no-gate-new-tokens`"
             )
         raise ConversionError(
-            f"{best_match.target}, the nearest class of transformers, does not support the "
-            f"model: {', '.join(best_match.mismatches.values())}{remedy}"
+            f"{target}, the nearest class of transformers, does not support the "
+            f"model: {', '.join(mismatches.values())}{remedy}"
         )
-    return best_match
+    return target, config, resampling
 
 
-def match_target(target: str, config: ViTCLSConfig) -> TargetMatch:
-    """Compare a model with a class in the equivalent form that is closest to the class."""
+def match_target(
+    target: str, config: ViTCLSConfig
+) -> tuple[ViTCLSConfig, dict[str, str], list[str]]:
+    """Compare a model with a class in the equivalent form that is closest to the class.
+
+    Returns:
+        The configuration of this form; the description of each field that the class does not
+        support, or of an error, by name; and those of the fields that matter only at other sizes.
+    """
     target_config, mismatches = compare_with_target(target, config)
     changeable_fields = set(RESAMPLING_FIELDS)
     if config.position_embedding_type.startswith("learned"):
@@ -169,7 +173,7 @@ def match_target(target: str, config: ViTCLSConfig) -> TargetMatch:
     if changes:
         config = replace_fields(config, changes)
         _, mismatches = compare_with_target(target, config)
-    return TargetMatch(target, config, mismatches, resampling)
+    return config, mismatches, resampling
 
 
 def compare_with_target(target: str, config: ViTCLSConfig) -> tuple[ViTCLSConfig, dict[str, str]]:
@@ -322,15 +326,16 @@ def rewrite_weights(model: ViTCLSPreTrainedModel, new_config: ViTCLSConfig) -> W
 NEUTRAL_WEIGHTS = {"bias": 0.0, "lambda1": 1.0, "mask_token": 0.0}
 
 
-def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
-    """Build the transformers model that `match` describes, with the weights of `model`."""
-    target = match.target
-    transformers_model = build_target(target, match.config)
+def build_transformers_model(
+    target: str, config: ViTCLSConfig, model: ViTCLSPreTrainedModel
+) -> PreTrainedModel:
+    """Build the transformers model that `find_transformers_class` has found, with the weights of `model`."""
+    transformers_model = build_target(target, config)
     target_weights = transformers_model.state_dict()
     convertible_class = CONVERTIBLE_CLASSES[target]
     encoder_name = convertible_class.encoder_name
 
-    weights = rewrite_weights(model, match.config)
+    weights = rewrite_weights(model, config)
     reference = strip_encoder_name(target_weights, encoder_name)
     if "embeddings.mask_token" in weights and "embeddings.mask_token" not in reference:
         logger.warning(f"{target} has no mask token, so the mask token is dropped")
