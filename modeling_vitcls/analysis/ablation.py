@@ -329,7 +329,7 @@ def measure_states(
         patch_norms.append(patches.float().norm(dim=-1).cpu())
         return outputs
 
-    outputs = gather_outputs(model, watch(batches, "measuring states"), run)
+    outputs = gather_outputs(model, watch(batches, "measuring tokens"), run)
     return outputs, {layer: torch.cat(states) for layer, states in parts.items()}, patch_norms
 
 
