@@ -489,7 +489,7 @@ def look_like_groups(values: Sequence[str | None], labels: Sequence[Any]) -> boo
     repeated = groups[groups["size"] > 1]
     are_small = len(table) <= MAX_GROUP_SIZE * len(groups)
     has_few_rows = are_small and 2 * table["label"].nunique() <= len(groups)
-    is_repeated = 2 * repeated["size"].sum() >= len(table)
+    is_repeated = 2 * repeated["size"].sum() >= len(table) > 0
     return bool(has_few_rows and is_repeated and (repeated["nunique"] == 1).all())
 
 

@@ -456,7 +456,7 @@ def test_a_column_of_groups_that_is_not_used_is_named(name: str, photos: Path) -
     fact = load_undivided_images(DataOptions(dataset=table)).facts["groups"]
     assert fact.startswith(f"the column {name!r} is not used")
     assert f"`group_column={name!r}`" in fact
-    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: range(NUM_IMAGES)})
+    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: range(NUM_IMAGES)}, note="")
     assert "groups" not in load_undivided_images(DataOptions(dataset=table)).facts
 
 
