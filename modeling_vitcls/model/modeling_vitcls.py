@@ -720,6 +720,8 @@ def count_output_tokens(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int 
     # Without labels, the logits are the pooler output of the encoder, to the bit
     if config.compute_all_tokens or not config.num_labels or not config.can_trim_last_layer:
         return None
+    if config.pooling != "cls":  # Classifiers of tasks have no pooler
+        return None
     if any(
         kwargs.get(name, getattr(config, name))
         for name in ("output_hidden_states", "output_attentions")

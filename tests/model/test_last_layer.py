@@ -84,9 +84,11 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(
                 assert get_largest_difference(one, other) <= limit
 
 
-def test_only_the_cls_tokens_of_the_tasks_are_computed() -> None:
-    model = build_random(ViTCLSForMultiTaskClassification, num_cls_tokens=2, tasks=TASKS)
-    assert count_computed_tokens(model) == 2
+@pytest.mark.parametrize(("pooling", "num_read"), [("cls", 2), ("cls_mean", 2 + 16)])
+def test_only_the_tokens_that_the_tasks_read_are_computed(pooling: str, num_read: int) -> None:
+    fields = {"num_cls_tokens": 2, "tasks": TASKS, "pooling": pooling}
+    model = build_random(ViTCLSForMultiTaskClassification, **fields)
+    assert count_computed_tokens(model) == num_read
     found = model(build_images()).logits
     model.config.compute_all_tokens = True
     for task, expected in model(build_images()).logits.items():
