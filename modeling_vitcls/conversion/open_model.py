@@ -14,8 +14,6 @@ commit and the versions. The cache is the folder `vitcls/converted` next to the 
 source or the version of this package changes, the model is converted again.
 """
 
-import hashlib
-import json
 import logging
 import re
 from pathlib import Path
@@ -40,7 +38,7 @@ from ..hub.model_files import (
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS
 from ..runtime.errors import warn_on_first_process
-from ..runtime.files import read_json
+from ..runtime.files import compute_json_digest, read_json
 from ..version import __version__
 
 
@@ -149,5 +147,5 @@ def compute_cache_name(source: str) -> str:
             # time is new.
             status = file.stat()
             cache_key.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    digest = hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()
+    digest = compute_json_digest(cache_key)
     return re.sub(r"[^\w.-]", "-", f"{path.name}-{digest[:16]}")

@@ -17,13 +17,11 @@ Errors are lines that name the file, the problem and a remedy. What is not check
 - Where the folder is from, and whether it was changed since: hub/provenance.py, publishing/verify.py.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..runtime.files import compute_file_digest, read_json
+from ..runtime.files import compute_file_digest, compute_json_digest, read_json
 
 
 CONFIG_FILE = "config.json"
@@ -183,8 +181,7 @@ def hash_settings(folder: Path) -> dict[str, str]:
             values = read_json(folder / name)
             settings = {key: values[key] for key in values if key not in UNMEASURED_SETTINGS}
             # Saving a model again may change the order of the keys, but not what they mean.
-            text = json.dumps(settings, sort_keys=True)
-            hashes[name] = hashlib.sha256(text.encode()).hexdigest()
+            hashes[name] = compute_json_digest(settings)
     return hashes
 
 

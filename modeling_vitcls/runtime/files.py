@@ -170,6 +170,11 @@ def sync_to_disk(path: Path) -> None:
         os.close(file_descriptor)
 
 
+def compute_json_digest(content: Any) -> str:
+    """Hash what JSON can write (SHA-256), independent of its formatting and the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def compute_file_digest(file: Path) -> str:
     """Compute the SHA-256 of a file."""
     with file.open("rb") as stream:

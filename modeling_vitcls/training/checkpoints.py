@@ -12,7 +12,6 @@ read: nothing is unpickled or executed. training/distributed_state.py collects t
 processes.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..runtime.errors import describe_error
-from ..runtime.files import compute_file_digest, sync_to_disk
+from ..runtime.files import compute_file_digest, compute_json_digest, sync_to_disk
 from ..runtime.staging import follow_umask
 
 
@@ -252,8 +251,3 @@ def remove_checkpoint(folder: Path) -> None:
 def get_partial_path(folder: Path) -> Path:
     """Return the hidden path of a checkpoint that is incomplete or being removed."""
     return folder.with_name(f".{folder.name}.partial")
-
-
-def compute_json_digest(state: dict[str, Any]) -> str:
-    """Hash a JSON object (SHA-256), independent of its formatting."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
