@@ -358,11 +358,7 @@ def select_outputs(outputs: Any, layout: TokenLayout) -> dict[str, Tensor]:
     if hasattr(outputs, "logits"):
         return outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
     states = outputs.last_hidden_state  # [B, N, D]
-    features = {
-        "cls": states[:, layout.cls],
-        "distillation": states[:, layout.distillation],
-        "patches": states[:, layout.patches],
-    }
+    features = {name: states[:, tokens] for name, tokens in layout.items() if name != "registers"}
     return {name: vectors for name, vectors in features.items() if vectors.shape[1]}
 
 
