@@ -120,8 +120,8 @@ class Predictor:
         self.files = compute_cache_name(source)  # What a local model was when it was loaded
         self.folder = folder = open_model(source)
         device = torch.device("cpu")
-        if torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-            device = torch.accelerator.current_accelerator() or device
+        if not parse_flag_from_env("ACCELERATE_USE_CPU"):
+            device = torch.accelerator.current_accelerator(check_available=True) or device
         self.model, self.processor, self.batch_size = load_for_inference(
             folder,
             device,
