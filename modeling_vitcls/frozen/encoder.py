@@ -69,22 +69,18 @@ class EncodedImages:
         features: of the readable ones, in this order.
         sample: the first of them, with rings if a classifier may read patches.
         groups: [N] of all images; photos of a scene are in one.
-        scenes: record of the scenes (frozen/scenes.py).
         max_distance: of photos of a scene, from `measure_limit`.
-        geometry: record of the choice of the geometry.
-        processor: image processor with this geometry.
-        seconds: duration of the pass.
+        processor: image processor with the chosen geometry.
+        record: of the choice of the geometry, the scenes (frozen/scenes.py) and the duration in seconds.
     """
 
     indices: np.ndarray
     features: Features
     sample: Features
     groups: np.ndarray
-    scenes: dict[str, Any]
     max_distance: float
-    geometry: dict[str, Any]
     processor: Any
-    seconds: float
+    record: dict[str, Any]
 
     def select(self, indices: np.ndarray) -> Features:
         """Select the features of some images; the images of the choice come first."""
@@ -220,11 +216,9 @@ class FrozenEncoder:
             features=replace(features, groups=groups[features.indices]),
             sample=sample,
             groups=groups,
-            scenes=scenes,
             max_distance=limit,
-            geometry=geometry,
             processor=processor,
-            seconds=time.perf_counter() - start_time,
+            record=geometry | {"scenes": scenes, "seconds": time.perf_counter() - start_time},
         )
 
     def compute_features(
@@ -345,13 +339,12 @@ class FrozenEncoder:
         trained_scenes = TrainedScenes.of(train, images.max_distance)
 
         frozen = freeze(probes, self.label_space, train, held_out)
-        record = build_record(frozen) | images.geometry
+        record = build_record(frozen) | images.record
         self.set_choice(record)
         record["camera"] = join_texts(
             {task: describe_camera(data, head) for task, head in frozen.items()}
         )
-        seconds = round(images.seconds + time.perf_counter() - start_time, 1)
-        record |= {"seconds": seconds, "scenes": images.scenes}
+        record["seconds"] = round(record["seconds"] + time.perf_counter() - start_time, 1)
         if images.sample.rings is not None:
             sample = images.sample.take(np.isin(images.sample.indices, train.indices))
             config = self.model.config

@@ -36,8 +36,8 @@ def encode_images(inputs: RunInputs, plan: RunPlan, reporter: Reporter) -> Encod
     encoded = encoder.encode(plan.images.train, warn, max_images, plan.is_drawn)
     reporter.print_lines(
         {
-            "resize": describe_geometry(encoded.geometry),
-            "scenes": describe_scenes(encoded.scenes),
+            "resize": describe_geometry(encoded.record),
+            "scenes": describe_scenes(encoded.record["scenes"]),
         }
     )
     return encoded
@@ -104,7 +104,7 @@ def run_frozen(
         num_unreadable=features.num_unreadable,
         trained_scenes=trained_scenes,
         in_trained_scenes=in_trained_scenes,
-        missing_reason=inputs.images.missing_reason or explain_missing_result(images.scenes),
+        missing_reason=inputs.images.missing_reason or explain_missing_result(record["scenes"]),
         results=results,
         lines=lines,
     )
