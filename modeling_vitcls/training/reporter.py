@@ -120,13 +120,13 @@ class Reporter:
             f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  "
             f"lr {record['learning_rate']:.1e}  {record['images_per_second']:.0f} images/s"
         )
-        split = "selection" if any(name.startswith("selection_") for name in record) else "held_out"
         name = self.printed_metric
         score_text = ""
-        if f"{split}_{name}" in record:
-            num_images = record.get(f"{split}_num_images", 0)
-            value = format_value(name, record[f"{split}_{name}"], num_images)
-            score_text = f"{split}: {name} {value}".replace("_", " ")
+        for split in ("held_out", "selection"):
+            if f"{split}_{name}" in record:
+                num_images = record.get(f"{split}_num_images", 0)
+                value = format_value(name, record[f"{split}_{name}"], num_images)
+                score_text = f"{split}: {name} {value}".replace("_", " ")
 
         self.progress.update(self.progress_task, description=text)
         # metrics.jsonl has all records: a log file gets those with scores.
