@@ -76,15 +76,13 @@ __all__ = [
 # Module -> names of its public objects.
 IMPORT_STRUCTURE = {
     "cli.api": (
-        *(
-            "add_class",
-            "add_task",
-            "evaluate",
-            "finetune",
-            "inspect_tokens",
-            "look",
-            "predict",
-        ),
+        "add_class",
+        "add_task",
+        "evaluate",
+        "finetune",
+        "inspect_tokens",
+        "look",
+        "predict",
         "verify_unchanged",
     ),
     "model.configuration_vitcls": ("ViTCLSConfig",),
