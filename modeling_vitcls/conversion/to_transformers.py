@@ -157,7 +157,7 @@ def match_target(
 
     Returns:
         The configuration of this form; the description of each field that the class does not
-        support, or of an error, by name; and those of the fields that matter only at other sizes.
+        support, or of an error, by name; and what matters only at other sizes, a text for each field.
     """
     target_config, mismatches = compare_with_target(target, config)
     changeable_fields = set(RESAMPLING_FIELDS)

@@ -92,15 +92,17 @@ class TrainingLoop:
     run_metadata: dict[str, Any] = field(default_factory=dict)
     # Which tokens of a parameter are new (model.find_new_tokens); the others keep their values
     new_tokens: Mapping[str, Sequence[bool]] = field(default_factory=dict)
-    # Durations of the steps of this process since the last record, without evaluations and checkpoints
-    step_seconds: list[float] = field(default_factory=list)
-    unreadable_images: set[int] = field(default_factory=set)  # The reported ones
-    # Unreadable images that are not reported yet
-    unreported_errors: dict[int, str] = field(default_factory=dict)
-    num_overflows: int = 0  # Number of consecutive steps that the loss scaler skipped
-    start_time: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        self.start_time = time.perf_counter()
+        # Durations of the steps of this process since the last record, without evaluations and
+        # checkpoints
+        self.step_seconds: list[float] = []
+        self.unreadable_images: set[int] = set()  # The reported ones
+        self.unreported_errors: dict[
+            int, str
+        ] = {}  # Of unreadable images that are not reported yet
+        self.num_overflows = 0  # Number of consecutive steps that the loss scaler skipped
         self.model = self.accelerator.unwrap_model(self.state.model)
         # A checkpoint is loaded later: movement counts from the start of training, not from the
         # resumption.
