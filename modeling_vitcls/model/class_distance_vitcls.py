@@ -13,6 +13,7 @@ statistics, and compared with the present weights before a distance is returned.
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -74,6 +75,8 @@ class ClassDistance(nn.Module):
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
+        # Also if transformers builds the model in half precision
+        zeros = partial(torch.zeros, dtype=torch.float32)
         statistics = config.class_statistics or {}
         self.tokens = [(layer, kind) for layer, kind in statistics["tokens"]]
         self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
@@ -83,12 +86,12 @@ class ClassDistance(nn.Module):
         self.num_together = [num_classes - sum(num_added), *num_added]
         for index, (_, kind) in enumerate(self.tokens):
             size = config.compute_pooled_size(kind, 1)
-            self.register_buffer(f"means_{index}", torch.zeros(num_classes, size))
-            self.register_buffer(f"precisions_{index}", torch.zeros(size, size))
+            self.register_buffer(f"means_{index}", zeros(num_classes, size))
+            self.register_buffer(f"precisions_{index}", zeros(size, size))
         if statistics.get("has_scales"):
-            self.scales = nn.Buffer(torch.zeros(num_classes))
-        self.counts = nn.Buffer(torch.zeros(num_classes))
-        self.sizes = nn.Buffer(torch.zeros(len(self.tokens)))
+            self.scales = nn.Buffer(zeros(num_classes))
+        self.counts = nn.Buffer(zeros(num_classes))
+        self.sizes = nn.Buffer(zeros(len(self.tokens)))
         self.fingerprint = nn.Buffer(torch.zeros(NUM_SUMS, dtype=torch.int64))
         self.is_valid: bool | None = True
         self.checked_state: list[Any] | None = []

@@ -616,7 +616,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         In memory, only a configuration that remote code has loaded has an `auto_map`.
         """
         loaded: dict[str, str] = getattr(self, "auto_map", {})
-        self.auto_map = self.build_auto_map()
+        # The class of the model, which may be a subclass; code in other repositories has a --
+        own = {name: reference for name, reference in loaded.items() if "--" not in reference}
+        self.auto_map = AUTO_MAP | own
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.auto_map = loaded
         # `save_pretrained` of a model adds its own class before
@@ -633,14 +635,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         values = self.to_dict()
         return super().to_diff_dict() | {
             name: values[name] for name in own_fields if not name.startswith("_")
-        }
-
-    def build_auto_map(self) -> dict[str, str]:
-        """Name the code of each Auto class: `AUTO_MAP`, with the multi-task class if there are tasks."""
-        if self.tasks is None:
-            return dict(AUTO_MAP)
-        return AUTO_MAP | {
-            "AutoModelForImageClassification": "modeling_vitcls.ViTCLSForMultiTaskClassification"
         }
 
     @property
@@ -990,7 +984,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         if num_classes != self.num_labels:
             raise ValueError(
                 f"`class_statistics` has num_classes={num_classes}, but the model has "
-                f"{self.num_labels} labels. Set `class_statistics=None`."
+                f"{self.num_labels} labels. Restore the labels, or set `class_statistics=None`."
             )
 
     @classmethod

@@ -87,6 +87,16 @@ def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> Non
     np.testing.assert_allclose(stored.means[0], statistics.means[0], rtol=1e-5)
 
 
+def test_a_model_that_is_built_in_half_precision_keeps_the_digits_of_statistics() -> None:
+    model, images, _ = build_model()
+    half = ViTCLSForImageClassification._from_config(model.config, dtype=torch.bfloat16).eval()
+    half.load_state_dict(model.state_dict())
+    assert torch.equal(half.class_distance.means_0, model.class_distance.means_0)
+    torch.testing.assert_close(
+        half(images.bfloat16()).distance, model(images).distance, rtol=0.05, atol=0
+    )
+
+
 def test_logits_have_the_same_bits_with_and_without_statistics() -> None:
     model, images, _ = build_model()
     logits = model(images).logits

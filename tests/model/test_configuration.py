@@ -26,6 +26,7 @@ from modeling_vitcls import (
     ViTCLSBackbone,
     ViTCLSConfig,
     ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
@@ -333,11 +334,25 @@ def test_auto_classes_and_the_map_of_remote_code_agree() -> None:
         model = getattr(transformers, auto_class).from_config(config)
         assert AUTO_MAP[auto_class] == f"modeling_vitcls.{type(model).__name__}"
 
-    auto_map = build_tiny_config(tasks={"age": 2}).build_auto_map()
-    assert (
-        auto_map["AutoModelForImageClassification"]
-        == "modeling_vitcls.ViTCLSForMultiTaskClassification"
-    )
+
+class OwnClassifier(ViTCLSForImageClassification):
+    """A classifier of a person, whose file is copied to the folder of the model."""
+
+
+@pytest.mark.parametrize(
+    ("model_class", "tasks", "module"),
+    [
+        (ViTCLSForMultiTaskClassification, {"age": 2}, "modeling_vitcls"),
+        (OwnClassifier, None, "test_configuration"),
+    ],
+)
+def test_a_saved_model_is_loaded_as_its_own_class(
+    model_class: Any, tasks: Any, module: str, tmp_path: Path
+) -> None:
+    model_class(build_tiny_config(tasks=tasks)).save_pretrained(tmp_path)
+    auto_map = read_json(tmp_path / "config.json")["auto_map"]
+    name = f"{module}.{model_class.__name__}"
+    assert auto_map == AUTO_MAP | {"AutoModelForImageClassification": name}
 
 
 def test_contradictory_assignments_are_errors_when_the_model_is_built(tmp_path: Path) -> None:
