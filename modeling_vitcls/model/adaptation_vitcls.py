@@ -508,8 +508,10 @@ def adapt_classifier(context: AdaptationContext) -> AdaptedWeight:
     """Keep the columns of the tokens that the head read before; columns of new ones are zero."""
     old, new = context.old_config, context.new_config
     weight = context.old_value
-    if weight is None or weight.shape == context.initial_value.shape:
-        return (context.initial_value, "newly initialized") if weight is None else (weight, "")
+    if weight is None or len(weight) != len(context.initial_value):  # Other labels
+        return context.initial_value, "newly initialized"
+    if weight.shape == context.initial_value.shape:
+        return weight, ""
     poolings = [old.pooling] * len(old.pooled_layer_indices)
     task = context.name.partition("task_")[2].removesuffix(".weight")
     if task:

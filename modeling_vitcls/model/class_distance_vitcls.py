@@ -342,7 +342,11 @@ def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
     unused: set[nn.Module] = set()
     for name, module in encoder.named_modules():
         if "modules_to_save" in module._modules:
-            unused.update(*(each.modules() for each in list_unused_copies(module)))
+            # PEFT stores copies that the forward pass does not use.
+            wrapper: Any = module
+            copies = {None: wrapper.original_module, **wrapper.modules_to_save}
+            used = None if wrapper.disable_adapters else wrapper.active_adapters[0]
+            unused.update(*(copies[adapter].modules() for adapter in copies if adapter != used))
         if name.startswith(("pooler", "gates")) or module in unused:
             continue
         weights: Any = module._parameters.items()
@@ -367,13 +371,6 @@ def merge_adapters(layer: Any) -> nn.Module:
     except NotImplementedError:
         return layer  # Its adapters count with their own parameters
     return merged.get_base_layer()
-
-
-def list_unused_copies(wrapper: Any) -> list[nn.Module]:
-    """List the modules that PEFT's `modules_to_save` stores and does not use in the forward pass."""
-    copies = {None: wrapper.original_module, **wrapper.modules_to_save}
-    used = None if wrapper.disable_adapters else wrapper.active_adapters[0]
-    return [module for adapter, module in copies.items() if adapter != used]
 
 
 def is_active_adapter(module: Any) -> bool:

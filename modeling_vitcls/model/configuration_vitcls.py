@@ -282,9 +282,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     tokens."""
     tasks: dict[str, int | list[str]] | None = None
     """Task name -> number of labels or label names, for `ViTCLSForMultiTaskClassification`. Tasks
-    are sorted by name; classifier i reads CLS token i and, with `pooling="cls_mean"`, the patches. A
-    task that you add while loading needs a name that sorts last, or old tasks read other tokens;
-    `vitcls add-task` takes any name."""
+    are sorted by name; classifier i reads CLS token i and, with `pooling="cls_mean"`, the patches.
+    While loading, a task keeps its place: new names sort last, and only the last tasks can be left
+    out. `vitcls add-task` takes any name."""
 
     # Pooling and heads
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
@@ -540,7 +540,14 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         for name in sorted(kwargs.keys() - known_names - {"gate_new_tokens"}):
             if hint := _format_suggestion(name, known_names, cutoff=0.8):
                 raise ValueError(f"Unknown field {name!r}{hint}")
-        cls._check_attention(config_dict)
+        # Another attention function may be a download.
+        for name in ("attn_implementation", "_attn_implementation"):
+            if config_dict.get(name) not in (None, *STORED_ATTENTIONS):
+                raise ValueError(
+                    f"The stored configuration has {name}={config_dict.get(name)!r}, but only "
+                    f"{', '.join(STORED_ATTENTIONS)} are read from a file. Remove the field, and "
+                    "pass `attn_implementation` to `from_pretrained`."
+                )
 
         unknown_names = config_dict.keys() - known_names - {"custom_pipelines"}
         if reserved_names := [name for name in unknown_names if hasattr(cls, name)]:
@@ -570,21 +577,17 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         return config_or_tuple
 
     @classmethod
-    def _check_attention(cls, stored: Mapping[str, Any]) -> None:
-        """Raise ValueError if a stored dict chooses an attention function that may be a download."""
-        for name in ("attn_implementation", "_attn_implementation"):
-            if stored.get(name) not in (None, *STORED_ATTENTIONS):
-                raise ValueError(
-                    f"The stored configuration has {name}={stored.get(name)!r}, but only "
-                    f"{', '.join(STORED_ATTENTIONS)} are read from a file. Remove the field, and "
-                    "pass `attn_implementation` to `from_pretrained`."
-                )
-
-    @classmethod
     def _forget_what_changes(
         cls, stored: dict[str, Any], overrides: Mapping[str, Any], num_labels: int | None
     ) -> None:
         """Remove from a stored dict what does not apply to the overrides."""
+        # A task reads the CLS token whose number is its place.
+        old, new = (sorted(each.get("tasks") or ()) for each in (stored, overrides))
+        if moved := [name for name in new if name in old and new.index(name) != old.index(name)]:
+            raise ValueError(
+                f"`tasks`: {moved[0]!r} would read the CLS token of another task. Keep the tasks that sort "
+                "before it, and give new ones names that sort last."
+            )
         changes = [
             name
             for name in FEATURE_FIELDS
@@ -646,14 +649,12 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """
         if self.is_registered:
             return {}
-        task, name, model = "image-feature-extraction", "FeatureExtraction", "AutoModel"
         if "ViTCLSForImageClassification" in (self.architectures or ()):
-            task, name, model = (
-                "image-classification",
-                "Classification",
-                "AutoModelForImageClassification",
-            )
-        return {task: {"impl": f"pipeline_vitcls.ViTCLSImage{name}Pipeline", "pt": [model]}}
+            code = "pipeline_vitcls.ViTCLSImageClassificationPipeline"
+            models = ["AutoModelForImageClassification"]
+            return {"image-classification": {"impl": code, "pt": models}}
+        code = "pipeline_vitcls.ViTCLSImageFeatureExtractionPipeline"
+        return {"image-feature-extraction": {"impl": code, "pt": ["AutoModel"]}}
 
     @classmethod
     def register_auto_classes(cls) -> None:
@@ -677,16 +678,17 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             "AutoModelForMaskedImageModeling": modeling.ViTCLSForMaskedImageModeling,
             "AutoBackbone": modeling.ViTCLSBackbone,
         }
-        processor_classes = {
-            "torchvision": processing.ViTCLSImageProcessor,
-            "pil": processing.ViTCLSImageProcessorPil,
-        }
 
         transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
         for auto_class, classes in model_classes.items():
             getattr(transformers, auto_class).register(cls, classes, exist_ok=True)
         transformers.AutoImageProcessor.register(
-            cls, image_processor_classes=processor_classes, exist_ok=True
+            cls,
+            image_processor_classes={
+                "torchvision": processing.ViTCLSImageProcessor,
+                "pil": processing.ViTCLSImageProcessorPil,
+            },
+            exist_ok=True,
         )
         for task, pipeline_class in pipelines.PIPELINES.items():
             PIPELINE_REGISTRY.supported_tasks[task] |= {"impl": pipeline_class}

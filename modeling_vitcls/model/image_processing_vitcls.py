@@ -711,12 +711,10 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
 
 def is_larger(crop_size: dict[str, int | None], size: dict[str, int | None]) -> bool:
     """Tell whether a crop has a longer side than an image that is resized to `size` before."""
-    for edge in ("height", "width"):
-        crop_side = crop_size.get(edge) or 0
-        resized_side = size.get(edge) or size.get("shortest_edge") or math.inf
-        if crop_side > resized_side:
-            return True
-    return False
+    return any(
+        (crop_size.get(edge) or 0) > (size.get(edge) or size.get("shortest_edge") or math.inf)
+        for edge in ("height", "width")
+    )
 
 
 def check_same_shape(images: list[Any]) -> None:

@@ -313,6 +313,11 @@ def test_impossible_changes_are_errors_with_a_remedy_that_works(tmp_path: Path) 
         (model.adapt, {"image_size": 30}, "image_size", "24 or 32"),
         (model.adapt, {"num_cls_tokens": 2}, "tasks", "num_cls_tokens"),
         (load, {"num_register_tokens": -1}, "num_register_tokens", "-1"),
+        (
+            load,
+            {"tasks": {"a": 2, "age": 2}, "num_cls_tokens": 2},
+            "'age' would read the CLS token",
+        ),
     ):
         with raises_one_line(*words):
             adapt(**change)

@@ -67,6 +67,14 @@ def build_pair(heads: dict[str, dict[str, Any]], **fields: Any) -> tuple[Any, An
     return model, extended
 
 
+def test_a_head_with_another_number_of_labels_is_new() -> None:
+    model = build_random(
+        ViTCLSForImageClassification, extra_heads={"parity": {"labels": ["odd", "even"]}}
+    )
+    adapted = model.adapt(extra_heads={"parity": {"labels": ["odd", "even", "zero"]}})
+    assert adapted(build_images()).task_logits["parity"].shape[1] == 3
+
+
 # The other outputs -------------------------------------------------------------------------------
 
 
