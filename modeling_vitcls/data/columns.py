@@ -388,9 +388,9 @@ def read_groups(
     warn_about_similar_names(f"{dataset}: the column {column!r}", sorted({*filter(None, texts)}))
     names = [row if text is None else text for row, text in enumerate(texts)]
     codes, different = pd.factorize(np.array(names, object))
-    if len(different) == 1 < len(names):
+    if len({*texts}) == 1 < len(texts):
         raise ValueError(
-            f"{dataset}: the column {column!r} has {different[0]!r} in all {len(names):,} rows, so no group "
+            f"{dataset}: the column {column!r} has {texts[0]!r} in all {len(texts):,} rows, so no group "
             "can be held out. Set `group_column` to a column with several values, or omit it"
         )
     parts = np.split(codes, np.cumsum(list(map(len, tables.values())))[:-1])
@@ -430,7 +430,8 @@ def choose_groups(
     if column is None or (is_folder and column == NO_GROUPS):
         return {}, find_unused_groups(tables, labels, dataset, used_columns), None
     groups, num_groups = read_groups(tables, dataset, column)
-    pairs = set(zip(read_texts(tables, column, dataset), labels, strict=True))
+    texts = read_texts(tables, column, dataset)
+    pairs = set(zip(texts, labels, strict=True))
     reason = None
     if all(len(set(each)) == len(pairs) for each in zip(*pairs, strict=True)):
         reason = (
@@ -438,7 +439,10 @@ def choose_groups(
             f"{format_name_list(sorted(f'{value} {label}' for value, label in pairs))}. Add photos "
             "of each label with other values"
         )
-    return groups, f"column {column!r}: {num_groups:,} groups", reason
+    fact = f"column {column!r}: {num_groups:,} groups"
+    if None in texts:
+        fact += f", of which {texts.count(None):,} are images without a value"
+    return groups, fact, reason
 
 
 def describe_shared_names(folders: Collection[str]) -> str:

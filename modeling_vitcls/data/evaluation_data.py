@@ -74,8 +74,8 @@ def load_evaluation_data(
         description += f", of which training used {num_trained:,}"
     elif num_trained == len(images):
         raise ValueError(
-            f"the model was trained on all {len(images):,} images of {dataset}. Its result "
-            f"on images that it had not seen is in its results.json. Set `dataset` to other "
+            f"the model was trained on all {len(images):,} images of {dataset}. Its own "
+            f"result is in its results.json. Set `dataset` to other "
             f"images, or `split={name!r}` to evaluate these"
         )
     elif num_trained:

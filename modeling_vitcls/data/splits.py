@@ -69,12 +69,19 @@ class TrainingData:
     selection: LabeledImages | None
     selection_name: str
 
+    @property
+    def is_shared(self) -> np.ndarray:
+        """Whether held-out images [N] are copies or of groups of training images, in a dataset's splits."""
+        assert self.train.groups is not None, "`add_keys` sets the groups"
+        assert self.held_out.groups is not None, "`add_keys` sets the groups"
+        return np.isin(self.held_out.groups, self.train.groups)
+
     def count_seen(self, encoder_rows: pd.DataFrame, is_frozen: bool = True) -> int:
-        """Count the images that measure the model, although they trained its encoder earlier."""
+        """Count the images that measure the model, although they trained it, or its encoder earlier."""
         # Cross-validation measures a frozen run on all images that it is fitted to.
-        is_cross_validated = is_frozen and not len(self.held_out)
-        measured = self.train if is_cross_validated else self.held_out
-        return int(find_trained_images(measured, encoder_rows).sum())
+        if is_frozen and not len(self.held_out):
+            return int(find_trained_images(self.train, encoder_rows).sum())
+        return int((find_trained_images(self.held_out, encoder_rows) | self.is_shared).sum())
 
 
 def divide_images(
@@ -402,17 +409,15 @@ def describe_leaks(training_data: TrainingData, group_column: str | None) -> lis
 
     Drawn held-out images have groups of their own.
     """
-    train, held_out = training_data.train, training_data.held_out
-    assert train.groups is not None, "`add_keys` sets the groups"
-    assert held_out.groups is not None, "`add_keys` sets the groups"
-    is_shared = np.isin(held_out.groups, train.groups)
+    held_out, is_shared = training_data.held_out, training_data.is_shared
     if not is_shared.any():
         return []
     example = held_out.images.get_names()[is_shared.argmax()]
     relation = "copies of" if group_column is None else f"in one group ({group_column}) with"
     return [
         f"{is_shared.sum():,} of the {len(held_out):,} held-out images are {relation} training images "
-        f"({example}), so the result is better than for new images. Remove them from one of the splits"
+        f"({example}), so the result is better than for new images, and has no interval. Remove them from one "
+        "of the splits"
     ]
 
 

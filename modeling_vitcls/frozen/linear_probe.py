@@ -157,7 +157,10 @@ def list_candidates(
 
 def describe_candidate(row: Mapping[str, Any]) -> str:
     """Say what a candidate is and reads: "shrinkage LDA on the last 4 layers, CLS + mean"."""
-    text = f"shrinkage LDA on the {describe_layers(row['layers'])}, {POOLING_TEXTS[row['pooling']]}"
+    tokens = POOLING_TEXTS[row["pooling"]]
+    if row["pooling"] != "own":  # The model's own pooling also chooses layers
+        tokens = f"the {describe_layers(row['layers'])}, {tokens}"
+    text = f"shrinkage LDA on {tokens}"
     return f"{text}, {INFERENCE_TEXTS[row['inference']]}" if "inference" in row else text
 
 

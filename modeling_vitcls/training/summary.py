@@ -60,7 +60,7 @@ def print_division(
         reporter.warn(warning)
     # They trained its encoder, or a classifier that it keeps.
     num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
-    if num_seen:
+    if num_seen and not leaks:
         reporter.warn(
             f"{num_seen:,} of the images that measure this run trained the encoder of "
             f"{inputs.initial.name}, a classifier that this run keeps, or its teacher, so the result is better "

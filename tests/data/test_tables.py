@@ -444,9 +444,10 @@ def test_a_column_with_the_shape_of_groups_is_named(name: str, photos: Path) -> 
     assert f"`group_column={name!r}`" in fact
 
 
-def test_a_column_of_one_group_is_an_error(photos: Path) -> None:
-    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", camera="Canon")
-    with raises_one_line("'camera' has 'Canon' in all 12 rows", "`group_column`"):
+@pytest.mark.parametrize("camera", ["Canon", None])
+def test_a_column_of_one_group_or_none_is_an_error(camera: str | None, photos: Path) -> None:
+    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", camera=camera)
+    with raises_one_line(f"'camera' has {camera!r} in all 12 rows", "`group_column`"):
         load_undivided_images(DataOptions(dataset=table, group_column="camera"))
 
 

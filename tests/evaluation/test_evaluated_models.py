@@ -49,6 +49,8 @@ def test_a_frozen_run_is_evaluated_whatever_its_pooler(
     encoder = save_encoder(tmp_path / "encoder", **fields)
     run = ["--output-dir", tmp_path / "run", "--trainable", "head", "--no-report", *flags]
     assert run_here("finetune", "--model", encoder, "--dataset", photos, *run) == 0
+    card = (tmp_path / "run/README.md").read_text()
+    assert "shrinkage LDA on the model's own pooling" in card  # Whatever its layers
     others = write_photos(tmp_path / "others", range(6, 8), *NAMES)
     assert run_evaluation(tmp_path / "run", others, "--output", tmp_path / "results.json") == 0
     assert read_json(tmp_path / "results.json")["in_trained_scenes"]["num_images"] == 6
