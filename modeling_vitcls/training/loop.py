@@ -99,9 +99,8 @@ class TrainingLoop:
         # checkpoints
         self.step_seconds: list[float] = []
         self.unreadable_images: set[int] = set()  # The reported ones
-        self.unreported_errors: dict[
-            int, str
-        ] = {}  # Of unreadable images that are not reported yet
+        # Of unreadable images that are not reported yet
+        self.unreported_errors: dict[int, str] = {}
         self.num_overflows = 0  # Number of consecutive steps that the loss scaler skipped
         self.model = self.accelerator.unwrap_model(self.state.model)
         # A checkpoint is loaded later: movement counts from the start of training, not from the
