@@ -199,9 +199,8 @@ def check_outputs(options: Options) -> None:
         output = getattr(options, name, None)
         if output is None:
             continue
-        str(
-            output
-        ).encode()  # Raises an error for bytes that are not UTF-8: no table can have the name
+        # Raises an error for bytes that are not UTF-8: no table can have the name.
+        str(output).encode()
         output = output.absolute()
         existing = next(path for path in (output, *output.parents) if os.path.lexists(path))
         # Such as a disk that is not mounted. Path.exists may raise PermissionError
