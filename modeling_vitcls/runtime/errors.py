@@ -29,9 +29,7 @@ REMEDIES = {
         "there is not enough memory. End other programs, raise the limit (ulimit -v), or use a "
         "smaller batch"
     ),
-    (
-        "surrogates not allowed",
-    ): "the name of a file or folder is not valid UTF-8. Use another name",
+    ("surrogates not allowed",): "the name of a file or folder is not valid UTF-8. Change it",
 }
 ALL_PROCESSES_NOTE = "on all processes"  # Note that marks errors that are raised on all processes
 
