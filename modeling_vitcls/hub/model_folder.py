@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from ..runtime.errors import format_error, warn_on_first_process
+from ..runtime.errors import format_error, format_name_list, warn_on_first_process
 from ..runtime.files import read_json, read_text, replace_control_characters
 from ..speed.lean_layers import use_fast_modules
 from .connection import silence_transformers
@@ -203,7 +203,12 @@ class ModelFolder:
         `arguments` are passed to `from_pretrained`. Raise ValueError if the folder has weights that
         config.json has no place for. Heads may be unused.
         """
-        self.weights_sha256  # noqa: B018  # results name the weights that are read here
+        # Results name the weights that are read here.
+        if self.weights_sha256 is None:
+            raise OSError(
+                f"{self.source} lacks weights: {format_name_list(self.weight_files)}. Copy them there; an ONNX "
+                "file serves without them (docs/exporting.md)"
+            )
         self.warn_about_edited_settings()
 
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -76,6 +76,10 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "model.fp16.safetensors"),
         ("model.fp16.safetensors", "Rename"),
     ),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        ("lacks weights: model.safetensors. Copy",),
+    ),
     "pickled weights": (pickle_weights, ("pickled weights", "save_pretrained")),
     "labels that contradict": (
         lambda folder: edit_config(folder, label2id={"cat": 1, "dog": 0}),
