@@ -452,7 +452,7 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
 
     return new_weight, (
         f"{num_kept} kept, {num_old_tokens - num_kept} dropped, {new_weight.shape[1] - num_kept} added"
-        f"{' (twins: equal until their losses differ)' if twins is not None and num_kept < new_weight.shape[1] else ''}"
+        f"{' (twins until their losses differ)' if twins is not None and num_kept < new_weight.shape[1] else ''}"
     )
 
 
