@@ -31,16 +31,16 @@ from ..data.evaluation_data import load_evaluation_data
 from ..data.images import LabeledImages
 from ..data.labels import get_label_space
 from ..data.options import DataOptions
-from ..hub.local_paths import strip_folders
 from ..hub.model_files import list_weight_files
 from ..hub.model_folder import ModelFolder, open_vitcls
 from ..inference.image_pass import read_pixels
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from ..runtime.files import read_json
+from ..runtime.errors import format_name_list
 from ..runtime.progress import track
 from ..runtime.system import format_device_name, get_versions, has_bfloat16
 from .options import VerifyUnchangedOptions
@@ -89,7 +89,7 @@ def draw_pixels(images: LabeledImages, processor: Any, num_channels: int) -> lis
 # Comparison ---------------------------------------------------------------------------------------
 
 
-def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, Any]:
+def certify(old: ModelFolder, new: ModelFolder, pixels: Sequence[Tensor]) -> dict[str, Any]:
     """Certify that a new model folder has the outputs of an old one.
 
     The models are compared on the accelerator, if there is one, with images [C, H, W].
@@ -98,12 +98,11 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
         ModelsDiffer: at the first difference.
     """
     # The cheap comparisons come first. They also say what differs, which logits cannot.
-    tensor_hashes = compare_tensors(old.path, new)
-    compare_processors(old.path, new)
+    tensor_hashes = compare_tensors(old.path, new.path)
+    compare_processors(old.path, new.path)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    old_name = strip_folders(old.source)
     old_model = load_old_model(old).to(device)
-    new_model = load_old_model(ModelFolder(new, old_name)).to(device)
+    new_model = load_old_model(new).to(device)
     check_labels_and_threshold(old_model, new_model)
     # In this order: weights that were rounded to bfloat16 cannot be used in float32 any more.
     dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
@@ -148,7 +147,7 @@ def compare_tensors(old_folder: Path, new_folder: Path) -> dict[str, str]:
             changed.append(name)
     if changed:
         raise ModelsDiffer(
-            f"the tensor {', '.join(changed)} has other values in the new model; the other "
+            f"the tensor {format_name_list(changed)} has other values in the new model; the other "
             f"{len(old) - len(changed):,} tensors are equal to the bit"
         )
     return hashes
@@ -168,9 +167,10 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def compare_processors(old_folder: Path, new_folder: Path) -> None:
-    """Raise ModelsDiffer if the settings of the image processors differ."""
+    """Raise ModelsDiffer if the settings of the image processors differ; a missing one is the default."""
     old, new = (
-        read_json(folder / "preprocessor_config.json") for folder in (old_folder, new_folder)
+        ViTCLSImageProcessor.from_pretrained(folder).to_dict()
+        for folder in (old_folder, new_folder)
     )
     for name in sorted(old.keys() | new.keys()):
         names_code = name in ("auto_map", "image_processor_type") or name.startswith("_")
@@ -272,7 +272,7 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
         pixels = list(build_random_images(shape))
 
     try:
-        certificate = certify(old_folder, new_folder.path, pixels)
+        certificate = certify(old_folder, new_folder, pixels)
     except ModelsDiffer as error:
         print(f"changed: {error}")
         return {"difference": str(error)}

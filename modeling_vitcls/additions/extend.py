@@ -37,6 +37,7 @@ from ..frozen.scenes import (
     measure_limit,
     read_scenes,
 )
+from ..hub.local_paths import resolve_name
 from ..hub.model_folder import ModelFolder, open_vitcls
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification
@@ -175,7 +176,8 @@ def build_old_model(options: AdditionOptions, staging: Path) -> OldModel:
         processor=processor,
         trained_scenes=read_scenes(folder),
         staging=staging,
-        flags=to_flags(options),
+        # Otherwise, the folder data/photos would look like a dataset of the user `data`.
+        flags=to_flags(options) | {"dataset": resolve_name(options.dataset)},
         pass_arguments=pass_arguments,
         console=console,
     )

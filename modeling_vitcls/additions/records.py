@@ -23,7 +23,7 @@ from ..hub.model_files import (
     hash_settings,
     hash_weights,
 )
-from ..hub.model_folder import dump_flags
+from ..hub.model_folder import ModelFolder, dump_flags
 from ..inference.speed import count_flops
 from ..inference.stated_result import format_small_percent, state_addition
 from ..runtime.files import write_json
@@ -45,7 +45,8 @@ def write_addition(old: OldModel, addition: Addition) -> dict[str, Any]:
         # Both models are read from their files: what is certified is what is written. The files
         # are still in the hidden folder, so a difference leaves no model behind.
         pixels = draw_pixels(images, old.processor, old.model.config.num_channels)
-        certificate = certify(old.folder, old.staging, pixels)
+        new = ModelFolder(old.staging, old.folder.source)
+        certificate = certify(old.folder, new, pixels)
     relative_flops = count_flops(addition.extended) / count_flops(old.model) - 1
     record = addition.record | {
         "relative_flops": round(relative_flops, 6),

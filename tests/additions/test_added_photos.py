@@ -176,6 +176,16 @@ def test_private_photos_of_an_addition_stay_on_the_machine(
     assert not files.keys() & {"report.html", "predictions.parquet", "addition.resolved.yaml"}
 
 
+@pytest.mark.usefixtures("no_page")
+def test_photos_in_a_folder_named_like_a_dataset_on_the_hub_are_private(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_shots(tmp_path / "ann/new/vase", 40, range(1))
+    add_class(run, "ann/new", "class")
+    assert "report.html" in ModelFolder(tmp_path / "class").private_files
+
+
 @pytest.mark.parametrize("shots", [range(1), range(5)], ids=["one photo", "one object"])
 def test_a_class_without_a_result_has_a_page(shots: range, run: Path, tmp_path: Path) -> None:
     write_shots(tmp_path / "new/vase", 40, shots)
