@@ -248,10 +248,10 @@ def test_only_new_tokens_and_the_heads_are_trained_on_request(
     assert others == {"vitcls.embeddings.register_tokens", "vitcls.gates.gates"}
 
     difference = verify_unchanged(pretrained, tmp_path)["difference"]
-    num_weights = len(load_file(pretrained / "model.safetensors"))
-    changed_and_old = changed & set(load_file(pretrained / "model.safetensors"))
-    assert all(name in difference for name in changed_and_old)
-    assert f"the other {num_weights - len(changed_and_old)} tensors are equal" in difference
+    old = load_file(pretrained / "model.safetensors")
+    changed_and_old = sorted(changed & old.keys())
+    assert all(name in difference for name in changed_and_old[:3])
+    assert f"the other {len(old) - len(changed_and_old)} tensors are equal" in difference
 
 
 def test_the_losses_of_classes_are_weighted_on_request(tmp_path: Path) -> None:
