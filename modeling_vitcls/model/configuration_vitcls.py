@@ -581,13 +581,15 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         cls, stored: dict[str, Any], overrides: Mapping[str, Any], num_labels: int | None
     ) -> None:
         """Remove from a stored dict what does not apply to the overrides."""
-        # A task reads the CLS token whose number is its place.
-        old, new = (sorted(each.get("tasks") or ()) for each in (stored, overrides))
-        if moved := [name for name in new if name in old and new.index(name) != old.index(name)]:
-            raise ValueError(
-                f"`tasks`: {moved[0]!r} would read the CLS token of another task. Keep the tasks that sort "
-                "before it, and give new ones names that sort last."
-            )
+        if "tasks" in overrides:  # A task reads the CLS token whose number is its place
+            old, new = sorted(stored.get("tasks") or ()), sorted(overrides["tasks"] or ())
+            if moved := [
+                name for name in new if name in old and new.index(name) != old.index(name)
+            ]:
+                raise ValueError(
+                    f"`tasks`: {moved[0]!r} would read the CLS token of another task. Keep the tasks that "
+                    "sort before it, and give new ones names that sort last."
+                )
         changes = [
             name
             for name in FEATURE_FIELDS
@@ -620,8 +622,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """
         loaded: dict[str, str] = getattr(self, "auto_map", {})
         # The class of the model, which may be a subclass; code in other repositories has a --
-        own = {name: reference for name, reference in loaded.items() if "--" not in reference}
-        self.auto_map = AUTO_MAP | own
+        self.auto_map = AUTO_MAP | {
+            name: reference for name, reference in loaded.items() if "--" not in reference
+        }
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.auto_map = loaded
         # `save_pretrained` of a model adds its own class before
@@ -651,8 +654,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             return {}
         if "ViTCLSForImageClassification" in (self.architectures or ()):
             code = "pipeline_vitcls.ViTCLSImageClassificationPipeline"
-            models = ["AutoModelForImageClassification"]
-            return {"image-classification": {"impl": code, "pt": models}}
+            return {
+                "image-classification": {"impl": code, "pt": ["AutoModelForImageClassification"]}
+            }
         code = "pipeline_vitcls.ViTCLSImageFeatureExtractionPipeline"
         return {"image-feature-extraction": {"impl": code, "pt": ["AutoModel"]}}
 
