@@ -34,7 +34,6 @@ from ..data.options import DataOptions
 from ..hub.model_files import list_weight_files
 from ..hub.model_folder import ModelFolder, open_vitcls
 from ..inference.image_pass import read_pixels
-from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
@@ -99,7 +98,7 @@ def certify(old: ModelFolder, new: ModelFolder, pixels: Sequence[Tensor]) -> dic
     """
     # The cheap comparisons come first. They also say what differs, which logits cannot.
     tensor_hashes = compare_tensors(old.path, new.path)
-    compare_processors(old.path, new.path)
+    compare_processors(old, new)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     old_model = load_old_model(old).to(device)
     new_model = load_old_model(new).to(device)
@@ -166,12 +165,9 @@ def hash_tensor(tensor: Tensor) -> str:
     return hashlib.sha256(save({"": tensor.contiguous()})).hexdigest()
 
 
-def compare_processors(old_folder: Path, new_folder: Path) -> None:
+def compare_processors(old_folder: ModelFolder, new_folder: ModelFolder) -> None:
     """Raise ModelsDiffer if the settings of the image processors differ; a missing one is the default."""
-    old, new = (
-        ViTCLSImageProcessor.from_pretrained(folder).to_dict()
-        for folder in (old_folder, new_folder)
-    )
+    old, new = (folder.load_processor().to_dict() for folder in (old_folder, new_folder))
     for name in sorted(old.keys() | new.keys()):
         names_code = name in ("auto_map", "image_processor_type") or name.startswith("_")
         if not names_code and old.get(name) != new.get(name):

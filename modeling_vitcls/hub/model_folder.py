@@ -200,8 +200,8 @@ class ModelFolder:
     def load_partly(self, model_class: Any, **arguments: Any) -> tuple[Any, set[str]]:
         """Load the model, and return it with the names of the weights that the folder lacks.
 
-        `arguments` are passed to `from_pretrained`. Raise ValueError if the folder has weights that
-        config.json has no place for. Heads may be unused.
+        `arguments` are passed to `from_pretrained`. Raise OSError without weights, and ValueError if the
+        folder has weights that config.json has no place for. Heads may be unused.
         """
         # Results name the weights that are read here.
         if self.weights_sha256 is None:

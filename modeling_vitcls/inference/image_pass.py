@@ -219,7 +219,7 @@ class ImagePass:
     """
 
     pass_name = "features"  # What a pass over the images does, for the progress
-    max_cache_bytes = 0  # Of preprocessed images, which only a second pass would read
+    max_cache_bytes = 0  # A cache of preprocessed images would serve only a second pass
 
     def __init__(
         self,

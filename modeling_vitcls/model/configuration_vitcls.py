@@ -580,7 +580,10 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     def _forget_what_changes(
         cls, stored: dict[str, Any], overrides: Mapping[str, Any], num_labels: int | None
     ) -> None:
-        """Remove from a stored dict what does not apply to the overrides."""
+        """Remove from a stored dict what does not apply to the overrides.
+
+        Raise ValueError if a task would read another CLS token than before.
+        """
         if "tasks" in overrides:  # A task reads the CLS token whose number is its place
             old, new = sorted(stored.get("tasks") or ()), sorted(overrides["tasks"] or ())
             if moved := [

@@ -186,7 +186,7 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
     # A dataset type is required in the model index, and the only valid types are datasets on the
     # Hub. Results from before classes were added, or on images that trained the encoder, are left
     # out.
-    is_comparable = "num_images_of_encoder" not in results and not list_added_classes(folder)
+    is_comparable = "num_seen_images" not in results and not list_added_classes(folder)
     measured = list(list_metrics(results))
     if measured:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]

@@ -64,7 +64,7 @@ def run_frozen(
         measured += list_measurements(
             {task: task_metrics[task]},
             inputs.selection_metric,
-            seen_by_encoder=data.count_seen(inputs.encoder_rows),
+            num_seen=data.count_seen(inputs.encoder_rows),
             num_folds=head.probe.num_folds_ if head.held_out is None else 0,
         )
 

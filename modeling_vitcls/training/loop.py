@@ -99,7 +99,7 @@ class TrainingLoop:
         # checkpoints
         self.step_seconds: list[float] = []
         self.unreadable_images: set[int] = set()  # The reported ones
-        # Of unreadable images that are not reported yet
+        # Messages of unreadable images that are not reported yet
         self.unreported_errors: dict[int, str] = {}
         self.num_overflows = 0  # Number of consecutive steps that the loss scaler skipped
         self.model = self.accelerator.unwrap_model(self.state.model)

@@ -25,7 +25,7 @@ from .run_inputs import RunInputs
 def list_measurements(
     task_metrics: Mapping[str, MetricValues],
     metric: str,
-    seen_by_encoder: int = 0,
+    num_seen: int = 0,
     num_folds: int = 0,
 ) -> list[Measurement]:
     """List the results of all tasks that have labeled images.
@@ -33,13 +33,13 @@ def list_measurements(
     Args:
         task_metrics: metrics of each task (inference/metrics.py).
         metric: of the results.
-        seen_by_encoder: number of images of the run that trained its encoder. If there are any, the
+        num_seen: number of images of `TrainingData.count_seen`. If there are any, the
             intervals are removed from the metrics.
         num_folds: number of folds of the cross-validation; 0 for held-out images.
     """
     measured = []
     for task, metrics in task_metrics.items():
-        if seen_by_encoder:
+        if num_seen:
             # The error is larger than any interval says.
             for name in [each for each in metrics if each.endswith("_interval")]:
                 del metrics[name]
@@ -129,7 +129,7 @@ def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -
         **outcome.results,
     }
     if num_seen and outcome.measured:
-        results["num_images_of_encoder"] = num_seen
+        results["num_seen_images"] = num_seen
     if record := find_in_trained_scenes(outcome):
         results["in_trained_scenes"] = record
     return results

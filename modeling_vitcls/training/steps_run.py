@@ -136,7 +136,7 @@ def run_steps(
         measured=list_measurements(
             get_task_metrics(metrics),
             inputs.selection_metric,
-            seen_by_encoder=data.count_seen(inputs.encoder_rows, is_frozen=False),
+            num_seen=data.count_seen(inputs.encoder_rows, is_frozen=False),
         ),
         metrics=metrics,
         split=data.held_out_name,

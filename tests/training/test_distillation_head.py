@@ -167,7 +167,7 @@ def test_images_that_trained_a_kept_classifier_measure_nothing(
     flags = {"probe": False, "max_steps": 1, "held_out_fraction": 0.2}
     results = run_training(build_options(tmp_path / "next", frozen, **flags))
     assert "accuracy_interval" not in results
-    assert results["num_images_of_encoder"] == results["num_images"]
+    assert results["num_seen_images"] == results["num_images"]
     assert "without an interval" in capsys.readouterr().out
 
 

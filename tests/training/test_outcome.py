@@ -19,7 +19,7 @@ def test_each_task_is_measured_by_the_images_that_have_its_label() -> None:
 @pytest.mark.parametrize("metric", ["accuracy", "mean_average_precision"])
 def test_images_that_trained_the_encoder_leave_no_interval(metric: str) -> None:
     metrics = {metric: 0.8, f"{metric}_interval": [0.7, 0.9], "num_images": 50}
-    (seen,) = list_measurements({"": metrics}, metric, seen_by_encoder=9)
+    (seen,) = list_measurements({"": metrics}, metric, num_seen=9)
     assert "80%" in seen.statement
     assert "70" not in seen.statement
     assert "without an interval" in seen.method
