@@ -6,7 +6,6 @@ write_addition(old, addition)    certify, or nothing is written -> records, and 
 import shutil
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ..data.splits_table import build_splits_table, read_splits, write_splits
@@ -68,7 +67,6 @@ def build_result(metric: str, predictions: Predictions, num_folds: int = 0) -> d
         f"{metric}_interval": metrics["accuracy_interval"],
         "num_images": metrics["num_images"],
         "num_right": metrics["num_right"],
-        "num_groups": len(np.unique(predictions.outputs.groups)),
         "num_folds": num_folds,
         "per_class": metrics["per_class"],
         "confusion_matrix": metrics.get("confusion_matrix"),

@@ -24,7 +24,7 @@ class EvaluationData(NamedTuple):
     label_space: LabelSpace
     images: LabeledImages
     split: str
-    num_left_out: int  # Number of images that trained the model
+    num_trained: int  # Number of images that trained the model: left out, unless a split is named
     description: str  # Says which images these are
 
 
@@ -69,7 +69,6 @@ def load_evaluation_data(
     description = f"all {len(images):,} images"
     if len(names) > 1:
         description += f" of split {name!r}"
-    num_left_out = 0
     if num_trained and split is not None:  # All its images count
         description += f", of which training used {num_trained:,}"
     elif num_trained == len(images):
@@ -80,10 +79,9 @@ def load_evaluation_data(
         )
     elif num_trained:
         images, _ = images.divide(is_trained)
-        num_left_out = num_trained
         description += f" without the {num_trained:,} that trained the model"
 
     drawn = images.draw(max_images)
     if len(drawn) < len(images):
         description = f"drawn at random from {description}"
-    return EvaluationData(loaded.label_space, drawn, name, num_left_out, description)
+    return EvaluationData(loaded.label_space, drawn, name, num_trained, description)

@@ -129,12 +129,12 @@ class DatasetImages(Sequence):
     rows: np.ndarray  # Row of each image
 
     @classmethod
-    def from_list(cls, values: Sequence[Any], folder: Path = Path()) -> "DatasetImages":
+    def from_list(cls, values: Sequence[Any]) -> "DatasetImages":
         """Build a sequence from paths, or from encoded images {"path": ..., "bytes": ...}."""
         import datasets
 
         dataset = datasets.Dataset.from_dict({"image": values})
-        return cls(dataset, folder, np.arange(len(dataset)))
+        return cls(dataset, Path(), np.arange(len(dataset)))
 
     @property
     def column(self) -> str:

@@ -36,10 +36,10 @@ from ..frozen.scenes import read_scenes
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_for_inference
+from ..inference.metrics import drop_intervals
 from ..inference.options import EvaluateOptions
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from ..inference.stated_result import build_class_tables, build_metric_table, format_name
-from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import shorten_text
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.errors import format_name_list, warn_on_first_process
@@ -77,7 +77,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         batch_size=options.batch_size,
         max_batch_size=EVALUATION_BATCH_SIZE,
     )
-    config: ViTCLSConfig = model.config
+    config = model.config
     if options.task is not None:
         config = config.build_task_config(options.task)
     check_is_classifier(config)
@@ -109,6 +109,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         trained_scenes=read_scenes(folder).get(options.task or ""),
     )
     seconds = time.perf_counter() - start_time
+    if options.split and data.num_trained:
+        drop_intervals(predictions.metrics)
 
     results: dict[str, Any] = {
         "model": options.model,
@@ -116,7 +118,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         "threshold": options.threshold,
         "dataset": get_title(options.dataset),
         "split": data.split,
-        "num_left_out_images": data.num_left_out,
+        "num_left_out_images": 0 if options.split else data.num_trained,
         "images_per_second": round(predictions.metrics["num_images"] / seconds, 1),
         "seconds": round(seconds, 2),
         "device": describe_device(),
@@ -208,9 +210,11 @@ def get_training_columns(
 
 def print_results(results: dict[str, Any], part_text: str, console: Console) -> None:
     """Print the metrics, and a row per class."""
-    images_text = f"{results['num_images']:,} images of {results['dataset']}"
-    speed_text = f"{results['images_per_second']:,} images/s"
-    console.print(f"{images_text} ({part_text}), {speed_text}", markup=False)
+    console.print(
+        f"{results['num_images']:,} images of {results['dataset']} ({part_text}), "
+        f"{results['images_per_second']:,} images/s",
+        markup=False,
+    )
     tables = build_metric_table(results, format_name) | build_class_tables(results, format_name)
     for title, rows in tables.items():
         table = Table(title=title, title_justify="left")

@@ -243,6 +243,13 @@ def get_task_metrics(results: MetricValues) -> dict[str, MetricValues]:
     return results.get("tasks") or {"": results}
 
 
+def drop_intervals(results: MetricValues) -> None:
+    """Remove the intervals of images that were seen in training: the error is larger than they say."""
+    for metrics in get_task_metrics(results).values():
+        for name in [each for each in metrics if each.endswith("_interval")]:
+            del metrics[name]
+
+
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
     """Select the scalar metrics, in their original order, for logging and comparison."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -183,11 +183,7 @@ def compare_code(files: Mapping[str, Path | bytes]) -> str:
         file.name: file.read_bytes() for file in (PACKAGE_FOLDER / "model").glob(CODE_PATTERN)
     }
     found = {name: read_content(files[name]) for name in files if name.endswith(".py")}
-    names = [
-        name
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
-    ]
+    names = sorted({name for name, _ in expected.items() ^ found.items()})
     package = f"modeling_vitcls {__version__}"
     return f"code differs from {package}: {', '.join(names)}" if names else f"code of {package}"
 

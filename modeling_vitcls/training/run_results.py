@@ -10,7 +10,7 @@ from ..data.splits import TrainingData
 from ..evaluation.evaluator import Predictions, count_in_trained_scenes, describe_in_trained_scenes
 from ..frozen.scenes import TrainedScenes
 from ..inference.intervals import MIN_CORRECTED_IMAGES
-from ..inference.metrics import METRICS, MetricValues
+from ..inference.metrics import METRICS, MetricValues, drop_intervals
 from ..inference.stated_result import Measurement, describe_classes
 from ..inference.token_names import count_tokens
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -40,9 +40,7 @@ def list_measurements(
     measured = []
     for task, metrics in task_metrics.items():
         if num_seen:
-            # The error is larger than any interval says.
-            for name in [each for each in metrics if each.endswith("_interval")]:
-                del metrics[name]
+            drop_intervals(metrics)
         if metrics.get(metric) is None:
             continue
         # The average precision of a handful of images means little.

@@ -119,8 +119,8 @@ def describe_class_sizes(images: Splits) -> str:
     labels = images.train.labels
     has_lists = label_space.kind == "multi_label_classification"
     counts = Counter(chain.from_iterable(labels) if has_lists else labels)
-    names = map(replace_control_characters, label_space.names)
-    sizes = [(counts[label], name) for label, name in enumerate(names)]
+    names = label_space.names
+    sizes = [(counts[label], replace_control_characters(name)) for label, name in enumerate(names)]
     if len(sizes) > MAX_NAMED_CLASSES:
         (smallest, first), (largest, last) = min(sizes), max(sizes)
         return f"{len(sizes):,}, from {smallest:,} images ({first}) to {largest:,} ({last})"

@@ -146,6 +146,7 @@ def test_a_named_split_is_evaluated_whole(
     found = run_evaluate(tmp_path, photos / "run", photos / "train", "--split", "train")
     assert (found["num_images"], found["num_left_out_images"]) == (60, 0)
     assert "training used 48" in capsys.readouterr().out
+    assert "accuracy_interval" not in found  # training images say nothing of new photos
 
 
 def test_images_are_drawn_at_random(photos: Path, tmp_path: Path) -> None:

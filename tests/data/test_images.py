@@ -1,5 +1,6 @@
 """Sequences of images: names, bytes and checksums, and errors of individual images."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def build_rows(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_subset_has_the_names_bytes_and_checksums_of_its_images(tmp_path: Path) -> None:
     rows = build_rows(tmp_path)
-    images = DatasetImages.from_list(rows, tmp_path)
+    images = replace(DatasetImages.from_list(rows), folder=tmp_path)
     subset = images.select([1, 2, 0]).select([1, 2, 0])  # the last image, the first and the second
 
     assert [image.getpixel((0, 0)) for image in subset] == [3, 1, 2]
@@ -33,7 +34,6 @@ def test_a_subset_has_the_names_bytes_and_checksums_of_its_images(tmp_path: Path
     keys = images.compute_content_keys().tolist()
     assert subset.compute_content_keys().tolist() == [keys[2], keys[0], keys[1]]
     assert len(set(keys)) == 3
-    assert [image.filename for image in images] == [rows[0]["path"], "row 1", rows[2]["path"]]
     assert [image.filename for image in subset] == [rows[2]["path"], rows[0]["path"], "row 1"]
 
 
