@@ -83,10 +83,11 @@ class Inspection:
     @property
     def effects(self) -> list[tuple[str, str, Effect]]:
         """Rows of the table: name of the token or group, name of the output, and effect."""
-        rows = []
-        for name, by_output in self.ablations.items():
-            rows += [(name, output, effect) for output, effect in by_output.items()]
-        return rows
+        return [
+            (name, output, effect)
+            for name, by_output in self.ablations.items()
+            for output, effect in by_output.items()
+        ]
 
     @property
     def lines(self) -> list[str]:
@@ -351,12 +352,12 @@ def find_unmoved_tokens(
     """
     if not any(movement.values()):
         return []  # The run trained no token at all, but perhaps a head
-    unmoved = []
-    for group, indices in groups.items():
-        unmoved += [
-            index for number, index in enumerate(indices) if movement.get(f"{group}[{number}]") == 0
-        ]
-    return unmoved
+    return [
+        index
+        for group, indices in groups.items()
+        for number, index in enumerate(indices)
+        if movement.get(f"{group}[{number}]") == 0
+    ]
 
 
 def is_outlier(norms: Tensor) -> Tensor:

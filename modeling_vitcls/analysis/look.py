@@ -119,7 +119,6 @@ def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -
 
 def save_sheet(sheet: Sheet, title: str, file: Path) -> None:
     """Write a sheet as an HTML page or as an image, by the suffix of the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     suffix = file.suffix.lower()
     with write_atomically(file) as temporary_file:
         if suffix == ".html":

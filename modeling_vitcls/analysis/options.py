@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..hub.model_files import check_output_files
 from ..inference.options import ImageOptions, Paths
-from ..runtime.flags import Options, check_minimum
+from ..runtime.flags import Options, check_minimum, check_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,7 @@ class InspectOptions(ImageOptions):
         check_minimum(self, 1, "num_images", "max_images")
         self.check_images()
         check_output_files(output=self.output)
-        if self.output.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"`output={str(self.output)!r}`: the file name must end in .html")
+        check_suffix(self, "output", ".html", ".htm")
 
 
 @dataclass(frozen=True, kw_only=True)

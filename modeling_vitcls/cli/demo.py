@@ -67,7 +67,7 @@ def run_demo(options: DemoOptions) -> None:
         # `quiet` hides gradio's line, and `prevent_thread_lock` returns, so we print the address.
         _, address, _ = page.launch(
             server_name=options.host,
-            server_port=options.port,
+            server_port=options.port or None,
             share=False,
             ssr_mode=False,
             prevent_thread_lock=True,
@@ -81,7 +81,7 @@ def run_demo(options: DemoOptions) -> None:
             footer_links=["gradio"],
             max_file_size=MAX_FILE_SIZE,
         )
-    except OSError as error:  # gradio's message does not mention --port
+    except (OSError, OverflowError) as error:  # gradio's message does not mention --port
         raise OSError(
             f"Cannot open port {options.port or '7860 or above'}. Set --port to a free port."
         ) from error
@@ -101,8 +101,7 @@ def find_own_address() -> str:
             probe.connect(("192.0.2.1", 9))  # An address for documentation (RFC 5737)
         except OSError:  # No network
             return "localhost"
-        address: str = probe.getsockname()[0]
-        return address
+        return probe.getsockname()[0]  # type: ignore[no-any-return]
 
 
 def build_page(options: DemoOptions) -> Any:

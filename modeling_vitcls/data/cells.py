@@ -88,7 +88,7 @@ def read_label_names(
     classes = list(map(normalize_name, label_names or own_names))
     if own_names and classes != own_names:
         raise ValueError(
-            f"{where} declares the labels {', '.join(map(repr, own_names[:20]))}, so `label_names` "
+            f"{where}: the labels are declared, {', '.join(map(repr, own_names[:20]))}, so `label_names` "
             "has no effect. Remove `label_names`"
         )
     if len({*classes}) < len(classes):

@@ -181,11 +181,12 @@ def find_column(
 
 def list_fields(features: Features) -> Features:
     """List the fields of columns of objects, by names such as `json.label`."""
-    fields: Features = {}
-    for column, feature in features.items():
-        if isinstance(feature, dict) and not is_image_feature(feature):
-            fields |= {f"{column}.{name}": each for name, each in feature.items()}
-    return fields
+    return {
+        f"{column}.{name}": each
+        for column, feature in features.items()
+        if isinstance(feature, dict) and not is_image_feature(feature)
+        for name, each in feature.items()
+    }
 
 
 def is_image_feature(feature: Any) -> bool:
@@ -442,6 +443,8 @@ def choose_groups(
     fact = f"column {column!r}: {num_groups:,} groups"
     if None in texts:
         fact += f", of which {texts.count(None):,} are images without a value"
+    for largest, size in Counter(filter(None, texts)).most_common(1):
+        fact += f"; the largest is {largest!r} with {size:,} images"
     return groups, fact, reason
 
 

@@ -130,8 +130,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         # First the files: `| head` ends the process when it has enough lines
-        for file in filter(None, (options.per_image, options.output)):
-            file.parent.mkdir(parents=True, exist_ok=True)
         if options.per_image is not None:
             write_rows(options.per_image, build_rows(predictions), results["weights_sha256"])
             console.print(f"saved {options.per_image}", markup=False)

@@ -91,9 +91,11 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
 
 def describe_learning_curve(record: dict[str, Any] | None) -> str | None:
     """Say that more photos would help; None unless the curve rises, and the gain is above its noise."""
-    if record is None or record["gain"] <= MIN_STANDARD_ERRORS * record["standard_error"]:
-        return None
-    if record["fitted"][-1] <= record["fitted"][0]:
+    if (
+        record is None
+        or record["gain"] <= MIN_STANDARD_ERRORS * record["standard_error"]
+        or record["fitted"][-1] <= record["fitted"][0]
+    ):
         return None
     points = zip(record["fitted"], record["num_images"], strict=True)
     texts = [f"{accuracy:.0%} with {num_images:.0f}" for accuracy, num_images in points]

@@ -83,10 +83,10 @@ def split_tasks(features: Features, label_space: LabelSpace) -> dict[str, Featur
     """Take, for each task, the features of the images that have its label."""
     if not isinstance(label_space, PerTask):
         return {"": features}
-    parts = {}
-    for task, labels in zip(label_space.tasks, features.labels.T, strict=True):
-        parts[task] = replace(features, labels=labels).take(labels >= 0)
-    return parts
+    return {
+        task: replace(features, labels=labels).take(labels >= 0)
+        for task, labels in zip(label_space.tasks, features.labels.T, strict=True)
+    }
 
 
 @dataclass(frozen=True)

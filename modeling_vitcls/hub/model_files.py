@@ -117,7 +117,7 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
 
 
 def check_output_files(**files: Path | None) -> None:
-    """Raise ValueError if a file to write is a folder, a device, or a file of a model.
+    """Raise ValueError if a file to write is a link, a folder, a device, or a file of a model.
 
     Args:
         files: argument that the message names -> file to write.
@@ -125,7 +125,8 @@ def check_output_files(**files: Path | None) -> None:
     for name, file in files.items():
         if file is None:
             continue
-        if file.exists() and not file.is_file():
+        # Replacing a link would leave its file as it was
+        if file.is_symlink() or (file.exists() and not file.is_file()):
             raise ValueError(
                 f"`{name}={str(file)!r}` is not a file that can be replaced. Set the path of a file"
             )
@@ -193,7 +194,10 @@ def hash_files(files: Iterable[Path]) -> dict[str, str]:
 # Checks before files are read ---------------------------------------------------------------------
 
 
-NOT_VITCLS = "{0} is not a vitcls model. Convert it first: vitcls convert {0} FOLDER"
+NOT_VITCLS = (
+    "{0} is not a vitcls model. Set the folder of one or, if it is a model of another project, convert it: "
+    "vitcls convert {0} FOLDER"
+)
 
 
 def check_is_vitcls(source: str, folder: Path) -> None:

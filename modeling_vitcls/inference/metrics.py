@@ -246,8 +246,9 @@ def get_task_metrics(results: MetricValues) -> dict[str, MetricValues]:
 def drop_intervals(results: MetricValues) -> None:
     """Remove the intervals of images that were seen in training: the error is larger than they say."""
     for metrics in get_task_metrics(results).values():
-        for name in [each for each in metrics if each.endswith("_interval")]:
-            del metrics[name]
+        for name in [*metrics]:
+            if name.endswith("_interval"):
+                del metrics[name]
 
 
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:

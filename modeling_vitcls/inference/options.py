@@ -8,7 +8,7 @@ from tyro.conf import Positional, arg
 
 from ..data.options import DataOptions
 from ..hub.model_files import check_output_files
-from ..runtime.flags import Options, check_minimum, check_value
+from ..runtime.flags import Options, check_minimum, check_suffix, check_value
 
 
 # Written without a flag
@@ -64,6 +64,8 @@ class EvaluateOptions(EngineOptions, DataOptions):
     def check(self) -> None:
         super().check()
         check_minimum(self, 1, "batch_size", "max_images")
+        check_suffix(self, "output", ".json")
+        check_suffix(self, "per_image", ".parquet")
         check_output_files(output=self.output, per_image=self.per_image)
         if self.task is not None and self.per_image:
             raise ValueError("`task` only measures a task. Remove `per_image`")
@@ -144,11 +146,7 @@ class PredictOptions(ImageOptions, EngineOptions):
         check_minimum(self, 1, "top_k", "max_megapixels")
         check_minimum(self, 0, "num_workers")
         check_value(self, "features", self.features != (), "one name or more")
-        suffixes = ".csv", ".json", ".jsonl", ".parquet"
-        if self.output is not None and self.output.suffix.lower() not in suffixes:
-            raise ValueError(
-                f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file"
-            )
+        check_suffix(self, "output", ".csv", ".json", ".jsonl", ".parquet")
         check_output_files(output=self.output)
 
     def check_files(self) -> None:

@@ -321,7 +321,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     # Image and patches
     image_size: int | list[int] | tuple[int, int] = extent(1_000_000)(default=224)
     """Image size in pixels, a multiple of the patch size. The size determines the grid of learned
-    position embeddings. The model also accepts other image sizes."""
+    position embeddings. The model also accepts other image sizes, of which it reads whole patches."""
     patch_size: int | list[int] | tuple[int, int] = extent(MAX_PATCH_SIDE)(default=16)
     """Patch size in pixels."""
     num_channels: int = between(1, 100_000)(default=3)

@@ -124,7 +124,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 @contextmanager
 def write_atomically(file: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file to write.
+    """Yield the path of a temporary file to write, and create its folder.
 
     After the block, rename the temporary file to `file`, or remove the temporary file if an error
     is raised. Raise OSError with `file` in the message if writing fails.
@@ -138,6 +138,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
     # In the same folder, because a rename replaces a file in one step only within a file system.
     temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}{UNFINISHED_SUFFIX}")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary_file
         # Before the rename: after a power failure, the name could belong to an empty file
         sync_to_disk(temporary_file)

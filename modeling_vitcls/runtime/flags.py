@@ -109,7 +109,7 @@ def check_types(options: Any, names: Iterable[str]) -> None:
             # The text of a network has a hundred lines
             text = repr(value)
             given = f"of type {type(value).__name__}" if "\n" in text else text
-            hint = ". Put text into quotes" if "str" in expected else ""
+            hint = ". Quote text; save an object and set its path" if "str" in expected else ""
             raise ValueError(f"`{name}` is {given}, but it must be {expected}{hint}") from None
 
 
@@ -126,6 +126,13 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
         values = value if isinstance(value, tuple) else (value,)
         is_valid = all(each is None or each >= minimum for each in values)
         check_value(options, name, is_valid, f"{minimum} or more")
+
+
+def check_suffix(options: Any, name: str, *suffixes: str) -> None:
+    """Raise ValueError if a flag is a file that does not end in one of the suffixes."""
+    file = getattr(options, name)
+    is_valid = file is None or file.suffix.lower() in suffixes
+    check_value(options, name, is_valid, f"a file that ends in {' or '.join(suffixes)}")
 
 
 def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:

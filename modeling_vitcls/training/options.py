@@ -195,7 +195,8 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     checkpoint."""
     overwrite: bool = False
     """Replace an earlier run in --output-dir and all other files that have the same names as output
-    files. With --resume, a run that can be continued is continued, not replaced."""
+    files, which are removed when training starts. With --resume, a run that can be continued is
+    continued, not replaced."""
     save_every: int | None = None
     """Number of steps between checkpoints. Default: a checkpoint at each evaluation."""
     keep_checkpoints: int | None = None

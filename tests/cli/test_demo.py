@@ -172,10 +172,11 @@ def test_files_of_the_server_are_not_opened(address: str, photo: Path) -> None:
         assert "event: error" in httpx.get(f"{call}/{event}", timeout=60).text
 
 
-def test_a_port_that_is_in_use_is_one_line(tmp_path: Path) -> None:
+def test_a_port_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     model = save_classifier(tmp_path / "model", *NAMES)
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with raises_one_line("--port", error=OSError):
-            run_demo(DemoOptions(model=str(model), port=taken.getsockname()[1]))
+        for port in (taken.getsockname()[1], 99_999):
+            with raises_one_line("--port", error=OSError):
+                run_demo(DemoOptions(model=str(model), port=port))

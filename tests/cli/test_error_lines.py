@@ -138,22 +138,25 @@ def test_a_named_pipe_instead_of_a_file_is_an_error(name: str) -> None:
         ("evaluate", "--output", "model/config.json"),
         ("evaluate", "--per-image", "model/predictions.parquet"),
         ("predict", "--output", "model/results.json"),
-        ("evaluate", "--output", "photos"),
-        ("predict", "--output", "pipe"),
-        ("evaluate", "--per-image", "pipe"),
+        ("evaluate", "--output", "link.json"),
+        ("predict", "--output", "pipe.parquet"),
+        ("evaluate", "--per-image", "pipe.parquet"),
+        ("evaluate", "--per-image", "/dev/stdout"),  # a link, which a file would replace
     ],
 )
-def test_outputs_replace_no_file_of_a_model_no_folder_and_no_device(
+def test_outputs_replace_no_file_of_a_model_no_link_and_no_device(
     command: str, flag: str, name: str
 ) -> None:
     """A pipe stands for /dev/null, which the superuser would replace with a file."""
-    os.mkfifo("pipe")
+    os.mkfifo("pipe.parquet")
+    Path("link.json").symlink_to("other.json")
+    Path("other.json").touch()
     before = Path("model/config.json").read_bytes()
     error = fail(*f"{command} --model model --dataset photos {flag} {name}".split(), status=2)
     assert flag in error
     assert name in error
     assert Path("model/config.json").read_bytes() == before
-    assert Path("pipe").is_fifo()
+    assert Path("pipe.parquet").is_fifo()
 
 
 @pytest.mark.parametrize("flags", [["--dataset", ""], ["--dataset="], ["--output-dir", " "]])

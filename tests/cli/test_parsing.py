@@ -253,14 +253,16 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(
 
 
 @pytest.mark.parametrize(
-    "command", ["look {} --model m -o {}", "evaluate --model m --dataset {} --per-image {}"]
+    "command", ["predict {} --model m -o {}", "evaluate --model m --dataset {} --per-image {}"]
 )
 def test_no_output_replaces_an_input(command: str, tmp_path: Path) -> None:
-    (tmp_path / "file.png").touch()
+    (tmp_path / "file.parquet").touch()
     error = fail(
-        *command.format(tmp_path / "file.png", f"{tmp_path}/../{tmp_path.name}/file.png").split()
+        *command.format(
+            tmp_path / "file.parquet", f"{tmp_path}/../{tmp_path.name}/file.parquet"
+        ).split()
     )
-    assert "file.png, which is an input" in error
+    assert "file.parquet, which is an input" in error
 
 
 def test_a_folder_that_is_not_utf_8_is_an_error_before_training() -> None:

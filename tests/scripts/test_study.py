@@ -130,10 +130,6 @@ def test_a_subset_has_random_training_images_and_all_other_images(
         assert part["kind"].tolist() == (1 - part["label"]).tolist()
         assert len(part) == size
     assert not (folder / "a" / "validation.parquet").exists()
-    absent = replace(study, subsets={"d": subset})
-    with pytest.raises(FileNotFoundError):
-        StudyRunner(absent, tmp_path, dataset=str(tmp_path / "absent")).execute()
-    assert not (folder / "d").exists()
 
 
 def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
