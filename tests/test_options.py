@@ -87,8 +87,7 @@ def test_values_outside_of_their_limits_are_errors(
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"paths": ("a",)}, {"dataset": "c"}, "`images`"),
-    (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output='a.txt'`"),
-    (PredictOptions, {}, {"output": Path("folder")}, "`output='folder'`"),
+    (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output` is a.txt"),
     (PredictOptions, {}, {"model": ""}, "`model` is empty"),
     (
         PredictOptions,
@@ -104,7 +103,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     ),
     (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "`images`"),
     (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
-    (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "`output='a.json'`"),
+    (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "`output` is a.json"),
     *((PredictOptions, {}, {name: "a"}, "`dataset`") for name in ("split", "image_column")),
     *(
         (InspectOptions, {}, {name: "a"}, "`dataset`")

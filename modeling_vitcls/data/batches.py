@@ -16,7 +16,13 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_start_method, parent_process, queues, resource_tracker
+from multiprocessing import (
+    current_process,
+    get_start_method,
+    parent_process,
+    queues,
+    resource_tracker,
+)
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -165,7 +171,6 @@ class Normalizer:
 
 
 TIMEOUT = 600.0  # Maximum time without a batch, in seconds
-PREFETCH_FACTOR = 2  # Number of batches that each process loads in advance
 
 # In the messages of PyTorch and the system for a process that has ended, has timed out, or cannot
 # open files
@@ -178,11 +183,12 @@ def load_batches(dataset: Any, num_workers: int, **options: Any) -> Iterator[Any
     The items of `dataset` are batches, and `options` other arguments of DataLoader. Raise ValueError
     if the processes would run the script of this process again.
     """
+    if current_process().daemon:  # Such as one of a `Pool`, which must not start others
+        num_workers = 0
     if num_workers:
         check_script_is_guarded()
         options |= {
             "timeout": TIMEOUT,
-            "prefetch_factor": PREFETCH_FACTOR,
             "worker_init_fn": prepare_worker,
         }
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, **options)

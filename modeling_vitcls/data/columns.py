@@ -50,7 +50,7 @@ GROUP_COLUMN_NAME = re.compile(
     re.IGNORECASE,
 )
 NO_GROUPS = "none"  # The value of `group_column` that ignores the folders below classes
-VIEW_TYPE = "binary_view"  # The bytes of polars, which `datasets` does not read as images
+BINARY_TYPES = ("binary", "large_binary", "binary_view")  # The last ones are of pandas and polars
 MAX_CHECKED_PATHS = 100  # First paths of a table, of which one must be a file
 
 Features = dict[str, Any]  # Type of each column, as in `datasets`
@@ -195,7 +195,7 @@ def is_image_feature(feature: Any) -> bool:
     return (
         type(feature).__name__ == "Image"
         or is_encoded
-        or getattr(feature, "dtype", None) in ("binary", "large_binary", VIEW_TYPE)
+        or getattr(feature, "dtype", None) in BINARY_TYPES
     )
 
 
@@ -520,7 +520,7 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
     images = dataset.select_columns([column])
     feature = dataset.features[column]
     is_encoded = is_image_feature(feature)
-    if getattr(feature, "dtype", None) == VIEW_TYPE:
+    if getattr(feature, "dtype", None) in BINARY_TYPES:
         images = images.cast_column(column, datasets.Value("binary"))
     if is_encoded:
         images = images.cast_column(column, datasets.Image(decode=False))

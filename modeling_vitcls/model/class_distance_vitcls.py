@@ -329,12 +329,12 @@ def find_open_tokens(encoder: Any) -> dict[str, Tensor]:
             num_tokens = getattr(encoder.config, COUNT_FIELDS[group])
             mask = masks.setdefault(group, are_open.new_ones(1, num_tokens, 1))
             mask[:, index] = are_open[gate]
-    found: dict[str, Tensor] = {}
-    for kind in TOKEN_KINDS:
-        if kind.group in masks:
-            for name in (kind.parameter, f"position_embeddings.{kind.group}"):
-                found[f"embeddings.{name}"] = masks[kind.group]
-    return found
+    return {
+        f"embeddings.{name}": masks[kind.group]
+        for kind in TOKEN_KINDS
+        if kind.group in masks
+        for name in (kind.parameter, f"position_embeddings.{kind.group}")
+    }
 
 
 def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:

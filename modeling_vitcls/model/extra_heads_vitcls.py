@@ -102,7 +102,9 @@ class ExtraHeadsConfig:
         tasks = self.get_added_tasks()
         if name not in tasks:
             choice = f"Choose from {', '.join(tasks)}" if tasks else "Add it with `vitcls add-task`"
-            raise ValueError(f"task {name}: the model has no such added task. {choice}")
+            raise ValueError(
+                f"task {name}: the model has no such added task. {choice}; its own tasks need no `task`"
+            )
         head = tasks[name]
 
         changes = {

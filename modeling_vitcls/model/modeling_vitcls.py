@@ -394,12 +394,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         output = ViTCLSModelOutput(
             last_hidden_state=layer_tokens[num_layers], pooler_output=pooler_output
         )
-        # Set on this instance; not with `setattr`, for which transformers lists all fields
-        output.__dict__.update(
-            token_layout=self.config.token_layout,
-            grid_size=grid_size,
-            layer_tokens=layer_tokens,
-        )
+        # Set on this instance; not with `setattr`, for which transformers lists all fields, nor with
+        # `update`, which PyTorch 2.9 does not compile
+        output.__dict__["token_layout"] = self.config.token_layout
+        output.__dict__["grid_size"] = grid_size
+        output.__dict__["layer_tokens"] = layer_tokens
         return output
 
     @property

@@ -67,9 +67,6 @@ def test_calibration_uses_images_that_are_not_reported(
     assert calibration["temperature"] != 1
 
     rows = pd.read_parquet(folder / PREDICTIONS_FILE)
-    assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(
-        results["accuracy"], abs=1e-6
-    )
     assert rows["loss"].mean() == pytest.approx(results["loss"], abs=1e-5)
     # the other half was used for the temperature
     reported = rows[1::2] if select == "last" else rows
