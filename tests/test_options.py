@@ -86,7 +86,6 @@ def test_values_outside_of_their_limits_are_errors(
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
-    (PredictOptions, {"paths": ("a",)}, {"dataset": "c"}, "`images`"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output` is a.txt"),
     (PredictOptions, {}, {"model": ""}, "`model` is empty"),
     (
@@ -102,7 +101,6 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
         "`features=('cls',)`",
     ),
     (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "`images`"),
-    (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "`output` is a.json"),
     *((PredictOptions, {}, {name: "a"}, "`dataset`") for name in ("split", "image_column")),
     *(

@@ -54,7 +54,7 @@ from ..model.image_processing_vitcls import (
     flatten_images,
     shorten_text,
 )
-from ..runtime.errors import format_error, format_name_list
+from ..runtime.errors import format_error, format_name_list, warn_on_first_process
 from ..runtime.flags import expand_home
 from .options import PredictOptions
 
@@ -114,6 +114,10 @@ def list_records(paths: Iterable[str]) -> tuple[list[ImageRecord], list[str]]:
             f"{get_remedy(other_files) or 'Pass image files, or folders of images'}"
         )
     warn_about_skipped(where, other_files, "files that are no images")
+    if number := len(files) - len(set(map(os.path.abspath, files))):
+        warn_on_first_process(
+            f"photos that are in several of these paths ({number:,}) count each time. Name them once"
+        )
     return [ImageRecord(get_source_name(file), file) for file in files], skipped_folders
 
 
@@ -163,9 +167,9 @@ def read_file_object(image: Any) -> Any:
     except Exception as error:  # A closed file, or a file of another library
         return ValueError(f"cannot read the file object: {format_error(error)}")
     if not isinstance(content, bytes):
-        kind = type(content).__name__
         return ValueError(
-            f"the file object returns {kind}, not bytes. Open it with mode 'rb', or pass its bytes"
+            f"the file object returns {type(content).__name__}, not bytes. Open it with mode 'rb', or "
+            "pass its bytes"
         )
     return content or ValueError("the file object is empty, or has been read before")
 
@@ -246,9 +250,8 @@ def open_input(options: PredictOptions) -> tuple[Sequence[ImageRecord], list[str
             )
         return found, left_out
 
-    dataset = options.dataset
-    _, folder, splits = open_dataset(dataset, use_labels=False)
-    title = get_title(dataset)
+    _, folder, splits = open_dataset(options.dataset, use_labels=False)
+    title = get_title(options.dataset)
     split = splits[choose_split(options.split, title, list(splits))]
     column = find_image_column(title, split, folder, options.image_column)
     return DatasetRecords(build_images(split, column, folder, title)), []

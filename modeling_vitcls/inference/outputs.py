@@ -58,17 +58,17 @@ def write_csv(
     frame = table.to_pandas()
     decimal = "," if delimiter == ";" else "."
     for column in table.schema:
-        if pa.types.is_list(column.type) or pa.types.is_string(column.type):
+        is_list = pa.types.is_list(column.type)
+        if is_list or pa.types.is_string(column.type):
             values = table[column.name].to_pylist()
-            if pa.types.is_list(column.type):
+            if is_list:
                 values = join_lists(values, decimal)
             frame[column.name] = [value and escape_csv_cell(value) for value in values]
 
     header = [escape_csv_cell(name) for name in table.column_names]
     text = frame.to_csv(sep=delimiter, decimal=decimal, header=header, index=False)
     # Excel takes a file for UTF-8 only if it begins with this mark.
-    encoding = "utf-8" if text.isascii() else "utf-8-sig"
-    file.write_text(text, encoding=encoding, newline="")
+    file.write_text(text, encoding="utf-8" if text.isascii() else "utf-8-sig", newline="")
 
 
 def join_lists(values: list[list[Any] | None], decimal: str) -> list[str | None]:
@@ -118,7 +118,7 @@ def print_table(rows: Sequence[Row], columns: Columns) -> None:
     """
     names = [name for name in columns if name not in ("index", "checksum")]
     for name in ("trained", "note", "error"):
-        if name in names and not any(row[name] for row in rows):
+        if not any(row[name] for row in rows):
             names.remove(name)
     if DISTANCE in names and "unknown" not in names:  # Nothing to compare it with
         names.remove(DISTANCE)

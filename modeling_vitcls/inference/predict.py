@@ -44,7 +44,6 @@ def predict_images(options: PredictOptions) -> None:
     with accelerator.main_process_first():  # The main process downloads the files
         predictor = build_predictor(options)
     columns = get_output_columns(predictor.columns.columns)
-    summary: list[Row]
     if options.output is None:
         rows = compute_rows(accelerator, predictor, records, range(len(records)))
         summary = sorted(gather_object(list(rows)), key=lambda row: row["index"])
@@ -138,8 +137,9 @@ def write_rows(
         if not options.overwrite:
             journal.check_is_complete(known)
         if known.rows:
-            there = f"{len(known.rows):,} of {len(records):,} images are there"
-            print(f"continuing {journal.table}: {there}")
+            print(
+                f"continuing {journal.table}: {len(known.rows):,} of {len(records):,} images are there"
+            )
         return known.missing, str(time.time_ns())
 
     def finish() -> None:

@@ -60,6 +60,14 @@ def test_images_of_folders_are_sorted(tmp_path: Path) -> None:
     assert left_out == [str(tmp_path / ".c (images: 1)")]
 
 
+def test_photos_in_several_paths_are_said_to_count_each_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_files(tmp_path, "b/1.png", "0.png")
+    open_input(PredictOptions(model="model", paths=(str(tmp_path), f"{tmp_path}/b")))
+    assert "several of these paths (1)" in caplog.text
+
+
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
     image = Image.new("L", (4, 4))
 
