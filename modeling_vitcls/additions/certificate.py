@@ -39,7 +39,7 @@ from ..model.modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from ..runtime.errors import format_name_list
+from ..runtime.errors import explain_damage, format_name_list
 from ..runtime.progress import track
 from ..runtime.system import format_device_name, get_versions, has_bfloat16
 from .options import VerifyUnchangedOptions
@@ -156,7 +156,8 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     """Load the tensors in the weight files of a folder, by name."""
     tensors: dict[str, Tensor] = {}
     for file_name in list_weight_files(folder):
-        tensors |= load_file(folder / file_name)
+        with explain_damage(folder / file_name, "Copy the file again"):
+            tensors |= load_file(folder / file_name)
     return dict(sorted(tensors.items()))
 
 

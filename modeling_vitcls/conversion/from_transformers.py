@@ -33,7 +33,7 @@ def convert_transformers_model(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     if name not in CONVERTIBLE_CLASSES or not type(model).__module__.startswith("transformers."):
         raise ConversionError(
             f"{name} cannot be converted. Convert a class of transformers that docs/converting.md "
-            "lists, such as the encoder inside the model"
+            "lists, such as the encoder inside the model, or `model.merge_and_unload()` of PEFT's model"
         )
     convertible_class = CONVERTIBLE_CLASSES[name]
     family = convertible_class.family

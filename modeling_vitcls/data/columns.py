@@ -443,6 +443,7 @@ def choose_groups(
     fact = f"column {column!r}: {num_groups:,} groups"
     if None in texts:
         fact += f", of which {texts.count(None):,} are images without a value"
+    # It may be a word for a missing value, such as the NA of R
     for largest, size in Counter(filter(None, texts)).most_common(1):
         fact += f"; the largest is {largest!r} with {size:,} images"
     return groups, fact, reason

@@ -332,6 +332,10 @@ class ViTCLSAttention(nn.Module):
         query, key, value = self.project_qkv(hidden_states, num_queries)
         if position_embeddings is not None:
             query, key = rotate_patches(query, key, position_embeddings)
+        elif self.config.has_rotary_positions:
+            raise ValueError(
+                "a layer with rotary positions requires them: pass `position_embeddings`"
+            )
         if attention_mask is not None and num_queries is not None:
             attention_mask = attention_mask[:, :, :num_queries]
         # [B, n, heads, head_dim]
@@ -451,7 +455,8 @@ class DropPath(nn.Module):
 class ViTCLSLayer(GradientCheckpointingLayer):
     """A pre-norm Transformer layer, [B, N, D] -> [B, N, D], and base class of the other layers.
 
-    transformers records the output of each layer as a hidden state.
+    transformers records the output of each layer as a hidden state. The model passes the mask of
+    `cls_scopes`, gates and biases, and rotary positions: a layer that is called alone has none of them.
     """
 
     def __init__(

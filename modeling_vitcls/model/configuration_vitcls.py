@@ -781,12 +781,10 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
     def task_labels(self) -> dict[str, list[str]]:
         """List the label names of each task, sorted by task name. Task i uses CLS token i."""
-        labels_by_task: dict[str, list[str]] = {}
-        for name, labels in sorted((self.tasks or {}).items()):
-            if isinstance(labels, int):
-                labels = [f"LABEL_{index}" for index in range(labels)]
-            labels_by_task[name] = labels
-        return labels_by_task
+        return {
+            name: [f"LABEL_{index}" for index in range(each)] if isinstance(each, int) else each
+            for name, each in sorted((self.tasks or {}).items())
+        }
 
     # Checks of fields that depend on one another --------------------------------------------------
     def validate_tokens(self) -> None:

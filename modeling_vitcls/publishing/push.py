@@ -247,11 +247,10 @@ def upload_files(
             f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}"
         ) from error
     path = f"spaces/{repo_id}" if repo_type == "space" else f"{repo_id}/commit/{commit.oid}"
-    is_gated = bool(getattr(info, "gated", False))  # A Space has no gate
     return PushedCommit(
         repo_id,
         commit.oid,
-        needs_token=bool(info.private) or is_gated,
+        needs_token=bool(info.private or getattr(info, "gated", False)),  # A Space has no gate
         url=f"{constants.ENDPOINT}/{path}",
         is_private=bool(info.private),
         files=files,

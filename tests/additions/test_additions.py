@@ -33,6 +33,7 @@ from modeling_vitcls import (
     evaluate,
     verify_unchanged,
 )
+from modeling_vitcls.additions.certificate import load_tensors
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits_table import build_splits_table, write_splits
@@ -186,6 +187,12 @@ def test_verify_unchanged_exits_with_1_on_a_changed_weight(
     assert run_here("verify-unchanged", digits, with_parity) == 0
     changed = copy_and_change(with_parity, tmp_path / "changed", "classifier.bias")
     assert run_here("verify-unchanged", digits, changed) == 1
+
+
+def test_damaged_weights_are_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(9))
+    with raises_one_line("model.safetensors", "Copy the file again"):
+        load_tensors(tmp_path)
 
 
 def test_a_class_beside_a_task_with_any_name_keeps_the_statistics_without_a_warning(

@@ -4,7 +4,6 @@ The Hub is a local one. huggingface_hub waits between its retries, here without 
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,7 +324,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no_config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     "truncated_weights": (lambda folder: cut(folder / "model.safetensors", -100), ["weights"]),
     "corrupt_config": (lambda folder: cut(folder / "config.json", 40), ["config"]),
-    "nothing": (lambda folder: shutil.rmtree(folder), []),
     "wrong_shape": (
         build_tiny_config(intermediate_size=20).save_pretrained,
         ["layers.0.mlp.fc1.bias", "[24]", "[20]"],

@@ -12,6 +12,7 @@ from helpers.tiny_models import (
     build_random,
     build_tiny_config,
     get_largest_difference,
+    raises_one_line,
 )
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from torch import nn
@@ -95,3 +96,9 @@ def test_initial_frequencies_of_mixed_rotary_positions_equal_those_of_timm() -> 
     magnitudes = torch.tensor([1.0, 10**-0.5])
 
     assert get_largest_difference(lengths, magnitudes.tile(2).expand_as(lengths)) <= 1e-6
+
+
+def test_a_layer_that_is_called_without_its_rotary_positions_is_an_error() -> None:
+    model = ViTCLSModel(build_tiny_config(position_embedding_type="rope_2d"))
+    with raises_one_line("position_embeddings"):
+        model.layers[0](torch.zeros(1, 5, model.config.hidden_size))
