@@ -37,7 +37,7 @@ class DataOptions(Options):
     """Column of a table with groups, such as patients: all images of a group are on one side of
     every split. In image folders, the folders below a class are groups; none: they are not."""
     held_out_fraction: float | None = None
-    """Fraction of the images to hold out for evaluation if the dataset has no evaluation split.
+    """Fraction of the images that a run holds out for evaluation if the dataset has no evaluation split.
     Default: 0 without training steps, because cross-validation measures the model; otherwise 0.1
     from 2,000 images on, 0.2 for fewer, and 0 for fewer than 5 per class. Whether an image is held
     out depends only on the fraction and the checksum of the image. 0: train on all images, without

@@ -245,7 +245,7 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained for {model_space.kind}, but the labels are for {data_space.kind}. Select other "
-            "columns with `label_column` (a column for each task, empty without labels), or set `label_separator`"
+            "columns with `label_column` (one for each task, empty without labels); set or remove `label_separator`"
         )
     if data_space.tasks.keys() != model_space.tasks.keys():
         raise ValueError(

@@ -196,7 +196,7 @@ def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
         own, alone = found["tasks"][task], expected["tasks"][task]
         assert own["num_images"] == alone["num_images"]
         assert own["loss"] == close(alone["loss"])
-    with raises_one_line("multi_task", "a column for each task, empty"):
+    with raises_one_line("multi_task", "one for each task, empty"):
         evaluate(models / "multi_task", table, label_column=("age",))
     with raises_one_line("`per_image`"):
         evaluate(models / "multi_task", table, per_image=tmp_path / "rows.parquet")
