@@ -171,7 +171,7 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
             for cause in iter_causes(error)
         ):
             raise ConversionError(
-                f"{source_name} is a TorchScript archive, or a pickle with objects other than "
-                "tensors, and loading it could run code. Save its state dict as safetensors"
+                f"{source_name} is no file of weights, or a TorchScript archive or a pickle with objects "
+                "other than tensors, and loading it could run code. Save its state dict as safetensors"
             ) from error
         raise

@@ -172,7 +172,8 @@ def check_processor(
         expected = preprocess(image)
         if pixels.shape != expected.shape:
             raise ValueError(
-                f"the converted processor differs from {settings_name} in the output shape"
+                f"the converted processor differs from {settings_name} in the output shape. If the run "
+                "has `resize='pad'`, which transformers lacks, train it with 'squash' or 'crop'"
             )
 
         # A limit for normalized values would depend on the standard deviation, so the comparison is

@@ -166,16 +166,11 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
     The columns are `image` and, if labels are used, `label` and `FOLDER_COLUMN`. Without labels, images
     at any depth are included. Without `has_groups`, the folders below a class mean nothing.
 
-    Raise ValueError if labels are used but there are no class folders, if the split folders are
-    ambiguous, or if a training run has written its files next to the images.
+    Raise ValueError if labels are used but there are no class folders, or if the split folders are
+    ambiguous.
     """
     import datasets
 
-    if ROOT in folder.skipped_folders:
-        raise ValueError(
-            f"{folder.path} contains the files of a training run next to the images. Move the "
-            "images, or the folders of the classes, to a folder of their own"
-        )
     split_folders = find_split_folders(folder.path, folder.images, use_labels and has_groups)
     places = {image: locate_image(image, split_folders) for image in folder.images}
 

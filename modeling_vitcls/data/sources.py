@@ -61,6 +61,7 @@ from .columns import (
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import (
     FOLDER_COLUMN,
+    ROOT,
     ImageFolder,
     find_classes,
     get_remedy,
@@ -317,6 +318,11 @@ def read_folder(
     import datasets
 
     folder = scan_folder(path)
+    if ROOT in folder.skipped_folders:
+        raise ValueError(
+            f"{path} contains the files of a training run or a model. Move images, or the folders of "
+            "classes, that are next to them to a folder of their own"
+        )
     if folder.is_image_folder:
         return read_image_folder(folder, use_labels, has_groups)
     if any((path / file).is_file() for file in SAVED_FILES):

@@ -135,11 +135,12 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         settings["auto_map"] = {name: dict(classes) for name, classes in AUTO_MAP.items()}
         return settings
 
-    @raise_one_line_errors()
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Preprocess an image, a batch or a list; keyword arguments override the settings."""
-        check_setting_names(kwargs)
-        return super().preprocess(images, *args, **kwargs)  # type: ignore[no-any-return]
+        # No decorator: `datasets` hashes the method, and cannot hash a generator in its closure
+        with raise_one_line_errors():
+            check_setting_names(kwargs)
+            return super().preprocess(images, *args, **kwargs)  # type: ignore[no-any-return]
 
     def fetch_images(self, images: Any) -> Any:
         """Read every path, URL and encoded image in a (nested) list.

@@ -98,7 +98,7 @@ class TokenLayout:
     @classmethod
     def from_counts(cls, *counts: int) -> "TokenLayout":
         """Build the layout from the numbers of tokens, in the order of `TOKEN_KINDS`."""
-        slices: dict[str, slice] = {}
+        slices = {}
         start = 0
         for kind, count in zip(TOKEN_KINDS, counts, strict=True):
             slices[kind.group] = slice(start, start + count)

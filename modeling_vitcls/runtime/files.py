@@ -43,7 +43,7 @@ def find_file(path: str) -> str:
 
 def find_similar_names(path: Path) -> list[str]:
     """Find the files of a folder whose names differ from `path` only in upper and lower case."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # noqa: PTH112  # False for long names
         return []
     name = path.name.lower()
     return sorted(file.name for file in path.parent.iterdir() if file.name.lower() == name)

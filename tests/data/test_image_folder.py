@@ -452,19 +452,17 @@ def test_folders_of_training_runs_are_not_classes(
     write_run(tmp_path / "photos/run1")
     write_run(tmp_path / "photos/cat/run2")
 
-    data = read_training_data(tmp_path / "photos")
-
-    assert data.label_space.names == ["cat", "dog"]
-    assert len(data.train) + len(data.held_out) == 10
-    assert "skipped folders of training runs" in caplog.text
-    assert "cat/run2, run1" in caplog.text
+    assert read_training_data(tmp_path / "photos").label_space.names == ["cat", "dog"]
+    assert "training runs, of the system, and hidden ones (2): cat/run2, run1" in caplog.text
 
 
-def test_images_next_to_the_files_of_a_training_run_are_refused(tmp_path: Path) -> None:
+def test_folders_with_the_files_of_a_training_run_are_refused(tmp_path: Path) -> None:
+    """With images next to them, or with the tables of the run alone."""
     write_photos(tmp_path, range(5))
-    write_run(tmp_path)
-    with raises_one_line("files of a training run", "Move"):
-        read_training_data(tmp_path)
+    for folder in (tmp_path, tmp_path / "run"):
+        write_run(folder)
+        with raises_one_line("files of a training run", "Move"):
+            read_training_data(folder)
 
 
 def test_folders_without_readable_images_are_named(

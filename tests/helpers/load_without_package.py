@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from datasets.fingerprint import Hasher
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -73,6 +74,7 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
                 source, backend=backend, trust_remote_code=True
             )
             report[name]["AutoImageProcessor"][str(backend)] = type(processor).__name__
+            Hasher.hash(processor)  # `Dataset.map` finds its results again
             found[f"{name}/processor/{backend}"] = processor(inputs["image"], return_tensors="pt")[
                 "pixel_values"
             ]
