@@ -194,7 +194,8 @@ def read_pixels(
         image = images[index]
         pixels = processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
         check_channels(image, pixels, num_channels)
-    except ValueError as error:  # Unreadable, or not supported by the image processor
+    # Unreadable, not supported by the image processor, or too thin for torchvision to resize
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return pixels
 

@@ -289,7 +289,7 @@ def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> 
         if isinstance(content, str):
             check_is_no_address(content)
         return processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         return format_error(error)
 
 

@@ -184,8 +184,8 @@ class ClassDistance(nn.Module):
         """Find out whether the statistics were fitted to the present weights of the encoder.
 
         The weights are read once after each change. PyTorch does not count edits of `parameter.data`
-        in place, so call `model.train()` before and `model.eval()` after them: `end_training`, which
-        also follows the steps of optimizers, detects these.
+        in place, so call `model.eval()` after them: `end_training`, which also follows the steps of
+        optimizers, detects these.
         """
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():

@@ -131,8 +131,12 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 def check_suffix(options: Any, name: str, *suffixes: str) -> None:
     """Raise ValueError if a flag is a file that does not end in one of the suffixes."""
     file = getattr(options, name)
-    is_valid = file is None or file.suffix.lower() in suffixes
-    check_value(options, name, is_valid, f"a file that ends in {' or '.join(suffixes)}")
+    check_value(
+        options,
+        name,
+        file is None or file.suffix.lower() in suffixes,
+        f"a file that ends in {' or '.join(suffixes)}",
+    )
 
 
 def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:

@@ -44,7 +44,7 @@ LORA_RANK = 8
 # The query and value projections of the paper; the pattern excludes attention poolers
 LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"
 # Fields of the configuration that follow from the labels of the dataset
-LABEL_FIELDS = ("id2label", "label2id", "problem_type", "tasks", "extra_heads")
+LABEL_FIELDS = ("num_labels", "id2label", "label2id", "problem_type", "tasks", "extra_heads")
 LORA_A_SUFFIX = ".lora_A.default.weight"
 LORA_B_SUFFIX = ".lora_B.default.weight"
 

@@ -20,6 +20,7 @@ from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.inference.image_pass import read_pixels
 from modeling_vitcls.inference.load_model import load_for_inference
 from modeling_vitcls.training.options import ModelOptions
 
@@ -126,6 +127,12 @@ def test_a_crop_keeps_its_ratio_at_another_size() -> None:
         31,
         28,
     )  # 31.5, rounded down
+
+
+def test_a_photo_that_is_too_thin_for_padding_is_unreadable() -> None:
+    processor = ViTCLSImageProcessor()
+    set_resize(processor, "pad", (32, 32))
+    assert "greater than 0" in read_pixels([Image.new("RGB", (100, 1))], processor, 3, 0)
 
 
 def test_another_fit_keeps_the_size_of_the_processor(tmp_path: Path) -> None:

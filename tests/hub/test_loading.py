@@ -321,9 +321,7 @@ def cut(file: Path, keep: int) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
-    "no_config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     "truncated_weights": (lambda folder: cut(folder / "model.safetensors", -100), ["weights"]),
-    "corrupt_config": (lambda folder: cut(folder / "config.json", 40), ["config"]),
     "wrong_shape": (
         build_tiny_config(intermediate_size=20).save_pretrained,
         ["layers.0.mlp.fc1.bias", "[24]", "[20]"],

@@ -190,8 +190,8 @@ def test_only_names_that_look_like_presets_must_be_presets(
 
 
 def test_fields_that_follow_from_the_labels_and_unknown_ones_are_errors() -> None:
-    with raises_one_line("`model_config` cannot set `tasks`"):
-        check_model_flags("vitcls-tiny", {"head_type": "mlp", "tasks": {}}, "full", True)
+    with raises_one_line("`model_config` cannot set `num_labels`"):
+        check_model_flags("vitcls-tiny", {"num_labels": 7}, "full", True)
     with raises_one_line("'drop_path': did you mean drop_path_rate?"):
         check_model_flags("some/checkpoint", {"drop_path": 0.1}, "full", True)
 
