@@ -184,8 +184,8 @@ class ClassDistance(nn.Module):
         """Find out whether the statistics were fitted to the present weights of the encoder.
 
         The weights are read once after each change. PyTorch does not count edits of `parameter.data`
-        in place, so call `model.eval()` after them: `end_training`, which also follows the steps of
-        optimizers, detects these.
+        in place, so call `model.train()` before and `model.eval()` after them: `end_training`, which
+        also follows the steps of optimizers, detects these.
         """
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():
@@ -401,7 +401,7 @@ def list_states(encoder: nn.Module) -> list[Any]:
         for weight in module._parameters.values():
             if weight is not None:
                 states += read_state(weight)
-        modules += [each for each in module._modules.values() if each is not None]
+        modules += filter(None, module._modules.values())  # Empty lists have no weights
         if "base_layer" in module._modules:
             states += [is_active_adapter(module), *module.active_adapters]
     return states

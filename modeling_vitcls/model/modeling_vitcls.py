@@ -467,9 +467,9 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_classifier(self.config, size, num_labels)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as in PyTorch; for evaluation, class statistics are checked again."""
-        # Whatever the mode was: weights are also edited in evaluation mode
-        if not mode and self.class_distance is not None:
+        """Set the training mode, as in PyTorch; after training, class statistics must be checked."""
+        # A compiled model has set `training` of this module before, but not of the encoder
+        if self.vitcls.training and not mode and self.class_distance is not None:
             self.class_distance.end_training(self.vitcls)
         super().train(mode)
         return self

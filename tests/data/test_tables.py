@@ -447,8 +447,7 @@ def test_a_column_with_the_shape_of_groups_is_named(name: str, photos: Path) -> 
 def test_the_largest_group_is_named(photos: Path) -> None:
     """Unknown patients that a table calls NA are one group."""
     table = write_csv(photos, ["a", "b"] * 6, "groups.csv", patient=["p", "NA", "NA"] * 4)
-    options = DataOptions(dataset=table, group_column="patient")
-    fact = load_undivided_images(options).facts["groups"]
+    fact = load_undivided_images(DataOptions(dataset=table, group_column="patient")).facts["groups"]
     assert fact.endswith("2 groups; the largest is 'NA' with 8 images")
 
 

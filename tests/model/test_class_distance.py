@@ -417,8 +417,9 @@ def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(
     model(images)
     assert not reads.called  # they were read when the statistics were stored
 
+    model.train()
     model.vitcls.layernorm.weight.data.mul_(1.5)  # without a version counter
-    model.eval()  # whatever the mode was
+    model.eval()
     assert not reads.called
     for _ in range(3):
         assert model(images).distance is None
