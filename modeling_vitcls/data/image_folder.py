@@ -114,7 +114,7 @@ def scan_folder(path: Path) -> ImageFolder:
         relative_parent = PurePosixPath(directory.relative_to(path).as_posix())
         if RECIPE_FILE in files or set(CONFIG_FILES) <= set(files):
             folder.skipped_folders.append(str(relative_parent))
-            # The root is not skipped, but reported by `read_image_folder`: it would leave no image
+            # The root is not skipped, but reported by `read_folder`: it would leave no image
             # to read.
             if relative_parent.parts:
                 subfolders.clear()

@@ -61,7 +61,6 @@ from .columns import (
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import (
     FOLDER_COLUMN,
-    ROOT,
     ImageFolder,
     find_classes,
     get_remedy,
@@ -318,7 +317,7 @@ def read_folder(
     import datasets
 
     folder = scan_folder(path)
-    if ROOT in folder.skipped_folders:
+    if "." in folder.skipped_folders:  # The folder itself, which other scans leave out
         raise ValueError(
             f"{path} contains the files of a training run or a model. Move images, or the folders of "
             "classes, that are next to them to a folder of their own"

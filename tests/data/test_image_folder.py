@@ -452,7 +452,9 @@ def test_folders_of_training_runs_are_not_classes(
     write_run(tmp_path / "photos/run1")
     write_run(tmp_path / "photos/cat/run2")
 
-    assert read_training_data(tmp_path / "photos").label_space.names == ["cat", "dog"]
+    data = read_training_data(tmp_path / "photos")
+    assert data.label_space.names == ["cat", "dog"]
+    assert len(data.train) + len(data.held_out) == 10
     assert "training runs, of the system, and hidden ones (2): cat/run2, run1" in caplog.text
 
 

@@ -4,6 +4,7 @@ The Hub is a local one. huggingface_hub waits between its retries, here without 
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -315,13 +316,12 @@ def test_a_model_of_which_the_cache_has_a_part_is_not_used_offline(
 # Checkpoints that cannot be loaded ----------------------------------------------------------------
 
 
-def cut(file: Path, keep: int) -> None:
-    file.write_bytes(file.read_bytes()[:keep])
-
-
 DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
-    "truncated_weights": (lambda folder: cut(folder / "model.safetensors", -100), ["weights"]),
+    "truncated_weights": (
+        lambda folder: os.truncate(folder / "model.safetensors", 3000),
+        ["weights"],
+    ),
     "wrong_shape": (
         build_tiny_config(intermediate_size=20).save_pretrained,
         ["layers.0.mlp.fc1.bias", "[20]"],
