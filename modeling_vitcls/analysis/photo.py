@@ -317,17 +317,19 @@ def trace_attention(model: Any, pixel_values: Tensor) -> tuple[Any, Tensor]:
 MAX_PARTS = 6  # per side; with smaller parts, a pass says less about each of them
 # A pair is a random half and its complement, which cancels what two parts do only together. With a random encoder,
 # 24 pairs find 5 of 8 stickers, and 32 to 48 find 8; with a trained ViT-S/14, 9 of 10, without pairs 8.
-NUM_PAIRS = 32
+NUM_PAIRS = 33  # The first is the whole photo and nothing of it
 BATCH_SIZE = 8  # On a CPU, 16 take 8% longer
 
 
 def draw_masks(rows: int, columns: int) -> Tensor:
     """Draw halves of the parts of a photo: [2 * NUM_PAIRS, rows, columns], 1 where a part is hidden.
 
-    Each half is followed by its complement.
+    Each half is followed by its complement. The first pair is the whole photo and nothing of it: halves
+    alone do not tell what all parts do together.
     """
     draws = np.random.default_rng(0).random((NUM_PAIRS, rows * columns))
     halves = draws.argsort(axis=1) < rows * columns // 2
+    halves[0] = False
     masks = np.stack([halves, ~halves], axis=1)
     return torch.from_numpy(masks).reshape(-1, rows, columns).float()
 

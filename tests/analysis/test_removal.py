@@ -20,10 +20,13 @@ from modeling_vitcls.analysis.token_use import find_token_use
 SIDE, STICKER = 240, 40
 
 
-def test_each_half_is_followed_by_its_complement() -> None:
+def test_the_whole_photo_and_nothing_come_first_and_each_half_is_followed_by_its_complement() -> (
+    None
+):
     masks = draw_masks(5, 6)
     assert (masks[0::2] + masks[1::2] == 1).all()
-    assert (masks.sum(dim=(1, 2)) == 15).all()
+    assert masks[:2].flatten(1).tolist() == [[0] * 30, [1] * 30]
+    assert (masks[2:].sum(dim=(1, 2)) == 15).all()
 
 
 def test_the_effects_of_a_score_that_adds_up_are_its_parts() -> None:
@@ -34,12 +37,17 @@ def test_the_effects_of_a_score_that_adds_up_are_its_parts() -> None:
     scores = (1 - masks).flatten(1).double() @ torch.from_numpy(parts) + torch.from_numpy(noise) + 7
     effects, errors = fit_effects(masks, scores)
 
-    exact = LinearRegression().fit((1 - masks).flatten(1).numpy(), scores.numpy())
-    # All parts together are shown in no pass, so their sum is unknown, and only differences are compared.
     found = effects.flatten().numpy()
-    assert found - found.mean() == pytest.approx(exact.coef_ - exact.coef_.mean(), abs=0.05)
-    is_within = np.abs(found - found.mean() - parts + parts.mean()) < 3 * errors.flatten().numpy()
-    assert is_within.all()
+    exact = LinearRegression().fit((1 - masks).flatten(1).numpy(), scores.numpy())
+    assert found == pytest.approx(exact.coef_, abs=0.1)
+    assert (np.abs(found - parts) < 3 * errors.flatten().numpy()).all()
+
+
+@pytest.mark.parametrize("side", [4, 6])
+def test_no_part_lowers_a_score_that_all_parts_raise(side: int) -> None:
+    masks = draw_masks(side, side)
+    effects, _ = fit_effects(masks, -masks.flatten(1).sum(dim=1).double())
+    assert effects.flatten().tolist() == pytest.approx([1] * side**2, abs=0.05)
 
 
 def test_scores_are_log_odds() -> None:
