@@ -66,20 +66,21 @@ FINDINGS = (
 
 def examine(data: TrainingData, head: FrozenHead, is_result: bool) -> dict[str, Record]:
     """Measure each finding of a classifier; those that cannot be measured have no record."""
-    records = {
-        each.name: each.measure(data, head)
-        for each in FINDINGS
-        if is_result or not each.is_of_result
-    }
-    found = {name: record for name, record in records.items() if record is not None}
-    return round_floats(found)  # type: ignore[no-any-return]
+    records = {}
+    for each in FINDINGS:
+        if is_result or not each.is_of_result:
+            record = each.measure(data, head)
+            if record is not None:
+                records[each.name] = round_floats(record)
+    return records
 
 
 def describe_findings(records: Mapping[str, Record], place: str) -> dict[str, str]:
     """Say what the records of a classifier mean: the sentences of a place by name, those that there are."""
-    texts = {
-        each.name: each.judge(records[each.name])
+    return {
+        each.name: text
         for each in FINDINGS
-        if place in each.places and each.name in records
+        if place in each.places
+        and each.name in records
+        and (text := each.judge(records[each.name]))
     }
-    return {name: text for name, text in texts.items() if text}

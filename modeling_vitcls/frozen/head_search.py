@@ -280,7 +280,8 @@ class HeadSearch:
     ) -> tuple[Features, dict[str, Any]]:
         """Choose between the checkpoint's own geometry and squashing, on a part of the images.
 
-        Squashing is chosen only if its loss is lower by more than one standard error.
+        They are compared if the person left the choice open, and there are enough images, not all
+        square. Squashing is chosen only if its loss is lower by more than one standard error.
 
         Args:
             images: training images.
@@ -292,7 +293,14 @@ class HeadSearch:
         """
         own_resize = get_resize(processor)
         record: dict[str, Any] = {"resize": own_resize}
-        if not self.can_compare_geometries(images, own):
+        if self.resize is not None or own_resize == SQUASH:
+            return own, record
+        num_classes = max(map(len, self.label_space.columns.values()))
+        if SQUASHED_FRACTION * len(own.labels) < MIN_SQUASHED_PER_CLASS * num_classes:
+            return own, record
+        # Sizes come from the headers of the files. One panorama among squares changes no median.
+        ratios = [max(size) / min(size) for size in read_sizes(images.select(own.indices).images)]
+        if not ratios or median(ratios) < MIN_ASPECT_RATIO:
             return own, record
 
         num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(own.labels)))
@@ -329,17 +337,6 @@ class HeadSearch:
         places = pd.Index(own.indices).get_indexer(squashed.indices)
         return replace(squashed.take(np.argsort(places)), num_unreadable=own.num_unreadable), record
 
-    def can_compare_geometries(self, images: LabeledImages, own: Features) -> bool:
-        """Whether the person left the choice open, and there are enough images, not all square."""
-        if self.resize is not None or get_resize(self.processor) == SQUASH:
-            return False
-        num_classes = max(map(len, self.label_space.columns.values()))
-        if SQUASHED_FRACTION * len(own.labels) < MIN_SQUASHED_PER_CLASS * num_classes:
-            return False
-        # Sizes come from the headers of the files. One panorama among squares changes no median.
-        ratios = [max(size) / min(size) for size in read_sizes(images.select(own.indices).images)]
-        return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
-
     # Classifiers ----------------------------------------------------------------------------------
 
     def fit(
@@ -368,7 +365,6 @@ class HeadSearch:
         trained_scenes = TrainedScenes.of(train, images.max_distance)
 
         config = self.model.config
-        size = get_output_size(images.processor, config.image_height_width)
         sample = None
         if images.sample.rings is not None:
             sample = images.sample.take(np.isin(images.sample.indices, train.indices))
@@ -378,7 +374,9 @@ class HeadSearch:
             train,
             held_out,
             sample=sample,
-            grid_size=config.get_grid_size(size),
+            grid_size=config.get_grid_size(
+                get_output_size(images.processor, config.image_height_width)
+            ),
         )
         record = build_record(heads) | images.record
         self.set_choice(record)

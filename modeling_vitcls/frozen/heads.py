@@ -174,7 +174,7 @@ class FrozenHead:
 
     def copy_to(self, model: Any) -> None:
         """Set the weights of the heads, and which of them the model returns."""
-        layer = self.get_layer(model)
+        layer = model.classifiers[f"task_{self.task}"] if self.task else model.classifier
         weight, bias = self.probe.build_linear(layer.out_features)
         first, *second = self.probe.candidate_.heads
         if first != self.tokens:
@@ -188,11 +188,6 @@ class FrozenHead:
                 model.distillation_classifier, *self.probe.build_linear(layer.out_features, head=1)
             )
             model.config.distillation_inference = self.probe.candidate_.inference
-
-    def get_layer(self, model: Any) -> nn.Linear:
-        """Get the classifier of the task in a model."""
-        layer: nn.Linear = model.classifiers[f"task_{self.task}"] if self.task else model.classifier
-        return layer
 
 
 def find_nearest_images(
@@ -311,13 +306,10 @@ def describe_class_weights(record: dict[str, Any]) -> str:
         "balanced_accuracy": "balanced accuracy",
         "accuracy": "accuracy",
     }
-    percents = [
-        {name: format_percent(each[name], record["num_images"]) for name in titles}
-        for each in (before, after)
-    ]
-    texts = [
-        f"{title} {percents[0][name]} -> {percents[1][name]}" for name, title in titles.items()
-    ]
+    texts = []
+    for name, title in titles.items():
+        percents = [format_percent(each[name], record["num_images"]) for each in (before, after)]
+        texts.append(f"{title} {' -> '.join(percents)}")
     return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation{advice}"
 
 

@@ -57,30 +57,6 @@ class MeasuredClassifier:
     heads_text: str | None
 
 
-def choose_heads(
-    classifier: Any, model: Any, selection: Evaluator, images: str, inference: str | None
-) -> tuple[Predictions, str | None]:
-    """Predict the selection images; of two heads, let the model return what is best on them.
-
-    Args:
-        classifier: the classifier without wrappers.
-        model: the classifier, which may be wrapped, on the device and in evaluation mode.
-        images: what the selection images are, for the returned line.
-        inference: the `distillation_inference` of the user; None to choose.
-    """
-    config = classifier.config
-    predictions = selection.predict(model)
-    if classifier.distillation_classifier is None:
-        return predictions, None
-    names = ("cls", "distillation", "mean") if inference is None else (inference,)
-    losses = {name: predictions.metrics[f"{name}_loss"] for name in names}
-    inference = min(losses, key=losses.__getitem__)
-    if inference != config.distillation_inference:
-        config.distillation_inference = inference
-        predictions = selection.predict(model)
-    return predictions, describe_inference(losses, f"of the {images} images")
-
-
 def calibrate(
     classifier: Any,
     model: Any,
@@ -90,7 +66,7 @@ def calibrate(
 ) -> MeasuredClassifier:
     """Calibrate a trained classifier, and measure the held-out images with it.
 
-    Also choose which of two heads it returns. The temperature becomes a part of the weights of the
+    Of two heads, it returns what is best on the selection images. The temperature becomes a part of the weights of the
     heads.
 
     Args:
@@ -101,7 +77,16 @@ def calibrate(
         inference: the `distillation_inference` of the user; None to choose.
     """
     images = HELD_OUT if selection is held_out else SELECTION
-    predictions, heads_text = choose_heads(classifier, model, selection, images, inference)
+    predictions = selection.predict(model)
+    heads_text = None
+    if classifier.distillation_classifier is not None:
+        names = ("cls", "distillation", "mean") if inference is None else (inference,)
+        losses = {name: predictions.metrics[f"{name}_loss"] for name in names}
+        heads_text = describe_inference(losses, f"of the {images} images")
+        inference = min(losses, key=losses.__getitem__)
+        if inference != classifier.config.distillation_inference:
+            classifier.config.distillation_inference = inference
+            predictions = selection.predict(model)
     reshard(model)
     outputs = predictions.outputs
     if selection is held_out:

@@ -48,12 +48,6 @@ class MeasuredHead:
         """The number of folds of the cross-validation; 0 for held-out images."""
         return self.head.probe.num_folds_ if self.head.held_out is None else 0
 
-    def find_nearest_images(self) -> dict[int, list[str]] | None:
-        """Find the training images that explain each wrong prediction; None without predictions."""
-        if self.predictions is None:
-            return None
-        return self.head.find_nearest_images(self.predictions.list_wrong())
-
 
 def encode_images(inputs: RunInputs, plan: RunPlan, reporter: Reporter) -> EncodedImages:
     """Pass the images that can train the frozen model through the encoder, before they are divided."""
@@ -107,7 +101,8 @@ def run_frozen(
         metrics = only.metrics
         calibration = only.calibration.record
         predictions = only.predictions
-        nearest_images = only.find_nearest_images()
+        if predictions is not None:
+            nearest_images = only.head.find_nearest_images(predictions.list_wrong())
         if data.train.is_stratified:
             warn_about_unreadable_classes(data, only.head.features.labels, reporter.warn)
 
@@ -142,10 +137,10 @@ def join_task_metrics(by_task: Mapping[str, MeasuredHead], data: TrainingData) -
         parts = [head.features for head in heads]
         images = data.train
     num_unreadable = parts[0].num_unreadable
-    unreadable = {"num_unreadable_images": num_unreadable}
     task_metrics = {task: each.metrics for task, each in by_task.items()}
     joined = join_tasks(task_metrics, len(images) - num_unreadable)
-    return round_floats(joined | unreadable)  # type: ignore[no-any-return]
+    joined["num_unreadable_images"] = num_unreadable
+    return round_floats(joined)  # type: ignore[no-any-return]
 
 
 def explain_missing_result(scenes: Mapping[str, Any]) -> str:

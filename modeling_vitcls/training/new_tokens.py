@@ -45,10 +45,8 @@ def measure_tokens(
     record = {}
     lines = []
     for group in dict.fromkeys(compress(groups, are_new)):
-        is_kept = [
-            not is_new or each != group for each, is_new in zip(groups, are_new, strict=True)
-        ]
-        gates.mul_(distribute_like(torch.tensor(is_kept, dtype=gates.dtype), gates))
+        is_closed = (np.array(groups) == group) & are_new
+        gates.mul_(distribute_like(torch.tensor(~is_closed, dtype=gates.dtype), gates))
         without = held_out.predict(prepared_model)
         reshard(prepared_model)
         gates.copy_(trained)
@@ -57,7 +55,7 @@ def measure_tokens(
             ~np.isin(each.outputs.indices, each.list_wrong()) for each in (predictions, without)
         )
         number = len(is_right)
-        loss, loss_without = (each.metrics["loss"] for each in (predictions, without))
+        loss, loss_without = predictions.metrics["loss"], without.metrics["loss"]
         record[group] = {
             "num_images": number,
             "accuracy": float(is_right.mean()),
