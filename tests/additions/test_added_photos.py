@@ -90,13 +90,10 @@ def test_held_out_photos_of_a_dataset_that_repeat_training_photos_are_counted(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_bursts(tmp_path / "photos/train")
-    for label, scene in (("cups", 10), ("pens", 11), ("cups", 60), ("pens", 61)):
-        write_shots(tmp_path / "photos/test" / label, scene, [5])
+    write_bursts(tmp_path / "photos/test", [10, 11, 60, 61], [5])
     record = add_task(encoder, tmp_path / "photos", "kind", tmp_path / "task")
-    assert record["in_trained_scenes"]["names"] == [
-        "test/cups/IMG_105.png",
-        "test/pens/IMG_115.png",
-    ]
+    known = record["in_trained_scenes"]["names"]
+    assert known == ["test/cups/IMG_105.png", "test/pens/IMG_115.png"]
     assert "2 of 4 photos are of scenes that trained" in capsys.readouterr().out
 
 
@@ -152,23 +149,17 @@ def test_the_page_of_an_addition_is_written_again_from_its_folder(
     assert 'aria-label="nearest training images"' in text
 
 
-def test_the_result_of_a_task_is_corrected_for_the_choice_of_its_classifier(
+def test_a_task_is_measured_by_photos_left_out_and_corrected_for_the_choice_of_its_classifier(
     with_task: tuple[Path, Any],
 ) -> None:
-    record = with_task[1]
+    folder, record = with_task
     result = record["result"]
     assert result["num_folds"] == record["num_folds"] > 1
     assert result["accuracy"] == record["accuracy"]
     assert result["accuracy"] != result["num_right"] / result["num_images"]
-
-
-def test_predictions_of_an_addition_are_of_the_photos_that_were_left_out(
-    with_task: tuple[Path, Any],
-) -> None:
-    folder, record = with_task
     rows = pd.read_parquet(folder / "predictions.parquet")
     is_right = rows["label"] == rows["prediction"]
-    assert is_right.sum() == record["result"]["num_right"]
+    assert is_right.sum() == result["num_right"]
     assert set(rows["nearest_images"].map(len)[~is_right]) == {3}
 
 

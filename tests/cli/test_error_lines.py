@@ -115,22 +115,24 @@ def test_a_list_of_training_images_that_no_memory_holds_is_not_read(
             assert "splits.parquet: it has 3 rows" in fail(*PREDICT)
 
 
-def test_a_list_of_training_images_is_bounded_by_its_texts_in_memory() -> None:
+@pytest.mark.parametrize(
+    ("file", "columns", "command"),
+    [
+        ("model/splits.parquet", ["split", "task"], PREDICT),
+        ("train.parquet", ["image", "label"], [*FINETUNE, "--dataset", "train.parquet"]),
+    ],
+)
+def test_a_table_is_bounded_by_its_texts_in_memory_before_a_copy_is_written(
+    file: str, columns: list[str], command: list[str]
+) -> None:
     """The file stores a long text once, and its rows as numbers of a few bits."""
-    number = 3_000_000
-    splits = pa.DictionaryArray.from_arrays(np.zeros(number, np.int32), ["x" * 1000])
-    columns = {"key": np.zeros(number, np.uint64), "split": splits, "task": splits}
-    pq.write_table(pa.table(columns), "model/splits.parquet", compression="zstd")
-    assert Path("model/splits.parquet").stat().st_size < 1e6
-    assert "splits.parquet: it has 3,000,000 rows, which take more than 2,1" in fail(*PREDICT)
-
-
-def test_a_table_is_bounded_by_its_texts_in_memory_before_a_copy_is_written() -> None:
-    labels = pa.DictionaryArray.from_arrays(np.zeros(3_000_000, np.int32), ["x" * 1000])
-    table = pa.table({"image": labels, "label": labels})
-    pq.write_table(table, "train.parquet", compression="zstd")
-    error = fail(*FINETUNE[:-3], "train.parquet", *FINETUNE[-2:])
-    assert "train.parquet: it has 3,000,000 rows, which take more than 2,1" in error
+    numbers = np.zeros(3_000_000, np.int32)
+    texts = pa.DictionaryArray.from_arrays(numbers, ["x" * 1000])
+    table = pa.table({"key": numbers.astype(np.uint64)} | dict.fromkeys(columns, texts))
+    pq.write_table(table, file, compression="zstd")
+    assert Path(file).stat().st_size < 1e6
+    error = fail(*command)
+    assert f"{Path(file).name}: it has 3,000,000 rows, which take more than 2,1" in error
 
 
 def test_weights_of_another_shape_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

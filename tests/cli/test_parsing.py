@@ -151,45 +151,34 @@ def test_paths_may_follow_a_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "library", "extra"),
+    ("command", "module", "library", "extra"),
     [
-        ("demo --model m", "gradio", "demo"),
-        ("export --model m --output m.onnx", "onnxruntime", "export"),
+        ("demo --model m", "cli.demo", "gradio", "demo"),
+        ("export --model m --output m.onnx", "export.exporter", "onnxruntime", "export"),
     ],
 )
 def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
-    command: str,
-    library: str,
-    extra: str,
-    monkeypatch: pytest.MonkeyPatch,
+    command: str, module: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = importlib.util.find_spec
-    for module in ("cli.demo", "export.exporter"):
-        monkeypatch.setattr(
-            f"modeling_vitcls.{module}.find_spec",
-            lambda name: None if name == library else found(name),
-        )
+    monkeypatch.setattr(
+        f"modeling_vitcls.{module}.find_spec",
+        lambda name: None if name == library else found(name),
+    )
     error = fail(*command.split())
     assert library in error
     assert f'pip install ".[{extra}]"' in error
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        ("timm:resnet50", ["resnet50 is not a plain ViT"]),
-        ("timm:vit_smal_patch16_224", ["vit_small_patch16_224"]),
-    ],
-)
 def test_an_unsupported_architecture_is_named_before_any_download(
-    source: str,
-    words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.conversion.source_models.load_timm_model", None)
-    error = fail("convert", "--model", source, "--output", tmp_path / "converted")
-    assert all(word in error for word in words)
+    for source, words in (
+        ("timm:resnet50", "resnet50 is not a plain ViT"),
+        ("timm:vit_smal_patch16_224", "vit_small_patch16_224"),
+    ):
+        assert words in fail("convert", "--model", source, "--output", tmp_path / "converted")
 
 
 def test_the_help_of_training_fits_on_a_screen(
@@ -260,7 +249,7 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(
     command: str, flag: str, name: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    output = tmp_path / "file" / "inner" / name
+    output = tmp_path / "file/inner" / name
     error = fail(*command.split(), flag, output)
     assert error.startswith(f"error: cannot write {output}: ")
     assert error.endswith(f" {flag}\n")

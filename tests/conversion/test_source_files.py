@@ -203,7 +203,7 @@ def test_files_are_converted_exactly(
     # timm resamples as these authors, and compares a second size
     assert len(report["comparisons"]) == (2 if name == "dinov2_giant_reg4.pth" else 1)
     assert report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert str(tmp_path) not in (tmp_path / "made" / "parity_report.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "made/parity_report.json").read_text()
     assert not report["preprocessing"]["assumed_because"]
 
     is_classifier = "head.weight" in weights
@@ -352,33 +352,29 @@ def test_flax_arrays_of_a_named_architecture_keep_their_classes(tmp_path: Path) 
     width, heads = model.embed_dim, model.blocks[0].attn.num_heads
     hidden, size = model.blocks[0].mlp.fc1.out_features, (heads, width // heads)
     shapes: dict[str, tuple[int, ...]] = {
-        "embedding/kernel": (16, 16, 3, width),
-        "embedding/bias": (width,),
         "cls": (1, 1, width),
         "pos_embedding": model.pos_embed.shape,
+        "embedding/kernel": (16, 16, 3, width),
         "Transformer/encoder_norm/scale": (width,),
-        "Transformer/encoder_norm/bias": (width,),
         "head/kernel": (width, LABELS),
-        "head/bias": (LABELS,),
     }
     for index in range(len(model.blocks)):
         block = f"Transformer/encoderblock_{index}"
-        for name in ("LayerNorm_0", "LayerNorm_1"):
-            shapes |= {f"{block}/{name}/scale": (width,), f"{block}/{name}/bias": (width,)}
         attention = f"{block}/MultiHeadDotProductAttention_0"
         for name in ("query", "key", "value"):
-            shapes |= {
-                f"{attention}/{name}/kernel": (width, *size),
-                f"{attention}/{name}/bias": size,
-            }
+            shapes[f"{attention}/{name}/kernel"] = (width, *size)
+            shapes[f"{attention}/{name}/bias"] = size
         shapes |= {
+            f"{block}/LayerNorm_0/scale": (width,),
+            f"{block}/LayerNorm_1/scale": (width,),
             f"{attention}/out/kernel": (*size, width),
-            f"{attention}/out/bias": (width,),
             f"{block}/MlpBlock_0/Dense_0/kernel": (width, hidden),
-            f"{block}/MlpBlock_0/Dense_0/bias": (hidden,),
             f"{block}/MlpBlock_0/Dense_1/kernel": (hidden, width),
-            f"{block}/MlpBlock_0/Dense_1/bias": (width,),
         }
+    for name, shape in list(shapes.items()):
+        layer = name.rpartition("/")[0]
+        if layer:  # The bias of a layer is as wide as its output
+            shapes.setdefault(f"{layer}/bias", shape[-1:])
     weights = fill(shapes)
     np.savez(tmp_path / "vit.npz", **{f"params/{name}": w.numpy() for name, w in weights.items()})
 

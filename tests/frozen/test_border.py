@@ -63,8 +63,6 @@ def test_a_class_in_a_frame_is_named_and_its_share_is_that_of_its_patches(
     write_clothes(tmp_path, has_frame=True)
     printed, border = measure(tmp_path, f"--label-column kind --pooling {pooling}")
     assert "comes from the border of the photos" in printed
-    assert border["shares"]["pants"][1] > 1.25 * border["patches"][1]
-
     model = ViTCLSForImageClassification.from_pretrained(tmp_path / "run").eval()
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "run")
     rings = [torch.from_numpy(ring).flatten() for ring in mark_rings((8, 8))]

@@ -98,10 +98,12 @@ def write_unequal_photos(root: Path) -> Path:
     return root
 
 
-def write_bursts(root: Path) -> None:
-    """Write five nearly equal photos of each of sixteen objects, half of them in each class."""
-    for number in range(16):
-        write_shots(root / ("cups", "pens")[number % 2], number)
+def write_bursts(
+    root: Path, objects: Iterable[int] = range(16), shots: Iterable[int] = range(5)
+) -> None:
+    """Write nearly equal photos of each of some objects, half of them in each class."""
+    for number in objects:
+        write_shots(root / ("cups", "pens")[number % 2], number, shots)
 
 
 def write_shots(folder: Path, scene: int, shots: Iterable[int] = range(5)) -> None:

@@ -53,6 +53,13 @@ def build_model(
     return model.eval(), pixel_values[:4], statistics
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Count how often the weights are read."""
+    monkeypatch.setattr(class_distance_vitcls, "sum_weights", Mock(wraps=sum_weights))
+    return class_distance_vitcls.sum_weights
+
+
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
 def test_the_distance_of_a_model_is_that_of_its_statistics(pooling: str) -> None:
     model, images, statistics = build_model(pooling=pooling)
@@ -208,14 +215,6 @@ def test_nothing_that_keeps_the_function_ends_the_distance(change: Any, limit: f
     torch.testing.assert_close(distance, expected, rtol=limit / 3, atol=limit)
 
 
-def test_a_trained_adapter_that_is_loaded_ends_the_distance(tmp_path: Path) -> None:
-    model, images, _ = build_model()
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
-    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
-    assert model(images).distance is not None
-    assert peft.PeftModel.from_pretrained(model, tmp_path)(images).distance is None
-
-
 ADAPTERS = {
     "lora": peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2),
     "ia3": peft.IA3Config(target_modules=["q_proj", "fc2"], feedforward_modules=["fc2"]),
@@ -225,10 +224,12 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("kind", list(ADAPTERS))
-def test_an_adapter_keeps_the_distance_until_it_is_trained_also_if_it_is_merged(kind: str) -> None:
+def test_an_adapter_keeps_the_distance_until_it_is_trained_also_if_merged_or_loaded(
+    kind: str, tmp_path: Path
+) -> None:
     model, images, _ = build_model()
     expected = model(images).distance
-    adapted: Any = peft.get_peft_model(model, ADAPTERS[kind]).eval()
+    adapted: Any = peft.get_peft_model(copy.deepcopy(model), ADAPTERS[kind]).eval()
     torch.testing.assert_close(adapted(images).distance, expected)
 
     for weight in adapted.parameters():
@@ -237,7 +238,9 @@ def test_an_adapter_keeps_the_distance_until_it_is_trained_also_if_it_is_merged(
     assert adapted(images).distance is None
     with adapted.disable_adapter():
         torch.testing.assert_close(adapted(images).distance, expected)
+    adapted.save_pretrained(tmp_path)
     assert adapted.merge_and_unload()(images).distance is None
+    assert peft.PeftModel.from_pretrained(model, tmp_path)(images).distance is None
 
 
 @torch.enable_grad()
@@ -383,12 +386,11 @@ def test_an_encoder_with_another_pooling_has_no_line(
 
 @torch.enable_grad()
 def test_training_in_evaluation_mode_is_one_line_and_reads_the_weights_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    reads: Mock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Lightning keeps the mode of a loaded model, which is evaluation."""
     model, images, _ = build_model()
-    reads = Mock(wraps=sum_weights)
-    monkeypatch.setattr(class_distance_vitcls, "sum_weights", reads)
+    reads.reset_mock()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(4):
         loss = model(images, labels=torch.arange(4) % 3).loss
@@ -482,12 +484,9 @@ def test_weights_that_cannot_be_read_have_no_distance() -> None:
     assert model(images).distance is None
 
 
-def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(reads: Mock) -> None:
     model, images, _ = build_model()
-    reads = Mock(wraps=sum_weights)
-    monkeypatch.setattr(class_distance_vitcls, "sum_weights", reads)
+    reads.reset_mock()
     model(images)
     model.train()
     model.eval()

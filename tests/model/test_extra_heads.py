@@ -191,10 +191,6 @@ def test_a_selected_task_is_a_classifier_with_the_same_bits(
         loaded = AutoModelForImageClassification.from_pretrained(tmp_path / name)
         assert torch.equal(loaded(images).logits, expected)
         assert list(loaded.config.id2label.values()) == HEADS[name]["labels"]
-
-
-def test_selecting_a_task_that_does_not_exist_names_the_tasks() -> None:
-    _, model = build_pair(HEADS)
     with raises_one_line("indoors, objects, weather"):
         model.select_task("whether")
 

@@ -106,11 +106,9 @@ def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> 
     ("model_class", "fields", "inputs"),
     [
         (ViTCLSForImageClassification, BLOCKS["tokens"], {"labels": torch.tensor([0, -100])}),
-        (ViTCLSForImageClassification, {"use_mask_token": True}, {"labels": torch.tensor([0, 2])}),
-        (
-            ViTCLSForImageClassification,
-            {"pooled_layers": [1, -1]},
-            {"labels": torch.tensor([0, 2])},
+        *(
+            (ViTCLSForImageClassification, fields, {"labels": torch.tensor([0, 2])})
+            for fields in ({"use_mask_token": True}, {"pooled_layers": [1, -1]})
         ),
         (
             ViTCLSForMultiTaskClassification,

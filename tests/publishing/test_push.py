@@ -478,18 +478,12 @@ def test_another_push_in_the_meantime_is_noticed(
     assert set(hub.files("ann/model")) >= MODEL_FILES | {"notes.md"}
 
 
-def test_a_failed_push_leaves_the_client_as_it_was(hub: LocalHub, folder: Path) -> None:
+def test_a_failed_push_prints_its_command_and_leaves_the_client_as_it_was(
+    hub: LocalHub, folder: Path
+) -> None:
     """A caller's later downloads have the caller's timeout and progress bars."""
     enable_progress_bars()  # commands in this process turn them off
     before = get_session().timeout
-    hub.fail("POST", "/commit/", 403)
-    with raises_one_line("HTTP 403", error=PushError):
-        push(folder)
-    assert get_session().timeout == before
-    assert not are_progress_bars_disabled()
-
-
-def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folder: Path) -> None:
     assert (
         build_push_command(Path("my run"), "a/b")
         == "vitcls push --model 'my run' --hub-model-id a/b"
@@ -499,3 +493,5 @@ def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folde
     command = f"vitcls push --model {folder} --hub-model-id ann/model --private --branch new"
     with raises_one_line("HTTP 403", command, error=PushError):
         push(folder, private=True, branch="new")
+    assert get_session().timeout == before
+    assert not are_progress_bars_disabled()

@@ -297,8 +297,7 @@ def test_shots_of_one_object_do_not_measure_each_other(of_bursts: Any) -> None:
     ],
 )
 def test_shots_of_one_object_are_on_one_side_of_the_held_out_photos(flags: str) -> None:
-    for number in range(16):
-        write_shots(Path("bursts") / ("cups", "pens")[number % 2], number, range(3))
+    write_bursts(Path("bursts"), shots=range(3))
     results = finetune("vit", "bursts", "run", *flags.split())
     held_out = pd.read_parquet("run/predictions.parquet")["image"]
     objects = held_out.str.extract(r"IMG_(\d+)\d.png")[0]
@@ -346,9 +345,7 @@ def test_photos_of_a_test_folder_that_repeat_training_photos_are_named_and_the_o
     flags: tuple[str, ...],
 ) -> None:
     write_bursts(Path("photos/train"))
-    for scene, name in enumerate(("cups", "pens")):
-        write_shots(Path("photos/test") / name, scene, [5])
-        write_shots(Path("photos/test") / name, 40 + scene, [5])
+    write_bursts(Path("photos/test"), [0, 1, 40, 41], [5])
     results = finetune("vit", "photos", "run", *flags)
     near = results["in_trained_scenes"]["names"]
     assert [Path(name).name for name in near] == ["IMG_05.png", "IMG_15.png"]
@@ -384,8 +381,7 @@ def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the
     photos = run["folder"].with_name("bursts")
     if kind == "steps":
         run = finetune("vit", photos, "run", "--max-steps", "1", "--held-out-fraction", "0")
-    for scene in range(10, 16):
-        write_shots(Path("more") / ("cups", "pens")[scene % 2], scene, [5])
+    write_bursts(Path("more"), range(10, 16), [5])
     flower = photograph("flower.jpg")
     flower.resize((140, 100)).save("more/cups/flower.jpg")
     flower.crop((0, 0, 200, 200)).save("more/pens/flower.jpg")
@@ -405,8 +401,7 @@ def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the
 
 
 def test_evaluated_shots_of_a_scene_count_once_in_the_interval(of_bursts: Any) -> None:
-    for scene in range(10, 16):
-        write_shots(Path("more") / ("cups", "pens")[scene % 2], scene, range(5, 10))
+    write_bursts(Path("more"), range(10, 16), range(5, 10))
     reset_accelerate()
     results = evaluate(of_bursts["folder"], "more")
     low, _ = compute_proportion_interval(round(6 * results["accuracy"]), 6)
