@@ -236,5 +236,5 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         left = 40 * place
         china.crop((left, 100, left + 101 - place, 177 + place)).save(file)
     (folder / "notes.txt").write_text("no image", encoding="utf-8")
-    china.crop((0, 0, 9, 9)).save(folder / ".hidden" / "z.jpg")
+    china.crop((0, 0, 9, 9)).save(folder / ".hidden/z.jpg")
     return folder

@@ -79,7 +79,7 @@ def test_folders_import_only_lower_folders_and_no_ring_joins_files() -> None:
 
 
 def test_the_picture_of_a_run_names_what_the_code_has() -> None:
-    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = (PACKAGE.parent / "docs/architecture.md").read_text(encoding="utf-8")
     picture = text.split("```text\n")[1].split("```")[0]
     words = set(re.findall(r"\b(?:[a-z]+_[a-z_]+|[A-Z][a-z]+[A-Z]\w+)\b", picture))
     assert {"open_model", "plan_run", "divide_images", "run_frozen", "save_output"} <= words

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 
-FOLDER = Path(__file__).parents[1] / ".github" / "workflows"
+FOLDER = Path(__file__).parents[1] / ".github/workflows"
 WORKFLOWS = {
     file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
     for file in sorted(FOLDER.glob("*.yml"))

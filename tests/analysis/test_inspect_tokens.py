@@ -37,7 +37,7 @@ def image_folder(module_path: Path) -> Path:
         for number in range(count):
             (photo,) = draw_noise((40, 60), seed=zlib.crc32(f"{name}{number}".encode()))
             photo.save(folder / name / f"{name}{number}.png")
-    (folder / "cat" / "broken [old].png").write_bytes(b"no picture")
+    (folder / "cat/broken [old].png").write_bytes(b"no picture")
     return folder
 
 
@@ -73,7 +73,7 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     movement = {"registers[0]": 0.0, "registers[1]": 0.25}
     files["results.json"] = json.dumps({"token_movement": movement}).encode()
     commit = hub.create("ann/pets", files=files).branches["main"]
-    page = tmp_path / "new" / "report.html"
+    page = tmp_path / "new/report.html"
     flags = [image_folder / "owl", "--output", page, "--num-images", 1]
 
     assert run_in_process("inspect_tokens.py", "--model", "ann/pets@main", *flags) == 0
@@ -93,7 +93,7 @@ def test_unusable_inputs_are_one_line_errors_and_write_nothing(
     model: str, image_folder: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "report.html"
-    for file in (tmp_path / "missing.png", image_folder / "cat" / "broken [old].png"):
+    for file in (tmp_path / "missing.png", image_folder / "cat/broken [old].png"):
         with raises_one_line(file.name):
             inspect_tokens(model, file, output=page)
     with raises_one_line("cat, dog, owl"):

@@ -30,7 +30,7 @@ def open_for(folder: Path, names: list[str], **fields: Any) -> EvaluationData:
 def test_paths_are_photographs_in_their_order(tmp_path: Path) -> None:
     """They have no labels, whatever their folders are called."""
     folder = write_photos(tmp_path / "photos", range(2), "dog", "cat")
-    paths = (str(folder), str(folder / "cat" / "1.png"))
+    paths = (str(folder), str(folder / "cat/1.png"))
     found = open_for(tmp_path, ["dog", "cat"], paths=paths)
     assert found.label_space == UNLABELED
     assert found.images.labels == [None] * 5

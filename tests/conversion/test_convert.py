@@ -70,7 +70,7 @@ def list_all(folder: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def from_timm(module_path: Path) -> Path:
     """Return the folder of a converted model of timm."""
-    folder = module_path / "not" / "there"
+    folder = module_path / "not/there"
     source = save_timm_model(module_path / "timm")
     run("--model", source, "--output", folder)
     return folder
@@ -184,7 +184,7 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
             "--model",
             save_timm_model(tmp_path / "source"),
             "--output",
-            tmp_path / "deep" / "made",
+            tmp_path / "deep/made",
         )
         == 1
     )
@@ -273,10 +273,10 @@ def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Pat
 
 def test_pickles_with_code_are_errors(tmp_path: Path) -> None:
     source = save_encoder(tmp_path / "source")
-    (tmp_path / "source" / "model.safetensors").unlink()
+    (tmp_path / "source/model.safetensors").unlink()
     torch.save(
         {"layernorm.weight": RunWhenUnpickled(tmp_path / "ran")},
-        tmp_path / "source" / "pytorch_model.bin",
+        tmp_path / "source/pytorch_model.bin",
     )
 
     with raises_one_line(
@@ -298,7 +298,7 @@ def test_remote_code_is_never_run(
         "builtins.input", lambda *_: pytest.fail("asked whether to run remote code")
     )
     source = save_encoder(tmp_path / "source")
-    (tmp_path / "source" / "evil.py").write_text(
+    (tmp_path / "source/evil.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n"
     )
     references = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "evil.Evil")
@@ -321,7 +321,7 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     made = convert_checkpoint(source, tmp_path / "made")
     assert max(made["comparisons"][0]["differences"].values()) <= LIMIT
 
-    written = load_file(tmp_path / "made" / "model.safetensors").values()
+    written = load_file(tmp_path / "made/model.safetensors").values()
     assert {weight.dtype for weight in written} == {torch.bfloat16}
 
     source = save_checkpoint(CASES["radio"].build().half(), tmp_path / "radio")
@@ -329,7 +329,7 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     # its normalization of pixels is folded into the patch projection
     assert "written in float32" in made["notes"][0]
     assert set(made["comparisons"][0]["differences"]) == {"cls", "registers", "patches", "pooled"}
-    written = load_file(tmp_path / "radio made" / "model.safetensors").values()
+    written = load_file(tmp_path / "radio made/model.safetensors").values()
     assert {weight.dtype for weight in written} == {torch.float32}
 
 

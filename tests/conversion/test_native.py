@@ -70,11 +70,11 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
         )
     )
 
-    card = ModelCard.load(tmp_path / "native" / "README.md")
+    card = ModelCard.load(tmp_path / "native/README.md")
     assert card.data.license == "mit"
     assert card.data.tags == ["vision", "vit"]
     assert card.data.pipeline_tag == "image-classification"
-    report = read_json(tmp_path / "native" / "parity_report.json")
+    report = read_json(tmp_path / "native/parity_report.json")
     assert report["source"] == "path/to/mine"
     assert report["source_class"] == "ViTCLSForImageClassification"
     assert report["source_revision"] is None
@@ -89,7 +89,7 @@ def test_a_model_without_an_image_processor_is_written_without_one(tmp_path: Pat
     assert convert_to_native(str(folder), tmp_path / "native")["notes"] == [
         "neither model has an image processor"
     ]
-    assert not (tmp_path / "native" / "preprocessor_config.json").exists()
+    assert not (tmp_path / "native/preprocessor_config.json").exists()
 
 
 def test_a_model_without_labels_keeps_its_half_precision(tmp_path: Path) -> None:
@@ -101,14 +101,14 @@ def test_a_model_without_labels_keeps_its_half_precision(tmp_path: Path) -> None
     assert [set(comparison["differences"]) for comparison in report["comparisons"]] == [
         {"cls", "patches", "logits"}
     ] * 2
-    weights = load_file(tmp_path / "native" / "model.safetensors")
+    weights = load_file(tmp_path / "native/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
 def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine")
     (tmp_path / "native").mkdir()
-    (tmp_path / "native" / "notes.txt").touch()
+    (tmp_path / "native/notes.txt").touch()
     with raises_one_line("not empty"):
         convert_to_native(str(folder), tmp_path / "native")
 
@@ -162,17 +162,17 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     (folder / "config.resolved.yaml").write_text("dataset: digits\n")
 
     convert_to_native(str(folder), tmp_path / "native")
-    kept = read_json(tmp_path / "native" / "results.json")
+    kept = read_json(tmp_path / "native/results.json")
     assert kept == {
         "accuracy": 0.5,
         "weights_sha256": hash_weights(tmp_path / "native"),
         "settings_sha256": hash_settings(tmp_path / "native"),
     }
-    assert (tmp_path / "native" / "config.resolved.yaml").is_file()
+    assert (tmp_path / "native/config.resolved.yaml").is_file()
 
-    (tmp_path / "native" / "results.json").unlink()
+    (tmp_path / "native/results.json").unlink()
     (folder / "results.json").write_text(
         json.dumps(results | {"weights_sha256": {"model.safetensors": "other"}})
     )
     copy_results(ModelFolder(folder), tmp_path / "native")
-    assert not (tmp_path / "native" / "results.json").exists()
+    assert not (tmp_path / "native/results.json").exists()

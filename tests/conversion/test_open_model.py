@@ -49,10 +49,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Use an empty cache without a network, and reset Accelerate."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache/hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     reset_accelerate()
-    yield tmp_path / "cache" / "vitcls" / "converted"
+    yield tmp_path / "cache/vitcls/converted"
     reset_accelerate()
 
 
@@ -67,7 +67,7 @@ def add_commit(name: str, commit: str) -> Path:
     """Return the folder of a new commit of ann/NAME in the Hub cache, which is `main`."""
     repository = Path(constants.HF_HUB_CACHE, f"models--ann--{name}")
     (repository / "refs").mkdir(parents=True, exist_ok=True)
-    (repository / "refs" / "main").write_text(commit)
+    (repository / "refs/main").write_text(commit)
     return repository / "snapshots" / commit
 
 

@@ -38,17 +38,8 @@ def run_evaluate(tmp_path: Path, model: Path, dataset: Path, *flags: str) -> dic
     """Run `vitcls evaluate` and return what it writes."""
     reset_accelerate()
     output = tmp_path / "evaluation.json"
-    arguments = [
-        "--model",
-        model,
-        "--dataset",
-        dataset,
-        "--output",
-        output,
-        "--num-workers",
-        "0",
-    ]
-    assert run_here("evaluate", *arguments, *flags) == 0
+    command = f"evaluate --model {model} --dataset {dataset} --output {output} --num-workers 0"
+    assert run_here(*command.split(), *flags) == 0
     return read_json(output)
 
 
@@ -67,7 +58,7 @@ def test_other_photos_are_evaluated_whole(photos: Path, tmp_path: Path) -> None:
 def test_the_test_split_is_evaluated_or_else_the_validation_split(
     photos: Path, tmp_path: Path
 ) -> None:
-    write_photos(tmp_path / "AB" / "train", range(40, 45))
+    write_photos(tmp_path / "AB/train", range(40, 45))
     for folder, numbers, split in (
         ("val", range(50, 57), "validation"),
         ("test", range(60, 63), "test"),
@@ -82,7 +73,7 @@ def test_a_model_without_splits_is_evaluated_on_all_images_and_a_line_says_so(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(photos / "run", tmp_path / "run")
-    (tmp_path / "run" / "splits.parquet").unlink()
+    (tmp_path / "run/splits.parquet").unlink()
     assert run_evaluate(tmp_path, tmp_path / "run", photos / "train")["num_images"] == 60
     assert sum("splits.parquet" in line for line in caplog.messages) == 1
 
@@ -120,21 +111,21 @@ def test_training_images_are_recognized_in_a_folder_that_was_copied_renamed_and_
 
 
 def test_training_images_in_a_test_split_are_left_out(photos: Path, tmp_path: Path) -> None:
-    write_photos(tmp_path / "AB" / "test", range(30, 40))
+    write_photos(tmp_path / "AB/test", range(30, 40))
     trained = read_training_data(photos / "train").train.images.get_names()
-    shutil.copy(photos / "train" / trained[0], tmp_path / "AB" / "test" / "cat" / "again.png")
-    write_photos(tmp_path / "AB" / "train", range(50, 55))
+    shutil.copy(photos / "train" / trained[0], tmp_path / "AB/test/cat/again.png")
+    write_photos(tmp_path / "AB/train", range(50, 55))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "AB")
     assert (found["num_images"], found["num_left_out_images"]) == (20, 1)
 
 
 def test_only_training_images_are_an_error(tmp_path: Path) -> None:
-    write_photos(tmp_path / "AB" / "train", range(20))
-    write_photos(tmp_path / "AB" / "val", range(20, 30))
+    write_photos(tmp_path / "AB/train", range(20))
+    write_photos(tmp_path / "AB/val", range(20, 30))
     model = train(tmp_path / "run", tmp_path / "AB")
     assert run_evaluate(tmp_path, model, tmp_path / "AB")["num_images"] == 20
     with raises_one_line("all 40 images", "results.json", "split='train'"):
-        evaluate(model, tmp_path / "AB" / "train")
+        evaluate(model, tmp_path / "AB/train")
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -199,7 +190,7 @@ def test_predictions_of_training_photos_are_said_to_measure_nothing(
 
 def test_the_table_lists_each_image_of_the_run_by_its_content(photos: Path) -> None:
     data = read_training_data(photos / "train")
-    table = pd.read_parquet(photos / "run" / "splits.parquet")
+    table = pd.read_parquet(photos / "run/splits.parquet")
     assert table.groupby("split")["key"].apply(sorted).to_dict() == {
         "train": sorted(data.train.images.compute_content_keys().tolist()),
         "test": sorted(data.held_out.images.compute_content_keys().tolist()),

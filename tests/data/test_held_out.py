@@ -115,7 +115,7 @@ def test_a_class_that_shares_its_only_group_with_another_class_is_named(tmp_path
 
 def test_copies_join_the_groups_of_a_table(tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "photos", range(6), "cat", "dog")
-    shutil.copyfile(folder / "cat" / "0.png", folder / "cat" / "5.png")
+    shutil.copyfile(folder / "cat/0.png", folder / "cat/5.png")
     rows = [
         f"{path},{path.parent.name},{path.parent.name}{int(path.stem) // 2}"
         for path in sorted(folder.glob("*/*.png"))

@@ -133,7 +133,7 @@ def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -
 def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_classes(tmp_path, {"cat": 9, "dog": 9})
     write_images(tmp_path, "stray.png")
-    (tmp_path / "cat" / "notes.txt").write_text("?")
+    (tmp_path / "cat/notes.txt").write_text("?")
     (tmp_path / "labels.csv").write_text("a,b\n")
     # not valid text
     write_images(tmp_path, os.fsdecode(b"cat/\xff.png"))
@@ -168,9 +168,9 @@ def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
 
 def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_classes(tmp_path, {"elsewhere/felis": 2, "photos/dog": 2})
-    (tmp_path / "photos" / "cat").symlink_to(tmp_path / "elsewhere" / "felis")
+    (tmp_path / "photos/cat").symlink_to(tmp_path / "elsewhere/felis")
     for name, target in (("all", "photos"), ("self", "photos/dog")):
-        (tmp_path / "photos" / "dog" / name).symlink_to(tmp_path / target)
+        (tmp_path / "photos/dog" / name).symlink_to(tmp_path / target)
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / "photos", Path("photos")):
         assert read(folder) == {
@@ -308,7 +308,7 @@ def test_folders_of_the_system_are_no_classes_and_are_named(
     trash = "#recycle/cat/1.png $RECYCLE.BIN/S-1-5/$R1.png @Recycle/1.png lost+found/1.png".split()
     thumbnails = ["@eaDir/1.png/THUMB_M.jpg", "cat/@eaDir/1.png/THUMB_M.jpg", ".\nthumbs/1.png"]
     write_images(tmp_path, *trash, *thumbnails, "__MACOSX/cat/._1.png", "cat/._0.png")
-    (tmp_path / "cat" / "Thumbs.db").touch()
+    (tmp_path / "cat/Thumbs.db").touch()
 
     found = read(tmp_path)["train"]
 

@@ -63,7 +63,7 @@ def test_the_digits_are_those_of_scikit_learn() -> None:
 
 
 def test_web_dataset_shards_need_no_flags(tmp_path: Path) -> None:
-    shard = tmp_path / "shards" / "train-0000.tar"
+    shard = tmp_path / "shards/train-0000.tar"
     shard.parent.mkdir()
     label = tmp_path / "label"
     with tarfile.open(shard, "w") as tar:

@@ -51,7 +51,7 @@ def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
         ):
             run_training(unfinished)
 
-    cat, dog = photos / "cat" / "1.png", photos / "dog" / "1.png"
+    cat, dog = photos / "cat/1.png", photos / "dog/1.png"
     content = cat.read_bytes()
     Image.new("RGB", (8, 8)).save(cat)
     assert_change("train images")

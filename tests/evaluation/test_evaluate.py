@@ -45,7 +45,7 @@ from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
-WORKER = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
+WORKER = Path(__file__).parents[1] / "helpers/evaluation_worker.py"
 # Flags that read the labels of a scenario from its table
 COLUMNS: dict[str, dict[str, Any]] = {
     "single": {},
@@ -155,14 +155,14 @@ def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
 ) -> None:
     """The names are in another order, and one class is not in the data."""
     table = write_table(tmp_path, "multi_label")
-    files = {"per_image": tmp_path / "new" / "rows.parquet"}
+    files = {"per_image": tmp_path / "new/rows.parquet"}
     data = COLUMNS["multi_label"] | files
     found = evaluate(models / "multi_label", table, threshold=threshold, **data)
     assert found["num_images"] == NUM_IMAGES
     assert found["loss"] == close(by_one_process["multi_label"]["loss"])
     assert [row["name"] for row in found["per_class"]] == CLASSES
 
-    rows = pd.read_parquet(tmp_path / "new" / "rows.parquet")
+    rows = pd.read_parquet(tmp_path / "new/rows.parquet")
     is_exact = [
         list(one) == list(other)
         for one, other in zip(rows["label"], rows["prediction"], strict=True)
@@ -271,7 +271,7 @@ def test_an_image_of_other_channels_is_named_and_counted_as_unreadable(
     gray = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     save_with_processor(ViTCLSForImageClassification(config), tmp_path / "model", gray)
     for name, mode in (("[b]dark/1", "L"), ("light/2", "L"), ("[b]dark/6", "RGB")):
-        file = tmp_path / "data" / f"{name}.png"
+        file = tmp_path / f"data/{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new(mode, (16 + len(name), 16)).save(file)
     dataset = str(tmp_path / "data")

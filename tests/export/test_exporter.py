@@ -187,7 +187,7 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
     checkpoint(tmp_path / "model", num_hidden_layers=1)
     monkeypatch.setitem(onnx_file.LIMITS, "float32", (-1.0, 0.0))
     with raises_one_line("differs", "logits", "limit"):
-        export(tmp_path / "model", tmp_path / "not" / "a.onnx", dynamic=False)
+        export(tmp_path / "model", tmp_path / "not/a.onnx", dynamic=False)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
@@ -202,7 +202,7 @@ def exported(module_path: Path) -> tuple[Any, Path]:
     """
     model_class, fields, _ = MODELS["tokens"]
     model = checkpoint(module_path / "model", model_class, id2label=NAMES, **fields)
-    output = module_path / "new" / "folder" / "mine.onnx"
+    output = module_path / "new/folder/mine.onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "MAX_ONNX_WEIGHTS", 2 * model.num_parameters())  # bytes
         assert (
@@ -323,4 +323,4 @@ def test_a_new_folder_has_the_processor_of_a_graph_of_one_size_with_resampled_po
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "served")
     images = processor(Image.new("RGB", (40, 30)), return_tensors="pt")["pixel_values"]
     assert images.shape == (1, 3, 24, 56)
-    check_outputs(tmp_path / "served" / "model.onnx", model, images)
+    check_outputs(tmp_path / "served/model.onnx", model, images)

@@ -22,7 +22,7 @@ from modeling_vitcls.version import __version__
 from scripts.tools.random_weights import randomize_weights
 
 
-RELEASED = Path(__file__).parents[1] / "fixtures" / "released"
+RELEASED = Path(__file__).parents[1] / "fixtures/released"
 ANSWERS = "answers.safetensors"
 
 SIZES: dict[str, Any] = {

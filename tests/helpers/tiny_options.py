@@ -79,7 +79,7 @@ def save_digits_encoder(folder: Path, **flags: Any) -> Path:
 
 def forget_end(folder: Path, last_step: int) -> None:
     """Remove what a run wrote after the checkpoint before its last step, as if it was killed."""
-    shutil.rmtree(folder / "checkpoints" / f"step-{last_step:08}")
+    shutil.rmtree(folder / f"checkpoints/step-{last_step:08}")
     for name in ("results.json", "model.safetensors"):
         (folder / name).unlink()
 

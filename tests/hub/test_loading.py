@@ -101,8 +101,8 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     model = randomize_weights(transformers.Dinov2WithRegistersForImageClassification(config))
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     save_both(model, tmp_path / "theirs", processor)
-    (tmp_path / "theirs" / "README.md").write_text(CARD)
-    (tmp_path / "theirs" / "LICENSE.md").write_text("You may.\n")
+    (tmp_path / "theirs/README.md").write_text(CARD)
+    (tmp_path / "theirs/LICENSE.md").write_text("You may.\n")
     repository = hub.create("them/dino", files=read_files(tmp_path / "theirs"))
     folder = tmp_path / "mine"
     commit = repository.branches["main"]

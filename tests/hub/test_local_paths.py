@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a working folder with folders of misleading names, next to a data folder."""
     for name in ("digits", "acme/data", "data/teach", ".hidden", "../clinic/scans"):
         (tmp_path / "here" / name).mkdir(parents=True)
-    (tmp_path / "here" / "weights.pt").touch()
+    (tmp_path / "here/weights.pt").touch()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
@@ -104,8 +104,8 @@ def test_files_of_a_run_contain_no_local_paths(
 ) -> None:
     """The files repeat the run from the same folder, and show that data and teacher are local."""
     monkeypatch.setenv("HOME", str(tmp_path / "clinic"))
-    folder = tmp_path / "runs" / "mine"
-    options = convert_sources(options_of(folder, str(tmp_path / "clinic" / "scans")), resolve_name)
+    folder = tmp_path / "runs/mine"
+    options = convert_sources(options_of(folder, str(tmp_path / "clinic/scans")), resolve_name)
     write_recipe(options)
 
     text = (folder / "config.resolved.yaml").read_text()

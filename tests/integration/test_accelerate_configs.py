@@ -22,7 +22,7 @@ from modeling_vitcls.runtime.files import read_json
 
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIGS = REPOSITORY / "scripts" / "accelerate"
+CONFIGS = REPOSITORY / "scripts/accelerate"
 FILES = sorted(CONFIGS.glob("*.yaml"))
 NUM_HELD_OUT_DIGITS = 359
 RUN = (
@@ -40,7 +40,7 @@ STEPS = (
 def launch(config: str, folder: Path, *flags: object) -> str:
     """Train with a configuration, and return the output."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
-    program = [REPOSITORY / "scripts" / "finetune.py", *RUN, "--output-dir", folder, *flags]
+    program = [REPOSITORY / "scripts/finetune.py", *RUN, "--output-dir", folder, *flags]
     # FSDP2 shards plain layers. Lean ones round differently, and AdamW enlarges that in each step.
     ran = run_python(
         *launcher,
@@ -139,7 +139,7 @@ def test_the_model_trained_with_fsdp2_loads(fsdp2: Path) -> None:
     model, info = ViTCLSForImageClassification.from_pretrained(fsdp2, output_loading_info=True)
     assert not any(info.values())
     saved = load_file(fsdp2 / "model.safetensors")
-    trained = load_file(fsdp2 / "checkpoints" / "step-00000006" / "model.safetensors")
+    trained = load_file(fsdp2 / "checkpoints/step-00000006/model.safetensors")
     temperature = read_json(fsdp2 / "results.json")["calibration"]["temperature"]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved[name]), name

@@ -95,7 +95,7 @@ PRINTED = re.compile(
 FILE = re.compile(
     r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*"
 )
-STUDY = ROOT / "scripts" / "studies" / "digits.yaml"
+STUDY = ROOT / "scripts/studies/digits.yaml"
 FOLDERS = (ROOT, PACKAGE, PACKAGE / "model", ROOT / "tests")  # start of relative paths in the pages
 # written by `make gpu` and `vitcls push`, or shown on a page; timm's program
 OTHER_FILES = {"docs/speed-gpu.md", "answer.py", "handler.py", "serve.py", "train.py"}
@@ -232,7 +232,7 @@ def list_message_patterns() -> Iterator[str]:
 
 
 def test_messages_in_the_faq_are_those_of_the_program() -> None:
-    messages = re.findall(r'^\| "(.+)" \|', (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE)
+    messages = re.findall(r'^\| "(.+)" \|', (ROOT / "docs/faq.md").read_text(), re.MULTILINE)
     assert len(messages) >= 10
     pattern = re.compile("|".join(list_message_patterns()))
     assert [message for message in messages if not pattern.fullmatch(message)] == []
@@ -273,7 +273,7 @@ def test_links_of_the_package_page_are_absolute(
 
 def test_the_study_in_the_docs_is_the_recipe() -> None:
     blocks = [
-        block for block in read_blocks(ROOT / "docs" / "evaluating.md") if block.language == "yaml"
+        block for block in read_blocks(ROOT / "docs/evaluating.md") if block.language == "yaml"
     ]
     (shown,) = (yaml.safe_load(block.text) for block in blocks)
     recipe = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
@@ -291,7 +291,7 @@ def test_timms_calls_and_those_beside_them_have_the_same_outputs(tmp_path: Path)
     converted = convert_from_timm(source).eval()
     converted.save_pretrained(tmp_path)
 
-    calls = TIMM_CALL.findall((ROOT / "docs" / "own-loop.md").read_text(encoding="utf-8"))
+    calls = TIMM_CALL.findall((ROOT / "docs/own-loop.md").read_text(encoding="utf-8"))
     assert len(calls) == 6
     names = {"x": torch.randn(2, 3, 56, 56), "folder": tmp_path, "ViTCLSBackbone": ViTCLSBackbone}
     with torch.no_grad():
@@ -322,20 +322,20 @@ def prepared(module_path: Path) -> Path:
         ("new/bird", 3, slice(12)),
     ):
         write_digits(module_path / folder, digit, part)
-    shutil.copy(module_path / "more" / "dog" / "0.png", module_path / "photo.jpg")
+    shutil.copy(module_path / "more/dog/0.png", module_path / "photo.jpg")
     write_encoder(module_path / "dino")
     with contextlib.chdir(module_path):
         # the layers that a run on photos chooses with a trained encoder (studies/first_answer.md)
         layers = (-4, -3, -2, -1)
         finetune("dino", "photos", "runs/photos", pooled_layers=layers, num_workers=0, report=False)
     # instead of README's command, which takes a minute
-    write_encoder(module_path / "runs" / "digits", id2label=dict(enumerate("0123456789")))
+    write_encoder(module_path / "runs/digits", id2label=dict(enumerate("0123456789")))
     # instead of the study of the repository, which takes minutes
     study = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
     study["stages"]["finetune"]["max_steps"] = 2
     study["seeds"] = [0, 1]
     shutil.copytree(ROOT / "scripts", module_path / "scripts")
-    (module_path / "scripts" / "studies" / "digits.yaml").write_text(
+    (module_path / "scripts/studies/digits.yaml").write_text(
         yaml.safe_dump(study), encoding="utf-8"
     )
     return module_path
@@ -382,7 +382,7 @@ def run(prepared: Path, tmp_path: Path) -> Run:
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.onnx"])
 def test_a_dockerfile_copies_and_installs_what_its_programs_need(name: str) -> None:
-    texts = [block.text for block in read_blocks(ROOT / "docs" / "serving.md")]
+    texts = [block.text for block in read_blocks(ROOT / "docs/serving.md")]
     files = {text.partition("\n")[0].removeprefix("# "): text for text in texts}
     copied = " ".join(re.findall(r"^COPY (.+) \S+$", files[name], re.M)).split()
     assert "serve.py" in copied
@@ -428,10 +428,10 @@ def write_program(block: Block) -> str:
 
 @pytest.mark.slow
 def test_the_page_finds_planted_wrong_labels(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "photos" / "cat" / "0.png").rename(tmp_path / "photos" / "dog" / "planted.png")
+    (tmp_path / "photos/cat/0.png").rename(tmp_path / "photos/dog/planted.png")
     (block,) = (
         block
-        for block in read_blocks(ROOT / "docs" / "evaluating.md")
+        for block in read_blocks(ROOT / "docs/evaluating.md")
         if "find_label_issues" in block.text
     )
     (tmp_path / "page.py").write_text(block.text, encoding="utf-8")
@@ -447,7 +447,7 @@ def test_openvino_and_a_quantized_graph_keep_the_accuracy(run: Run, tmp_path: Pa
     run([*MODULE, "export", "--model", "runs/trained", "--output", "runs/trained/model.onnx"])
     blocks = [
         block.text
-        for block in read_blocks(ROOT / "docs" / "exporting.md")
+        for block in read_blocks(ROOT / "docs/exporting.md")
         if block.comment.startswith("not run: in tests/") and block.language == "python"
     ]
     source = "\n".join(blocks).replace("100)", "40)").replace("runs/photos", "runs/trained")

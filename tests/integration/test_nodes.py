@@ -64,7 +64,7 @@ def test_the_slurm_script_continues_after_the_time_limit(tmp_path: Path) -> None
         "SLURM_JOB_NODELIST": "a[1-2]",
     }
     environment = ENVIRONMENT | slurm | {"PATH": path, "SCONTROL_LOG": str(log)}
-    script = REPOSITORY / "scripts" / "slurm" / "finetune.sbatch"
+    script = REPOSITORY / "scripts/slurm/finetune.sbatch"
 
     def submit() -> subprocess.Popen[str]:
         command = ["bash", str(script), *flags, "--output-dir", str(folder)]

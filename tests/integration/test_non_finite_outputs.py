@@ -58,7 +58,7 @@ def test_finetune_does_not_learn_from_a_teacher(
     flags = ["--dataset", photos, "--output-dir", tmp_path / "run"]
     assert run_here("finetune", *flags, *TRAINING, "--teacher", classifier) == 1
     check_error(capsys, "not finite", str(classifier), "4 of 4 images")
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run/model.safetensors").exists()
 
 
 def test_finetune_fits_no_probe(

@@ -14,7 +14,7 @@ from PIL import Image
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
 
 
-NOTEBOOK = ROOT / "notebooks" / "photos.ipynb"
+NOTEBOOK = ROOT / "notebooks/photos.ipynb"
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_the_notebook_runs(notebook: nbformat.NotebookNode, tmp_path: Path) -> N
     accuracies = dict(re.findall(r"=== shots (.*): (\d+)%", printed))
     assert int(accuracies["divided"]) > 80
     assert int(accuracies["kept together"]) < 75
-    assert (tmp_path / "runs" / "photos" / "results.json").exists()
-    assert (tmp_path / "runs" / "more" / "certificate.json").exists()
+    assert (tmp_path / "runs/photos/results.json").exists()
+    assert (tmp_path / "runs/more/certificate.json").exists()
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_the_programs_of_the_course_run_on_the_photos_of_phones(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_phone_photos(tmp_path / "photos", "pants")
-    blocks = read_blocks(ROOT / "docs" / "course.md")
+    blocks = read_blocks(ROOT / "docs/course.md")
     for block in [block for block in blocks if block.language == "python"]:
         exec(block.text, {})
     framed = [file.relative_to("frame/pants").as_posix() for file in Path("frame").rglob("*.jpg")]

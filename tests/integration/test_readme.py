@@ -67,7 +67,7 @@ def checkout(tmp_path: Path) -> Path:
         ("new/bird", 2, 0),
     ):
         write_digits(folder / path, label, slice(first, first + 8))
-    shutil.copy(folder / "photos" / "cat" / "0.png", folder / "photo.jpg")
+    shutil.copy(folder / "photos/cat/0.png", folder / "photo.jpg")
     return folder
 
 
@@ -81,8 +81,8 @@ def environment(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
         pytest.skip("requires uv")
     folder = tmp_path / "environment"
     run_program(uv, "venv", "--quiet", "--python", sys.executable, folder)
-    (folder / "bin" / "pip").write_text(f'#!/bin/sh\nexec {uv} pip "$@" --quiet\n')
-    (folder / "bin" / "pip").chmod(0o755)
+    (folder / "bin/pip").write_text(f'#!/bin/sh\nexec {uv} pip "$@" --quiet\n')
+    (folder / "bin/pip").chmod(0o755)
     variables = {
         key: value
         for key, value in os.environ.items()
@@ -95,7 +95,7 @@ def environment(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": "hf_me",
         "HF_HUB_DISABLE_XET": "1",
-        "UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR", str(Path.home() / ".cache" / "uv")),
+        "UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR", str(Path.home() / ".cache/uv")),
     }
 
 

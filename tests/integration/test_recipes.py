@@ -15,7 +15,7 @@ from modeling_vitcls.runtime.files import read_json
 from scripts.studies.train_cnn_teacher import train_cnn_teacher
 
 
-RECIPE = SCRIPTS / "recipes" / "digits.yaml"
+RECIPE = SCRIPTS / "recipes/digits.yaml"
 
 pytestmark = pytest.mark.slow
 

@@ -35,7 +35,7 @@ ALLOWED_LIBRARIES = {
     "PIL",
     "numpy",
 } | sys.stdlib_module_names
-CHILD = Path(__file__).parents[1] / "helpers" / "load_without_package.py"
+CHILD = Path(__file__).parents[1] / "helpers/load_without_package.py"
 
 # Name of the checkpoint -> its class and configuration fields.
 CHECKPOINTS: dict[str, tuple[Any, dict[str, Any]]] = {

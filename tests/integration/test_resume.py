@@ -184,7 +184,7 @@ def image_folder(module_path: Path) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             pixels = bytes(noise.randrange(brightest) for _ in range(3 * 20 * 24))
             Image.frombytes("RGB", (20, 24), pixels).save(place / f"{index}.png")
-    broken = module_path / "train" / "noon" / "5.png"
+    broken = module_path / "train/noon/5.png"
     broken.write_bytes(broken.read_bytes()[:100])
     return module_path
 

@@ -57,7 +57,7 @@ def test_the_wheel_has_all_modules_and_data_files(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_the_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    programs = tmp_path / "environment" / "bin"
+    programs = tmp_path / "environment/bin"
     python = programs / "python"
     uv = (sys.executable, "-m", "uv")
     run(*uv, "venv", "--python", sys.executable, "environment", cwd=tmp_path)

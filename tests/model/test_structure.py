@@ -14,7 +14,7 @@ from modeling_vitcls import ViTCLSForImageClassification
 
 
 SHIPPED_FILES = sorted((Path(modeling_vitcls.__file__).parent / "model").glob("*_vitcls.py"))
-KERNELS = SHIPPED_FILES[0].parents[1] / "speed" / "cpu_kernels.py"
+KERNELS = SHIPPED_FILES[0].parents[1] / "speed/cpu_kernels.py"
 PRIVATE_NAME = re.compile(
     r"\btorch(\.\w+)*\._[a-zA-Z]|from torch(\.\w+)* import _|from torch(\.\w+)*\._\w+ import"
 )

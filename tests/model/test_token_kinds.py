@@ -62,9 +62,9 @@ print("all of it")
 
 
 def test_a_kind_of_token_is_a_row_and_a_field(tmp_path: Path) -> None:
-    shutil.copytree(PACKAGE, tmp_path / "code" / "modeling_vitcls")
+    shutil.copytree(PACKAGE, tmp_path / "code/modeling_vitcls")
     for name, edits in EDITS.items():
-        file = tmp_path / "code" / "modeling_vitcls" / name
+        file = tmp_path / "code/modeling_vitcls" / name
         text = file.read_text()
         for before, added in edits:
             assert text.count(before) == 1, before

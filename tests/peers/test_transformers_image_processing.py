@@ -17,7 +17,7 @@ from peers.transformers_suite import load
 common = load("test_image_processing_common")
 
 # A local photograph instead of the photograph that the mixin downloads from the Hub.
-PHOTOGRAPH = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
+PHOTOGRAPH = Path(sklearn.datasets.__file__).parent / "images/china.jpg"
 common.url_to_local_path = lambda url: str(PHOTOGRAPH)
 
 

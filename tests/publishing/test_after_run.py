@@ -55,7 +55,7 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     # The card's image begins with the report's first photo, which is compressed there.
     (encoded,) = re.findall(r'class="tile"><img src="data:image/jpeg;base64,([^"]+)"', report)[:1]
     shown = np.asarray(Image.open(BytesIO(base64.b64decode(encoded))).convert("RGB"), float)
-    strip = np.asarray(Image.open(folder / "images" / "attention.png").convert("RGB"), float)
+    strip = np.asarray(Image.open(folder / "images/attention.png").convert("RGB"), float)
     assert strip.shape[1] == 3 * shown.shape[1]
     assert np.abs(strip[:, : shown.shape[1]] - shown).mean() < 4
 

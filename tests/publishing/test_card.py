@@ -245,14 +245,14 @@ def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path:
     assert "vitcls finetune --model ann/vit" in card.text
     assert "## Accuracy of the conversion" in card.text
 
-    report = read_json(tmp_path / "vit" / "parity_report.json")
+    report = read_json(tmp_path / "vit/parity_report.json")
     for name in (
         report["source"],
         "timm/vit",
         "mine",
     ):  # the source, or a model that was made from the base model
         report["provenance"] = {"name": name, "base_model": "timm/vit"}
-        write_json(tmp_path / "vit" / "parity_report.json", report)
+        write_json(tmp_path / "vit/parity_report.json", report)
         card = load_card(tmp_path / "vit")
         assert (f"[`{name}`](https://huggingface.co/timm/vit)" in card.text) == (name != "mine")
         assert card.data.base_model == "timm/vit"

@@ -45,7 +45,7 @@ def test_an_output_folder_is_new_or_empty(
     for name in ("work", "work/existing"):
         (tmp_path / name).mkdir()
     (tmp_path / "work/link").symlink_to("existing")
-    monkeypatch.chdir(tmp_path / "work" if output != "." else tmp_path / "work" / "existing")
+    monkeypatch.chdir(tmp_path / "work" if output != "." else tmp_path / "work/existing")
     with pytest.raises(KeyError), create_output_folder(Path(output)) as folder:
         (folder / "model").touch()
         raise KeyError
@@ -72,7 +72,7 @@ def test_two_commands_never_write_to_one_folder(
     assert list_names(tmp_path / "out") == ["config.json"]
     with raises_one_line("exists and is not empty"):
         write(tmp_path / "out", "second")
-    assert (tmp_path / "out" / "config.json").read_text() == "first"
+    assert (tmp_path / "out/config.json").read_text() == "first"
 
 
 def end_at_change(number: int, folder: Path, work: Callable[[], Any]) -> int:
@@ -119,7 +119,7 @@ def test_what_a_killed_command_left_is_replaced_by_the_next_one(tmp_path: Path) 
 
 def test_a_folder_that_somebody_handed_over_deletes_nothing(tmp_path: Path) -> None:
     """A hidden list of moved files once named what the next command deletes."""
-    thesis = tmp_path / "precious" / "thesis.txt"
+    thesis = tmp_path / "precious/thesis.txt"
     thesis.parent.mkdir()
     thesis.write_text("mine")
     partial = tmp_path / "shared" / staging.STAGING_FOLDER

@@ -19,7 +19,7 @@ from scripts.space.space import find_published_model
 def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> None:
     first = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine").sha
     newest = hub.repositories["ann/mine"].commit("main", hub.files("ann/mine"))
-    photos = (tmp_path / "a" / "photo.png", tmp_path / "b" / "photo.png")  # equal names
+    photos = (tmp_path / "a/photo.png", tmp_path / "b/photo.png")  # equal names
     for photo in photos:
         photo.parent.mkdir()
         photo.write_text(str(photo))
@@ -52,7 +52,7 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> Non
     assert requirements >= {"torch", "transformers"}
 
     run(SpaceOptions("ann/mine", output=tmp_path / "space"))
-    assert f"COMMIT = '{newest}'\n" in (tmp_path / "space" / "app.py").read_text()
+    assert f"COMMIT = '{newest}'\n" in (tmp_path / "space/app.py").read_text()
     with raises_one_line("not empty"):
         run(SpaceOptions("ann/mine", output=tmp_path / "space"))
 

@@ -107,7 +107,7 @@ def test_a_subset_has_random_training_images_and_all_other_images(
     for split, numbers in {"train": range(20), "test": range(100, 105)}.items():
         columns = {"label": [number % 2 for number in numbers], "number": numbers}
         images = Dataset.from_dict(columns).cast_column("label", label)
-        images.to_parquet(tmp_path / "data" / f"{split}.parquet")
+        images.to_parquet(tmp_path / f"data/{split}.parquet")
     monkeypatch.setenv("DATA", str(tmp_path / "data"))
     subset = {"dataset": "$DATA", "num_images": 6}
     groups = {"kind": {"vehicle": ["ship"], "animal": ["cat"]}}
@@ -123,7 +123,7 @@ def test_a_subset_has_random_training_images_and_all_other_images(
         assert len(set(one)) == 6
         assert set(one) < set(range(20))
         assert sorted(one) != list(range(6))
-    test = pandas.read_parquet(folder / "c" / "test.parquet")
+    test = pandas.read_parquet(folder / "c/test.parquet")
     for part, size in ((parts[2], 6), (test, 5)):
         assert part["kind"].tolist() == (1 - part["label"]).tolist()
         assert len(part) == size
@@ -166,7 +166,7 @@ def test_all_runs_are_executed_summarized_and_resumed(tmp_path: Path) -> None:
         subsets={100: {}},
     )
     output = tmp_path / "the output"
-    (output / "subsets" / "100").mkdir(parents=True)  # drawn before
+    (output / "subsets/100").mkdir(parents=True)  # drawn before
     with raises_one_line("2 of 6 runs failed"):
         run_command(StudyOptions(file, output, "other", jobs=2, threads=3))
     rows = pandas.read_parquet(output / "runs.parquet")
@@ -178,16 +178,16 @@ def test_all_runs_are_executed_summarized_and_resumed(tmp_path: Path) -> None:
     assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
     assert "| median |" not in page
 
-    interrupted = output / "runs" / "pooling-mean_seed-1"
-    (interrupted / "finetune" / "results.json").unlink()
-    (interrupted / "finetune" / "checkpoints" / "step-2").mkdir(parents=True)
+    interrupted = output / "runs/pooling-mean_seed-1"
+    (interrupted / "finetune/results.json").unlink()
+    (interrupted / "finetune/checkpoints/step-2").mkdir(parents=True)
     run_study(StudyRunner(load_study(file), output), "python scripts/study.py")
     for name, num_trained, num_evaluated in (
         ("cls_seed-0", 1, 1),
         ("mean_seed-1", 2, 1),
         ("median_seed-0", 1, 2),
     ):
-        log = (output / "runs" / f"pooling-{name}" / "log.txt").read_text()
+        log = (output / f"runs/pooling-{name}" / "log.txt").read_text()
         assert log.count("the stage finetune") == num_trained, name
         assert log.count("the stage evaluate") == num_evaluated, name
         assert log.count("--resume") == num_trained - 1, name

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("few_digits")
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
-RECIPE = SCRIPTS / "recipes" / "digits.yaml"
+RECIPE = SCRIPTS / "recipes/digits.yaml"
 NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
 SHORT_RUN_FLAGS = (
     "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
@@ -125,7 +125,7 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
     assert "resumed   after step 5 of 7" in printed
 
     one = read_json(recipe_run / "results.json")
-    two = read_json(tmp_path / "run" / "results.json")
+    two = read_json(tmp_path / "run/results.json")
     assert two["num_processes"] == 2
     assert two["num_images"] == NUM_HELD_OUT_COLORS
     assert two["accuracy"] == one["accuracy"]
@@ -201,15 +201,15 @@ def test_unreadable_images_are_named_and_skipped(
     color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = shutil.copytree(color_images, tmp_path / "pictures")
-    (folder / "noon" / "3.png").write_bytes(b"no photo")
-    (folder / "dusk" / "2.png").write_bytes((color_images / "dusk" / "2.png").read_bytes()[:60])
+    (folder / "noon/3.png").write_bytes(b"no photo")
+    (folder / "dusk/2.png").write_bytes((color_images / "dusk/2.png").read_bytes()[:60])
     flags = {
         "save_every": 4,
         "keep_checkpoints": 9,
     }  # the first evaluation is after step 5
     results = train(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1, **flags)
 
-    state = read_json(tmp_path / "out" / "checkpoints" / "step-00000004" / "state.json")
+    state = read_json(tmp_path / "out/checkpoints/step-00000004/state.json")
     assert (
         len(state["metadata"]["unreadable_images"]) == results["num_unreadable_training_images"] > 0
     )
@@ -406,9 +406,9 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
         train(tmp_path / "cut", "digits", **settings)
 
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
-    assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
+    assert (tmp_path / "cut/checkpoints/step-00000003").is_dir()
     # killed after it was logged
-    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')
+    (tmp_path / "cut/metrics.jsonl").open("a").write('{"step": 3}\n')
     train(tmp_path / "cut", "digits", resume=True, **settings)
 
     found = read_compared_values(tmp_path / "cut")

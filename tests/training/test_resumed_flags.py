@@ -37,7 +37,7 @@ def command(module_path: Path) -> Iterator[list[str]]:
     encoder = save_large_encoder(module_path / "vit")
     photos = write_unequal_photos(module_path / "photos")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(module_path / "cache" / "hub"))
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(module_path / "cache/hub"))
         yield [
             "finetune",
             *("--model", encoder, "--dataset", str(photos)),

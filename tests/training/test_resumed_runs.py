@@ -61,7 +61,7 @@ def killed(whole: Path, tmp_path: Path) -> Path:
 
 def change_metadata(folder: Path, **changes: Any) -> None:
     """Change the metadata of the checkpoint of step 2."""
-    checkpoint = folder / "checkpoints" / "step-00000002"
+    checkpoint = folder / "checkpoints/step-00000002"
     state = read_training_state(checkpoint)
     state["metadata"] |= changes
     write_training_state(checkpoint, state)
