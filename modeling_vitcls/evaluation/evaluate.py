@@ -33,10 +33,10 @@ from ..data.labels import (
 from ..data.options import DataOptions
 from ..data.sources import load_on_main
 from ..data.splits_table import read_splits, select_task
-from ..frozen.scenes import TrainedScenes, read_scenes
+from ..frozen.scenes import read_scenes
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
-from ..inference.features import FeatureLayout, Features, FrozenEncoder
+from ..inference.features import FeatureLayout, FrozenEncoder
 from ..inference.load_model import load_for_inference
 from ..inference.metrics import drop_intervals
 from ..inference.options import EvaluateOptions
@@ -49,7 +49,6 @@ from ..runtime.files import escape_csv_cell, write_json
 from ..runtime.progress import build_console, print_warning
 from ..runtime.system import describe_device, get_versions
 from .evaluator import (
-    Predictions,
     build_predictions,
     build_rows,
     count_in_trained_scenes,
@@ -120,7 +119,14 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
     start_time = time.perf_counter()
     features = encoder.compute_features(data.images, layout, select, console=console)
-    predictions = measure_evaluated(features, label_space, options.threshold, trained_scenes)
+    outputs = features
+    if trained_scenes is not None:  # Each shot of a scene is little further evidence
+        outputs = replace(features, groups=trained_scenes.join_shots(features))
+    threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
+    predictions = build_predictions(label_space, outputs, threshold)
+    if trained_scenes is not None:
+        names = trained_scenes.recognize(features)
+        predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(names, predictions)
     seconds = time.perf_counter() - start_time
     if options.split and data.num_trained:
         drop_intervals(predictions.metrics)
@@ -152,25 +158,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     print_results(results, data.description, console)
     accelerator.end_training()
     return results
-
-
-def measure_evaluated(
-    features: Features,
-    label_space: LabelSpace,
-    threshold: float | None,
-    trained_scenes: TrainedScenes | None,
-) -> Predictions:
-    """Measure logits, and count photos of scenes that trained the model as `in_trained_scenes`."""
-    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
-    if trained_scenes is None:
-        return build_predictions(label_space, features, threshold)
-    # Each shot of a scene is little further evidence.
-    outputs = replace(features, groups=trained_scenes.join_shots(features))
-    predictions = build_predictions(label_space, outputs, threshold)
-    predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(
-        trained_scenes.recognize(features), predictions
-    )
-    return predictions
 
 
 def set_up_evaluation(

@@ -1,6 +1,5 @@
 """What a run prints before it starts: its images, its model and what it is."""
 
-import re
 from collections import Counter
 from itertools import chain
 
@@ -59,11 +58,6 @@ def print_division(
     leaks = describe_leaks(data, plan.options.group_column)
     for warning in [*describe_missing_classes(data), *describe_divided_groups(data), *leaks]:
         reporter.warn(warning)
-    words = re.findall("[a-z]+", str(data.label_space.columns).lower())
-    if plan.options.flip and plan.kind != "frozen" and {"left", "right"} <= {*words}:
-        reporter.warn(
-            "classes are named left and right, but the run also trains on mirror images. Set `flip=False`"
-        )
     # They trained its encoder, or a classifier that it keeps.
     num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
     if num_seen and not leaks:
