@@ -56,7 +56,10 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
 
     features = old.compute_features(images, label_space, select_logits=attrgetter("logits"))
     names = label_space.names
-    check_has_images(names, features.labels)
+    if len(missing := np.setdiff1d(np.arange(len(names)), features.labels)):
+        raise ValueError(
+            f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
+        )
     features, limit, scenes_record = old.keep_scenes_together(images, features, label_space)
     trained_scenes = dict(old.trained_scenes)
     if "" in trained_scenes:
@@ -114,14 +117,6 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
                 "because the class has one image or one group. Add images"
             )
     return Addition(extended, record, {"train": images}, trained_scenes, rows)
-
-
-def check_has_images(names: list[str], labels: np.ndarray) -> None:
-    """Raise ValueError if a class has no image, given the labels of the readable ones."""
-    if len(missing := np.setdiff1d(np.arange(len(names)), labels)):
-        raise ValueError(
-            f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
-        )
 
 
 def load_new_images(
