@@ -94,7 +94,7 @@ def test_held_out_photos_of_a_dataset_that_repeat_training_photos_are_counted(
     record = add_task(encoder, tmp_path / "photos", "kind", tmp_path / "task")
     known = record["in_trained_scenes"]["names"]
     assert known == ["test/cups/IMG_105.png", "test/pens/IMG_115.png"]
-    assert "2 of 4 photos are of scenes that trained" in capsys.readouterr().out
+    assert "2 of 4 photos are of scenes that the model was trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["run", "with_other_tokens"])
