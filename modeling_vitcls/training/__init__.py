@@ -5,13 +5,15 @@
     plan.py             what a run is: frozen or with steps, and why
     summary.py          the first lines of a run: its images, its model and what it is
     frozen_run.py       a run without steps, of what is in frozen/
-    steps_run.py        a run with steps; calibration.py measures its classes afterwards
+    steps_run.py        a run with steps, and what is measured afterwards
     run_results.py      what a run of either kind has made and measured, results.json and its last lines
     options.py          flags of the command
     teacher.py          classifier whose predictions train a distillation token
     loop.py             training loop; reporter.py prints, and signals.py stops it
     checkpoints.py      checkpoints on disk, written completely or not at all
-    calibration.py      temperature, worth of new tokens and class statistics of the trained classifier
+    calibration.py      the temperature of the trained classifier
+    new_tokens.py       what the new tokens of a run with steps are worth
+    statistics.py       class statistics of a model that was trained with steps
     run_folder.py       the output folder before a run: what is in it, what is removed, and what a resumed run takes
                         from its start
     save.py             the output folder after a run: what is written

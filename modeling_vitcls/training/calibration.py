@@ -1,41 +1,21 @@
-"""What is measured with a trained classifier: its temperature and, after steps, new tokens and classes.
+"""The temperature of a trained classifier.
 
 frozen model          logits of the images that each fold of the cross-validation leaves out
 fine-tuned model      logits of the selection images
 no selection images   logits of half of the held-out images; the error is reported for the other half
 """
 
-from functools import partial
-from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from ..data.images import LabeledImages
-from ..data.splits import TrainingData
 from ..evaluation.evaluator import Evaluator, Predictions
-from ..frozen.class_statistics import KNOWN_RECALL, ClassStatistics, Token
 from ..frozen.confidence import fit_temperature
-from ..frozen.encoder import ignore_message
-from ..frozen.features import FeatureLayout, Features, compute_features
-from ..frozen.heads import describe_unknown
-from ..frozen.linear_probe import (
-    MIN_DISTANCE_IMAGES,
-    NUM_LAST_LAYERS,
-    LinearProbe,
-    describe_inference,
-)
-from ..frozen.scenes import TrainedScenes, measure_limit
+from ..frozen.linear_probe import LinearProbe, describe_inference
 from ..inference.metrics import compute_calibration_error
-from ..inference.token_names import SINGLE_TOKEN_NAMES
-from ..model.attention_masks_vitcls import list_gated_tokens
-from ..model.modeling_vitcls import count_output_tokens
-from .distributed_state import distribute_like, reshard
+from .distributed_state import reshard
 from .model import list_last_layers
-from .plan import RunPlan
-from .run_inputs import RunInputs
 
 
 MIN_IMAGES = 100  # Minimum number of images for a temperature
@@ -168,126 +148,3 @@ def measure_errors(
             f"{100 * after:.0f} points"
         )
     return record | {"calibration_error_before": before}, text
-
-
-# New tokens ---------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure_tokens(
-    model: Any,
-    prepared_model: nn.Module,
-    held_out: Evaluator,
-    predictions: Predictions | None,
-    plan: RunPlan,
-) -> tuple[dict[str, Any], str | None]:
-    """Measure what the new tokens of each group are worth: the same images with their gates closed.
-
-    An open gate is no evidence: noise at the rate of new tokens opens gates, too.
-
-    Args:
-        model, prepared_model: the trained model, and the same as Accelerate prepared it.
-        held_out: images that did not train it.
-        predictions: of these images; None without any, or for several tasks.
-        plan: of the run.
-
-    Returns:
-        The field "tokens" of results.json, and a line for each group; neither without new gated
-        tokens or predictions.
-    """
-    if predictions is None or "vitcls.gates.gates" not in plan.new_tokens:
-        return {}, None
-    groups = [group for group, _ in list_gated_tokens(model.config)]
-    are_new = plan.new_tokens["vitcls.gates.gates"]
-    gates = model.vitcls.gates.gates
-    trained = gates.clone()
-    record = {}
-    lines = []
-    for group in dict.fromkeys(compress(groups, are_new)):
-        is_kept = [
-            not is_new or each != group for each, is_new in zip(groups, are_new, strict=True)
-        ]
-        gates.mul_(distribute_like(torch.tensor(is_kept, dtype=gates.dtype), gates))
-        without = held_out.predict(prepared_model)
-        reshard(prepared_model)
-        gates.copy_(trained)
-
-        is_right, is_right_without = (
-            ~np.isin(each.outputs.indices, each.list_wrong()) for each in (predictions, without)
-        )
-        number = len(is_right)
-        loss, loss_without = (each.metrics["loss"] for each in (predictions, without))
-        record[group] = {
-            "num_images": number,
-            "accuracy": float(is_right.mean()),
-            "accuracy_without": float(is_right_without.mean()),
-            "loss": loss,
-            "loss_without": loss_without,
-        }
-        # An interval of the difference would have no width if no prediction differs.
-        lines.append(
-            f"the new {SINGLE_TOKEN_NAMES[group]} tokens: {is_right_without.sum()} of {number} right, with "
-            f"them {is_right.sum()} ({(is_right & ~is_right_without).sum()} gained, "
-            f"{(is_right_without & ~is_right).sum()} lost); log loss {loss_without:.3f}, with them {loss:.3f}"
-        )
-    return {"tokens": record}, "\n".join(lines)
-
-
-# Class statistics of a model that was trained with steps ------------------------------------------
-
-
-MAX_STATISTICS_IMAGES = 5000  # Maximum number of images for the statistics of a trained model
-
-
-def store_statistics(inputs: RunInputs, data: TrainingData) -> tuple[TrainedScenes | None, str]:
-    """Store class statistics in a trained model, from one pass over some of its training images.
-
-    An image is unknown if it is farther away than most images that the model was not trained on.
-
-    Returns:
-        What recognizes these training images, if the frozen encoder of the run measures how near they
-        are; and the line about images that will be marked as unknown.
-    """
-    model = inputs.model.eval()
-    images = data.train.draw(MAX_STATISTICS_IMAGES)
-    features = compute_labeled_features(inputs, images, inputs.processor)
-    tokens = select_tokens(model, features)
-    statistics = ClassStatistics.fit(tokens, features.labels, model.config.num_labels)
-    other_images = data.held_out if data.selection is None else data.selection
-    # The threshold comes from images that the model was not trained on: training images lie closer
-    # to the means of their classes than any new image does.
-    if len(other_images) >= MIN_DISTANCE_IMAGES:
-        others = compute_labeled_features(
-            inputs, other_images.draw(MAX_STATISTICS_IMAGES), inputs.processor
-        )
-        distances = statistics.compute_distances(select_tokens(model, others))
-        threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
-        model.config.distance_threshold = threshold
-    statistics.set_in_model(model)
-    unknown_text = describe_unknown(
-        model.config.distance_threshold, f"{MIN_DISTANCE_IMAGES} held-out images"
-    )
-    if inputs.frozen_encoder is None:
-        return None, unknown_text
-    compute = partial(compute_labeled_features, inputs)
-    limit = measure_limit(features, images, inputs.processor, compute)
-    return TrainedScenes.of(features, limit), unknown_text
-
-
-def compute_labeled_features(inputs: RunInputs, images: LabeledImages, processor: Any) -> Features:
-    """Compute the features of the images that have a label: others (-100) belong to no mean."""
-    layout = FeatureLayout.for_extra_heads(inputs.model.config, NUM_LAST_LAYERS)
-    # The steps and evaluations have named the unreadable images
-    arguments = inputs.pass_arguments | {"warn": ignore_message, "processor": processor}
-    features = compute_features(inputs.model, images, layout, **arguments)
-    return features.take(features.labels >= 0)
-
-
-def select_tokens(model: Any, features: Features) -> dict[Token, np.ndarray]:
-    """Select the inputs of the class statistics: the features [N, D] of each token."""
-    tokens = features.get_tokens()
-    # A classifier on CLS skips the patches of the last layer, so at inference they have no
-    # distance.
-    if count_output_tokens(model.vitcls, {}) is not None:
-        del tokens[-1, "mean"]
-    return tokens

@@ -30,12 +30,13 @@ from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics
 from ..inference.token_names import read_gates
 from ..runtime.distributed import configure_layer_sharding, run_on_main
-from .calibration import calibrate, measure_tokens, store_statistics
+from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import distribute_like, reshard, scatter_model
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .losses import build_objective
 from .model import list_last_layers
+from .new_tokens import measure_tokens
 from .optimizer import average_with_start, build_parameter_groups
 from .plan import RunPlan
 from .reporter import Reporter
@@ -43,6 +44,7 @@ from .run_folder import format_flag_value
 from .run_inputs import RunInputs
 from .run_results import Outcome, list_measurements
 from .signals import SignalHandler
+from .statistics import store_statistics
 from .teacher import measure
 
 
