@@ -99,7 +99,7 @@ class ConvertOptions(Options):
     file. An id may end with @REVISION (commit, branch or tag). With --to transformers: folder or
     Hub id of a vitcls model."""
     family: str | None = None
-    """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from
+    """Model family of a state-dict file, such as dino, deit, mae or dinov2. Default: detected from
     the parameter names."""
 
 

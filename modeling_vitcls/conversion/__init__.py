@@ -8,8 +8,8 @@ Tables of rules map the names of the parameters.
     transformers_families.py  parameter names and configurations of the model families of transformers
     from_timm.py              conversion of timm models: parameter names, and rewrites that involve several parameters
     timm_modules.py           configuration fields, read from the modules of a timm model
-    from_state_dict.py        conversion of published state dicts (DINO, DINOv2, TIPS, MAE, ...) through timm
-    source_files.py           published state-dict files: loading, and detection of the family
+    from_state_dict.py        conversion of state dicts (DINO, DINOv2, MAE, ..., timm's models) through timm
+    source_files.py           state-dict files: loading, and detection of the architecture
     to_transformers.py        conversion of ViTCLS models to transformers
     convert_models.py         the three conversions in memory, which compare outputs
     processors.py             conversion of preprocessing settings to an image processor

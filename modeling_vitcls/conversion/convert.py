@@ -146,6 +146,10 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
     # A name with a suffix is taken for a file even if there is none, so that the error names the
     # file.
     is_file = file.is_file() or (project not in SOURCE_CLASSES and bool(file.suffix))
+    architecture: str | None = None
+    if project == "timm" and ":" not in name and "@" in name and not is_file:
+        architecture, _, path = name.partition("@")
+        file = Path(path)
     if family is not None and not is_file:
         raise ConversionError(
             f"`family={family!r}` requires a state-dict file, but the source is {source_name}"
@@ -157,8 +161,8 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
         )
 
     try:
-        if is_file:
-            return FileSource.from_file(file, family)
+        if is_file or architecture:
+            return FileSource.from_file(file, family, architecture)
         return SOURCE_CLASSES[project].from_name(name)
     except Exception as error:  # The projects and their downloads raise errors of many types
         if file.is_file() and (file.suffix == ".onnx" or file.with_name(CONFIG_FILE).is_file()):

@@ -1,33 +1,32 @@
 """Convert published state dicts through timm.
 
-The families are DINO, iBOT, MSN, I-JEPA, DINOv2, DINOv3, TIPS, DeiT, MAE and big_vision.
+The families are DINO, iBOT, DINOv2, DINOv3, DeiT and MAE.
 
     weights = prepare_weights(torch.load("dinov2_vits14_reg4_pretrain.pth", weights_only=True), "dinov2")
     model = convert_family_model(build_timm_model(weights, "dinov2"), weights, "dinov2")
 
 1. The architecture is inferred from the weight shapes, and timm builds the model
    (`build_timm_model`). The number of heads cannot be inferred; it is known for the published
-   widths.
-2. timm's `checkpoint_filter_fn` renames the weights. For big_vision, timm's `load_pretrained` reads
-   the Flax arrays.
+   widths. If timm's name of the architecture is known, only the number of classes and the image size
+   are read from the weights (`build_named_model`).
+2. timm's `checkpoint_filter_fn` renames the weights.
 3. The timm model is converted as in from_timm.py.
 4. `apply_family` restores what timm leaves out or does differently from the authors' code:
-   resampling of position embeddings, stored rotary periods, mask tokens and the second CLS token
-   of TIPS.
+   resampling of position embeddings, stored rotary periods and mask tokens.
 
-timm's name of a family also selects the preprocessing of the family. timm alone reads the files of
-other models (`timm:NAME@FILE`); their conversion follows timm.
+timm's name of a family also selects the preprocessing of the family. The conversion of a named
+architecture (`timm:NAME@FILE`) follows timm.
 """
 
-import io
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +40,7 @@ from .weight_rules import ConversionError, Fields, Weights, build_converted_mode
 
 # Resampling of learned position embeddings in the authors' code, as differences from timm's
 # configuration (bicubic with antialiasing). DINO, iBOT and DINOv2 add 0.1 to the size of the new
-# grid. big_vision aligns the corners of both grids.
+# grid.
 BICUBIC: Fields = {"position_antialias": False}
 BICUBIC_WITH_OFFSET: Fields = {"position_antialias": False, "position_offset": 0.1}
 
@@ -63,11 +62,6 @@ FAMILIES = {  # The names are values of --family
         BICUBIC_WITH_OFFSET,
         {GATE: "vit_giant_patch14_dinov2.lvd142m"},
     ),
-    "tips": FileFamily(
-        "vit_base_patch14_reg1_tipsv2.webli",
-        {"position_interpolation": "bilinear"},
-        {GATE: "vit_giant_patch14_reg1_tipsv2.webli"},
-    ),
     "dinov3": FileFamily(
         "vit_small_patch16_dinov3_qkvb.lvd1689m",
         {},
@@ -86,14 +80,7 @@ FAMILIES = {  # The names are values of --family
     ),
     "dino": FileFamily("vit_small_patch16_224.dino", BICUBIC_WITH_OFFSET),
     "ibot": FileFamily("vit_small_patch16_224.dino", BICUBIC_WITH_OFFSET),
-    "msn": FileFamily("vit_small_patch16_224.dino", BICUBIC),
     "mae": FileFamily("vit_base_patch16_224.mae", BICUBIC),
-    "ijepa": FileFamily("vit_huge_patch14_gap_224.in1k_ijepa", BICUBIC),
-    "big_vision": FileFamily(
-        "vit_base_patch16_224.augreg_in21k",
-        {"position_interpolation": "bilinear", "position_antialias": False},
-        {"MAPHead_0/probe": "vit_base_patch16_siglip_224.webli"},
-    ),
 }
 DINOV2_WITH_REGISTERS = FileFamily(
     "vit_small_patch14_reg4_dinov2.lvd142m",
@@ -107,18 +94,11 @@ NUM_HEADS = {
     512: 8,
     768: 12,
     1024: 16,
-    1152: 16,
     1280: 16,
-    1408: 16,
     1536: 24,
     4096: 32,
 }
-# Preprocessing of the authors that differs from timm's settings for the model, or that timm does
-# not have (MSN).
-PREPROCESSING: dict[str, dict[str, Any]] = {
-    "tips": {"interpolation": "bilinear", "crop_mode": "squash"},
-    "msn": {"interpolation": "bilinear", "crop_pct": 0.875},
-}
+PATCH_PROJECTION = "patch_embed.proj.weight"
 
 
 def convert_family_model(model: Any, weights: Weights, family: str) -> ViTCLSPreTrainedModel:
@@ -140,17 +120,8 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
         # are. timm and transformers compute new ones.
         fields["rope_periods"] = weights["rope_embed.periods"].float().tolist()
 
-    if family == "tips":
-        # timm calls the second CLS token a register.
-        tokens = [
-            converted_weights["embeddings.cls_token"],
-            converted_weights.pop("embeddings.register_tokens"),
-        ]
-        converted_weights["embeddings.cls_token"] = torch.cat(tokens, dim=1)
-        fields |= {"num_cls_tokens": 2, "num_register_tokens": 0, "pooled_cls_tokens": [0]}
-
     mask_token = weights.get("mask_token", weights.get("masked_embed"))
-    if mask_token is not None and family in ("dinov2", "tips", "dinov3", "ibot"):
+    if mask_token is not None and family in ("dinov2", "dinov3", "ibot"):
         converted_weights["embeddings.mask_token"] = mask_token.float().reshape(1, 1, -1)
         fields["use_mask_token"] = True
     return fields
@@ -166,12 +137,12 @@ def get_family(family: str, weights: Weights) -> FileFamily:
 # Preparation --------------------------------------------------------------------------------------
 
 
-def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
+def prepare_weights(weights: Mapping[str, Any], family: str | None = None) -> Weights:
     """Convert published arrays to tensors for timm.
 
     Raise ConversionError if the family is unknown, or the weights are not floating-point numbers.
     """
-    if family not in FAMILIES:
+    if family and family not in FAMILIES:
         raise ConversionError(
             f"the family {family!r} is unknown. Set `family` to one of {', '.join(FAMILIES)}"
         )
@@ -203,21 +174,6 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
                     f"{name} contains nonzero key biases, but DINOv3 has no key biases"
                 )
 
-    if family == "big_vision":
-        # Prefixes of the image model in two-tower models (SigLIP), and in files with optimizer
-        # state.
-        prefixes = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
-        prefix = next((prefix for prefix in prefixes if f"{prefix}embedding/kernel" in tensors), "")
-        tensors = {
-            name.removeprefix(prefix): value
-            for name, value in tensors.items()
-            if name.startswith(prefix)
-        }
-        if "pre_logits/kernel" in tensors:
-            raise ConversionError(
-                "timm does not support the layer pre_logits. Use a file without this layer"
-            )
-
     return tensors
 
 
@@ -230,7 +186,7 @@ def convert_to_tensor(name: str, array: Any) -> Tensor:
         tensor = torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError):
         tensor = None
-    is_weight = name.endswith(("weight", ".bias", "kernel", "embed", "token"))
+    is_weight = name.endswith(("weight", ".bias", "embed", "token"))
     if tensor is None or (is_weight and not (tensor.ndim and tensor.is_floating_point())):
         found = type(array).__name__ if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise ConversionError(
@@ -250,34 +206,74 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     """
     import timm
 
-    try:
+    with explain_mismatch(
+        f"the family {family}", "Set `family` to another family, or use timm:NAME@FILE"
+    ):
         entry = get_family(family, weights)
         names = entry.timm_names.items()
         name = next(
             (name for keys, name in names if weights.keys() >= set(keys.split())), entry.timm_name
         )
-        options = (
-            read_big_vision_options(weights)
-            if family == "big_vision"
-            else read_vit_options(weights, family)
-        )
+        options = read_vit_options(weights, family)
         model: Any = timm.create_model(name, pretrained=False, **options)
-        load_timm_weights(model, weights, family)
+        # timm computes the periods in float32. The published ones are rounded, and the outputs of
+        # the reference must be the authors'.
+        if "rope_embed.periods" in weights:
+            periods = weights["rope_embed.periods"].float()
+            model.rope._compute_periods = lambda device="cpu", dtype=None: periods.to(device, dtype)
+            model.rope.reset_parameters()
+        return load_timm_weights(model, weights)
+
+
+def build_named_model(weights: Weights, name: str, file: Path) -> Any:
+    """Build a model by its timm name, with the classes, image size and values of prepared weights.
+
+    Raise ConversionError if the weights do not belong to the model. timm itself reads Flax arrays in a
+    file, and resamples their positions to the image size of the model.
+    """
+    import timm
+
+    model: Any = timm.create_model(name, pretrained=False)
+    with explain_mismatch(
+        f"timm:{name}", "Use timm:NAME@FILE with the model that was trained, or FILE with `family`"
+    ):
+        if any(key.endswith("embedding/kernel") for key in weights):
+            biases = [len(value) for key, value in weights.items() if key.endswith("head/bias")]
+            model.reset_classifier(max(biases, default=0))
+            model.load_pretrained(str(file))
+            return model.eval()
+        # Of names in other formats, which timm renames, the model's own head is kept.
+        if PATCH_PROJECTION in weights:
+            model.reset_classifier(len(weights.get("head.weight", ())))
+
+        positions = weights.get("pos_embed")
+        own = model.pos_embed
+        if positions is not None and own is not None and positions.shape[1] != own.shape[1]:
+            num_special = own.shape[1] - model.patch_embed.num_patches
+            if "register_tokens" in weights:  # timm adds DINOv2's position of CLS to the token
+                num_special = 1
+            num_patches = positions.shape[1] - num_special
+            # The model gets the image size of the training; timm would resample the positions.
+            size = compute_image_size(num_patches, list(model.patch_embed.patch_size))
+            model.set_input_size(img_size=size)
+        return load_timm_weights(model, weights)
+
+
+@contextmanager
+def explain_mismatch(owner: str, remedy: str) -> Iterator[None]:
+    """Raise timm's errors about weights as ConversionErrors of one line."""
+    try:
+        yield
     # It is a ValueError as well, and says more than the line below.
     except ConversionError:
         raise
-    except (LookupError, RuntimeError, ValueError, AssertionError) as error:
+    except (LookupError, RuntimeError, ValueError, AssertionError, AttributeError) as error:
         raise ConversionError(
-            f"the weights do not match the family {family}: {format_error(error)}. Set `family` to "
-            "another family, or use timm:NAME@FILE"
+            f"the weights do not match {owner}: {format_error(error)}. {remedy}"
         ) from error
-    # Use the size at which the weights were trained; timm's entry may name another.
-    model.pretrained_cfg |= PREPROCESSING.get(family, {})
-    model.pretrained_cfg["input_size"] = (3, *model.patch_embed.img_size)
-    return model.eval()
 
 
-def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
+def load_timm_weights(model: Any, weights: Weights) -> Any:
     """Load prepared weights into a timm model with timm's own rules for parameter names."""
     # In half precision, the sums of tokens and position embeddings in timm would be rounded.
     # DeiT III has another name for LayerScale.
@@ -285,32 +281,17 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
         re.sub(r"gamma_([12])$", r"ls\1.gamma", name): weight.float()
         for name, weight in weights.items()
     }
-    if family == "big_vision":
-        file = io.BytesIO()
-        # timm detects big_vision by this prefix
-        prefix = "params/" if "pos_embedding" in tensors else ""
-        arrays: dict[str, Any] = {
-            f"{prefix}{name}": tensor.numpy() for name, tensor in tensors.items()
-        }
-        np.savez(file, **arrays)
-        file.seek(0)
-        model.load_pretrained(file)
-        return
-
     tensors.pop("masked_embed", None)
-    # timm computes the periods in float32. The published ones are rounded, and the outputs of the
-    # reference must be the authors'.
-    if "rope_embed.periods" in tensors:
-        periods = tensors["rope_embed.periods"]
-        model.rope._compute_periods = lambda device="cpu", dtype=None: periods.to(device, dtype)
-        model.rope.reset_parameters()
-    if family in ("dinov2", "tips"):
+    if {"register_tokens", "blocks.0.mlp.w12.weight"} & tensors.keys():
         # timm's filter recognizes DINOv2 by this name, which some files lack.
         tensors.setdefault("mask_token", torch.zeros(1))
 
     # Each file of timm's models has its own filter for the names in published checkpoints.
     timm_module = sys.modules[type(model).__module__]
     model.load_state_dict(timm_module.checkpoint_filter_fn(tensors, model))
+    # The size at which the weights were trained; timm's entry may name another.
+    model.pretrained_cfg["input_size"] = (3, *model.patch_embed.img_size)
+    return model.eval()
 
 
 def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
@@ -350,46 +331,11 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
         options["global_pool"] = "avg"
 
     if family != "dinov3":
-        has_cls_position = family != "ijepa" and (
-            family != "deit" or "blocks.0.gamma_1" not in weights  # DeiT III has these
-        )
+        # DeiT III has these scales, and no position of the CLS token.
+        has_cls_position = family != "deit" or "blocks.0.gamma_1" not in weights
         num_positions = find_weight(weights, "pos_embed").shape[1]
         num_patches = num_positions - has_cls_position - ("dist_token" in weights)
         options["img_size"] = compute_image_size(num_patches, patch_size)
-    return options
-
-
-def read_big_vision_options(weights: Weights) -> dict[str, Any]:
-    """Read the arguments of `timm.create_model` for Flax arrays.
-
-    Flax's `nn.gelu` is the tanh approximation.
-    """
-    *patch_size, channels, width = find_weight(weights, "embedding/kernel").shape
-    query_kernel = find_weight(weights, r"Transformer/encoderblock(_0)?/MultiHead\w+/query/kernel")
-    mlp_kernel = find_weight(weights, r"Transformer/encoderblock(_0)?/MlpBlock_\d/Dense_0/kernel")
-    positions = find_weight(weights, r"(Transformer/posembed_input/)?pos_embedding")
-    has_cls = "cls" in weights
-    has_cls_position = has_cls and "pos_embedding" not in weights
-
-    depth = len(query_kernel)  # The blocks are stacked
-    if "Transformer/encoderblock/LayerNorm_0/scale" not in weights:
-        depth = count_blocks(weights, r"Transformer/encoderblock_(\d+)/")
-    options: dict[str, Any] = {
-        "img_size": compute_image_size(positions.shape[-2] - has_cls_position, patch_size),
-        "patch_size": patch_size,
-        "in_chans": channels,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": query_kernel.shape[-2],
-        "mlp_ratio": (mlp_kernel.shape[-1] + 0.5) / width,
-        "num_classes": weights["head/kernel"].shape[1] if "head/kernel" in weights else 0,
-        "act_layer": "gelu_tanh",
-    }
-
-    if not has_cls and "MAPHead_0/probe" not in weights:
-        options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    elif has_cls and not has_cls_position:
-        options |= {"no_embed_class": True}
     return options
 
 

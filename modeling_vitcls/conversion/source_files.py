@@ -1,16 +1,18 @@
-"""Load a published state-dict file, and find the family of its weights.
+"""Load a state-dict file, and find the architecture of its weights.
 
     source = FileSource.from_file(Path("dinov2_vits14_reg4_pretrain.pth"))
     source = FileSource.from_file(Path("dino_deitsmall16_pretrain.pth"), family="dino")
+    source = FileSource.from_file(Path("model_best.pth.tar"), name="vit_tiny_patch16_224")
 
-1. A .npz file, a .safetensors file or a pickle of tensors is read without running code.
+1. A .safetensors file, a pickle of tensors or a .npz file is read without running code.
 2. The weights are read from a container (`teacher`, `state_dict_ema`, `model`, ...) if there is
    one, and the prefix of the patch projection (`module.`, `model.encoder.`) is stripped.
-3. The family is detected from the parameter names and the container. If the family is ambiguous,
-   set `--family`.
+3. The architecture is timm's model of the given name (`timm:NAME@FILE`) or of the name in the file
+   (`arch`, which timm's train.py writes). Otherwise, the family is detected from the parameter names
+   and the container. If the family is ambiguous, set `--family`.
 4. timm builds the model (from_state_dict.py), which is the reference of the parity report. If timm
-   resamples position embeddings in another way than the authors, only the native size is compared.
-   tests/conversion/test_source_files.py compares other sizes with the authors' resampling.
+   resamples position embeddings in another way than the authors of a family, only the native size
+   is compared. tests/conversion/test_source_files.py compares other sizes with the authors' code.
 """
 
 import argparse
@@ -22,19 +24,22 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from ..runtime.files import compute_file_digest
 from .from_state_dict import (
+    FAMILIES,
+    PATCH_PROJECTION,
+    build_named_model,
     build_timm_model,
     convert_family_model,
     get_family,
     prepare_weights,
 )
-from .source_models import TimmSource
+from .source_models import TimmSource, check_timm_name
 from .weight_rules import ConversionError, Weights
 
 
@@ -42,12 +47,10 @@ from .weight_rules import ConversionError, Weights
 # weights that their authors evaluate.
 CONTAINER_WORDS = ("target_encoder", "teacher", "ema", "state_dict", "model", "student", "module")
 MAX_CONTAINER_DEPTH = 8
-PATCH_PROJECTION = "patch_embed.proj.weight"
 
 # Family -> regular expression for the weight names that identify the family. The first matching
 # family is used.
 FAMILY_PATTERNS = {
-    "big_vision": r"(.*/)?embedding/kernel",
     "dinov3": r"storage_tokens|rope_embed\.periods",
     "dinov2": r"register_tokens|blocks\.0(\.0)?\.(ls1\.gamma|mlp\.w12\.weight)",
     "ibot": r"masked_embed",
@@ -60,54 +63,60 @@ FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
 
 
 class FileSource(TimmSource):
-    """A published state dict of an image encoder, and a timm model with the same weights."""
+    """A state dict of an image encoder in a file, and a timm model with the same weights."""
 
-    def __init__(
-        self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]
-    ) -> None:
-        super().__init__(str(file), model, None, notes)
-        self.family: str = family
-        self.weights = weights  # Weights by parameter name, without containers and prefixes
-        self.sha256 = compute_file_digest(file)
-        # Read from the weights, because timm's model is in float32 in any case.
-        self.saved_dtype = next(iter(weights.values())).dtype
-        if get_family(family, weights).resampling:
-            self.native_size_reason = (
-                "timm resamples position embeddings in another way than the authors' code"
-            )
-        if family == "big_vision":
-            self.native_size_reason = (
-                "the authors' code resamples position embeddings with aligned corners, which "
-                "ViTCLS does not support"
-            )
+    weights: Weights  # By parameter name, without containers and prefixes
 
     @classmethod
-    def from_file(cls, file: Path, family: str | None = None) -> "FileSource":
+    def from_file(
+        cls, file: Path, family: str | None = None, name: str | None = None
+    ) -> "FileSource":
         """Load a file.
 
         By default, the family is detected from the parameter names. Raise ConversionError if the
         file is not a state dict of a supported family, or if the family is ambiguous.
+
+        Args:
+            file: The state dict, or a checkpoint that contains it.
+            family: Family of the weights.
+            name: timm's name of the architecture, instead of a family.
         """
         from timm.models import get_pretrained_cfg
 
         notes: list[str] = []
         content = read_state_dict(file)
         tensors, container_key = unwrap_weights(content, notes)
-        family = family or detect_family(tensors, container_key, file)
+        # timm's train.py writes the name of its model.
+        if not (name or family) and get_pretrained_cfg(arch := str(content.get("arch"))):
+            name = arch
+            notes.append(f"the file names its architecture, timm:{name}")
         try:
-            weights = prepare_weights(tensors, family)
-            model = build_timm_model(weights, family)
+            if name:
+                check_timm_name(name)
+                weights = prepare_weights(tensors)
+                model = build_named_model(weights, name, file)
+            else:
+                family = family or detect_family(tensors, container_key)
+                weights = prepare_weights(tensors, family)
+                model = build_timm_model(weights, family)
         except ConversionError as error:
             raise ConversionError(f"cannot convert {file}: {error}") from error
-        # timm's train.py writes the name of its model, which may expect other colors than the family
-        if own := get_pretrained_cfg(str(content.get("arch"))):
-            names = ("mean", "std", "interpolation", "crop_pct")
-            model.pretrained_cfg |= {name: getattr(own, name) for name in names}
-            notes.append(f"images are prepared as by timm for {content['arch']}")
-        return cls(file, family, weights, model, notes)
+        source = cls(f"timm:{name}@{file}" if name else str(file), model, None, notes)
+        source.family = family
+        source.weights = weights
+        source.sha256 = compute_file_digest(file)
+        # Read from the weights, because timm's model is in float32 in any case.
+        source.saved_dtype = next(w.dtype for w in weights.values() if w.is_floating_point())
+        if family and get_family(family, weights).resampling:
+            source.native_size_reason = (
+                "timm resamples position embeddings in another way than the authors' code"
+            )
+        return source
 
     def convert(self) -> ViTCLSPreTrainedModel:
-        """Convert the timm model, with the resampling of the authors' code."""
+        """Convert the timm model, with the resampling of the authors' code for a family."""
+        if self.family is None:
+            return super().convert()
         return convert_family_model(self.model, self.weights, self.family)
 
 
@@ -177,6 +186,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
         name.removesuffix(PATCH_PROJECTION) for name in tensors if name.endswith(PATCH_PROJECTION)
     ]
     prefix = min(prefixes, key=lambda name: (rank_name(name), len(name)), default="")
+    prefix = prefix.removesuffix("visual.trunk.")  # timm reads the projection beside it (OpenCLIP)
     own = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -196,7 +206,7 @@ def rank_name(name: str) -> int:
     return next(found, len(CONTAINER_WORDS))
 
 
-def detect_family(weights: Weights, container_key: str | None, file: Path) -> str:
+def detect_family(weights: Weights, container_key: str | None) -> str:
     """Detect the family of a state dict.
 
     Raise ConversionError if no family or several families match.
@@ -210,29 +220,21 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
         None,
     )
     registers = weights.get("register_tokens")
-    candidates = ["dino", "ibot", "msn", "mae", "deit", "ijepa"]
-
-    if family == "dinov2" and registers is not None and registers.shape[-2] == 1:
-        # TIPS has the parameter names of DINOv2 and one register, which is its second CLS token.
-        family = "tips" if file.suffix == ".npz" else None
-        candidates = ["tips", "dinov2"]
-    elif (
-        family is None
-        and not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys()
-    ):
-        names = f"weights such as {', '.join(list(weights)[:3])}" if weights else "no weights"
-        raise ConversionError(
-            f"{file} does not contain a supported image encoder; it contains {names}, but not "
-            f"{PATCH_PROJECTION}. Use timm:NAME@FILE or transformers:PATH_OR_ID"
-        )
-    elif family is None and container_key == "target_encoder":
-        family = "msn" if "cls_token" in weights else "ijepa"
-    elif family is None:
+    if family is None:
+        if not {PATCH_PROJECTION, "blocks.0.attn.qkv.weight"} <= weights.keys():
+            names = f"weights such as {', '.join(list(weights)[:3])}" if weights else "no weights"
+            raise ConversionError(
+                f"it contains no supported image encoder but {names}, and not {PATCH_PROJECTION}. Use "
+                "timm:NAME@FILE or transformers:PATH_OR_ID"
+            )
         family = FAMILIES_BY_CONTAINER.get(str(container_key))
+    # TIPS has the parameter names of DINOv2 and one register, which is its second CLS token.
+    elif family == "dinov2" and registers is not None and registers.shape[-2] == 1:
+        family = None
 
     if family is None:
         raise ConversionError(
-            f"the weights in {file} match several families. Set `family` to one of "
-            f"{', '.join(candidates)}"
+            f"its weights match several families. Set `family` to one of {', '.join(FAMILIES)}, or "
+            "use timm:NAME@FILE for another model"
         )
     return family

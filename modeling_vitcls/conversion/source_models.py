@@ -62,18 +62,10 @@ class TimmSource(Source):
     def from_name(cls, name: str) -> "TimmSource":
         """Load a model by its timm name.
 
-        The name may have a tag, `@FILE`, or timm's prefix `hf-hub:` or `local-dir:`.
+        The name may have a tag, or timm's prefix `hf-hub:` or `local-dir:`.
         """
-        from timm.models import is_model_in_modules, list_models
-
-        architecture = name.partition("@")[0].partition(".")[0]
-        # Checked before any download
-        if ":" not in name and not is_model_in_modules(architecture, TIMM_MODULES):
-            similar = difflib.get_close_matches(
-                architecture, list_models(module=list(TIMM_MODULES)), n=1
-            )
-            hint = f"Did you mean {similar[0]}?" if similar else "docs/converting.md lists all"
-            raise ConversionError(f"timm:{architecture} is not a plain ViT of timm. {hint}")
+        if ":" not in name:
+            check_timm_name(name)  # Before any download
         try:
             model, commit = load_timm_model(name)
         except Exception as error:  # Downloads raise errors of many types
@@ -219,6 +211,19 @@ class TransformersSource(Source):
 
 
 SourceModel = TimmSource | TransformersSource
+
+
+def check_timm_name(name: str) -> None:
+    """Raise ConversionError unless a name of timm, with or without a tag, is a plain ViT's."""
+    from timm.models import is_model_in_modules, list_models
+
+    architecture = name.partition(".")[0]
+    if not is_model_in_modules(architecture, TIMM_MODULES):
+        similar = difflib.get_close_matches(
+            architecture, list_models(module=list(TIMM_MODULES)), n=1
+        )
+        hint = f"Did you mean {similar[0]}?" if similar else "docs/converting.md lists all"
+        raise ConversionError(f"timm:{architecture} is not a plain ViT of timm. {hint}")
 
 
 def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:

@@ -22,12 +22,9 @@ from helpers.published_weights import (
     PATCH,
     Weights,
     build_dinov3_weights,
-    build_flax_weights,
-    build_map_head,
     build_vit_weights,
     fill,
     run_authors_vit,
-    run_big_vision,
 )
 from helpers.source_checkpoints import RunWhenUnpickled
 from helpers.tiny_models import raises_one_line
@@ -67,8 +64,6 @@ def resample_dino(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 resample_bicubic = partial(interpolate, mode="bicubic", align_corners=False)
 # facebookresearch/dinov2, hub/backbones.py: with antialiasing, without an offset
 resample_dinov2_reg4 = partial(interpolate, mode="bicubic", antialias=True)
-# google-deepmind/tips, pytorch/image_encoder.py
-resample_tips = partial(interpolate, mode="bilinear", antialias=True)
 
 
 def convert_state_dict(weights: Weights, family: str) -> Any:
@@ -110,24 +105,6 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         lambda: add_token(build_vit_weights(), masked_embed=(1, 192)),
         lambda weights: {"model": {"state_dict": weights | {"epoch": 3}}},
         resample_dino,
-    ),
-    "msn.pth": (
-        "msn",
-        None,
-        lambda: build_vit_weights(width=384),
-        lambda weights: {"target_encoder": add_prefix("module.", weights)},
-        resample_bicubic,
-    ),
-    "ijepa.pth": (
-        "ijepa",
-        None,
-        lambda: {
-            name: tensor
-            for name, tensor in build_vit_weights(0, width=768).items()
-            if name != "cls_token"
-        },
-        lambda weights: {"encoder": {}, "target_encoder": add_prefix("module.", weights)},
-        resample_bicubic,
     ),
     "mae.pth": (
         "mae",
@@ -198,34 +175,12 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         },
         resample_dinov2_reg4,
     ),
-    "tips.npz": (
-        "tips",
-        None,
-        lambda: add_token(
-            build_vit_weights(1, "ls{}.gamma", width=384),
-            register_tokens=(1, 1, 384),
-            mask_token=(1, 384),
-        ),
-        dict,
-        resample_tips,
-    ),
-    "tips_giant.safetensors": (
-        "tips",
-        "tips",
-        lambda: add_token(
-            build_vit_weights(1, "ls{}.gamma", width=384, mlp="fused"), register_tokens=(1, 1, 384)
-        ),
-        dict,
-        resample_tips,
-    ),
 }
 
 
 def save(content: Any, file: Path) -> Path:
     """Write a file in the format of its suffix."""
-    if file.suffix == ".npz":
-        np.savez(file, **{name: tensor.numpy() for name, tensor in content.items()})
-    elif file.suffix == ".safetensors":
+    if file.suffix == ".safetensors":
         save_file({name: tensor.contiguous() for name, tensor in content.items()}, file)
     else:
         torch.save(content, file)
@@ -250,10 +205,6 @@ def test_files_are_converted_exactly(
     assert report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert str(tmp_path) not in (tmp_path / "made" / "parity_report.json").read_text()
     assert not report["preprocessing"]["assumed_because"]
-
-    processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
-    assert processor.resample == (2 if family in ("msn", "tips") else 3)
-    assert family != "msn" or processor.size.shortest_edge == int(GRID * PATCH / 0.875)
 
     is_classifier = "head.weight" in weights
     assert report["classifier"] == ("kept" if is_classifier else "none")
@@ -282,16 +233,6 @@ def test_files_are_converted_exactly(
         "module.head.last_layer.weight"
     )
     assert (unused in report["notes"]) is (name == "dino_full.pth")
-
-
-def test_tips_files_have_two_cls_tokens_and_images_in_0_to_1(tmp_path: Path) -> None:
-    source = FileSource.from_file(save(FILES["tips.npz"][2](), tmp_path / "tips.npz"))
-    assert source.convert().config.token_counts == (2, 0, 0)
-
-    processor = source.convert_preprocessing()[0]
-    assert list(processor.image_mean) == [0] * 3
-    assert list(processor.image_std) == [1] * 3
-    assert dict(processor.size) == {"height": GRID * PATCH, "width": GRID * PATCH}
 
 
 def test_dinov3_is_exact_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
@@ -334,8 +275,7 @@ PUBLISHED_SIZES = {
     "vit_{}_patch14_dinov2": ("small", "base", "large", "giant"),
     "deit_{}_patch16_224": ("tiny", "small", "base"),
     "deit3_{}_224": ("medium_patch16", "large_patch16", "huge_patch14"),
-    "vit_{}_patch14_reg1_tipsv2": ("base", "large", "so400m", "giant"),
-    "vit_{}_224": ("large_patch16", "huge_patch14", "huge_patch14_gap", "giant_patch16_gap"),
+    "vit_{}_224": ("large_patch16", "huge_patch14"),
 }
 
 
@@ -354,76 +294,99 @@ def test_published_widths_have_the_published_number_of_heads() -> None:
         assert read_vit_options(weights, "dinov3")["num_heads"] == model.blocks[0].attn.num_heads
 
 
-# big_vision ---------------------------------------------------------------------------------------
+# Files with the name of an architecture -----------------------------------------------------------
 
 
-FLAX_FILES: dict[str, Callable[[], Weights]] = {
-    "mean": lambda: build_flax_weights(GRID**2),
-    "cls": lambda: build_flax_weights(GRID**2) | fill({"cls": (1, 1, 48)}),
-    "attention": lambda: build_flax_weights(GRID**2) | build_map_head(),
-    "rectangular patches": lambda: (
-        build_flax_weights(GRID**2) | fill({"embedding/kernel": (PATCH, 2 * PATCH, 3, 48)})
-    ),
-    "vision_transformer": lambda: (
-        build_flax_weights(1 + GRID**2, is_earlier=True) | fill({"cls": (1, 1, 48)})
-    ),
-}
+def save_lab_checkpoint(file: Path) -> Any:
+    """Save what timm's train.py writes for a model of 7 classes at 64 pixels; return the model."""
+    model: Any = timm.create_model("test_vit", num_classes=LABELS, img_size=64)
+    average = randomize_weights(model).state_dict()
+    last = {name: weight * 0.5 for name, weight in average.items()}
+    content = {"state_dict": last, "state_dict_ema": average, "arch": "test_vit", "epoch": 3}
+    torch.save(content, file)
+    return model
 
 
-@pytest.mark.parametrize("name", FLAX_FILES)
-def test_npz_files_of_big_vision_are_converted_exactly(name: str, tmp_path: Path) -> None:
-    weights = FLAX_FILES[name]()
-    prefix = (
-        "" if name == "vision_transformer" else "params/img/" if name == "attention" else "params/"
-    )
-    arrays = {f"{prefix}{key}": tensor for key, tensor in weights.items()} | {
-        "params/t": torch.ones(1)
+@pytest.mark.parametrize("prefix", ["", "timm:test_vit@"])
+def test_a_checkpoint_of_timms_training_is_exact_with_and_without_its_name(
+    prefix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "model_best@2.pth.tar"
+    trained = save_lab_checkpoint(file)
+    report = convert_checkpoint(f"{prefix}{file}", tmp_path / "made")
+    assert report["image_size"] == (64, 64)
+    assert len(report["comparisons"]) == 2
+    assert report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    notes = "".join(report["notes"])
+    assert "'state_dict_ema'" in notes
+    assert ("timm:test_vit" in notes) is (prefix == "")
+
+    model: Any = ViTCLSForImageClassification.from_pretrained(tmp_path / "made")
+    images = torch.randn(2, 3, 64, 64)
+    expected = trained(images)
+    assert expected.shape == (2, LABELS)
+    assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
+    # Of this model, not of DeiT
+    processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
+    assert tuple(processor.image_mean) == (0.5, 0.5, 0.5)
+
+
+def test_a_changed_file_of_a_named_architecture_is_converted_again(tmp_path: Path) -> None:
+    file = tmp_path / "best.pth"
+    save_lab_checkpoint(file)
+    cache_name = compute_cache_name(f"timm:test_vit@{file}")
+    torch.save({"x": torch.zeros(1)}, file)
+    assert compute_cache_name(f"timm:test_vit@{file}") != cache_name
+
+
+def test_an_encoder_of_a_named_architecture_has_no_classifier(tmp_path: Path) -> None:
+    source: Any = timm.create_model("test_vit", num_classes=0)
+    file = save(add_prefix("encoder.", source.state_dict()), tmp_path / "encoder.safetensors")
+    model = load_source(f"timm:test_vit@{file}").convert()
+    assert isinstance(model, ViTCLSModel)
+
+
+def test_flax_arrays_of_a_named_architecture_keep_their_classes(tmp_path: Path) -> None:
+    """timm reads them, but by default with a random classifier of 1,000 classes."""
+    model: Any = timm.create_model("test_vit")
+    width, heads = model.embed_dim, model.blocks[0].attn.num_heads
+    hidden, size = model.blocks[0].mlp.fc1.out_features, (heads, width // heads)
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding/kernel": (16, 16, 3, width),
+        "embedding/bias": (width,),
+        "cls": (1, 1, width),
+        "pos_embedding": model.pos_embed.shape,
+        "Transformer/encoder_norm/scale": (width,),
+        "Transformer/encoder_norm/bias": (width,),
+        "head/kernel": (width, LABELS),
+        "head/bias": (LABELS,),
     }
-    if name == "attention":  # stacked blocks
-        for key in [key for key in arrays if "encoderblock_0" in key]:
-            blocks = [
-                arrays.pop(key.replace("encoderblock_0", f"encoderblock_{index}"))
-                for index in range(2)
-            ]
-            arrays[key.replace("encoderblock_0", "encoderblock")] = torch.stack(blocks)
-    source = FileSource.from_file(save(arrays, tmp_path / "vit.npz"))
-    model: Any = source.convert()
-    _, record = source.convert_preprocessing()
-    assert bool(record["assumed_because"]) == (name == "rectangular patches")
+    for index in range(len(model.blocks)):
+        block = f"Transformer/encoderblock_{index}"
+        for name in ("LayerNorm_0", "LayerNorm_1"):
+            shapes |= {f"{block}/{name}/scale": (width,), f"{block}/{name}/bias": (width,)}
+        attention = f"{block}/MultiHeadDotProductAttention_0"
+        for name in ("query", "key", "value"):
+            shapes |= {
+                f"{attention}/{name}/kernel": (width, *size),
+                f"{attention}/{name}/bias": size,
+            }
+        shapes |= {
+            f"{attention}/out/kernel": (*size, width),
+            f"{attention}/out/bias": (width,),
+            f"{block}/MlpBlock_0/Dense_0/kernel": (width, hidden),
+            f"{block}/MlpBlock_0/Dense_0/bias": (hidden,),
+            f"{block}/MlpBlock_0/Dense_1/kernel": (hidden, width),
+            f"{block}/MlpBlock_0/Dense_1/bias": (width,),
+        }
+    weights = fill(shapes)
+    np.savez(tmp_path / "vit.npz", **{f"params/{name}": w.numpy() for name, w in weights.items()})
 
-    images = torch.randn(2, 3, *source.image_size)
-    expected = run_big_vision(weights, images)
-    assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
-
-
-def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> None:
-    """big_vision aligns the corners, so that only the native size is compared."""
-    file = save(FLAX_FILES["mean"](), tmp_path / "vit.npz")
-    report = convert_checkpoint(str(file), tmp_path / "made")
-    assert len(report["comparisons"]) == 1
-    assert "aligned corners" in report["not_compared"]
-
-
-# Files that timm reads ----------------------------------------------------------------------------
-
-
-def test_a_file_with_weights_of_a_timm_model_is_exact(tmp_path: Path) -> None:
-    """The published weights of this model are in Flax's format, which the file is not."""
-    name = "vit_tiny_patch16_224"
-    source: Any = randomize_weights(timm.create_model(name))
-    file = save(dict(source.state_dict()), tmp_path / "mine@2.safetensors")
-    model: Any = load_source(f"timm:{name}@{file}").convert()
-
-    images = torch.randn(1, 3, *source.patch_embed.img_size)
-    expected = source(images)
-    assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
-
-    with raises_one_line("missing.pth", error=OSError):
-        load_source(f"timm:{name}@{tmp_path}/missing.pth")
-
-    cache_name = compute_cache_name(f"timm:{name}@{file}")
-    save({"x": torch.zeros(1)}, file)
-    assert compute_cache_name(f"timm:{name}@{file}") != cache_name
+    converted: Any = load_source(f"timm:test_vit@{tmp_path / 'vit.npz'}").convert()
+    assert torch.equal(converted.classifier.weight, weights["head/kernel"].T)
+    assert torch.equal(converted.classifier.bias, weights["head/bias"])
+    with raises_one_line("vit.npz", "timm:NAME@FILE", error=ConversionError):
+        load_source(str(tmp_path / "vit.npz"))
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -440,7 +403,11 @@ PLAIN = build_vit_weights()
 # Name: content of the file, --family, words in the error
 REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
     "several families": (PLAIN, None, ("`family`", "dino", "mae", "deit")),
-    "tips or dinov2": (FILES["tips.npz"][2](), None, ("`family`", "tips", "dinov2")),
+    "TIPS": (
+        add_token(build_vit_weights(1, "ls{}.gamma"), register_tokens=(1, 1, 192)),
+        None,
+        ("several families", "timm:NAME@FILE"),
+    ),
     "swin": ({"layers.0.weight": torch.zeros(3)}, None, ("layers.0.weight", "timm:NAME")),
     "nothing": ({}, None, ("timm:NAME",)),
     "unknown family": (PLAIN, "swin", ("swin", "`family`", "dinov2")),
@@ -476,12 +443,6 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
         PLAIN | {"blocks.0.attn.qkv.bias": torch.tensor(0.0)},
         "deit",
         ("blocks.0.attn.qkv.bias",),
-    ),
-    "Flax": (PLAIN, "big_vision", ("embedding/kernel",)),
-    "Flax with pre_logits": (
-        FLAX_FILES["cls"]() | fill({"pre_logits/kernel": (48, 48)}),
-        "big_vision",
-        ("pre_logits",),
     ),
 }
 
@@ -532,22 +493,17 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "key", "prefix", "other"),
+    ("file", "key", "prefix"),
     [
-        ("last.ckpt", "state_dict", "model.", None),
-        ("model_best.pth.tar", "state_dict_ema", "", "state_dict"),
-        ("run.pth", "net", "", None),
-        ("run.pth", "model", "module.encoder.", None),
+        ("last.ckpt", "state_dict", "model."),
+        ("run.pth", "net", ""),
+        ("run.pth", "model", "module.encoder."),
     ],
 )
 def test_checkpoints_of_training_programs_are_unwrapped(
-    file: str, key: str, prefix: str, other: str | None, tmp_path: Path
+    file: str, key: str, prefix: str, tmp_path: Path
 ) -> None:
-    """Lightning's prefix, timm's averaged weights, and containers and suffixes of other programs."""
-    content = {key: add_prefix(prefix, PLAIN)}
-    if other is not None:
-        content = {other: {name: weight * 0.5 for name, weight in PLAIN.items()}} | content
-    torch.save(content | {"arch": "vit_tiny_patch16_224"}, tmp_path / file)
+    """Lightning's prefix, and containers and suffixes of other programs."""
+    torch.save({key: add_prefix(prefix, PLAIN)}, tmp_path / file)
     source = FileSource.from_file(tmp_path / file, family="deit")
-    assert source.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)  # Of this model, not of DeiT
     assert torch.equal(source.model.blocks[0].mlp.fc1.weight, PLAIN["blocks.0.mlp.fc1.weight"])

@@ -1,10 +1,8 @@
 """Random weights of published checkpoints, and the authors' forward passes.
 
-    build_vit_weights(...)         DINO, DINOv2, DeiT, MAE, TIPS, ...; by default, two layers
+    build_vit_weights(...)         DINO, DINOv2, DeiT, MAE, ...; by default, two layers
     build_dinov3_weights(...)      DINOv3
-    build_flax_weights(...)        big_vision and google-research/vision_transformer
     run_authors_vit(...)           tokens after the last norm, written as in the authors' code
-    run_big_vision(...)            the same for Flax arrays
 
 The forward passes use neither timm nor this package.
 """
@@ -97,7 +95,7 @@ def build_dinov3_weights(mlp: str = "plain", bias: bool = True) -> Weights:
 def run_authors_vit(
     weights: Weights, images: torch.Tensor, resample: Resample | None = None
 ) -> torch.Tensor:
-    """Return the normalized tokens [B, N, D] of DINO, DINOv2, DeiT, DeiT III, MAE, I-JEPA or TIPS.
+    """Return the normalized tokens [B, N, D] of DINO, DINOv2, DeiT, DeiT III or MAE.
 
     `resample` maps position embeddings [1, D, rows, columns] to the patch grid of the images.
     """
@@ -156,120 +154,3 @@ def run_authors_vit(
             )
         tokens = tokens + mlp_scale * output
     return norm("norm") if "norm.weight" in weights else tokens
-
-
-FLAX_WIDTH, FLAX_HEADS = 48, 4
-
-
-# Indices of attention, second norm and MLP in the names of a block.
-VISION_TRANSFORMER_INDICES = (1, 2, 3)
-BIG_VISION_INDICES = (0, 1, 0)
-
-
-def build_flax_weights(num_positions: int, is_earlier: bool = False) -> Weights:
-    """Return Flax arrays of big_vision, or of the earlier google-research/vision_transformer."""
-    attention, second_norm, mlp = VISION_TRANSFORMER_INDICES if is_earlier else BIG_VISION_INDICES
-    positions = "Transformer/posembed_input/pos_embedding" if is_earlier else "pos_embedding"
-    width = FLAX_WIDTH
-    shapes: Shapes = {
-        "embedding/kernel": (PATCH, PATCH, 3, width),
-        "embedding/bias": (width,),
-        positions: (1, num_positions, width),
-        "head/kernel": (width, LABELS),
-        "head/bias": (LABELS,),
-        **build_flax_norm("Transformer/encoder_norm"),
-    }
-    for index in range(2):
-        block = f"Transformer/encoderblock_{index}"
-        shapes |= build_flax_norm(f"{block}/LayerNorm_0") | build_flax_norm(
-            f"{block}/LayerNorm_{second_norm}"
-        )
-        shapes |= build_flax_attention(f"{block}/MultiHeadDotProductAttention_{attention}")
-        shapes |= build_flax_mlp(f"{block}/MlpBlock_{mlp}")
-    return fill(shapes)
-
-
-def build_map_head() -> Weights:
-    """Return the arrays of SigLIP's attention pooling."""
-    shapes = {"MAPHead_0/probe": (1, 1, FLAX_WIDTH)} | build_flax_norm("MAPHead_0/LayerNorm_0")
-    shapes |= build_flax_attention("MAPHead_0/MultiHeadDotProductAttention_0") | build_flax_mlp(
-        "MAPHead_0/MlpBlock_0"
-    )
-    return fill(shapes)
-
-
-def build_flax_norm(name: str) -> Shapes:
-    return {f"{name}/scale": (FLAX_WIDTH,), f"{name}/bias": (FLAX_WIDTH,)}
-
-
-def build_flax_attention(name: str) -> Shapes:
-    heads = (FLAX_HEADS, FLAX_WIDTH // FLAX_HEADS)
-    shapes: Shapes = {f"{name}/out/kernel": (*heads, FLAX_WIDTH), f"{name}/out/bias": (FLAX_WIDTH,)}
-    for part in ("query", "key", "value"):
-        shapes |= {f"{name}/{part}/kernel": (FLAX_WIDTH, *heads), f"{name}/{part}/bias": heads}
-    return shapes
-
-
-def build_flax_mlp(name: str) -> Shapes:
-    first = {f"{name}/Dense_0/kernel": (FLAX_WIDTH, NEURONS), f"{name}/Dense_0/bias": (NEURONS,)}
-    return first | {
-        f"{name}/Dense_1/kernel": (NEURONS, FLAX_WIDTH),
-        f"{name}/Dense_1/bias": (FLAX_WIDTH,),
-    }
-
-
-@torch.no_grad()
-def run_big_vision(weights: Weights, images: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, labels] of big_vision's ViT, for each of its poolings."""
-
-    def norm(name: str, values: torch.Tensor) -> torch.Tensor:
-        scale, bias = weights[f"{name}/scale"], weights[f"{name}/bias"]
-        return functional.layer_norm(values, (FLAX_WIDTH,), scale, bias, eps=1e-6)
-
-    def attend(name: str, queries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        query, key, value = (
-            torch.einsum("bnd,dhe->bhne", inputs, weights[f"{name}/{part}/kernel"])
-            + weights[f"{name}/{part}/bias"][:, None]
-            for part, inputs in (("query", queries), ("key", values), ("value", values))
-        )
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        return (
-            torch.einsum("bhne,hed->bnd", mixed, weights[f"{name}/out/kernel"])
-            + weights[f"{name}/out/bias"]
-        )
-
-    def run_mlp(name: str, values: torch.Tensor) -> torch.Tensor:
-        hidden = values @ weights[f"{name}/Dense_0/kernel"] + weights[f"{name}/Dense_0/bias"]
-        hidden = functional.gelu(hidden, approximate="tanh")  # the default of flax.linen.gelu
-        return hidden @ weights[f"{name}/Dense_1/kernel"] + weights[f"{name}/Dense_1/bias"]
-
-    kernel = weights["embedding/kernel"].permute(3, 2, 0, 1)
-    maps = functional.conv2d(images, kernel, weights["embedding/bias"], kernel.shape[2:])
-    tokens = maps.flatten(2).transpose(1, 2)
-    if "pos_embedding" in weights:
-        tokens = tokens + weights["pos_embedding"]
-    if "cls" in weights:
-        tokens = torch.cat([weights["cls"].expand(len(images), -1, -1), tokens], dim=1)
-    if "Transformer/posembed_input/pos_embedding" in weights:
-        tokens = tokens + weights["Transformer/posembed_input/pos_embedding"]
-    is_earlier = any("MlpBlock_3" in name for name in weights)
-    attention, second_norm, mlp = VISION_TRANSFORMER_INDICES if is_earlier else BIG_VISION_INDICES
-    for index in range(2):
-        block = f"Transformer/encoderblock_{index}"
-        inputs = norm(f"{block}/LayerNorm_0", tokens)
-        tokens = tokens + attend(
-            f"{block}/MultiHeadDotProductAttention_{attention}", inputs, inputs
-        )
-        tokens = tokens + run_mlp(
-            f"{block}/MlpBlock_{mlp}", norm(f"{block}/LayerNorm_{second_norm}", tokens)
-        )
-    tokens = norm("Transformer/encoder_norm", tokens)
-    if "MAPHead_0/probe" in weights:
-        probe = weights["MAPHead_0/probe"].expand(len(images), -1, -1)
-        pooled = attend("MAPHead_0/MultiHeadDotProductAttention_0", probe, tokens)
-        pooled = (pooled + run_mlp("MAPHead_0/MlpBlock_0", norm("MAPHead_0/LayerNorm_0", pooled)))[
-            :, 0
-        ]
-    else:
-        pooled = tokens[:, 0] if "cls" in weights else tokens.mean(dim=1)
-    return pooled @ weights["head/kernel"] + weights["head/bias"]
