@@ -90,3 +90,9 @@ def test_the_picture_of_a_run_names_what_the_code_has() -> None:
     assert "run_inputs.py" in stages
     for name in stages:
         assert (PACKAGE / "training" / name).is_file(), name
+
+
+def test_a_folder_explains_each_of_its_files() -> None:
+    for file in PACKAGE.glob("*/*.py"):
+        docstring = ast.get_docstring(ast.parse((file.parent / "__init__.py").read_text("utf-8")))
+        assert file.name.startswith("__") or file.name in str(docstring), file

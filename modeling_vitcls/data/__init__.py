@@ -11,5 +11,6 @@ splits.py                                    images that a run trains on and hol
 splits_table.py, evaluation_data.py          splits.parquet, their list; images to evaluate
 images.py                                    images decoded on demand
 aspect_ratio.py                              from any aspect ratio to the input of the model
-sampling.py, augmentation.py, batches.py     batches, as a function of the seed and the step; processes that load them
+sampling.py, augmentation.py, batches.py     batches, as a function of the seed and the step
+workers.py                                   processes that load batches
 """

@@ -5,7 +5,8 @@ They read the files of the folder, and nothing else.
 report.py                  report.html and the card's sheet; what follows a run or an addition
 card.py                    README.md, with one template per kind of model in templates/
 wrong_photos.py            wrong predictions of a run or an addition, for the report
-push.py                    the files that a push publishes, permissions and the push
+published_files.py         the files that a push publishes
+push.py                    permissions and the push
 verify.py                  verification of a published model, which is loaded in a new process
 verification_script.py     the script that the new process runs, independent of this package
 """

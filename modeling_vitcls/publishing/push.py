@@ -8,14 +8,12 @@ huggingface_hub repeats failed uploads of files. After any other failure, the er
 completes the push. Files that the Hub already has are not uploaded again. The folder is not changed.
 """
 
-import json
 import logging
 import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import distribution
 from itertools import chain
 from pathlib import Path
 
@@ -40,23 +38,11 @@ from ..hub.connection import (
 )
 from ..hub.model_files import (
     CARD_FILE,
-    CERTIFICATE_FILE,
-    CONFIG_FILE,
-    CONFIG_FILES,
-    EXPORT_PATTERNS,
-    INDEX_FILE,
-    MODEL_PATTERNS,
-    PARITY_REPORT_FILE,
-    RECIPE_FILE,
-    RESULTS_FILE,
-    RUN_FILES,
-    SAMPLE_IMAGES_FILE,
-    list_license_files,
 )
-from ..hub.model_folder import ModelFolder, dump_flags
-from ..runtime.files import read_json
+from ..hub.model_folder import ModelFolder
 from ..runtime.flags import to_arguments
-from .card import has_edited_card, is_edited, render_card
+from .card import is_edited
+from .published_files import DELETE_PATTERNS, collect_files
 
 
 # Maximum time without a response, in seconds; the duration of an upload is not limited.
@@ -288,99 +274,3 @@ def build_push_command(folder: Path, repo_id: str, **others: str | bool | None) 
     flags = {"model": folder, "hub_model_id": repo_id, **others}
     arguments = [to_arguments(name, value) for name, value in flags.items() if value]
     return f"vitcls push {shlex.join(chain.from_iterable(arguments))}"
-
-
-# The files that a push publishes ------------------------------------------------------------------
-
-# They are those that this package writes, each by its name; other files in the folder stay on the machine.
-# README.md contains the id of the repository, config.resolved.yaml no local paths, and CODE_LICENSE the license of
-# the code. There are no pickle files, no results of other weights, and no images of a dataset that may not be
-# published.
-
-
-PACKAGE_FOLDER = Path(__file__).parents[1]
-# License file of the code. Other license files in a model folder apply to the weights.
-CODE_LICENSE_FILE = "CODE_LICENSE"
-# A push removes these files from the repository unless the folder contains them: an old
-# model.safetensors would be loaded instead of new shards, and old results describe other weights.
-DELETE_PATTERNS = [
-    *MODEL_PATTERNS,
-    *RUN_FILES,
-    SAMPLE_IMAGES_FILE,
-    *EXPORT_PATTERNS,
-    PARITY_REPORT_FILE,
-    CERTIFICATE_FILE,
-    "handler.py",
-    "checkpoints/step-*",
-]
-
-
-def collect_files(
-    folder: ModelFolder, repo_id: str, license_id: str | None = None, card_samples: bool = False
-) -> dict[str, Path | bytes]:
-    """Collect the files to publish: name in the repository -> path or content.
-
-    Args:
-        folder: Folder of the model.
-        repo_id: Repository, which the card names.
-        license_id: License of the weights for the card.
-        card_samples: Whether to publish images of a dataset that is not public.
-
-    Raises:
-        ValueError: If one of the files is a link to a file elsewhere, or the initial weights have
-            another license.
-    """
-    hidden_files = set() if card_samples else folder.private_files
-    names = list_published_files(folder) - hidden_files
-    files: dict[str, Path | bytes] = {name: folder.path / name for name in sorted(names)}
-
-    # What a person wrote is published as it is, even if it names another repository.
-    if not has_edited_card(folder):
-        files[CARD_FILE] = render_card(folder, repo_id, hidden_files, license_id).encode()
-    if RECIPE_FILE in names:
-        files[RECIPE_FILE] = dump_flags(folder.shareable_flags).encode()
-    config = read_json(folder.path / CONFIG_FILE)
-    # transformers 4 wrote from where the weights were loaded, such as a home folder
-    if config.pop("_name_or_path", None) is not None:
-        files[CONFIG_FILE] = f"{json.dumps(config, indent=2)}\n".encode()
-    if any(name.endswith(".py") for name in names):
-        files[CODE_LICENSE_FILE] = read_code_license().encode()
-    return files
-
-
-def list_published_files(folder: ModelFolder) -> set[str]:
-    """Name the files to publish: the ones in the folder that this package writes.
-
-    Raise ValueError if one of them is a link, because its target is not a file of the folder.
-    """
-    names = {CARD_FILE, *list_license_files(folder.path)}
-
-    for file, report in folder.exports.items():
-        names |= {file, f"{file}.json"} | {f"{file}.data"} & set(report["sha256"])
-
-    names |= {*CONFIG_FILES, *folder.weight_files, INDEX_FILE, *folder.code_files}
-    names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
-    names |= {CERTIFICATE_FILE} if folder.certificate else set()
-    # If the results belong to other weights, no file of their run is published: its recipe
-    # would be wrong for the new weights as well.
-    if folder.results or not (folder.path / RESULTS_FILE).is_file():
-        names |= {*RUN_FILES, SAMPLE_IMAGES_FILE}
-
-    files = {name for name in names if (folder.path / name).is_file()}
-    root = folder.path.resolve()
-    for name in sorted(files):
-        if (folder.path / name).resolve() != root / name:
-            raise ValueError(
-                f"{folder.path / name} is a link, but a push publishes only files of the folder "
-                f"itself. Copy the folder (cp -rL {folder.path} COPY), and push the copy"
-            )
-    return files
-
-
-def read_code_license() -> str:
-    """Read the license of the code files."""
-    # An installed package has the file in its metadata, a checkout in its root.
-    checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
-    if checkout_license.is_file():
-        return checkout_license.read_text(encoding="utf-8")
-    return str(distribution("modeling_vitcls").read_text("licenses/LICENSE"))

@@ -47,7 +47,8 @@ from ..runtime.errors import format_error
 from ..runtime.system import get_versions
 from ..version import __version__
 from . import verification_script
-from .push import PACKAGE_FOLDER, TIMEOUT, PushedCommit, push_folder
+from .published_files import PACKAGE_FOLDER
+from .push import TIMEOUT, PushedCommit, push_folder
 from .verification_script import Outputs, collect_outputs
 
 

@@ -30,14 +30,8 @@ from .model import check_model_flags
 from .options import FinetuneOptions
 from .plan import RunPlan, plan_run
 from .reporter import Reporter
-from .run_folder import (
-    CHECKPOINTS_FOLDER,
-    build_run_record,
-    convert_sources,
-    find_run,
-    prepare_folder,
-    remove_leftovers,
-)
+from .resume import build_run_record, convert_sources
+from .run_folder import CHECKPOINTS_FOLDER, find_run, prepare_folder, remove_leftovers
 from .run_inputs import RunInputs, load
 from .run_results import build_results, print_result
 from .save import save_output

@@ -32,7 +32,8 @@ from .model import (
 )
 from .options import FinetuneOptions
 from .reporter import Reporter
-from .run_folder import MODEL_FLAGS, convert_sources, take_derived_values
+from .resume import convert_sources, take_derived_values
+from .run_folder import MODEL_FLAGS
 from .teacher import Teacher, load_teacher
 
 

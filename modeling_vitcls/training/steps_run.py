@@ -10,15 +10,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.augmentation import build_augmentation
-from ..data.batches import (
-    Batch,
-    Normalizer,
-    TrainingImages,
-    explain_worker_errors,
-    iterate_training_batches,
-)
+from ..data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
 from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images
+from ..data.workers import explain_worker_errors
 from ..evaluation.evaluator import Evaluator, build_predictions
 from ..frozen.encoder import (
     EncodedImages,
@@ -40,7 +35,7 @@ from .new_tokens import measure_tokens
 from .optimizer import average_with_start, build_parameter_groups
 from .plan import RunPlan
 from .reporter import Reporter
-from .run_folder import format_flag_value
+from .resume import format_flag_value
 from .run_inputs import RunInputs
 from .run_results import Outcome, list_measurements
 from .signals import SignalHandler

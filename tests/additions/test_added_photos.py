@@ -15,7 +15,7 @@ from helpers.source_checkpoints import save_converted_encoder
 
 from modeling_vitcls import evaluate
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.push import collect_files
+from modeling_vitcls.publishing.published_files import collect_files
 from modeling_vitcls.publishing.report import write_report
 
 

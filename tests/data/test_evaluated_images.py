@@ -17,7 +17,7 @@ from helpers.tiny_options import build_tiny_options, run_to_folder
 from modeling_vitcls import evaluate, inspect_tokens
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.push import list_published_files
+from modeling_vitcls.publishing.published_files import list_published_files
 from modeling_vitcls.runtime.files import read_json
 
 

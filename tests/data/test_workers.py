@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow  # each test starts a process
 # Loads batches of 1 MB in two processes.
 LOAD_BATCHES = """
 import torch
-from modeling_vitcls.data.batches import load_batches, explain_worker_errors
+from modeling_vitcls.data.workers import (load_batches, explain_worker_errors)
 
 class Batches(torch.utils.data.Dataset):
     def __len__(self):

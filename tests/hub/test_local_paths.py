@@ -20,11 +20,8 @@ from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.options import (
     FinetuneOptions,
 )
-from modeling_vitcls.training.run_folder import (
-    convert_sources,
-    make_flags_relative,
-    take_derived_values,
-)
+from modeling_vitcls.training.resume import convert_sources, take_derived_values
+from modeling_vitcls.training.run_folder import make_flags_relative
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.hub.provenance import Provenance, find_provenance
-from modeling_vitcls.publishing.push import list_published_files
+from modeling_vitcls.publishing.published_files import list_published_files
 
 
 DINOV3 = "license: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n"

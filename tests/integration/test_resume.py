@@ -30,7 +30,7 @@ from helpers.warm_processes import (
 )
 from PIL import Image
 
-from modeling_vitcls.data import batches
+from modeling_vitcls.data import workers
 
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes")
@@ -127,8 +127,8 @@ def finetune(flags: list[str], log: Path) -> None:
 
 def finetune_with_late_workers(flags: list[str], log: Path) -> None:
     """Simulate a busy machine: the thread of a worker that waits for SIGTERM is delayed."""
-    wait = batches.wait_for_parent_signal
-    batches.wait_for_parent_signal = lambda: (time.sleep(3), wait())
+    wait = workers.wait_for_parent_signal
+    workers.wait_for_parent_signal = lambda: (time.sleep(3), wait())
     finetune(flags, log)
 
 

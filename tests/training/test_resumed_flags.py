@@ -24,7 +24,7 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.flags import get_flag_fields, to_arguments
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.reporter import Reporter
-from modeling_vitcls.training.run_folder import convert_sources, take_derived_values
+from modeling_vitcls.training.resume import convert_sources, take_derived_values
 
 
 NOT_SPELLED = ("config", "output_dir", "resume", "overwrite")

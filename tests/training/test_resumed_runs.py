@@ -27,7 +27,7 @@ from modeling_vitcls.training.checkpoints import (
     write_training_state,
 )
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.run_folder import take_derived_values
+from modeling_vitcls.training.resume import take_derived_values
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")
