@@ -2,7 +2,7 @@
 
     report = export_model(ExportOptions(model="runs/mine", output=Path("mine.onnx")))   # also writes mine.onnx.json
 
-    output -> check -> model -> graph -> file -> report
+    output -> check -> Exportable -> graph -> file -> report
 
 The reference outputs are computed by the model in float32, in eager mode, and the outputs of the
 file by onnxruntime. If the outputs differ by more than the limit, nothing is written.
@@ -21,7 +21,6 @@ from ..data.aspect_ratio import get_resize, set_resize
 from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILE, GRAPH_FILE, PROCESSOR_FILE, hash_files, hash_settings
-from ..hub.model_folder import ModelFolder
 from ..inference.prediction_rows import DISTANCE
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -34,6 +33,7 @@ from .onnx_file import LIMITS, OnnxGraph, measure_differences, select_image_shap
 from .options import ExportOptions
 from .tracing import (
     INPUT_NAME,
+    Exportable,
     GraphShape,
     NamedOutputsModel,
     load_exportable_model,
@@ -63,9 +63,10 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     if not target.suffix:
         target = target / GRAPH_FILE
     check_target(target)
-    model, processor, source = load_exportable_model(options.model)
+    exportable = load_exportable_model(options.model)
+    model = exportable.model
     shape = select_graph_shape(model, options.image_size, options.dynamic)
-    fit_processor(processor, shape)
+    fit_processor(exportable.processor, shape)
     program = trace_model(model, shape, getattr(torch, options.dtype))
     batches = list(map(build_random_images, select_image_shapes(model.config, shape)))
     expected = list(map(NamedOutputsModel(model), batches))
@@ -76,7 +77,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         stage_files(target.parent, report_name) as folder,
     ):
         file = folder / target.name
-        description = build_model_record(model, processor, source, list(expected[0]))
+        description = build_model_record(exportable, list(expected[0]))
         write_onnx(program, shape, list(expected[0]), file, description)
         graph = OnnxGraph(file)
         outputs = list(map(graph, batches))
@@ -90,8 +91,8 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         if not options.output.suffix and not (options.output / CONFIG_FILE).exists():
             # What a program needs in addition to the graph, if the folder is not the model's
             model.config.to_json_file(folder / CONFIG_FILE)
-            if processor is not None:
-                processor.to_json_file(folder / PROCESSOR_FILE)
+            if exportable.processor is not None:
+                exportable.processor.to_json_file(folder / PROCESSOR_FILE)
         write_json(folder / report_name, report)
     return report
 
@@ -122,13 +123,12 @@ def fit_processor(processor: Any, shape: GraphShape) -> None:
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def build_model_record(
-    model: Any, processor: Any, folder: ModelFolder | None, names: list[str]
-) -> dict[str, Any]:
+def build_model_record(exportable: Exportable, names: list[str]) -> dict[str, Any]:
     """Describe a model for a program that has its graph alone: preprocessing, labels, threshold.
 
     `names` are the outputs of the graph.
     """
+    model, processor, folder = exportable
     threshold = model.config.distance_threshold if DISTANCE in names else None
     return {
         "model_class": type(model).__name__,

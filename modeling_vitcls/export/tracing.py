@@ -1,6 +1,6 @@
 """Load a model, name its outputs, and trace it to a graph with dynamic batch and image sizes.
 
-    model, processor, folder = load_exportable_model("runs/mine")
+    exportable = load_exportable_model("runs/mine")
     graph_shape = select_graph_shape(model, image_size, dynamic=True)
     graph = trace_model(model, graph_shape, torch.float32)    # torch.export.ExportedProgram
 
@@ -17,7 +17,7 @@ ViTCLSBackbone                      feature maps, named after their stages
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,14 +74,16 @@ class NamedOutputsModel(nn.Module):
         return {name: output.float() for name, output in named.items()}
 
 
-def load_exportable_model(
-    source: str,
-) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor | None, ModelFolder | None]:
-    """Load any checkpoint that `model` may name, or a preset with random weights.
+class Exportable(NamedTuple):
+    """A model to export, in float32 and evaluation mode."""
 
-    Returns:
-        The model, in float32 and evaluation mode, the image processor, if the checkpoint has one, and
-        the folder, if it is no preset.
+    model: ViTCLSPreTrainedModel
+    processor: ViTCLSImageProcessor | None  # None if the checkpoint has none
+    folder: ModelFolder | None  # None for a preset, which has random weights
+
+
+def load_exportable_model(source: str) -> Exportable:
+    """Load any checkpoint that `model` may name, or a preset with random weights.
 
     Raises:
         ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if
@@ -90,7 +92,7 @@ def load_exportable_model(
     """
     if is_preset(source):
         preset = ViTCLSForImageClassification(ViTCLSConfig.from_preset(source))
-        return preset.eval(), None, None
+        return Exportable(preset.eval(), None, None)
     folder = open_model(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]
     classes: dict[str, Any] = {each.__name__: each for each in EXPORTABLE_CLASSES}
@@ -101,7 +103,7 @@ def load_exportable_model(
         )
     model = folder.load(classes[class_name], dtype=torch.float32)
     processor = folder.load_processor() if folder.has_processor else None
-    return model, processor, folder
+    return Exportable(model, processor, folder)
 
 
 # The graph ----------------------------------------------------------------------------------------
