@@ -230,7 +230,7 @@ def load_model(settings: BenchmarkOptions, folder: Path) -> Any:
         loaded, _, source_folder = load_exportable_model(settings.model)
         model = randomize_weights(loaded) if source_folder is None else loaded
         model.save_pretrained(folder)
-    return use_fast_modules(model, frozen=True)
+    return use_fast_modules(model, packed=True)
 
 
 def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:

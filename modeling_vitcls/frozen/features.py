@@ -129,7 +129,7 @@ def compute_features(
         console: shows the progress.
         arguments: of `ImagePass`.
     """
-    encoder = use_fast_modules(model.base_model, frozen=True)
+    encoder = use_fast_modules(model.base_model, packed=True)
     program = model if has_logits else encoder
 
     def compute(pixel_values: Tensor) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def has_classifier(config: ViTCLSConfig) -> bool:
 def load_model(
     folder: ModelFolder, use_head: bool | None = None, device: torch.device | None = None
 ) -> Any:
-    """Load a model to be read, in evaluation mode with frozen weights.
+    """Load a model to be read, in evaluation mode with packed weights.
 
     Args:
         folder: The model.
@@ -107,4 +107,4 @@ def load_model(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not has_bfloat16(device):
         model.float()  # Half precision would take several times as long
-    return use_fast_modules(model.to(device), frozen=True)
+    return use_fast_modules(model.to(device), packed=True)

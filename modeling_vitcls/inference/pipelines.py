@@ -1,4 +1,4 @@
-"""The pipelines of transformers, as fast as `vitcls predict`: frozen weights, and its precision.
+"""The pipelines of transformers, as fast as `vitcls predict`: packed weights, and its precision.
 
     pipeline("image-classification", "runs/mine")                           bf16 where `predict` uses it
     pipeline("image-classification", "runs/mine", mixed_precision="no")     float32
@@ -29,7 +29,7 @@ class FastPipeline:
             # imported here, because Accelerate takes a while, and this file is imported with the package
             from ..runtime.distributed import build_autocast
 
-            use_fast_modules(self.model, frozen=True)
+            use_fast_modules(self.model, packed=True)
             self.autocast = build_autocast(mixed_precision, self.device, self.model.config)
 
     def _forward(self, model_inputs: Any) -> Any:

@@ -3,7 +3,7 @@
     VITCLS_CPU_KERNELS=0                          environment variable: models stay plain
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
-    pack_weight, select_linear    weights in the order in which oneDNN reads them: bfloat16 where
+    reorder_weight, select_linear    weights in the order in which oneDNN reads them: bfloat16 where
                                   the CPU multiplies it, float32 with AVX-512 but not AMX
     attend                        bfloat16 with avx512_bf16 but not AMX: a few heads at a time
 
@@ -75,7 +75,7 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
 
 
 # Linear layers ------------------------------------------------------------------------------------
-def pack_weight(weight: Tensor, inputs: Tensor) -> Tensor:
+def reorder_weight(weight: Tensor, inputs: Tensor) -> Tensor:
     """Reorder a weight [out, in] once if oneDNN is then the fastest.
 
     Args:
@@ -83,23 +83,29 @@ def pack_weight(weight: Tensor, inputs: Tensor) -> Tensor:
         inputs: [B, N, D], of all layers. The weight is reordered for the rows of one image: the bits
             must not depend on the size of the first batch.
     """
-    if weight.is_cpu and weight.dtype in PACKED_DTYPES and inputs.shape[2] >= MIN_PACKED_WIDTH:
+    if (
+        weight.is_cpu
+        and weight.dtype in REORDERED_DTYPES
+        and inputs.shape[2] >= MIN_REORDERED_WIDTH
+    ):
         return onednn_reorder(weight.contiguous(), inputs.shape[1])
     return weight
 
 
-def select_linear(is_packed: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def select_linear(is_reordered: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Select the functions of a linear layer, and of one with the exact GELU.
 
     They take inputs [..., in], the weight and the bias or None, and return [..., out].
     """
-    if is_packed:
-        return partial(multiply_packed, "none"), partial(multiply_packed, "gelu")
+    if is_reordered:
+        return partial(multiply_reordered, "none"), partial(multiply_reordered, "gelu")
     return nn.functional.linear, multiply_with_gelu
 
 
-def multiply_packed(activation: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute a linear layer with a packed weight, in its dtype."""
+def multiply_reordered(
+    activation: str, inputs: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Compute a linear layer with a weight in the order of oneDNN, in its dtype."""
     return onednn_linear(inputs.to(weight.dtype), weight, bias, activation, [], "none")
 
 
@@ -124,7 +130,7 @@ def is_onednn_correct(dtype: torch.dtype) -> bool:
     expected = inputs.float() @ weight.float().T
     try:
         with torch.no_grad():
-            found = multiply_packed("none", inputs, onednn_reorder(weight, 4), None)
+            found = multiply_reordered("none", inputs, onednn_reorder(weight, 4), None)
             return torch.allclose(found.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
     except Exception:  # Operators may raise any exception on untested processors
         return False
@@ -135,15 +141,15 @@ HAS_ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and None not in (onednn_linear, onednn_reorder)
 )
-# Calls of packed weights take longer, more than narrow layers gain.
-MIN_PACKED_WIDTH = 128
-# The dtypes of weights that are packed
-PACKED_DTYPES: set[torch.dtype] = set()
+# Calls of reordered weights take longer, more than narrow layers gain.
+MIN_REORDERED_WIDTH = 128
+# The dtypes of weights that are reordered
+REORDERED_DTYPES: set[torch.dtype] = set()
 if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
     if (HAS_AMX or HAS_AVX512_BFLOAT16) and is_onednn_correct(torch.bfloat16):
-        PACKED_DTYPES.add(torch.bfloat16)
+        REORDERED_DTYPES.add(torch.bfloat16)
     if not HAS_AMX and is_onednn_correct(torch.float32):
-        PACKED_DTYPES.add(torch.float32)
+        REORDERED_DTYPES.add(torch.float32)
 
 
 # Attention ----------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """Layers that call operations instead of modules, on any device, and weights that are prepared once.
 
     use_fast_modules(model)                 ViTCLSLayers -> LeanLayers
-    use_fast_modules(model, frozen=True)    the same, and passes without gradients use frozen weights
+    use_fast_modules(model, packed=True)    the same, and passes without gradients use packed weights
     use_plain_modules(model)                restores the plain class
 
 A GPU, and a CPU with a small model, computes faster than Python calls modules. Queries, keys and
-values are one product, as are the two inputs of a gated MLP: a pass joins their weights. Frozen
-weights are joined, cast to the precision of the pass and packed for the CPU (cpu_kernels.py) once,
-instead of in every pass. The plain class computes what is unusual: hooks, replaced parts and
+values are one product, as are the two inputs of a gated MLP: a pass joins their weights. Packed
+weights are joined, cast to the precision of the pass and put into the order of the CPU
+(cpu_kernels.py) once, instead of in every pass. The plain class computes what is unusual: hooks, replaced parts and
 functions, other attention functions, compiled programs. docs/speed.md lists the speedups.
 """
 
@@ -37,7 +37,7 @@ from .cpu_kernels import (
     count_dispatch_modes,
     has_hooks,
     must_be_plain,
-    pack_weight,
+    reorder_weight,
     select_linear,
 )
 
@@ -84,7 +84,7 @@ IGNORED_ARGUMENTS = {"num_items_in_batch", "output_hidden_states", "output_atten
 
 Product = tuple[Tensor, Tensor | None]  # Weight [out, in] and bias [out]
 # What the products of all layers were prepared from, as numbers and as tensors, and the products
-FrozenWeights = tuple[list[int], list[Tensor], list[Product]]
+PackedWeights = tuple[list[int], list[Tensor], list[Product]]
 
 
 class LayerParts(NamedTuple):
@@ -116,7 +116,7 @@ class Plan(NamedTuple):
 
 
 # Installing ---------------------------------------------------------------------------------------
-def use_fast_modules(model: Model, frozen: bool = False) -> Model:
+def use_fast_modules(model: Model, packed: bool = False) -> Model:
     """Make the layers of a model faster in place, and return the model.
 
     Parameters, state dicts, hooks and `isinstance` checks stay as they are; outputs agree up to
@@ -124,7 +124,7 @@ def use_fast_modules(model: Model, frozen: bool = False) -> Model:
 
     Args:
         model: any model that contains ViTCLS layers.
-        frozen: whether the model is only read, in one process. Without gradients, its layers then
+        packed: whether the model is only read, in one process. Without gradients, its layers then
             use copies of the weights, in the precision of `torch.autocast` or else of the model.
             They are made in the next pass, and again after the weights have changed. PyTorch does
             not count edits of `parameter.data` in place, and steps of fused optimizers
@@ -134,7 +134,7 @@ def use_fast_modules(model: Model, frozen: bool = False) -> Model:
 
     Examples:
         >>> from modeling_vitcls import ViTCLSModel, use_fast_modules, use_plain_modules
-        >>> model = use_fast_modules(ViTCLSModel.from_pretrained("runs/photos"), frozen=True)
+        >>> model = use_fast_modules(ViTCLSModel.from_pretrained("runs/photos"), packed=True)
         >>> type(use_plain_modules(model).layers).__name__
         'ViTCLSLayers'
     """
@@ -144,7 +144,7 @@ def use_fast_modules(model: Model, frozen: bool = False) -> Model:
         if type(module) is ViTCLSLayers:
             module.__class__ = LeanLayers
         if type(module) is LeanLayers:
-            module.frozen_weights = {} if frozen else None
+            module.packed_weights = {} if packed else None
     return model
 
 
@@ -158,7 +158,7 @@ def use_plain_modules(model: Model) -> Model:
     for module in model.modules():
         if type(module) is LeanLayers:
             module.__class__ = ViTCLSLayers  # type: ignore[assignment]
-            for name in ("plan", "frozen_weights"):
+            for name in ("plan", "packed_weights"):
                 vars(module).pop(name, None)
     return model
 
@@ -169,17 +169,17 @@ class LeanLayers(ViTCLSLayers):
 
     Attributes:
         plan: what an earlier pass found out about the layers; copies find it out themselves.
-        frozen_weights: the frozen weights by precision; None if the layers are not frozen. Copies
+        packed_weights: the weights by precision; None if those of the model are used. Copies
             prepare their own.
     """
 
     plan: Plan | None = None
-    frozen_weights: dict[torch.dtype, FrozenWeights] | None = None
+    packed_weights: dict[torch.dtype, PackedWeights] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled."""
-        is_frozen = self.frozen_weights is not None
-        return vars(self) | {"plan": None, "frozen_weights": {} if is_frozen else None}
+        is_packed = self.packed_weights is not None
+        return vars(self) | {"plan": None, "packed_weights": {} if is_packed else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore copied or pickled layers, as plain ones where kernels cannot be used."""
@@ -188,15 +188,15 @@ class LeanLayers(ViTCLSLayers):
             use_plain_modules(self)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as in PyTorch; layers that train are not frozen."""
+        """Set the training mode, as in PyTorch; layers that train have no packed weights."""
         if mode:
-            self.frozen_weights = None
+            self.packed_weights = None
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the layers, as in PyTorch, and forget the copies of their weights."""
-        if self.frozen_weights is not None:
-            self.frozen_weights = {}
+        if self.packed_weights is not None:
+            self.packed_weights = {}
         return super()._apply(fn, recurse)
 
     def forward(
@@ -418,13 +418,13 @@ def skip_identities(*modules: nn.Module) -> list[nn.Module]:
 
 # Weights ------------------------------------------------------------------------------------------
 def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Product] | None:
-    """Take the frozen products of the layers, or join them for this pass; None if unusual."""
+    """Take the packed products of the layers, or join them for this pass; None if unusual."""
     sources = [each for each in plan.weights + plan.biases if each is not None]
     if torch.is_grad_enabled() and any(each.requires_grad for each in sources):
         # An optimizer may follow, and fused ones do not count their edits
-        layers.frozen_weights = None
-    frozen = layers.frozen_weights
-    if frozen is None or torch.is_grad_enabled() or count_dispatch_modes():
+        layers.packed_weights = None
+    packed = layers.packed_weights
+    if packed is None or torch.is_grad_enabled() or count_dispatch_modes():
         return join_weights(plan)
 
     try:
@@ -440,9 +440,9 @@ def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Produc
         *map(Tensor.is_contiguous, plan.weights),
     ]
     dtype = get_matmul_dtype(inputs)
-    if dtype in frozen:
-        frozen_state, _, found = frozen[dtype]
-        if frozen_state == state:
+    if dtype in packed:
+        packed_state, _, found = packed[dtype]
+        if packed_state == state:
             return found
 
     with torch.inference_mode(False), torch.no_grad():
@@ -451,12 +451,12 @@ def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Produc
         if products is None or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()):
             return products
         products = [
-            (pack_weight(weight.to(dtype), inputs), None if bias is None else bias.to(dtype))
+            (reorder_weight(weight.to(dtype), inputs), None if bias is None else bias.to(dtype))
             for weight, bias in products
         ]
     # Kept, as other tensors could otherwise get their addresses
     kept = [*sources, *(each.detach() for each in sources)]
-    frozen[dtype] = state, kept, products
+    packed[dtype] = state, kept, products
     return products
 
 

@@ -82,7 +82,7 @@ def save_output(
                 # this is what others will load.
                 device = inputs.model.device
                 saved_model = model_class.from_pretrained(folder).to(device)
-                use_fast_modules(saved_model, frozen=True)
+                use_fast_modules(saved_model, packed=True)
                 record["inference"] = measure_inference_speed(saved_model, device)
                 write_json(folder / RESULTS_FILE, results | record)
                 data = outcome.data

@@ -23,20 +23,20 @@ NUM_MODELS = 8  # Number of models over which rounding errors are compared
 MEAN_RATIO, MAX_RATIO = 1.25, 2.0
 
 
-def build_models(seed: int = 0, frozen: bool = False, **fields: Any) -> tuple[Any, Any]:
+def build_models(seed: int = 0, packed: bool = False, **fields: Any) -> tuple[Any, Any]:
     """Build two classifiers with equal weights, a fast one and a plain one."""
     fast, plain = (
         randomize(ViTCLSForImageClassification(build_tiny_config(**fields)), seed) for _ in range(2)
     )
-    return use_fast_modules(fast, frozen), plain
+    return use_fast_modules(fast, packed), plain
 
 
-def pack_weights(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Pack weights of any width in a dtype, also where that is not the fastest."""
+def reorder_weights(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Reorder weights of any width in a dtype, also where that is not the fastest."""
     if not cpu_kernels.HAS_ONEDNN:
         pytest.skip("this CPU or PyTorch has no oneDNN")
-    monkeypatch.setattr(cpu_kernels, "PACKED_DTYPES", {dtype})
-    monkeypatch.setattr(cpu_kernels, "MIN_PACKED_WIDTH", 0)
+    monkeypatch.setattr(cpu_kernels, "REORDERED_DTYPES", {dtype})
+    monkeypatch.setattr(cpu_kernels, "MIN_REORDERED_WIDTH", 0)
 
 
 def run_step(model: Any, images: torch.Tensor, forward: Any = None) -> Tensors:

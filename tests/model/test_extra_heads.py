@@ -87,7 +87,7 @@ def test_logits_keep_their_bits(
     model, extended = (each.to(dtype) for each in build_pair(HEADS, **WIDE | fields))
     for each in (model, extended):
         if has_kernels:
-            use_fast_modules(each, frozen=True)
+            use_fast_modules(each, packed=True)
     for batch_size in (1, 3, 16):
         images = build_images(batch_size, 48, 48).to(dtype)
         for compute_all_tokens in (True, False):

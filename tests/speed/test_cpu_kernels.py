@@ -11,7 +11,7 @@ from helpers.compare import (
     Tensors,
     assert_as_exact_in_half_precision,
     build_models,
-    pack_weights,
+    reorder_weights,
     run_step,
     stack_models,
 )
@@ -38,15 +38,15 @@ def use_chunked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pack_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    pack_weights(monkeypatch, torch.float32)
+def reorder_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    reorder_weights(monkeypatch, torch.float32)
 
 
 @pytest.fixture
-def pack_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def reorder_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU does not multiply bfloat16")
-    pack_weights(monkeypatch, torch.bfloat16)
+    reorder_weights(monkeypatch, torch.bfloat16)
 
 
 def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:
@@ -83,14 +83,14 @@ def run(model: Any, dtype: torch.dtype, has_gradients: bool, uses_autocast: bool
         (torch.bfloat16, False, True, {"mlp_type": "swiglu"}),
     ],
 )
-@pytest.mark.usefixtures("pack_bfloat16")
+@pytest.mark.usefixtures("reorder_bfloat16")
 def test_half_precision_is_as_exact_as_plain_pytorch(
     dtype: torch.dtype, has_gradients: bool, uses_autocast: bool, fields: dict[str, Any]
 ) -> None:
     """Errors against float32 are as large as in plain PyTorch."""
     results: list[list[Tensors]] = [[], [], []]
     for seed in range(NUM_MODELS):
-        fast, plain = build_models(seed, frozen=True, **fields)
+        fast, plain = build_models(seed, packed=True, **fields)
         runs = ((plain, torch.float32), (fast, dtype), (plain, dtype))
         for found, (model, own_dtype) in zip(results, runs, strict=True):
             found.append(run(model, own_dtype, has_gradients, uses_autocast))
@@ -182,9 +182,9 @@ def test_sdpa_computes_what_chunks_do_not(
     assert (SDPA in operators) == (request.node.callspec.id != "chunks")
 
 
-@pytest.mark.usefixtures("pack_float32")
+@pytest.mark.usefixtures("reorder_float32")
 def test_packed_weights_compute_where_they_apply() -> None:
-    model, plain = build_models(frozen=True)
+    model, plain = build_models(packed=True)
     images = build_images()
     with torch.no_grad():
         assert ONEDNN in list_operators(model, images)
@@ -203,11 +203,11 @@ def test_packed_weights_compute_where_they_apply() -> None:
     assert ONEDNN not in list_operators(model, images)  # with gradients
 
 
-@pytest.mark.usefixtures("pack_float32")
+@pytest.mark.usefixtures("reorder_float32")
 @torch.no_grad()
-def test_weights_of_narrow_layers_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_models(frozen=True)[0]
-    monkeypatch.setattr(cpu_kernels, "MIN_PACKED_WIDTH", 1 + model.config.hidden_size)
+def test_weights_of_narrow_layers_are_not_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_models(packed=True)[0]
+    monkeypatch.setattr(cpu_kernels, "MIN_REORDERED_WIDTH", 1 + model.config.hidden_size)
     assert ONEDNN not in list_operators(model, build_images())
 
 
@@ -215,7 +215,7 @@ def test_weights_of_narrow_layers_are_not_packed(monkeypatch: pytest.MonkeyPatch
 @torch.no_grad()
 def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
     """An exported program may run on another machine: it is that of plain PyTorch."""
-    fast, plain = (model.to(dtype) for model in build_models(frozen=True, num_register_tokens=2))
+    fast, plain = (model.to(dtype) for model in build_models(packed=True, num_register_tokens=2))
     fast(build_images().to(dtype))
     programs = [torch.export.export(model, (build_images().to(dtype),)) for model in (fast, plain)]
     operators = [[str(node.target) for node in program.graph.nodes] for program in programs]

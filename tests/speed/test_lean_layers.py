@@ -13,7 +13,7 @@ from helpers.compare import (
     NUM_MODELS,
     Tensors,
     assert_equal_in_float32,
-    pack_weights,
+    reorder_weights,
     run_step,
     stack_models,
 )
@@ -49,18 +49,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["lean", "frozen", "packed"], autouse=True)
+@pytest.fixture(params=["lean", "packed", "reordered"], autouse=True)
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run each test with lean layers, with frozen weights, and with frozen weights for oneDNN."""
-    if request.param == "packed":
-        pack_weights(monkeypatch, torch.float32)
+    """Run each test with lean layers, with packed weights, and in the order of oneDNN."""
+    if request.param == "reordered":
+        reorder_weights(monkeypatch, torch.float32)
     return request.param
 
 
 @pytest.fixture
 def build_models(mode: str) -> Callable[..., tuple[Any, Any]]:
     """Return a function that builds two classifiers with equal weights, a lean and a plain one."""
-    return partial(compare.build_models, frozen=mode != "lean")
+    return partial(compare.build_models, packed=mode != "lean")
 
 
 def is_lean(model: Any) -> bool:
@@ -70,7 +70,7 @@ def is_lean(model: Any) -> bool:
 
 @torch.no_grad()
 def infer(*models: Any) -> list[Tensors]:
-    """Compute the logits of models, which uses frozen weights."""
+    """Compute the logits of models, which uses packed weights."""
     return [{"logits": model(build_images()).logits} for model in models]
 
 
@@ -242,7 +242,7 @@ def test_copied_and_changed_models_stay_lean(
     infer(model)
     changed = change(model)
     assert_equal_in_float32(*infer(changed, plain))
-    assert bool(changed.vitcls.layers.frozen_weights) == (mode != "lean")
+    assert bool(changed.vitcls.layers.packed_weights) == (mode != "lean")
     assert_equal_in_float32(run_step(changed, build_images()), run_step(plain, build_images()))
     assert is_lean(changed)
 
@@ -250,7 +250,7 @@ def test_copied_and_changed_models_stay_lean(
 # Hooks and replaced functions ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["frozen"], indirect=True)
+@pytest.mark.parametrize("mode", ["packed"], indirect=True)
 @pytest.mark.parametrize(
     "name",
     [
@@ -314,7 +314,7 @@ def test_hooks_of_all_modules_are_called(build_models: Any) -> None:
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("mode", ["frozen"], indirect=True)
+@pytest.mark.parametrize("mode", ["packed"], indirect=True)
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
@@ -368,7 +368,7 @@ def test_hidden_states_of_all_layers_are_recorded(build_models: Any) -> None:
 # Other libraries ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["lean", "frozen"], indirect=True)
+@pytest.mark.parametrize("mode", ["lean", "packed"], indirect=True)
 def test_gradients_of_lora_equal_plain_pytorch(build_models: Any) -> None:
     """In one model, the terms of a rank-2 gradient may cancel; hence several models."""
     steps: list[list[Tensors]] = [[], []]
@@ -389,7 +389,7 @@ def test_gradients_of_lora_equal_plain_pytorch(build_models: Any) -> None:
     assert_equal_in_float32(*map(stack_models, steps))
 
 
-@pytest.mark.parametrize("mode", ["frozen"], indirect=True)
+@pytest.mark.parametrize("mode", ["packed"], indirect=True)
 def test_gradients_per_image_with_torch_func_equal_plain_pytorch(build_models: Any) -> None:
     def compute_gradients(model: Any) -> Tensors:
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
@@ -405,7 +405,7 @@ def test_gradients_per_image_with_torch_func_equal_plain_pytorch(build_models: A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["frozen"], indirect=True)
+@pytest.mark.parametrize("mode", ["packed"], indirect=True)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_models_equal_plain_pytorch(build_models: Any, backend: str) -> None:
     lean, plain = build_models(num_register_tokens=2)

@@ -30,18 +30,18 @@ def has_fast_modules(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def build_frozen_model() -> Any:
-    """Build a model whose weights a pass has frozen."""
-    model = use_fast_modules(build_model(), frozen=True)
+def build_packed_model() -> Any:
+    """Build a model whose weights a pass has packed."""
+    model = use_fast_modules(build_model(), packed=True)
     model(build_images())
-    assert model.vitcls.layers.frozen_weights
+    assert model.vitcls.layers.packed_weights
     return model
 
 
 def test_models_are_plain_when_built_and_loaded_and_those_of_the_commands_are_fast(
     tmp_path: Path,
 ) -> None:
-    model = build_frozen_model()
+    model = build_packed_model()
     weights = copy.deepcopy(model.state_dict())
     model.save_pretrained(tmp_path)
     loaded = ViTCLSForImageClassification.from_pretrained(tmp_path)
@@ -57,38 +57,38 @@ def test_plain_modules_come_back() -> None:
     model = build_model(mlp_type="swiglu")
     classes = list_classes(model)
     attributes = list(vars(model.vitcls.layers))
-    assert use_fast_modules(model, frozen=True) is model
+    assert use_fast_modules(model, packed=True) is model
     assert list_classes(model) != classes
     assert use_plain_modules(model) is model
     assert list_classes(model) == classes
     assert list(vars(model.vitcls.layers)) == attributes
 
 
-def test_training_ends_frozen_weights_and_a_cast_forgets_them() -> None:
-    model = build_frozen_model().double()
-    assert model.vitcls.layers.frozen_weights == {}
-    assert model.train().vitcls.layers.frozen_weights is None
-    assert build_frozen_model().eval().vitcls.layers.frozen_weights
-    assert not has_fast_modules(build_frozen_model().adapt(num_register_tokens=1))
+def test_training_ends_packed_weights_and_a_cast_forgets_them() -> None:
+    model = build_packed_model().double()
+    assert model.vitcls.layers.packed_weights == {}
+    assert model.train().vitcls.layers.packed_weights is None
+    assert build_packed_model().eval().vitcls.layers.packed_weights
+    assert not has_fast_modules(build_packed_model().adapt(num_register_tokens=1))
 
 
-def test_frozen_weights_are_made_once_for_each_precision() -> None:
-    model = build_frozen_model()
-    frozen = model.vitcls.layers.frozen_weights
-    first = frozen[torch.float32]
+def test_packed_weights_are_made_once_for_each_precision() -> None:
+    model = build_packed_model()
+    packed = model.vitcls.layers.packed_weights
+    first = packed[torch.float32]
     with torch.no_grad():
         model(build_images())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(build_images())
-    assert frozen[torch.float32] is first
-    assert {weight.dtype for weight, _ in frozen[torch.bfloat16][-1]} == {torch.bfloat16}
-    assert len(frozen) == 2
+    assert packed[torch.float32] is first
+    assert {weight.dtype for weight, _ in packed[torch.bfloat16][-1]} == {torch.bfloat16}
+    assert len(packed) == 2
 
 
 def test_the_environment_keeps_models_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_frozen_model()
+    model = build_packed_model()
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
-    assert not has_fast_modules(use_fast_modules(build_model(), frozen=True))
+    assert not has_fast_modules(use_fast_modules(build_model(), packed=True))
     assert not has_fast_modules(copy.deepcopy(model))
     assert not has_fast_modules(pickle.loads(pickle.dumps(model)))
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "1")
@@ -114,7 +114,7 @@ def test_layers_of_a_person_are_computed_as_they_are(replaces_list: bool) -> Non
     layers[0].mlp = Wrapped(layers[0].mlp)
     if replaces_list:
         plain.vitcls.layers = nn.ModuleList(layers[:1])
-    fast = use_fast_modules(copy.deepcopy(plain), frozen=True)
+    fast = use_fast_modules(copy.deepcopy(plain), packed=True)
     assert list_classes(fast.vitcls.layers[0]) == list_classes(layers[0])
     assert_equal_in_float32(run_step(fast, build_images()), run_step(plain, build_images()))
 
@@ -128,7 +128,7 @@ def test_another_function_for_sdpa_is_called(monkeypatch: pytest.MonkeyPatch) ->
         seen.append(module)
         return original(module, *args, **kwargs)
 
-    model = build_frozen_model()
+    model = build_packed_model()
     expected = model(build_images()).logits
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
     torch.testing.assert_close(model(build_images()).logits, expected)
@@ -137,7 +137,7 @@ def test_another_function_for_sdpa_is_called(monkeypatch: pytest.MonkeyPatch) ->
 
 @torch.no_grad()
 def test_eager_attention_and_recorders_are_used() -> None:
-    model = build_frozen_model()
+    model = build_packed_model()
     expected = model.token_attention(build_images())
     model.set_attn_implementation("eager")
     maps = model(build_images(), output_attentions=True).attentions
@@ -147,7 +147,7 @@ def test_eager_attention_and_recorders_are_used() -> None:
 
 @pytest.mark.parametrize("is_fast", [False, True])
 def test_quantizers_find_the_linear_layers(is_fast: bool) -> None:
-    model = build_frozen_model() if is_fast else build_model()
+    model = build_packed_model() if is_fast else build_model()
     num_linear = sum(type(module) is nn.Linear for module in model.modules())
     assert num_linear == 6 * model.config.num_hidden_layers + 1
     torch.fx.symbolic_trace(model.vitcls.layers[0].mlp)
