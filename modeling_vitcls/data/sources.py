@@ -44,6 +44,7 @@ from ..runtime.errors import (
     warn_on_first_process,
 )
 from ..runtime.files import read_json
+from .answers import apply_answers, read_answers
 from .cells import spell_label
 from .columns import (
     FILE_NAME,
@@ -170,11 +171,14 @@ def load_splits(
     label_space, labels = read_labels(
         tables, columns, dataset, options.label_separator, options.label_names
     )
-    labeled = {
-        split: drop_unlabeled_images(
-            LabeledImages(images[split], labels[split]), f"{dataset}, split {split!r}", columns
+    parts = {split: LabeledImages(images[split], labels[split]) for split in tables}
+    if options.answers:
+        parts, facts["answers"] = apply_answers(
+            parts, label_space, read_answers(options.answers), dataset
         )
-        for split in tables
+    labeled = {
+        split: drop_unlabeled_images(part, f"{dataset}, split {split!r}", columns)
+        for split, part in parts.items()
     }
     tables = {split: table.select(labeled[split].images.rows) for split, table in tables.items()}
     groups, fact, reason = choose_groups(

@@ -1,0 +1,170 @@
+"""Labels that a person gave on a page of photos (publishing/labels_page.py): the files of `--answers`.
+
+    checksum    of the content of a photo, so a renamed or moved photo is found
+    image       its name, for people. Where it contradicts the checksum, the table was damaged
+    label       what the photo shows; empty: none of the classes
+    before      its label before, if it had one
+    chosen      why a page asked: contradicted, unsure, unknown, or random
+    time        of the answer. The latest answer about a photo counts
+
+A table that `predict` has written is read the same way; with a column `source`, only the labels of a
+person are answers. A photo that a model chose because it was unsure trains a model, but does not measure
+it: such photos are harder than others.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..runtime.errors import format_name_list
+from ..runtime.files import escape_csv_cell
+from .cells import normalize_name
+from .images import LabeledImages
+from .labels import LabelSpace, OneLabel
+from .tables import read_table
+
+
+COLUMNS = ["checksum", "image", "label", "before", "chosen", "time"]
+RANDOM = "random"
+CONTRADICTED = "contradicted"
+HARD = ("unsure", "unknown")  # Reasons to ask about photos that are harder than others
+PERSON = "person"  # In the column `source`
+TIME = re.compile(r"\d{4}-\d\d-\d\dT")  # Times that sort as text; those of spreadsheets do not
+
+
+def read_answers(files: Sequence[str]) -> pd.DataFrame:
+    """Read files of answers: the latest answer about each photo, by its key (images.py).
+
+    Raises:
+        ValueError: if a file has other columns or damaged checksums, or if one cannot tell which of two
+            answers is the latest.
+    """
+    parts = []
+    for file in files:
+        path = Path(file)
+        if path.suffix.lower() == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            table = read_table(path, path.parent).to_pandas()
+        if missing := sorted({"checksum", "label"} - {*table.columns}):
+            raise ValueError(
+                f"{file} has no column {missing[0]!r}. Pass a file that a page has saved, or a table with "
+                "the columns checksum and label"
+            )
+        if "source" in table:
+            table = table[table["source"] == PERSON]
+        table = table.reindex(columns=COLUMNS, fill_value="").astype(object)
+        table = table.where(table.notna(), "").astype(str)
+        is_damaged = ~table["checksum"].str.fullmatch("[0-9a-f]{16}")
+        if is_damaged.any():
+            raise ValueError(
+                f"{file}, row {is_damaged.argmax() + 1}: the checksum {table['checksum'][is_damaged].iloc[0]!r} is "
+                "damaged, as by a spreadsheet that took it for a number. Copy it from the file that the page has "
+                "saved, or remove the row"
+            )
+        parts.append(table)
+    answers = pd.concat(parts)
+    answers["time"] = answers["time"].str.replace(" ", "T")
+    answers = answers.sort_values("time", kind="stable")
+    is_timed = answers["time"].str.match(TIME)
+    labels = answers.groupby("checksum")["label"].transform("nunique")
+    if (unclear := answers[(labels > 1) & ~is_timed]).size:
+        raise ValueError(
+            f"{format_name_list(files)}: {unclear['image'].iloc[0] or unclear['checksum'].iloc[0]} has several "
+            "answers, and their times do not tell which is the latest. Remove the others"
+        )
+    answers = answers.drop_duplicates("checksum", keep="last")
+    return answers.set_index(answers["checksum"].map(lambda text: int(text, 16)).astype(np.uint64))
+
+
+def apply_answers(
+    parts: Mapping[str, LabeledImages], label_space: LabelSpace, answers: pd.DataFrame, dataset: str
+) -> tuple[dict[str, LabeledImages], str]:
+    """Give photos the labels that a person gave them, whatever the dataset says.
+
+    A photo that shows none of the classes loses its label.
+
+    Args:
+        parts: images by split, of which some may have no label.
+        label_space: of their labels, one per image.
+        answers: of `read_answers`.
+        dataset: name of the dataset in messages.
+
+    Returns:
+        The images with keys and `chosen`, and a line that counts the answers.
+
+    Raises:
+        ValueError: if an image has several labels, if an answer is no class, if a name contradicts a
+            checksum, or if no answer is about these photos.
+    """
+    if not isinstance(label_space, OneLabel):
+        raise ValueError(
+            f"`answers` requires one label per image, but the labels of {dataset} are {label_space.kind}. "
+            "Remove `answers`"
+        )
+    names = [escape_csv_cell(normalize_name(name)) for name in label_space.names]
+    indices = {name: index for index, name in enumerate(names)}
+    counts = dict.fromkeys(("changed", "confirmed", "new", "none"), 0)
+    found: set[int] = set()
+    labeled = {}
+    for split, part in parts.items():
+        keys = part.images.compute_content_keys()
+        check_names(part.images.get_names(), keys, answers)
+        labels = list(part.labels)
+        chosen = np.full(len(part), "", object)
+        is_answered = np.isin(keys, answers.index)
+        for index in np.flatnonzero(is_answered).tolist():
+            answer = answers.loc[keys[index]]
+            text = escape_csv_cell(normalize_name(answer["label"])) if answer["label"] else None
+            if text is not None and text not in indices:
+                name = answer["image"] or answer["checksum"]
+                raise ValueError(
+                    f"the answer about {name} is {answer['label']!r}, but the classes of {dataset} are "
+                    f"{format_name_list(label_space.names, 20)}. Correct it, or add photos of this class to `dataset`"
+                )
+            label = None if text is None else indices[text]
+            kind = "confirmed" if label == labels[index] else "changed"
+            if labels[index] is None:
+                kind = "new"
+            counts["none" if label is None else kind] += keys[index] not in found
+            found.add(keys[index])
+            labels[index] = label
+            chosen[index] = answer["chosen"]
+        labeled[split] = replace(part, labels=labels, keys=keys, chosen=chosen)
+    if not found:
+        raise ValueError(
+            f"none of the {len(answers):,} answers is about a photo of {dataset}. Set `dataset` to the photos "
+            "that the page has shown: a photo that was edited since is another one"
+        )
+    text = (
+        f"{counts['changed']:,} labels changed, {counts['confirmed']:,} confirmed, {counts['new']:,} photos without "
+        f"a label got one, {counts['none']:,} show none of the classes"
+    )
+    if others := len(answers) - len(found):
+        text += f"; {others:,} are about photos that are not here"
+    return labeled, text
+
+
+def check_names(names: Sequence[str], keys: np.ndarray, answers: pd.DataFrame) -> None:
+    """Raise ValueError if an answer has the checksum of a photo, and the name of another one.
+
+    Then a column was sorted alone. Names may begin with the folder of the dataset, or with another one
+    after it was moved.
+    """
+    key_by_name: dict[str, Any] = dict(zip(names, keys.tolist(), strict=True))
+    known = answers[answers.index.isin(keys)]
+    for key, name in zip(known.index.tolist(), known["image"], strict=True):
+        folders = name.split("/")
+        ends = ("/".join(folders[start:]) for start in range(len(folders)))
+        other = next((key_by_name[end] for end in ends if end in key_by_name), key)
+        if other != key and not name.isdecimal():  # An image without a file is named by its row
+            raise ValueError(
+                f"the answer about {name} has the checksum {key:016x} of another photo, as after a column was "
+                "sorted alone. Pass the file that the page has saved or, if photos have exchanged their names, remove "
+                "the column image: only the checksum counts then"
+            )
