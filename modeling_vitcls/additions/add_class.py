@@ -6,6 +6,7 @@ the mean of its images, multiplied by the precision matrix that the old classes 
 
 import itertools
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, read_splits
 from ..evaluation.evaluator import build_predictions, build_rows
 from ..frozen.class_statistics import ClassStatistics
-from ..frozen.features import Features
 from ..frozen.heads import find_nearest_images
 from ..frozen.linear_probe import Folds, describe_layers, split_folds, stack_tokens
 from ..frozen.scenes import TrainedScenes
 from ..hub.local_paths import strip_folders
+from ..inference.features import Features
 from ..runtime.errors import format_name_list, warn_on_first_process
 from .extend import Addition, OldModel, append_head, check_has_one_label
 from .options import AddClassOptions
@@ -53,7 +54,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
             "without them"
         )
 
-    features = old.compute_features(images, label_space, has_logits=True)
+    features = old.compute_features(images, label_space, select_logits=attrgetter("logits"))
     names = label_space.names
     check_has_images(names, features.labels)
     features, limit, scenes_record = old.keep_scenes_together(images, features, label_space)

@@ -9,17 +9,12 @@ from threadpoolctl import threadpool_limits
 from ..data.sources import Splits
 from ..data.splits import TrainingData, divide_images, load_undivided_images
 from ..data.splits_table import list_encoder_rows
-from ..evaluation.evaluator import (
-    Predictions,
-    build_predictions,
-    build_rows,
-    count_in_trained_scenes,
-)
-from ..frozen.features import Features
+from ..evaluation.evaluator import build_rows, count_in_trained_scenes, measure_left_out
 from ..frozen.heads import FrozenHead
-from ..frozen.linear_probe import LinearProbe, describe_candidate, stack_tokens
+from ..frozen.linear_probe import LinearProbe, describe_candidate
 from ..frozen.scenes import TrainedScenes
 from ..hub.local_paths import strip_folders
+from ..inference.features import Features
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
@@ -71,14 +66,12 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     }
 
     head = FrozenHead(options.name, probe, tokens, label_space, features, held_out)
-    predictions = predict_left_out(head, weight, bias)
+    predictions = measure_left_out(head)
     rows = None
     if predictions is not None:
         rows = build_rows(predictions, head.find_nearest_images(predictions.list_wrong()))
-        record["result"] = build_result("accuracy", predictions)
-        if held_out is None and probe.estimate_ is not None:
-            # Corrected for the choice
-            record["result"] |= probe.estimate_ | {"num_folds": probe.num_folds_}
+        num_folds = probe.num_folds_ if held_out is None else 0
+        record["result"] = build_result("accuracy", predictions, num_folds)
         if num_seen := data.count_seen(list_encoder_rows(old.folder)):
             del record["result"]["accuracy_interval"]
             warn_on_first_process(
@@ -114,19 +107,6 @@ def divide(
         return data, features, None
     is_held_out = np.isin(features.indices, data.held_out_indices)
     return data, features.take(~is_held_out), features.take(is_held_out)
-
-
-def predict_left_out(head: FrozenHead, weight: np.ndarray, bias: np.ndarray) -> Predictions | None:
-    """Predict the held-out images or, without those, the images that each fold left out, if any.
-
-    `weight` [L, F] and `bias` [L] are of the classifier that is fitted to all training images.
-    """
-    if head.held_out is not None:
-        logits = stack_tokens(head.held_out.get_tokens(), head.tokens) @ weight.T + bias
-        return build_predictions(head.labels, replace(head.held_out, logits=logits))
-    if head.probe.estimate_ is None:
-        return None
-    return build_predictions(head.labels, head.predict_out_of_fold())
 
 
 def check_name(name: str, config: ViTCLSConfig) -> None:

@@ -26,10 +26,7 @@ from rich.console import Console
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
 from ..evaluation.evaluate import set_up_evaluation
-from ..frozen.class_statistics import Token
-from ..frozen.features import OWN_POOLING, FeatureLayout, Features, compute_features
 from ..frozen.heads import set_weights
-from ..frozen.linear_probe import NUM_LAST_LAYERS
 from ..frozen.scenes import (
     TrainedScenes,
     describe_scenes,
@@ -39,6 +36,14 @@ from ..frozen.scenes import (
 )
 from ..hub.local_paths import resolve_name
 from ..hub.model_folder import ModelFolder, open_vitcls
+from ..inference.features import (
+    NUM_LAST_LAYERS,
+    OWN_POOLING,
+    FeatureLayout,
+    Features,
+    FrozenEncoder,
+    Token,
+)
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification
 from ..runtime.distributed import set_mixed_precision
@@ -75,20 +80,20 @@ class OldModel:
 
     Attributes:
         folder, model, processor: the model.
+        encoder: its pass over labeled images.
         trained_scenes: recognizes the photos that trained it.
         staging: hidden folder, whose files move to the output folder.
         flags: of the command.
-        pass_arguments: of a pass of labeled images through the model (`ImagePass`).
         console: shows the progress of a pass and the result.
     """
 
     folder: ModelFolder
     model: Any
     processor: ViTCLSImageProcessor
+    encoder: FrozenEncoder
     trained_scenes: dict[str, TrainedScenes]
     staging: Path
     flags: dict[str, Any]
-    pass_arguments: dict[str, Any]
     console: Console
 
     @property
@@ -104,11 +109,9 @@ class OldModel:
         self, images: LabeledImages, label_space: LabelSpace, **arguments: Any
     ) -> Features:
         """Compute the features of the images that have a label; `arguments` are of the pass."""
-        arguments = self.pass_arguments | {"label_space": label_space} | arguments
-        features = compute_features(
-            self.model, images, self.layout, console=self.console, **arguments
+        return self.encoder.compute_labeled_features(
+            images, layout=self.layout, label_space=label_space, console=self.console, **arguments
         )
-        return features.take(features.labels >= 0)
 
     def keep_scenes_together(
         self, images: LabeledImages, features: Features, label_space: LabelSpace
@@ -162,23 +165,26 @@ def build_old_model(options: AdditionOptions, staging: Path) -> OldModel:
     set_mixed_precision(accelerator, options.mixed_precision, model.config)
     model.to(accelerator.device)
     processor = folder.load_processor()
-    pass_arguments = {
-        "processor": processor,
-        "batch_size": options.batch_size,
-        "accelerator": accelerator,
-        "num_workers": options.num_workers,
-        "num_channels": model.config.num_channels,
-        "warn": warn,
-    }
+    trained_scenes = read_scenes(folder)
+    encoder = FrozenEncoder(
+        model,
+        max([NUM_LAST_LAYERS, *(each.layout.num_layers for each in trained_scenes.values())]),
+        processor=processor,
+        batch_size=options.batch_size,
+        accelerator=accelerator,
+        num_workers=options.num_workers,
+        num_channels=model.config.num_channels,
+        warn=warn,
+    )
     return OldModel(
         folder=folder,
         model=model,
         processor=processor,
-        trained_scenes=read_scenes(folder),
+        encoder=encoder,
+        trained_scenes=trained_scenes,
         staging=staging,
         # Otherwise, the folder data/photos would look like a dataset of the user `data`.
         flags=to_flags(options) | {"dataset": resolve_name(options.dataset)},
-        pass_arguments=pass_arguments,
         console=console,
     )
 

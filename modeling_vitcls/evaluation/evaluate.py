@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from ..conversion.open_model import open_model
 from ..data.cells import normalize_name
@@ -32,9 +33,10 @@ from ..data.labels import (
 from ..data.options import DataOptions
 from ..data.sources import load_on_main
 from ..data.splits_table import read_splits, select_task
-from ..frozen.scenes import read_scenes
+from ..frozen.scenes import TrainedScenes, read_scenes
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
+from ..inference.features import FeatureLayout, Features, FrozenEncoder
 from ..inference.load_model import load_for_inference
 from ..inference.metrics import drop_intervals
 from ..inference.options import EvaluateOptions
@@ -46,7 +48,15 @@ from ..runtime.errors import format_name_list, warn_on_first_process
 from ..runtime.files import escape_csv_cell, write_json
 from ..runtime.progress import build_console, print_warning
 from ..runtime.system import describe_device, get_versions
-from .evaluator import Evaluator, build_rows, describe_in_trained_scenes, write_rows
+from .evaluator import (
+    Predictions,
+    build_predictions,
+    build_rows,
+    count_in_trained_scenes,
+    describe_in_trained_scenes,
+    select_logits,
+    write_rows,
+)
 
 
 EVALUATION_BATCH_SIZE = 64  # Default number of images per process and forward pass on GPUs
@@ -89,8 +99,11 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         )
 
     data = load_data(options, label_space, folder, options.split, options.task, options.max_images)
-    evaluator = Evaluator(
-        data.images,
+    trained_scenes = read_scenes(folder).get(options.task or "")
+    layout = FeatureLayout(1, {}) if trained_scenes is None else trained_scenes.layout
+    encoder = FrozenEncoder(
+        model,
+        layout.num_layers,
         processor=processor,
         label_space=label_space,
         batch_size=batch_size,
@@ -100,14 +113,14 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         warn=warn,
     )
 
+    def select(outputs: Any) -> Tensor:
+        if options.task is None:
+            return select_logits(label_space, outputs)
+        return outputs.task_logits[options.task]  # type: ignore[no-any-return]
+
     start_time = time.perf_counter()
-    predictions = evaluator.predict(
-        model,
-        console,
-        task=options.task,
-        threshold=DEFAULT_THRESHOLD if options.threshold is None else options.threshold,
-        trained_scenes=read_scenes(folder).get(options.task or ""),
-    )
+    features = encoder.compute_features(data.images, layout, select, console=console)
+    predictions = measure_evaluated(features, label_space, options.threshold, trained_scenes)
     seconds = time.perf_counter() - start_time
     if options.split and data.num_trained:
         drop_intervals(predictions.metrics)
@@ -139,6 +152,25 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     print_results(results, data.description, console)
     accelerator.end_training()
     return results
+
+
+def measure_evaluated(
+    features: Features,
+    label_space: LabelSpace,
+    threshold: float | None,
+    trained_scenes: TrainedScenes | None,
+) -> Predictions:
+    """Measure logits, and count photos of scenes that trained the model as `in_trained_scenes`."""
+    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+    if trained_scenes is None:
+        return build_predictions(label_space, features, threshold)
+    # Each shot of a scene is little further evidence.
+    outputs = replace(features, groups=trained_scenes.join_shots(features))
+    predictions = build_predictions(label_space, outputs, threshold)
+    predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(
+        trained_scenes.recognize(features), predictions
+    )
+    return predictions
 
 
 def set_up_evaluation(

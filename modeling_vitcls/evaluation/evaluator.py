@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ..data.batches import MAX_CACHE_BYTES
 from ..data.labels import LabelSpace, OneLabel, PerTask
-from ..frozen.features import Features, pool_layers
-from ..frozen.scenes import TrainedScenes
+from ..frozen.heads import FrozenHead
 from ..frozen.targets import Target, find_target
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
@@ -93,6 +92,18 @@ def build_predictions(
     return Predictions(label_space, outputs, metrics, threshold)
 
 
+def measure_left_out(head: FrozenHead) -> Predictions | None:
+    """Measure a classifier on the images that `predict_left_out` predicts, if there are any.
+
+    In cross-validation, the accuracy is corrected for the choice among the candidates.
+    """
+    outputs = head.predict_left_out()
+    if outputs is None:
+        return None
+    estimate = head.probe.estimate_ if head.held_out is None else None
+    return build_predictions(head.labels, outputs, estimate=estimate)
+
+
 def count_in_trained_scenes(names: Sequence[str], predictions: Predictions) -> dict[str, Any]:
     """Count photos of scenes that trained the model, by their names, and the others that are right."""
     outputs = predictions.outputs
@@ -141,23 +152,13 @@ class Evaluator(ImagePass):
             return NOTHING_MEASURED
         return self.predict(model, console).metrics
 
-    def predict(
-        self,
-        model: nn.Module,
-        console: Console | None = None,
-        task: str | None = None,
-        threshold: float = DEFAULT_THRESHOLD,
-        trained_scenes: TrainedScenes | None = None,
-    ) -> Predictions:
+    def predict(self, model: nn.Module, console: Console | None = None) -> Predictions:
         """Measure a model on the device in evaluation mode, and keep the logits.
 
         All processes must call this method.
 
         Args:
             console: shows the progress (runtime/progress.py).
-            task: an added task, which is measured instead of the classifier.
-            threshold: probability from which one of several labels is predicted.
-            trained_scenes: photos of these scenes are counted as `in_trained_scenes`.
 
         Raises:
             ValueError: if all images are unreadable, if more than `MAX_UNREADABLE_IMAGES` images
@@ -165,36 +166,21 @@ class Evaluator(ImagePass):
         """
 
         def compute(pixel_values: Tensor) -> dict[str, Tensor]:
-            outputs: Any = model(pixel_values, output_hidden_states=trained_scenes is not None)
-            logits = outputs.task_logits[task] if task else self.select_logits(outputs)
-            computed = {"logits": logits}
-            if trained_scenes is not None:
-                computed["features"] = pool_layers(model.vitcls, outputs, trained_scenes.layout)
-            return computed
+            return {"logits": select_logits(self.label_space, model(pixel_values))}
 
-        outputs = self.collect(model, compute, console)
-        if trained_scenes is None:
-            return build_predictions(self.label_space, outputs, threshold)
+        return build_predictions(self.label_space, self.collect(model, compute, console))
 
-        features = Features(layout=trained_scenes.layout, **vars(outputs))
-        # Each shot of a scene is little further evidence.
-        outputs = replace(outputs, groups=trained_scenes.join_shots(features))
-        predictions = build_predictions(self.label_space, outputs, threshold)
-        predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(
-            trained_scenes.recognize(features), predictions
-        )
-        return predictions
 
-    def select_logits(self, outputs: Any) -> Tensor:
-        """Select the logits [B, L] that `measure` expects, with those of both heads beside them."""
-        if isinstance(outputs.logits, dict):
-            return torch.cat(list(outputs.logits.values()), dim=1)
-        heads = [outputs.cls_logits, outputs.distillation_logits]
-        # Only one label per image has metrics of both heads, and added classes are in neither.
-        has_one_label = isinstance(self.label_space, OneLabel)
-        if heads[1] is None or not has_one_label or heads[1].shape != outputs.logits.shape:
-            return outputs.logits
-        return torch.cat([outputs.logits, *heads], dim=1)
+def select_logits(label_space: LabelSpace, outputs: Any) -> Tensor:
+    """Select the logits [B, L] that `measure` expects, with those of both heads beside them."""
+    if isinstance(outputs.logits, dict):
+        return torch.cat(list(outputs.logits.values()), dim=1)
+    heads = [outputs.cls_logits, outputs.distillation_logits]
+    # Only one label per image has metrics of both heads, and added classes are in neither.
+    has_one_label = isinstance(label_space, OneLabel)
+    if heads[1] is None or not has_one_label or heads[1].shape != outputs.logits.shape:
+        return outputs.logits  # type: ignore[no-any-return]
+    return torch.cat([outputs.logits, *heads], dim=1)
 
 
 # One row per evaluated image ----------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """The classifier on a frozen encoder: what a few photos are enough for.
 
-    features.py          features of CLS and of the patches, of one or more layers
     scenes.py            shots of one scene, which no fold divides
-    encoder.py           one pass over the images of a run; the scenes, and what the classifiers are fitted to
+    head_search.py       geometry, scenes and classifiers of a run, on the features of its images
     class_statistics.py  means and covariances of classes
     linear_probe.py      a classifier of them, chosen and measured by cross-validation
     targets.py           one label per image, or several
@@ -12,5 +11,5 @@
     camera.py            can it recognize who took the photo?
     curve.py             would more photos help?
 
-Predictions are measured in evaluation/, and a run is in training/frozen_run.py.
+The pass that computes features is in inference/features.py. Predictions are measured in evaluation/, and a run is in training/frozen_run.py.
 """

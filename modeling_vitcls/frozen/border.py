@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..inference.features import Features, mark_rings
 from ..model.field_checks_vitcls import Size
-from .features import Features, mark_rings
 from .heads import FrozenHead
 
 

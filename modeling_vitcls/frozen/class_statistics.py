@@ -31,6 +31,7 @@ import pandas as pd
 import torch
 from scipy import linalg
 
+from ..inference.features import Token, Tokens
 from ..model.class_distance_vitcls import ClassDistance
 
 
@@ -39,8 +40,6 @@ from ..model.class_distance_vitcls import ClassDistance
 MIN_RELATIVE_VARIANCE = 1e-6
 KNOWN_RECALL = 0.95  # Fraction of training images within the distance threshold
 
-Token = tuple[int, str]  # Negative index of a layer, and "cls" or "mean" (of the patches)
-Tokens = tuple[Token, ...]  # In the order in which a classifier reads them
 TokenFeatures = Mapping[Token, np.ndarray]  # [N, D] of each token, after the final norm
 
 

@@ -1,6 +1,6 @@
 """The classifiers on the features of a frozen encoder.
 
-    features, labels -> LinearProbe of each task -> freeze: FrozenHead of each task -> the weights of the model
+    features, labels -> LinearProbe of each task -> build_heads: FrozenHead of each task -> the weights of the model
 
 The choice is made in frozen/linear_probe.py. Each of several tasks has a classifier of its own, of
 the same features.
@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from sklearn.preprocessing import normalize
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.labels import LabelSpace, PerTask
+from ..inference.features import Features, Token, Tokens
 from ..inference.stated_result import format_percent
-from .class_statistics import Token, Tokens, expand_rows
-from .features import Features
+from .class_statistics import expand_rows
 from .linear_probe import (
     MIN_DISTANCE_IMAGES,
     Candidate,
@@ -45,7 +44,7 @@ def find_read(probes: Collection[LinearProbe]) -> Candidate:
     return Candidate(layers, "cls_mean" if reads_patches else "cls")
 
 
-def freeze(
+def build_heads(
     probes: Mapping[str, LinearProbe],
     label_space: LabelSpace,
     features: Features,
@@ -54,10 +53,10 @@ def freeze(
     """Join the classifier of each task with the features of its training and held-out images."""
     tokens = find_read(probes.values()).tokens
     held_out_parts = split_tasks(held_out, label_space)
-    frozen = {}
+    heads = {}
     for task, own in split_tasks(features, label_space).items():
         left_out = held_out_parts[task]
-        frozen[task] = FrozenHead(
+        heads[task] = FrozenHead(
             task=task,
             probe=probes[task],
             tokens=tokens,
@@ -65,17 +64,17 @@ def freeze(
             features=own,
             held_out=left_out if len(left_out.labels) else None,
         )
-    return frozen
+    return heads
 
 
-def build_record(frozen: Mapping[str, "FrozenHead"]) -> dict[str, Any]:
+def build_record(heads: Mapping[str, "FrozenHead"]) -> dict[str, Any]:
     """Record what was chosen for results.json. The only task is the record itself."""
     records = {
-        task: each.probe.build_record(len(each.features.labels)) for task, each in frozen.items()
+        task: each.probe.build_record(len(each.features.labels)) for task, each in heads.items()
     }
     if "" in records:
         return records[""]
-    read = find_read([each.probe for each in frozen.values()])
+    read = find_read([each.probe for each in heads.values()])
     return {"layers": list(read.layers), "pooling": read.pooling, "tasks": records}
 
 
@@ -110,10 +109,18 @@ class FrozenHead:
     features: Features
     held_out: Features | None
 
+    def predict_left_out(self) -> Features | None:
+        """Predict the held-out images or, without those, the training images out of fold: logits [N, L].
+
+        None if there are neither held-out images nor folds.
+        """
+        if self.held_out is not None:
+            return self.predict_held_out()
+        return None if self.probe.estimate_ is None else self.predict_out_of_fold()
+
     def predict_out_of_fold(self) -> Features:
         """Predict the training images with classifiers that were not fitted to them: logits [N, L]."""
         probe = self.probe
-        assert probe.estimate_ is not None, "there are folds"
         num_labels = len(self.labels.names)
         probabilities = expand_rows(probe.out_of_fold_.T, probe.classes_, num_labels).T  # [N, L]
         known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
@@ -124,16 +131,24 @@ class FrozenHead:
             features, logits=probe.target_.to_logits(probabilities[known]).astype(np.float32)
         )
 
-    @torch.no_grad()
-    def predict_held_out(self, model: Any) -> Features:
-        """Predict the held-out images: only the heads of the model run, not the encoder."""
+    def predict_held_out(self) -> Features:
+        """Predict the held-out images with the classifier that is fitted to all training images."""
         features = self.held_out
         assert features is not None, "there are held-out images"
-        logits = apply_head(self.get_layer(model), features, self.tokens)
-        for tokens in self.probe.candidate_.heads[1:]:
-            second_logits = apply_head(model.distillation_classifier, features, tokens)
-            logits = model.combine_heads(logits, second_logits)
-        return replace(features, logits=logits.cpu().numpy())
+        tokens = features.get_tokens()
+        candidate = self.probe.candidate_
+        logits = []
+        for head, read in enumerate(candidate.heads):
+            # In the precision of the layers of the model
+            inputs, weight, bias = (
+                torch.from_numpy(array).float()
+                for array in (
+                    stack_tokens(tokens, read),
+                    *self.probe.build_linear(len(self.labels.names), head),
+                )
+            )
+            logits.append(nn.functional.linear(inputs, weight, bias).numpy())
+        return replace(features, logits=candidate.join(logits))
 
     def find_nearest_images(self, images: np.ndarray) -> dict[int, list[str]]:
         """Find the training images that explain predictions: the nearest ones, by image index.
@@ -203,13 +218,6 @@ def find_nearest_images(
     return found
 
 
-def apply_head(head: nn.Module, features: Features, tokens: Sequence[Token]) -> Tensor:
-    """Compute the logits [N, L] of a head that reads some tokens."""
-    inputs = torch.from_numpy(stack_tokens(features.get_tokens(), tokens)).float()
-    logits: Tensor = head(inputs.to(PartialState().device))
-    return logits
-
-
 @torch.no_grad()
 def set_weights(layer: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
     """Set the weight [L, F] and the bias [L] of a head."""
@@ -236,16 +244,16 @@ def describe_choice(record: dict[str, Any]) -> str:
     )
 
 
-def describe_class_weights(frozen: FrozenHead) -> str | None:
+def describe_class_weights(head: FrozenHead) -> str | None:
     """Say what equal weights of the classes would change, from a second cross-validation.
 
     None if the classes have equal weights already, for several labels per image, and without folds.
     """
-    probe = frozen.probe
+    probe = head.probe
     if probe.is_balanced or probe.lines_ is not None or not probe.num_folds_:
         return None
     # The images of the choice are the first ones.
-    images = frozen.features.take(slice(len(probe.losses_)))
+    images = head.features.take(slice(len(probe.losses_)))
     candidate = probe.candidate_
     weighted = LinearProbe(candidate.layers, candidate.pooling, "balanced")
     with threadpool_limits(limits=1):
@@ -261,7 +269,7 @@ def describe_class_weights(frozen: FrozenHead) -> str | None:
         recalls = pd.Series(is_right).groupby(labels).mean()
         rows.append(
             {
-                f"recall of {frozen.labels.names[rarest]}": recalls[rarest],
+                f"recall of {head.labels.names[rarest]}": recalls[rarest],
                 "balanced accuracy": recalls.mean(),
                 "accuracy": is_right.mean(),
                 "loss": np.average(each.losses_[known], weights=class_weights),

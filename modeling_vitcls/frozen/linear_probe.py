@@ -33,6 +33,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ..inference.features import NUM_LAST_LAYERS, Token, Tokens
 from ..inference.intervals import estimate_after_choice, estimate_average_precision
 from ..inference.metrics import compute_losses, round_floats
 from ..runtime.flags import check_value
@@ -40,9 +41,7 @@ from ..runtime.progress import track
 from .class_statistics import (
     KNOWN_RECALL,
     ClassStatistics,
-    Token,
     TokenFeatures,
-    Tokens,
     build_label_scores,
     compute_means,
     expand_rows,
@@ -51,7 +50,6 @@ from .confidence import extrapolate_temperature, measure_spread
 from .targets import find_target
 
 
-NUM_LAST_LAYERS = 4  # The largest candidate reads as many layers
 NUM_FOLDS = 5
 NUM_FOLDS_OF_FEW = 10
 FEW_IMAGES = 1000  # Maximum number of images for ten folds
@@ -142,11 +140,11 @@ def list_candidates(
     if layers is not None:
         layer_choices = [tuple(layers)]
 
-    candidates = [
-        candidate
-        for candidate in starmap(Candidate, product(layer_choices, poolings, inferences))
-        if set() < set(chain(*candidate.heads)) <= features.keys()
-    ]
+    candidates = []
+    for candidate in starmap(Candidate, product(layer_choices, poolings, inferences)):
+        tokens = set(chain(*candidate.heads))
+        if tokens and tokens <= features.keys():
+            candidates.append(candidate)
     if not candidates:
         raise ValueError(
             f"`layers` or `pooling` names tokens that the features lack. They have {list(features)}: "

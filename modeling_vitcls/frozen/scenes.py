@@ -34,9 +34,9 @@ from ..data.labels import LabelSpace
 from ..data.splits import connect, join_groups
 from ..hub.model_files import SCENES_FILE
 from ..hub.model_folder import ModelFolder
+from ..inference.features import FeatureLayout, Features
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import explain_damage, format_name_list, warn_on_first_process
-from .features import FeatureLayout, Features
 
 
 NUM_MIRRORED = 8  # Photos whose mirror images pass the encoder

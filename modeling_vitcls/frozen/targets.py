@@ -8,8 +8,6 @@ calibration         a temperature                       a line for each label
 `find_target` finds the class from the shape of the labels. Logits are [N, K] of K classes or labels.
 """
 
-import operator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +30,10 @@ class OneLabelTarget:
         classes, indices = np.unique(labels, return_inverse=True)
         return classes, indices
 
-    find_strata = staticmethod(np.asarray)  # Folds are stratified by the class [N] of each image
+    @staticmethod
+    def find_strata(labels: np.ndarray) -> np.ndarray:
+        """Find by what folds are stratified: the class [N] of each image."""
+        return labels
 
     @staticmethod
     def calibrate(
@@ -41,8 +42,10 @@ class OneLabelTarget:
         """Fit the temperature of logits, given the weight [N] of each image; there are no lines."""
         return fit_temperature(logits, labels, weights), None
 
-    to_probabilities = staticmethod(partial(softmax, axis=1))
-    find_right = staticmethod(operator.eq)  # The images [N] whose class is predicted
+    @staticmethod
+    def to_probabilities(logits: np.ndarray) -> np.ndarray:
+        """Convert logits to the probabilities of the classes."""
+        return softmax(logits, axis=1)  # type: ignore[no-any-return]
 
     @staticmethod
     def to_logits(probabilities: np.ndarray) -> np.ndarray:
@@ -59,6 +62,11 @@ class OneLabelTarget:
     def get_names(names: list[str], answers: np.ndarray) -> list[Any]:
         """Name the class of each image."""
         return [names[index] for index in answers]
+
+    @staticmethod
+    def find_right(answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Find the images [N] whose class is predicted."""
+        return answers == labels  # type: ignore[no-any-return]
 
     @staticmethod
     def compute_confidences(logits: np.ndarray) -> np.ndarray:
@@ -100,7 +108,10 @@ class SeveralLabelsTarget:
         slopes, offsets = np.transpose(lines)
         return 1.0, np.stack([slopes, np.where(scores.any(axis=0), offsets, logit(shares))])
 
-    to_probabilities = staticmethod(expit)
+    @staticmethod
+    def to_probabilities(logits: np.ndarray) -> np.ndarray:
+        """Convert logits to the probability of each label."""
+        return expit(logits)  # type: ignore[no-any-return]
 
     @staticmethod
     def to_logits(probabilities: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@
     load_model.py       loading of a model, its image processor and the number of images per batch
     metrics.py          metrics for each kind of labels
     image_pass.py       one pass of images through a model, for everything in this list that needs outputs
+    features.py         a frozen encoder: the pass that computes features, and the heads on them
     cuda_graphs.py      passes of one shape, repeated by a GPU without Python
     inputs.py           images for prediction, decoded in advance by threads; whether they trained the model
     prediction_rows.py  pixels -> rows of labels, probabilities or features

@@ -251,15 +251,20 @@ class ImagePass:
         self.cache: list[ImageBatch] | None = None
 
     def collect(
-        self, model: nn.Module, compute: Compute, console: Console | None = None
+        self,
+        model: nn.Module,
+        compute: Compute,
+        console: Console | None = None,
+        read: Callable[[Any], dict[str, Tensor]] = dict,
     ) -> ImageOutputs:
-        """Collect what `compute` returns for each readable image, in order, on every process.
+        """Collect what `read` returns for each readable image, in order, on every process.
 
         Args:
             model: the model that `compute` runs, on the device and in evaluation mode.
-            compute: function of images [B, C, H, W], which returns a tensor [B, ...] for each field
-                of `ImageOutputs` that it computes.
+            compute: function of images [B, C, H, W].
             console: console for the progress (runtime/progress.py).
+            read: function of what `compute` returns, which returns a tensor [B, ...] for each field
+                of `ImageOutputs` that it computes.
 
         Raises:
             ValueError: after the last batch, if all images are unreadable, if more than
@@ -283,7 +288,10 @@ class ImagePass:
         error_messages: dict[int, str] = {}
         parts = []
         for batch, outputs in pass_over_images(
-            compute, padded_batches, accelerator.device, accelerator.autocast
+            lambda images: read(compute(images)),
+            padded_batches,
+            accelerator.device,
+            accelerator.autocast,
         ):
             error_messages |= batch.error_messages
             arrays = {

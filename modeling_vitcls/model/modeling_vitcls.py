@@ -384,15 +384,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 states[ALL_TOKENS] = layers[-1](states[num_layers - 1], *inputs[-1][:2], **kwargs)
         layer_tokens = {index: self.normalize(states[index]) for index in sorted(read_layers)}
 
-        pooler_output = None
-        if self.pooler is not None:
-            pooler_inputs = [layer_tokens[index] for index in pooled_layers]
-            # [B, P]
-            pooler_output = self.pooler(
-                pooler_inputs if len(pooler_inputs) > 1 else pooler_inputs[0]
-            )
         output = ViTCLSModelOutput(
-            last_hidden_state=layer_tokens[num_layers], pooler_output=pooler_output
+            last_hidden_state=layer_tokens[num_layers], pooler_output=self.pool(layer_tokens)
         )
         # Set on this instance; not with `setattr`, for which transformers lists all fields, nor with
         # `update`, which PyTorch 2.9 does not compile
@@ -405,6 +398,14 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
     def pooled_layer_indices(self) -> list[int]:
         """The pooled layers, from 1; negative ones count from the end of `layers`, also if shortened."""
         return self.config.resolve_layers(self.config.pooled_layers, len(self.layers))
+
+    def pool(self, layer_tokens: Mapping[int, Tensor]) -> Tensor | None:
+        """Pool the tokens [B, N, D] of layers to [B, P], if the model has a pooler."""
+        if self.pooler is None:
+            return None
+        inputs = [layer_tokens[index] for index in self.pooled_layer_indices]
+        pooled: Tensor = self.pooler(inputs if len(inputs) > 1 else inputs[0])
+        return pooled
 
     def normalize(self, hidden_states: Tensor) -> Tensor:
         """Apply the final norm, if the model has one, to the output of a layer."""
@@ -540,36 +541,15 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             output_layers={*self.extra_heads.layers, *distance_layers, *distillation_layers},
             **kwargs,
         )
-        distance = None
-        if distance_layers:
-            distance = self.class_distance(outputs.layer_tokens)  # type: ignore[misc]
-
-        logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
-        distillation_logits = None
-        if self.distillation_classifier is not None:
-            group = self.config.token_layout.distillation
-            # [B, n, D] each
-            tokens = [outputs.layer_tokens[layer][:, group] for layer in distillation_layers]
-            # [B, layers * D]
-            pooled = torch.cat([each.mean(dim=1) for each in tokens], dim=-1)
-            distillation_logits = self.distillation_classifier(pooled)
-            logits = self.combine_heads(cls_logits, distillation_logits)
-        elif torch.onnx.is_in_onnx_export():
-            # The graph would have the same output twice.
-            cls_logits = None
-
-        task_logits = self.extra_heads(outputs.layer_tokens)
-        added_logits = [task_logits.pop(name) for name in self.extra_heads.added_classes]
-        if added_logits:
-            # a larger product would change the bits of the others
-            own_logits = [] if isinstance(self.classifier, nn.Identity) else [logits]
-            logits = torch.cat([*own_logits, *added_logits], dim=-1)
+        heads = self.apply_heads(
+            outputs.layer_tokens, outputs.pooler_output, has_distance=bool(distance_layers)
+        )
 
         loss = None
         if labels is not None:
-            all_logits = [logits]
-            if self.training and distillation_logits is not None:
-                all_logits = [cls_logits, distillation_logits]
+            all_logits = [heads["logits"]]
+            if self.training and heads["distillation_logits"] is not None:
+                all_logits = [heads["cls_logits"], heads["distillation_logits"]]
             losses = [
                 self.loss_function(labels, head_logits, self.config, **kwargs)
                 for head_logits in all_logits
@@ -578,14 +558,52 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
         return ViTCLSImageClassifierOutput(
             loss=loss,
-            logits=logits,
-            cls_logits=cls_logits,
-            distillation_logits=distillation_logits,
-            task_logits=task_logits or None,
-            distance=distance,
+            **heads,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def apply_heads(
+        self, layer_tokens: Mapping[int, Tensor], pooler_output: Tensor, has_distance: bool
+    ) -> dict[str, Any]:
+        """Compute what the heads return for the tokens of an encoder: logits and distance.
+
+        Args:
+            layer_tokens: layer index -> tokens [B, N, D] after the final norm.
+            pooler_output: [B, P].
+            has_distance: whether the class statistics belong to these weights.
+
+        Returns:
+            Fields of the output.
+        """
+        distance = self.class_distance(layer_tokens) if has_distance else None  # type: ignore[misc]
+        logits = cls_logits = self.classifier(pooler_output)  # [B, num_labels]
+        distillation_logits = None
+        if self.distillation_classifier is not None:
+            group = self.config.token_layout.distillation
+            # [B, n, D] each
+            tokens = [layer_tokens[layer][:, group] for layer in self.vitcls.pooled_layer_indices]
+            # [B, layers * D]
+            pooled = torch.cat([each.mean(dim=1) for each in tokens], dim=-1)
+            distillation_logits = self.distillation_classifier(pooled)
+            logits = self.combine_heads(cls_logits, distillation_logits)
+        elif torch.onnx.is_in_onnx_export():
+            # The graph would have the same output twice.
+            cls_logits = None
+
+        task_logits = self.extra_heads(layer_tokens)
+        added_logits = [task_logits.pop(name) for name in self.extra_heads.added_classes]
+        if added_logits:
+            # a larger product would change the bits of the others
+            own_logits = [] if isinstance(self.classifier, nn.Identity) else [logits]
+            logits = torch.cat([*own_logits, *added_logits], dim=-1)
+        return {
+            "logits": logits,
+            "cls_logits": cls_logits,
+            "distillation_logits": distillation_logits,
+            "task_logits": task_logits or None,
+            "distance": distance,
+        }
 
 
 class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
@@ -657,9 +675,32 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             **kwargs,
         )
 
+        heads = self.apply_heads(outputs.layer_tokens)
+
+        loss = losses = None
+        if labels is not None:
+            losses = self.compute_losses(heads["logits"], labels)
+            loss = torch.stack(list(losses.values())).sum()
+            losses = {name: losses[name] for name in heads["logits"] if name in labels}
+
+        return ViTCLSMultiTaskOutput(
+            loss=loss,
+            losses=losses,
+            **heads,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def apply_heads(
+        self,
+        layer_tokens: Mapping[int, Tensor],
+        pooler_output: Tensor | None = None,
+        has_distance: bool = False,
+    ) -> dict[str, Any]:
+        """Compute the logits of all tasks for the tokens of an encoder; it has no pooler."""
         pooled = []
-        for index in pooled_layers:
-            tokens = outputs.layer_tokens[index]
+        for index in self.vitcls.pooled_layer_indices:
+            tokens = layer_tokens[index]
             pooled.append(tokens[:, self.config.token_layout.cls])  # [B, tasks, D]
             if self.config.pooling == "cls_mean":
                 patches = tokens[:, self.config.token_layout.patches]
@@ -669,21 +710,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             self.config.task_labels(), self.classifiers.values(), features, strict=True
         )
         logits = {name: classifier(values) for name, classifier, values in classifiers}
-
-        loss = losses = None
-        if labels is not None:
-            losses = self.compute_losses(logits, labels)
-            loss = torch.stack(list(losses.values())).sum()
-            losses = {name: losses[name] for name in logits if name in labels}
-
-        return ViTCLSMultiTaskOutput(
-            loss=loss,
-            losses=losses,
-            logits=logits,
-            task_logits=self.extra_heads(outputs.layer_tokens) or None,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return {"logits": logits, "task_logits": self.extra_heads(layer_tokens) or None}
 
     def compute_losses(
         self, logits: dict[str, Tensor], labels: dict[str, Tensor]

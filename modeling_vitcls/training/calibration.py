@@ -5,6 +5,7 @@ fine-tuned model      logits of the selection images
 no selection images   logits of half of the held-out images; the error is reported for the other half
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,32 @@ SELECTION = "selection"
 HELD_OUT = "held-out"
 
 
-# The field "calibration" of results.json, None without a temperature, and the printed line about it
-Calibration = tuple[dict[str, Any] | None, str]
+@dataclass(frozen=True)
+class Calibration:
+    """The temperature of a classifier.
+
+    Attributes:
+        record: the field "calibration" of results.json; None without a temperature.
+        text: what is printed about it.
+    """
+
+    record: dict[str, Any] | None
+    text: str
+
+
+@dataclass(frozen=True)
+class MeasuredClassifier:
+    """A classifier after steps, with its temperature, measured on held-out images.
+
+    Attributes:
+        predictions: of the held-out images.
+        calibration: the temperature.
+        heads_text: which of two heads it returns; None with one head.
+    """
+
+    predictions: Predictions
+    calibration: Calibration
+    heads_text: str | None
 
 
 def choose_heads(
@@ -62,11 +87,11 @@ def calibrate(
     held_out: Evaluator,
     selection: Evaluator,
     inference: str | None,
-) -> tuple[Calibration, Predictions, str | None]:
+) -> MeasuredClassifier:
     """Calibrate a trained classifier, and measure the held-out images with it.
 
-    Also choose which of two heads it returns, and return a line about that. The temperature becomes
-    a part of the weights of the heads.
+    Also choose which of two heads it returns. The temperature becomes a part of the weights of the
+    heads.
 
     Args:
         classifier: the classifier without wrappers.
@@ -92,7 +117,8 @@ def calibrate(
         record = {"temperature": temperature, "num_images": num_images, "images": images}
         text = f"on {num_images:,} {images} images (temperature {temperature:.2f})"
     predictions = held_out.predict(model)
-    return measure_errors(record, text, predictions), predictions, heads_text
+    calibration = measure_errors(Calibration(record, text), predictions)
+    return MeasuredClassifier(predictions, calibration, heads_text)
 
 
 @torch.no_grad()
@@ -120,19 +146,18 @@ def describe_fold_calibration(probe: LinearProbe) -> Calibration:
         num_classes = len(probe.classes_)
         if np.nanmax(probe.out_of_fold_) < EQUAL_FACTOR / num_classes:
             text = f"{chosen}, which do not tell the classes apart: all are near 1/{num_classes}"
-    return record, text
+    return Calibration(record, text)
 
 
-def measure_errors(
-    record: dict[str, Any] | None, text: str, predictions: Predictions
-) -> Calibration:
+def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibration:
     """Measure the calibration error before and after the temperature, if there is one.
 
     The predictions are of held-out images, with the temperature. The error after it becomes their
     metric. The text names the errors unless there are few images.
     """
+    record, text = calibration.record, calibration.text
     if record is None:
-        return record, text
+        return calibration
     outputs = predictions.outputs
     if record["images"] == HELD_OUT:
         outputs = outputs.take(np.s_[1::2])  # The half to which the temperature was not fitted
@@ -147,4 +172,4 @@ def measure_errors(
             f"; calibration error of {num_images:,} other images {100 * before:.0f} -> "
             f"{100 * after:.0f} points"
         )
-    return record | {"calibration_error_before": before}, text
+    return Calibration(record | {"calibration_error_before": before}, text)

@@ -1,12 +1,13 @@
 """A run without steps: the classifiers of the frozen encoder, and how they are measured."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
-from ..evaluation.evaluator import Predictions, build_predictions
+from ..evaluation.evaluator import Predictions, measure_left_out
 from ..frozen.curve import describe_learning_curve, measure_learning_curve
-from ..frozen.encoder import (
+from ..frozen.head_search import (
     MAX_START_IMAGES,
     EncodedImages,
     describe_frozen,
@@ -25,15 +26,45 @@ from .run_inputs import RunInputs
 from .run_results import Outcome, list_measurements
 
 
+@dataclass(frozen=True)
+class MeasuredHead:
+    """The classifier of a task, and its predictions of images that did not train it.
+
+    Attributes:
+        head: the classifier.
+        calibration: its temperature.
+        predictions: of the held-out images or out of fold; None if no image could be left out.
+    """
+
+    head: FrozenHead
+    calibration: Calibration
+    predictions: Predictions | None
+
+    @property
+    def metrics(self) -> MetricValues:
+        return NOTHING_MEASURED if self.predictions is None else self.predictions.metrics
+
+    @property
+    def num_folds(self) -> int:
+        """The number of folds of the cross-validation; 0 for held-out images."""
+        return self.head.probe.num_folds_ if self.head.held_out is None else 0
+
+    def find_nearest_images(self) -> dict[int, list[str]] | None:
+        """Find the training images that explain each wrong prediction; None without predictions."""
+        if self.predictions is None:
+            return None
+        return self.head.find_nearest_images(self.predictions.list_wrong())
+
+
 def encode_images(inputs: RunInputs, plan: RunPlan, reporter: Reporter) -> EncodedImages:
     """Pass the images that can train the frozen model through the encoder, before they are divided."""
-    encoder = inputs.frozen_encoder
-    assert encoder is not None, "there is an encoder that is trained"
+    search = inputs.head_search
+    assert search is not None, "there is an encoder that is trained"
     warn, max_images = reporter.warn, None
     if plan.kind == "steps":
         # The steps report the unreadable images.
         warn, max_images = ignore_message, MAX_START_IMAGES
-    encoded = encoder.encode(plan.images.train, warn, max_images, plan.is_drawn)
+    encoded = search.encode(plan.images.train, warn, max_images, plan.is_drawn)
     reporter.print_lines(
         {
             "resize": describe_geometry(encoded.record),
@@ -47,80 +78,77 @@ def run_frozen(
     inputs: RunInputs, data: TrainingData, images: EncodedImages | None, reporter: Reporter
 ) -> Outcome:
     """Fit the classifier of each task to every label that is not held out, and measure it."""
-    encoder = inputs.frozen_encoder
-    assert encoder is not None, "only a run with a frozen encoder can be frozen"
+    search = inputs.head_search
+    assert search is not None, "only a run with a frozen encoder can be frozen"
     assert images is not None, "a frozen run is not resumed"
-    heads, record, trained_scenes, in_trained_scenes = encoder.fit(images, data, reporter.warn)
-    # Everything below is measured with the heads in the model, which are what the folder will
-    # contain.
-    encoder.set_frozen(heads)
+    fitted = search.fit(images, data, reporter.warn)
+    search.set_heads(fitted.by_task)
+    by_task = {task: measure_head(head) for task, head in fitted.by_task.items()}
     measured = []
-    task_metrics = {}
-    calibration_texts = {}
-    for task, head in heads.items():
-        (calibration, text), predictions = measure_head(encoder.model, head)
-        calibration_texts[task] = text
-        task_metrics[task] = NOTHING_MEASURED if predictions is None else predictions.metrics
+    for task, each in by_task.items():
         measured += list_measurements(
-            {task: task_metrics[task]},
+            {task: each.metrics},
             inputs.selection_metric,
             num_seen=data.count_seen(inputs.encoder_rows),
-            num_folds=head.probe.num_folds_ if head.held_out is None else 0,
+            num_folds=each.num_folds,
         )
 
-    # Every task has the features of the same pass.
-    features = head.features
-    num_training_images = len(data.train) - features.num_unreadable
+    record = fitted.record
     lines = describe_frozen(record)
-    lines["calibration"] = join_texts(calibration_texts)
+    lines["calibration"] = join_texts(
+        {task: each.calibration.text for task, each in by_task.items()}
+    )
     results: dict[str, Any] = {"frozen": record}
-    nearest_images = None
-    if task == "":  # The only one
-        metrics = task_metrics[task]
-        if data.train.is_stratified:
-            warn_about_unreadable_classes(data, features.labels, reporter.warn)
-        results["learning_curve"] = measure_learning_curve(head)
-        lines["curve"] = describe_learning_curve(results["learning_curve"])
-        lines["unknown"] = describe_threshold(head.probe)
-        if data.train.class_ratio > MAX_CLASS_RATIO:
-            lines["weights"] = describe_class_weights(head)
-        if predictions is not None:
-            nearest_images = head.find_nearest_images(predictions.list_wrong())
+    calibration = predictions = nearest_images = None  # Several tasks have no common ones
+    only = by_task.get("")
+    if only is None:
+        metrics = join_task_metrics(by_task, data)
     else:
-        calibration = predictions = None  # Tasks have no common ones
-        metrics = join_task_metrics(heads, task_metrics, data)
+        metrics = only.metrics
+        calibration = only.calibration.record
+        predictions = only.predictions
+        nearest_images = only.find_nearest_images()
+        if data.train.is_stratified:
+            warn_about_unreadable_classes(data, only.head.features.labels, reporter.warn)
+        results["learning_curve"] = measure_learning_curve(only.head)
+        lines["curve"] = describe_learning_curve(results["learning_curve"])
+        lines["unknown"] = describe_threshold(only.head.probe)
+        if data.train.class_ratio > MAX_CLASS_RATIO:
+            lines["weights"] = describe_class_weights(only.head)
 
+    # Every task has the features of the same pass.
+    num_unreadable = next(iter(by_task.values())).head.features.num_unreadable
     is_cross_validated = any(each.num_folds for each in measured)
     return Outcome(
         data=data,
         measured=measured,
         metrics=metrics,
         split="cross-validation" if is_cross_validated else data.held_out_name,
-        num_training_images=num_training_images,
+        num_training_images=len(data.train) - num_unreadable,
         calibration=calibration,
         predictions=predictions,
         seconds=record["seconds"],
         nearest_images=nearest_images,
-        num_unreadable=features.num_unreadable,
-        trained_scenes=trained_scenes,
-        in_trained_scenes=in_trained_scenes,
+        num_unreadable=num_unreadable,
+        trained_scenes=fitted.trained_scenes,
+        in_trained_scenes=fitted.in_trained_scenes,
         missing_reason=inputs.images.missing_reason or explain_missing_result(record["scenes"]),
         results=results,
         lines=lines,
     )
 
 
-def join_task_metrics(
-    heads: Mapping[str, FrozenHead], task_metrics: Mapping[str, MetricValues], data: TrainingData
-) -> MetricValues:
+def join_task_metrics(by_task: Mapping[str, MeasuredHead], data: TrainingData) -> MetricValues:
     """Join the metrics of tasks, measured on images of the same passes, which may lack their labels."""
-    parts = [each.held_out for each in heads.values() if each.held_out is not None]
+    heads = [each.head for each in by_task.values()]
+    parts = [head.held_out for head in heads if head.held_out is not None]
     images = data.held_out
     if not parts:
-        parts = [each.features for each in heads.values()]
+        parts = [head.features for head in heads]
         images = data.train
     num_unreadable = parts[0].num_unreadable
     unreadable = {"num_unreadable_images": num_unreadable}
+    task_metrics = {task: each.metrics for task, each in by_task.items()}
     joined = join_tasks(task_metrics, len(images) - num_unreadable)
     return round_floats(joined | unreadable)  # type: ignore[no-any-return]
 
@@ -138,19 +166,11 @@ def explain_missing_result(scenes: Mapping[str, Any]) -> str:
     )
 
 
-def measure_head(model: Any, head: FrozenHead) -> tuple[Calibration, Predictions | None]:
-    """Measure a classifier on the held-out images or, without those, by cross-validation.
-
-    In cross-validation, each training image is predicted by a classifier that was not fitted to it,
-    and the accuracy is corrected for the choice among the candidates.
-    """
+def measure_head(head: FrozenHead) -> MeasuredHead:
+    """Measure a classifier on the held-out images or, without those, by cross-validation."""
     calibration = describe_fold_calibration(head.probe)
-    if head.held_out is not None:
-        predictions = build_predictions(head.labels, head.predict_held_out(model))
-        return measure_errors(*calibration, predictions), predictions
-    estimate = head.probe.estimate_
-    if estimate is None:
-        return calibration, None
+    predictions = measure_left_out(head)
     # The out-of-fold probabilities contain the temperature already, so there is no error before it.
-    out_of_fold = head.predict_out_of_fold()
-    return calibration, build_predictions(head.labels, out_of_fold, estimate=estimate)
+    if predictions is not None and head.held_out is not None:
+        calibration = measure_errors(calibration, predictions)
+    return MeasuredHead(head, calibration, predictions)

@@ -90,7 +90,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     # The first reason that applies decides: first what cannot be otherwise, then what the person
     # asked for, then what is better for this many images.
     reasons: list[tuple[bool, Literal["frozen", "steps"], str]] = [
-        (inputs.frozen_encoder is None, "steps", inputs.missing_start_reason),
+        (inputs.head_search is None, "steps", inputs.missing_start_reason),
         # A checkpoint was written by steps, whatever this machine would choose.
         (is_resumed, "steps", "a checkpoint is continued"),
         (bool(wishes), "steps", f"`{next(iter(wishes), '')}` is set"),
@@ -120,7 +120,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
             options,
             inputs.initial,
             num_images,
-            inputs.frozen_encoder is not None,
+            inputs.head_search is not None,
             inputs.forward_flops,
             has_new_tokens=bool(new_tokens),
         )
@@ -128,7 +128,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         lines["no steps"] = f"`{'`, `'.join(changed)}`: no effect, as only steps read them"
 
     # The mean with random weights would only dilute what the steps have learned.
-    has_heads = inputs.frozen_encoder is not None or inputs.has_trained_heads
+    has_heads = inputs.head_search is not None or inputs.has_trained_heads
     has_start = has_heads and not inputs.initial.has_random_weights
     averages = kind == "steps" and has_start and options.select == "last"
     return RunPlan(

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 
 from ..data.image_folder import check_output_is_not_read
 from ..data.splits import TrainingData, divide_images
-from ..frozen.encoder import EncodedImages
+from ..frozen.head_search import EncodedImages
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
 from ..runtime.distributed import build_accelerator, run_on_main
@@ -137,7 +137,7 @@ def divide_run(
     encoded = groups = None
     if checkpoint is not None:
         groups = checkpoint.metadata["start"].get("groups")
-    elif inputs.frozen_encoder is not None:
+    elif inputs.head_search is not None:
         encoded = encode_images(inputs, plan, reporter)
         groups = encoded.groups
     data = divide_images(

@@ -12,11 +12,11 @@ from ..conversion.open_model import is_preset
 from ..data.sources import Splits, load_on_main
 from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, list_encoder_rows
-from ..frozen.encoder import FrozenEncoder
-from ..frozen.features import compute_features, has_searchable_pooling
+from ..frozen.head_search import HeadSearch
 from ..hub.loading import pin_revision
 from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
+from ..inference.features import FrozenEncoder, has_searchable_pooling
 from ..inference.metrics import SELECTION_METRICS
 from ..inference.speed import count_flops
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -49,8 +49,8 @@ class RunInputs:
     teacher: Teacher | None
     pass_arguments: dict[str, Any]  # Arguments of each `ImagePass` of this run, without the images
     has_trained_heads: bool  # Whether the checkpoint contains every head
-    frozen_encoder: FrozenEncoder | None
-    missing_start_reason: str  # Why there is no frozen encoder, so the run has steps
+    head_search: HeadSearch | None
+    missing_start_reason: str  # Why there is none, so the run has steps
     # Rows of splits.parquet: images that trained the encoder, or the teacher, before this run
     encoder_rows: pd.DataFrame
     # Images to which the initial classifier was fitted; None if it has other labels, or there is none
@@ -138,13 +138,12 @@ def load(
         ),
     }
     missing_start_reason = next((reason for reason, applies in reasons.items() if applies), "")
-    frozen_encoder = None
+    head_search = None
     if not missing_start_reason:
-        frozen_encoder = FrozenEncoder(
-            model=model,
+        head_search = HeadSearch(
+            encoder=FrozenEncoder(model, **pass_arguments),
             processor=processor,
             label_space=labels,
-            run_pass=partial(compute_features, **pass_arguments),
             resize=options.resize,
             pooling=options.pooling,
             pooled_layers=options.pooled_layers,
@@ -159,7 +158,7 @@ def load(
         teacher_folder = ModelFolder(Path(options.teacher))
     encoder_rows = [
         # Without a fitted start, the classifier stays the checkpoint's.
-        list_encoder_rows(initial.folder, frozen_encoder is None and has_trained_heads),
+        list_encoder_rows(initial.folder, head_search is None and has_trained_heads),
         # The student learns their labels from the teacher.
         list_encoder_rows(teacher_folder, keeps_classifier=True),
     ]
@@ -185,7 +184,7 @@ def load(
         teacher=teacher,
         pass_arguments=pass_arguments,
         has_trained_heads=has_trained_heads,
-        frozen_encoder=frozen_encoder,
+        head_search=head_search,
         missing_start_reason=missing_start_reason,
         encoder_rows=pd.concat(encoder_rows),
         fitted_rows=fitted_rows,

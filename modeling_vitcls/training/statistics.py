@@ -1,18 +1,24 @@
 """Class statistics of a model that was trained with steps, from one pass over some of its images."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..data.images import LabeledImages
 from ..data.splits import TrainingData
-from ..frozen.class_statistics import KNOWN_RECALL, ClassStatistics, Token
-from ..frozen.encoder import ignore_message
-from ..frozen.features import FeatureLayout, Features, compute_features
+from ..frozen.class_statistics import KNOWN_RECALL, ClassStatistics
+from ..frozen.head_search import ignore_message
 from ..frozen.heads import describe_unknown
-from ..frozen.linear_probe import MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
+from ..frozen.linear_probe import MIN_DISTANCE_IMAGES
 from ..frozen.scenes import TrainedScenes, measure_limit
+from ..inference.features import (
+    NUM_LAST_LAYERS,
+    FeatureLayout,
+    Features,
+    FrozenEncoder,
+    Token,
+)
 from ..model.modeling_vitcls import count_output_tokens
 from .run_inputs import RunInputs
 
@@ -20,27 +26,39 @@ from .run_inputs import RunInputs
 MAX_STATISTICS_IMAGES = 5000  # Maximum number of images for the statistics of a trained model
 
 
-def store_statistics(inputs: RunInputs, data: TrainingData) -> tuple[TrainedScenes | None, str]:
+@dataclass(frozen=True)
+class StoredStatistics:
+    """What came of the statistics besides what is stored in the model.
+
+    Attributes:
+        trained_scenes: recognizes the training images; None if the run has no frozen start, which
+            measures how near they are.
+        unknown_text: about images that will be marked as unknown.
+    """
+
+    trained_scenes: TrainedScenes | None
+    unknown_text: str
+
+
+def store_statistics(inputs: RunInputs, data: TrainingData) -> StoredStatistics:
     """Store class statistics in a trained model, from one pass over some of its training images.
 
     An image is unknown if it is farther away than most images that the model was not trained on.
-
-    Returns:
-        What recognizes these training images, if the frozen encoder of the run measures how near they
-        are; and the line about images that will be marked as unknown.
     """
     model = inputs.model.eval()
+    # The steps and evaluations have named the unreadable images
+    encoder = FrozenEncoder(model, **inputs.pass_arguments | {"warn": ignore_message})
+    layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
+    compute = partial(encoder.compute_labeled_features, layout=layout)
     images = data.train.draw(MAX_STATISTICS_IMAGES)
-    features = compute_labeled_features(inputs, images, inputs.processor)
+    features = compute(images)
     tokens = select_tokens(model, features)
     statistics = ClassStatistics.fit(tokens, features.labels, model.config.num_labels)
     other_images = data.held_out if data.selection is None else data.selection
     # The threshold comes from images that the model was not trained on: training images lie closer
     # to the means of their classes than any new image does.
     if len(other_images) >= MIN_DISTANCE_IMAGES:
-        others = compute_labeled_features(
-            inputs, other_images.draw(MAX_STATISTICS_IMAGES), inputs.processor
-        )
+        others = compute(other_images.draw(MAX_STATISTICS_IMAGES))
         distances = statistics.compute_distances(select_tokens(model, others))
         threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
         model.config.distance_threshold = threshold
@@ -48,20 +66,11 @@ def store_statistics(inputs: RunInputs, data: TrainingData) -> tuple[TrainedScen
     unknown_text = describe_unknown(
         model.config.distance_threshold, f"{MIN_DISTANCE_IMAGES} held-out images"
     )
-    if inputs.frozen_encoder is None:
-        return None, unknown_text
-    compute = partial(compute_labeled_features, inputs)
-    limit = measure_limit(features, images, inputs.processor, compute)
-    return TrainedScenes.of(features, limit), unknown_text
-
-
-def compute_labeled_features(inputs: RunInputs, images: LabeledImages, processor: Any) -> Features:
-    """Compute the features of the images that have a label: others (-100) belong to no mean."""
-    layout = FeatureLayout.for_extra_heads(inputs.model.config, NUM_LAST_LAYERS)
-    # The steps and evaluations have named the unreadable images
-    arguments = inputs.pass_arguments | {"warn": ignore_message, "processor": processor}
-    features = compute_features(inputs.model, images, layout, **arguments)
-    return features.take(features.labels >= 0)
+    trained_scenes = None
+    if inputs.head_search is not None:
+        limit = measure_limit(features, images, inputs.processor, compute)
+        trained_scenes = TrainedScenes.of(features, limit)
+    return StoredStatistics(trained_scenes, unknown_text)
 
 
 def select_tokens(model: Any, features: Features) -> dict[Token, np.ndarray]:

@@ -15,7 +15,7 @@ from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images
 from ..data.workers import explain_worker_errors
 from ..evaluation.evaluator import Evaluator, build_predictions
-from ..frozen.encoder import (
+from ..frozen.head_search import (
     EncodedImages,
     describe_frozen,
     ignore_message,
@@ -25,7 +25,7 @@ from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics
 from ..inference.token_names import read_gates
 from ..runtime.distributed import configure_layer_sharding, run_on_main
-from .calibration import calibrate
+from .calibration import Calibration, calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import distribute_like, reshard, scatter_model
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
@@ -100,28 +100,29 @@ def run_steps(
     model = loop.state.model.eval()
     exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
-    predictions = nearest_images = heads_text = trained_scenes = unknown_text = None
-    calibration: Any = (None, "")
+    predictions = heads_text = None
+    calibration = Calibration(None, "")
     has_one_label = data.label_space.kind == "single_label_classification"
     if has_one_label and len(data.held_out):
-        calibration, predictions, heads_text = calibrate(
-            inputs.model,
-            model,
-            held_out,
-            selection,
-            options.get_config_values().get("distillation_inference"),
-        )
-        metrics = predictions.metrics
+        inference = options.get_config_values().get("distillation_inference")
+        measured = calibrate(inputs.model, model, held_out, selection, inference)
+        predictions, calibration = measured.predictions, measured.calibration
+        heads_text = measured.heads_text
     # The last evaluation of the loop may be of other weights, or of the images that select.
     elif len(data.held_out):
-        measured = held_out.predict(model)
-        metrics = measured.metrics
-        predictions = None if data.label_space.kind == "multi_task" else measured
+        predictions = held_out.predict(model)
+    if predictions is not None:
+        metrics = predictions.metrics
+    if data.label_space.kind == "multi_task":
+        predictions = None
     reshard(model)
     tokens, tokens_text = measure_tokens(inputs.model, model, held_out, predictions, plan)
     # After the measurement, which a distance to the classes would only slow down.
+    trained_scenes = unknown_text = None
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
-        trained_scenes, unknown_text = store_statistics(inputs, data)
+        statistics = store_statistics(inputs, data)
+        trained_scenes, unknown_text = statistics.trained_scenes, statistics.unknown_text
+    nearest_images = None
     if "nearest_images" in start and predictions is not None:
         nearest = dict(start["nearest_images"])
         nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
@@ -138,7 +139,7 @@ def run_steps(
         metrics=metrics,
         split=data.held_out_name,
         num_training_images=len(data.train) - num_unreadable,
-        calibration=calibration[0],
+        calibration=calibration.record,
         predictions=predictions,
         nearest_images=nearest_images,
         seconds=seconds,
@@ -149,7 +150,7 @@ def run_steps(
         | tokens,
         lines={
             "heads": heads_text,
-            "calibration": calibration[1],
+            "calibration": calibration.text,
             "without": tokens_text,
             "unknown": unknown_text,
         },
@@ -242,37 +243,38 @@ def start_steps(
         chosen ("frozen"), the metric of the held-out images ("before_steps"), their photos of a scene that
         trains ("in_trained_scenes"), and the nearest training images of each ("nearest_images").
     """
-    encoder = inputs.frozen_encoder
+    search = inputs.head_search
     if checkpoint is not None:
         # Choosing again would cost a pass over the images, and the model has moved on since. The
         # weights come from the checkpoint.
         start: dict[str, Any] = checkpoint.metadata["start"]
-        if encoder is not None:
-            encoder.set_choice(start["frozen"])
+        if search is not None:
+            search.set_choice(start["frozen"])
         return start
 
     start = measure_initial_classifier(inputs, data)
-    if encoder is not None and images is not None:
-        heads, record, _, in_trained_scenes = encoder.fit(images, data, ignore_message)
-        for head in heads.values():
-            head.copy_to(encoder.model)
-        reporter.print_lines(describe_frozen(record))
+    if search is not None and images is not None:
+        fitted = search.fit(images, data, ignore_message)
+        for head in fitted.by_task.values():
+            head.copy_to(inputs.model)
+        reporter.print_lines(describe_frozen(fitted.record))
         start |= {
-            "frozen": record,
+            "frozen": fitted.record,
             "groups": images.groups.tolist(),
-            "in_trained_scenes": in_trained_scenes,
+            "in_trained_scenes": fitted.in_trained_scenes,
         }
-        measured = [head for head in heads.values() if head.held_out is not None]
-        if measured:
-            metric = inputs.selection_metric
-            values = [
-                build_predictions(head.labels, head.predict_held_out(encoder.model)).metrics[metric]
-                for head in measured
-            ]
+        metric = inputs.selection_metric
+        values = [
+            build_predictions(head.labels, head.predict_held_out()).metrics[metric]
+            for head in fitted.by_task.values()
+            if head.held_out is not None
+        ]
+        if values:
             start["before_steps"] = {metric: compute_mean(values)}
-        if "" in heads and measured:
+        only = fitted.by_task.get("")
+        if only is not None and only.held_out is not None:
             # Pairs, because the keys of JSON are texts
-            nearest = measured[0].find_nearest_images(np.arange(len(data.held_out)))
+            nearest = only.find_nearest_images(np.arange(len(data.held_out)))
             start["nearest_images"] = list(nearest.items())
     return start
 

@@ -26,7 +26,7 @@ MAX_NAMED_CLASSES = 12  # Maximum number of classes that the summary names
 def print_summary(inputs: RunInputs, plan: RunPlan, reporter: Reporter) -> None:
     """Print what the run does, before an image passes a model."""
     # A frozen encoder chooses geometry and pooling itself, later.
-    resize = get_resize(inputs.processor) if inputs.frozen_encoder is None else None
+    resize = get_resize(inputs.processor) if inputs.head_search is None else None
     reporter.print_lines(
         {
             **describe_splits(plan),
@@ -134,7 +134,7 @@ def describe_model(inputs: RunInputs, plan: RunPlan) -> dict[str, str]:
     token_counts = {name: count for name, count in count_tokens(config).items() if count}
     layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
     height, width = config.image_height_width
-    pooling_text = f", pooling {config.pooling}" if inputs.frozen_encoder is None else ""
+    pooling_text = f", pooling {config.pooling}" if inputs.head_search is None else ""
     trainable_text = ""
     if plan.options.trainable != "full":
         trainable_text = f" ({model.num_parameters(only_trainable=True):,} of them trainable)"

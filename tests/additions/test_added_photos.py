@@ -152,6 +152,16 @@ def test_the_page_of_an_addition_is_written_again_from_its_folder(
     assert 'aria-label="nearest training images"' in text
 
 
+def test_the_result_of_a_task_is_corrected_for_the_choice_of_its_classifier(
+    with_task: tuple[Path, Any],
+) -> None:
+    record = with_task[1]
+    result = record["result"]
+    assert result["num_folds"] == 10
+    assert result["accuracy"] == record["accuracy"]
+    assert result["accuracy"] != result["num_right"] / result["num_images"]
+
+
 def test_predictions_of_an_addition_are_of_the_photos_that_were_left_out(
     with_task: tuple[Path, Any],
 ) -> None:

@@ -16,7 +16,7 @@ from helpers.source_checkpoints import save_converted_encoder
 from PIL import Image, ImageOps
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.frozen.features import mark_rings
+from modeling_vitcls.inference.features import mark_rings
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from modeling_vitcls.data.labels import OneLabel
-from modeling_vitcls.frozen.features import FeatureLayout, Features
 from modeling_vitcls.frozen.linear_probe import split_folds
 from modeling_vitcls.frozen.scenes import (
     TrainedScenes,
@@ -14,6 +13,7 @@ from modeling_vitcls.frozen.scenes import (
     describe_scenes,
     keep_together,
 )
+from modeling_vitcls.inference.features import FeatureLayout, Features
 
 
 WIDTH = 48

@@ -40,7 +40,7 @@ def test_predictions_that_are_all_alike_have_words_instead_of_a_huge_temperature
         classes_=["ant", "bee"],
         out_of_fold_=np.array([[0.5, 0.5], [highest, 1 - highest]]),
     )
-    assert words in describe_fold_calibration(probe)[1]
+    assert words in describe_fold_calibration(probe).text
 
 
 @pytest.mark.parametrize("select", ["last", "best"])

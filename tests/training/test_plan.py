@@ -36,7 +36,7 @@ def make_inputs(
         images=Splits("photos", OneLabel({"label": names}), {"train": photos}),
         model=torch.nn.Identity(),
         has_trained_heads=False,
-        frozen_encoder=object() if has_frozen_start else None,
+        head_search=object() if has_frozen_start else None,
         missing_start_reason="",
         forward_flops=1e12,
         num_fitted=num_fitted,

@@ -357,10 +357,10 @@ def test_the_probe_chooses_what_the_user_has_not_set(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], tokens: set[str]
 ) -> None:
     prepared = prepare_setup(build_options(tmp_path / "run", encoder, **flags))
-    encoder_of_run = prepared.inputs.frozen_encoder
+    search = prepared.inputs.head_search
     warn = prepared.reporter.warn
-    images = encoder_of_run.encode(prepared.data.train, warn, 64, is_divided=False)
-    _, record, *_ = encoder_of_run.fit(images, prepared.data, warn)
+    images = search.encode(prepared.data.train, warn, 64, is_divided=False)
+    record = search.fit(images, prepared.data, warn).record
     assert {row["pooling"] for row in record["candidates"]} == tokens
     assert record["num_training_images"] == 64
 
@@ -399,7 +399,7 @@ def test_heads_and_poolers_of_another_kind_have_no_probe(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str
 ) -> None:
     inputs = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).inputs
-    assert inputs.frozen_encoder is None
+    assert inputs.head_search is None
     assert inputs.missing_start_reason == reason
 
 

@@ -1,9 +1,9 @@
-"""The frozen encoder of a run: the features of its images, and a model with classifiers of them.
+"""The search for the classifiers of a run, on the features of its frozen encoder.
 
     images -> encode: geometry, features, scenes -> EncodedImages -> the run divides the images
     training and held-out images -> fit: the classifier of each task (heads.py), which chooses layers and tokens
 
-The features are described in frozen/features.py. A frozen run saves the classifiers, fitted to
+The features are described in inference/features.py. A frozen run saves the classifiers, fitted to
 every label, and their temperatures come from the images that each fold leaves out. Steps start from
 them instead of random ones (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
 """
@@ -28,16 +28,22 @@ from ..data.labels import LabelSpace
 from ..data.sampling import draw_numbers
 from ..data.splits import TrainingData
 from ..data.splits_table import get_keys
+from ..inference.features import (
+    NUM_LAST_LAYERS,
+    OWN_POOLING,
+    FeatureLayout,
+    Features,
+    FrozenEncoder,
+    has_searchable_pooling,
+)
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .border import describe_border, measure_border
 from .camera import describe_camera
-from .features import OWN_POOLING, FeatureLayout, Features, has_searchable_pooling
-from .heads import FrozenHead, build_record, describe_choice, freeze, split_tasks
+from .heads import FrozenHead, build_heads, build_record, describe_choice, split_tasks
 from .linear_probe import (
     DISTILLATION,
-    NUM_LAST_LAYERS,
     LinearProbe,
     describe_inference,
 )
@@ -91,27 +97,47 @@ class EncodedImages:
 
 
 @dataclass(frozen=True)
-class FrozenEncoder:
-    """The encoder of a classifier, whose features fit its heads.
+class FittedHeads:
+    """The classifiers that were chosen for a run.
 
     Attributes:
-        model: the classifier. Its pooler and its heads are replaced.
+        by_task: the classifier of each task; the only one has an empty name.
+        record: of what was chosen, for results.json.
+        trained_scenes: recognizes photos of the scenes that trained them.
+        in_trained_scenes: names of the held-out photos of such a scene.
+    """
+
+    by_task: dict[str, FrozenHead]
+    record: dict[str, Any]
+    trained_scenes: TrainedScenes
+    in_trained_scenes: list[str]
+
+
+@dataclass(frozen=True)
+class HeadSearch:
+    """Chooses the geometry and the heads of a classifier whose encoder is frozen, and fits them.
+
+    Attributes:
+        encoder: of the classifier, whose pooler and heads are replaced.
         processor: image processor, whose geometry may change.
         label_space: names of the labels.
-        run_pass: `features.compute_features` of a model, images and a layout.
         resize, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
         class_weight, inference: as in `LinearProbe`.
     """
 
-    model: Any
+    encoder: FrozenEncoder
     processor: Any
     label_space: LabelSpace
-    run_pass: Callable[..., Features]
     resize: str | None
     pooling: str | None
     pooled_layers: Sequence[int] | None
     class_weight: str | None
     inference: str | None
+
+    @property
+    def model(self) -> Any:
+        """The classifier."""
+        return self.encoder.model
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -231,8 +257,8 @@ class FrozenEncoder:
     ) -> Features:
         """Pass the images at some indices through the encoder."""
         layout = self.layout
-        features = self.run_pass(
-            self.model.to(PartialState().device).eval(),
+        self.model.to(PartialState().device).eval()
+        features = self.encoder.compute_features(
             images.select(indices),
             layout,
             processor=processor,
@@ -310,18 +336,13 @@ class FrozenEncoder:
 
     def fit(
         self, images: EncodedImages, data: TrainingData, warn: Callable[[str], None]
-    ) -> tuple[dict[str, FrozenHead], dict[str, Any], TrainedScenes, list[str]]:
+    ) -> FittedHeads:
         """Choose and fit the classifiers, and set the geometry and the pooling that they read.
 
         Args:
             images: the images before they were divided.
             data: the images.
             warn: prints a warning about an unreadable image of a held-out split.
-
-        Returns:
-            The classifier of each task; the record of what was chosen, for results.json; what
-            recognizes photos of the scenes that trained them; and the names of the held-out photos
-            of such a scene.
         """
         start_time = time.perf_counter()
         train = images.select(data.train_indices)
@@ -338,11 +359,11 @@ class FrozenEncoder:
         held_out = held_out.take(np.argsort(held_out.indices))
         trained_scenes = TrainedScenes.of(train, images.max_distance)
 
-        frozen = freeze(probes, self.label_space, train, held_out)
-        record = build_record(frozen) | images.record
+        heads = build_heads(probes, self.label_space, train, held_out)
+        record = build_record(heads) | images.record
         self.set_choice(record)
         record["camera"] = join_texts(
-            {task: describe_camera(data, head) for task, head in frozen.items()}
+            {task: describe_camera(data, head) for task, head in heads.items()}
         )
         record["seconds"] = round(record["seconds"] + time.perf_counter() - start_time, 1)
         if images.sample.rings is not None:
@@ -350,8 +371,8 @@ class FrozenEncoder:
             config = self.model.config
             size = get_output_size(self.processor, config.image_height_width)
             tasks = split_tasks(sample, self.label_space)
-            record["border"] = measure_border(frozen, tasks, config.get_grid_size(size))
-        return frozen, record, trained_scenes, trained_scenes.recognize(held_out)
+            record["border"] = measure_border(heads, tasks, config.get_grid_size(size))
+        return FittedHeads(heads, record, trained_scenes, trained_scenes.recognize(held_out))
 
     def fit_probes(self, features: Features) -> dict[str, LinearProbe]:
         """Choose and fit the classifier of each task, with the settings of the user.
@@ -396,10 +417,10 @@ class FrozenEncoder:
         self.model.build_classifiers()
         self.model.to(PartialState().device)
 
-    def set_frozen(self, frozen: Mapping[str, FrozenHead]) -> None:
-        """Make the model the frozen one: with its heads, class statistics and threshold."""
+    def set_heads(self, heads: Mapping[str, FrozenHead]) -> None:
+        """Give the model its heads, class statistics and threshold."""
         config = self.model.config
-        for task, head in frozen.items():
+        for task, head in heads.items():
             head.copy_to(self.model)
             statistics = head.probe.statistics_
             if not task and statistics is not None:
