@@ -11,5 +11,6 @@
     camera.py            can it recognize who took the photo?
     curve.py             would more photos help?
 
-The pass that computes features is in inference/features.py. Predictions are measured in evaluation/, and a run is in training/frozen_run.py.
+The pass that computes features is in inference/features.py. Predictions are measured in evaluation/,
+and a run is in training/frozen_run.py.
 """
