@@ -157,7 +157,7 @@ def test_the_result_of_a_task_is_corrected_for_the_choice_of_its_classifier(
 ) -> None:
     record = with_task[1]
     result = record["result"]
-    assert result["num_folds"] == 10
+    assert result["num_folds"] == record["num_folds"] > 1
     assert result["accuracy"] == record["accuracy"]
     assert result["accuracy"] != result["num_right"] / result["num_images"]
 
