@@ -194,6 +194,8 @@ def select_logits(label_space: LabelSpace, outputs: Any) -> Tensor:
 # prediction      name                                    list of names whose probability is at least the threshold
 # probabilities   list, in the order of the model's labels (calibrated if the model has a temperature)
 # loss            cross-entropy                           binary cross-entropy, mean over the labels
+# group           number of its group: its copies, shots of its scene,    same
+#                 and what the person has named
 # nearest_images  of a wrong prediction: the training images  same
 #                 with the most similar features
 #
@@ -223,6 +225,7 @@ def build_rows(
         "prediction": target.get_names(names, predictions.answers),
         "probabilities": list(target.to_probabilities(outputs.logits)),
         "loss": compute_losses(outputs.logits, outputs.labels),
+        "group": outputs.groups,
     }
     if nearest_images is not None:
         columns["nearest_images"] = [

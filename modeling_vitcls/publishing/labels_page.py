@@ -11,15 +11,22 @@ model instead of the photo makes labels worse, and the accuracy that is stated b
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
+from ..analysis.maps import to_upright_rgb
 from ..analysis.pages import encode_data_url, render
+from ..data.answers import CONTRADICTED, RANDOM
+from ..data.sampling import draw_numbers
+from ..data.splits_table import get_keys
 from ..runtime.files import escape_csv_cell, write_atomically
+from .wrong_photos import Photos
 
 
 PHOTO_SIDE = 512  # Longer side of a photo, in pixels
@@ -27,6 +34,10 @@ MAX_URL_LENGTH = 80_000  # Of a photo: a hundred of them are at most 8 MB
 SMALLER = 0.75  # Factor of the side of a photo that is longer
 
 Item = TypeVar("Item")
+
+
+MAX_CONTRADICTED = 60  # With 30 wrong labels among 300, a second page of 60 finds few more
+RANDOM_PART = 1 / 3  # Number of the photos that are drawn at random, compared with the others
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,53 @@ class Question:
     before: str
     answer: str
     chosen: str
+
+
+def choose_questions(
+    rows: pd.DataFrame, photos: Photos, pairs: Sequence[Sequence[str]], bit_depth: int
+) -> list[Question]:
+    """Choose the photos of a run whose labels are doubtful, and others at random.
+
+    Doubtful are photos of one scene with two labels, and those whose label a classifier contradicts that
+    was not fitted to them, the largest loss first. Copies and shots of a scene are asked about once,
+    and answered photos not again.
+
+    Args:
+        rows: of `read_predictions`.
+        photos: the images of the run by name.
+        pairs: names of photos of one scene.
+        bit_depth: number of bits that 16-bit images use.
+    """
+    rows = rows[rows["image"].isin(photos.keys())].copy()
+    places = [photos[name] for name in rows["image"]]
+    rows["key"] = [get_keys(images)[index] for images, index in places]
+    is_new = [images.chosen is None or not images.chosen[index] for images, index in places]
+    labels = dict(zip(rows["image"], rows["label"], strict=True))
+    divided = {
+        name for pair in pairs if len({labels.get(each) for each in pair}) > 1 for name in pair
+    }
+    rows["is_divided"] = rows["image"].isin(divided)
+    rows["number"] = draw_numbers(rows["key"].to_numpy(np.uint64), 3)
+    rows = rows[is_new]
+    is_doubtful = rows["is_divided"] | (rows["label"] != rows["prediction"])
+    doubtful = rows[is_doubtful].sort_values(["is_divided", "loss"], ascending=False)
+    doubtful = doubtful.drop_duplicates(["group", "label"])[:MAX_CONTRADICTED]
+    others = rows[~is_doubtful].sort_values("number").drop_duplicates("group")
+    others = others[: round(RANDOM_PART * len(doubtful))]
+
+    def ask(table: pd.DataFrame, chosen: str) -> list[Question]:
+        questions = []
+        for row in table.itertuples():
+            images, index = photos[row.image]
+            with suppress(ValueError):  # The image cannot be read
+                picture = draw_photo(to_upright_rgb(images.images[index], bit_depth))
+                checksum = f"{row.key:016x}"
+                questions.append(
+                    Question(checksum, row.image, picture, row.label, row.prediction, chosen)
+                )
+        return questions
+
+    return mix(ask(doubtful, CONTRADICTED), ask(others, RANDOM))
 
 
 def draw_photo(image: Image.Image) -> str:

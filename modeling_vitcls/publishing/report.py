@@ -1,6 +1,7 @@
 """The report of a model folder, and the image of its card.
 
-    write_report(ModelFolder(Path("runs/mine")))    report.html and images/attention.png
+    write_report(ModelFolder(Path("runs/mine")))    report.html, images/attention.png and, after cross-validation,
+                                                    labels.html (labels_page.py)
     finish_run(ModelFolder(Path("runs/mine")))      the same, and the card (card.py)
 
 The images are read again from the dataset of the run or addition, so the folder does not have to
@@ -8,8 +9,11 @@ contain them. Their predictions are read from predictions.parquet. The report me
 and effects than `vitcls inspect`.
 """
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,7 @@ from ..data.options import read_data_options
 from ..data.splits import load_run_data, load_undivided_images
 from ..evaluation.evaluator import read_predictions
 from ..hub.connection import silence_transformers
-from ..hub.model_files import CARD_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE, WRONG_PHOTOS_FILE
+from ..hub.model_files import CARD_FILE, LABELS_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
 from ..inference.stated_result import (
@@ -33,15 +37,16 @@ from ..inference.stated_result import (
     read_addition,
 )
 from ..runtime.errors import format_error, format_name_list
+from ..runtime.flags import to_arguments
 from ..runtime.progress import track
 from .card import write_card
+from .labels_page import Question, choose_questions, write_labels_page
 from .wrong_photos import (
     Photos,
     choose_photos,
     draw_pictures,
     find_photos,
     summarize_predictions,
-    write_wrong_photos,
 )
 
 
@@ -144,8 +149,13 @@ def draw_page(
     predictions = None
     # Without one label per image, there are no wrong photos to show, but results per label.
     if rows is not None:
-        write_wrong_photos(folder.path / WRONG_PHOTOS_FILE, rows)
         predictions = summarize_predictions(measured, record, rows)
+        # Photos that measure a later model, too, must not be chosen by this one; an addition has few labels.
+        if measured.num_folds and label_space.columns:
+            pairs = predictions["pairs"]
+            questions = choose_questions(rows, photos, pairs, processor.bit_depth)
+            predictions["num_questions"] = len(questions)
+            write_questions(folder, questions, photo_labels.names)
         predictions |= draw_pictures(predictions, photos, photo_labels.names, processor.bit_depth)
         # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.
         if measured.num_folds:
@@ -194,6 +204,25 @@ def draw_page(
     return "; ".join(inspection.faults)
 
 
+def write_questions(
+    folder: ModelFolder, questions: Sequence[Question], class_names: Sequence[str]
+) -> None:
+    """Write the page that asks a person about labels, and the command that reads the answers."""
+    if not questions:
+        return
+    flags = folder.flags
+    arguments = {
+        "model": flags["model"],
+        "dataset": flags["dataset"],
+        "answers": [*flags.get("answers", ()), "answers.csv"],
+        "output_dir": f"{flags['output_dir']}-next",
+    }
+    command = chain.from_iterable(to_arguments(*each) for each in arguments.items())
+    write_labels_page(
+        folder.path / LABELS_FILE, questions, class_names, f"vitcls finetune {shlex.join(command)}"
+    )
+
+
 def finish_run(folder: ModelFolder, has_report: bool = True) -> None:
     """Write the report and the card of a finished run or addition.
 
@@ -208,4 +237,5 @@ def finish_run(folder: ModelFolder, has_report: bool = True) -> None:
             print(f"faults    {faults}")
 
     write_card(folder)
-    print(f"written   {folder.path / CARD_FILE}" + (f", {report}" if report.exists() else ""))
+    files = [folder.path / name for name in (CARD_FILE, REPORT_FILE, LABELS_FILE)]
+    print(f"written   {', '.join(str(file) for file in files if file.exists())}")

@@ -1,33 +1,27 @@
 """The wrong predictions of a run or an addition for its report, from predictions.parquet.
 
-    write_wrong_photos(file, rows)                              all of them, as a table
     summary = summarize_predictions(measured, results, rows)    result, record, counts, and the wrong images
                                                                 with the largest losses
     draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with the images
 
+All of them that may have a wrong label are on a page of their own (labels_page.py).
 These results exist only for classifiers with one label per image. `read_predictions`
 (evaluation/evaluator.py) makes the rows; their images are found in the data of the run by name.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
 from ..frozen.border import describe_border
-from ..inference.outputs import write_csv
 from ..inference.stated_result import Measurement, describe_classes
-from ..runtime.files import write_atomically
 
 
-MAX_WRONG_IMAGES = 60
-NUM_WITH_NEAREST = 12  # The others are drawn alone, because photos of phones take long to decode
+MAX_WRONG_IMAGES = 6  # As many fit on the first screen
 THUMBNAIL_SIDE = 240  # Longer side of a wrong image, in pixels
 NEAREST_SIDE = 120  # Longer side of a nearest training image
 
@@ -85,21 +79,9 @@ def summarize_predictions(
         "camera": frozen.get("camera"),
         "num_images": len(rows),
         "num_wrong": len(wrong),
+        "num_questions": 0,
         "wrong": wrong.nlargest(MAX_WRONG_IMAGES, "loss").to_dict("records"),
     }
-
-
-def write_wrong_photos(file: Path, rows: Any) -> None:
-    """Write all wrong photos of the rows of `read_predictions` as CSV, the largest loss first."""
-    wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
-    table = wrong[["image", "label", "prediction"]].assign(
-        label_probability=np.exp(-wrong["loss"]), prediction_probability=wrong["confidence"]
-    )
-    if "nearest_images" in wrong:
-        table["nearest_image"] = wrong["nearest_images"].str[0]
-    columns = pa.Table.from_pandas(table, preserve_index=False)
-    with write_atomically(file) as temporary_file:
-        write_csv([columns], columns.schema, temporary_file)
 
 
 def draw_wrong_photos(
@@ -122,10 +104,10 @@ def draw_wrong_photos(
         return image
 
     drawn = []
-    for number, row in enumerate(rows):
+    for row in rows:
         nearest = []
         for name in row.get("nearest_images", ()):
-            if name in photos and number < NUM_WITH_NEAREST:
+            if name in photos:
                 images, index = photos[name]
                 label = class_names[images.labels[index]]
                 nearest.append({"image": name, "label": label, "picture": draw(name, NEAREST_SIDE)})

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.splits_table import build_splits_table, write_splits
+from ..data.splits_table import build_splits_table, get_keys, write_splits
 from ..evaluation.evaluator import build_rows, write_rows
 from ..frozen.scenes import write_scenes
 from ..hub.connection import silence_transformers
@@ -92,6 +92,8 @@ def save_output(
                     write_scenes({"": outcome.trained_scenes}, folder, weights_hash)
                 if outcome.predictions is not None:
                     rows = build_rows(outcome.predictions, outcome.nearest_images)
+                    keys = get_keys(data.held_out if len(data.held_out) else data.train)
+                    rows["checksum"] = [f"{key:016x}" for key in keys[rows["index"]]]
                     write_rows(folder / PREDICTIONS_FILE, rows, weights_hash)
         except WRITE_ERRORS as error:
             raise OSError(describe_error(error)) from error

@@ -1,5 +1,8 @@
 """The wrong predictions of a run in the report and the card, from predictions.parquet."""
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,12 @@ from helpers.tiny_models import save_classifier
 from playwright.sync_api import Browser, Page
 
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
+from modeling_vitcls.data.splits import load_run_data
 from modeling_vitcls.evaluation.evaluator import read_predictions
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.metrics import measure_one_label
 from modeling_vitcls.inference.stated_result import Measurement, build_class_tables
+from modeling_vitcls.publishing.labels_page import choose_questions
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (
     draw_wrong_photos,
@@ -71,7 +76,7 @@ def test_the_wrong_images_with_the_largest_losses_come_first(folder: Path) -> No
     rows = read_predictions(ModelFolder(folder))
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
     shown = [row["image"] for row in summarize_predictions(MEASURED, {}, rows)["wrong"]]
-    assert shown == wrong["image"].tolist()[:-61:-1]
+    assert shown == wrong["image"].tolist()[:-7:-1]
 
 
 def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) -> None:
@@ -156,6 +161,7 @@ def report(module_path: Path) -> Path:
         "probabilities": [[0.1, 0.9, 0.0]] * len(names),
         "loss": [-np.log(0.1)] * len(names),
         "nearest_images": [names[:3]] * len(names),
+        "group": range(len(names)),
     }
     write_predictions(run, pd.DataFrame(rows))
     with pytest.MonkeyPatch.context() as patch:
@@ -187,10 +193,12 @@ def test_the_page_fits_with_long_names_and_open_sheets(page: Page) -> None:
         assert max(hidden) <= 0
 
 
-def test_the_page_shows_all_wrong_photos_and_says_what_it_measured(page: Page) -> None:
-    assert "These are 6 of 8; more are below" in page.locator("#wrong").inner_text()
-    wrong = page.locator("#wrong figure, #predictions figure")
-    assert wrong.count() == 8
+def test_the_page_shows_six_whole_wrong_photos_and_says_what_it_measured(page: Page) -> None:
+    assert "These are 6 of 8." in page.locator("#wrong").inner_text()
+    wrong = page.locator("#wrong figure")
+    assert wrong.count() == 6
+    fit = "all => all.map(each => getComputedStyle(each).objectFit)"
+    assert wrong.locator("> img").evaluate_all(fit) == ["contain"] * 6
     names = wrong.locator("> img").evaluate_all("all => all.map(each => each.alt)")
     assert set(names) == WRONG
     assert "measured on 8 of the 24 images" in page.locator("#about").inner_text()
@@ -220,13 +228,55 @@ def test_the_model_that_knows_a_photo_does_not_explain_a_mistake_about_it(page: 
     assert "outlier norms" not in page.locator("main").inner_text()
 
 
-def test_all_wrong_photos_are_in_a_table(report: Path) -> None:
-    table = pd.read_csv(report.with_name("wrong_photos.csv"))
-    assert table["image"].str.startswith(tuple(table["label"])).all()
-    assert set(table["label"] + ", predicted as " + table["prediction"]) == WRONG
-    assert table["label_probability"].tolist() == pytest.approx([0.1] * 8)
-    assert table["prediction_probability"].tolist() == [0.9] * 8
-    assert table["nearest_image"].str.startswith("pants").all()
+def read_questions(report: Path) -> list[tuple[str, str, str]]:
+    """Read reason, image and label of the questions of labels.html."""
+    text = report.with_name("labels.html").read_text(encoding="utf-8")
+    (content,) = re.findall('<script type="application/json" id="data">(.*)</script>', text)
+    questions = json.loads(content)["questions"]
+    return [(each["chosen"], each["image"], each["before"]) for each in questions]
+
+
+def test_beside_the_result_the_page_links_the_one_that_asks_about_labels(page: Page) -> None:
+    assert "Wrong labels make this number too low" in page.locator("header").inner_text()
+    page.locator("header a").click()
+    assert page.url.endswith("labels.html")
+    assert page.locator("figure").count() == 13
+
+
+def test_doubtful_labels_are_asked_about_and_a_quarter_that_nobody_disputes(report: Path) -> None:
+    rows = read_predictions(ModelFolder(report.parent))
+    is_wrong = rows.set_index("image").eval("label != prediction")
+    questions = read_questions(report)
+    doubtful = [image for chosen, image, _ in questions if chosen == "contradicted"]
+    # Photos of one scene with two labels come first, although the classifier agrees with both
+    assert {Path(image).parent.name for image in doubtful[:2]} == {"pants and trousers", "skirt"}
+    assert not is_wrong[doubtful[:2]].any()
+    assert sorted(doubtful[2:]) == sorted(is_wrong.index[is_wrong])
+    drawn = [image for chosen, image, _ in questions if chosen == "random"]
+    assert len(drawn) == 3
+    assert not is_wrong[drawn].any()
+    assert all(Path(image).parent.name == label for _, image, label in questions)
+
+
+def test_photos_that_were_answered_are_not_asked_about_again(report: Path) -> None:
+    data = load_run_data(ModelFolder(report.parent), str(report.parents[1] / "photos"))
+    rows = read_predictions(ModelFolder(report.parent))
+    names = data.train.images.get_names()
+    chosen = np.array(["contradicted" if name.startswith("x") else "" for name in names], object)
+    photos = find_photos(replace(data.train, chosen=chosen))
+    asked = choose_questions(rows, photos, [], 16)
+    assert asked
+    assert not any(each.image.startswith("x") for each in asked)
+
+
+def test_shots_of_a_scene_are_asked_about_once_for_each_label(report: Path) -> None:
+    data = load_run_data(ModelFolder(report.parent), str(report.parents[1] / "photos"))
+    rows = read_predictions(ModelFolder(report.parent)).assign(group=0)
+    asked = choose_questions(rows, find_photos(data.train), [], 16)
+    assert sorted(each.before for each in asked if each.chosen == "contradicted") == [
+        "pants and trousers",
+        "x",
+    ]
 
 
 def test_a_class_that_is_only_predicted_has_a_row() -> None:
