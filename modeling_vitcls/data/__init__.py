@@ -6,6 +6,7 @@ options.py                                   flags of a dataset and its held-out
 sources.py, image_folder.py, in_memory.py    datasets -> splits by name
 folder_layout.py                             folders of splits and of classes, by their names
 tables.py, columns.py                        tables as text; their columns: images, labels, splits, groups
+answers.py                                   labels that a person gave on pages of photos
 cells.py, labels.py                          cells -> names of labels -> indices
 splits.py                                    images that a run trains on and holds out
 splits_table.py, evaluation_data.py          splits.parquet, their list; images to evaluate

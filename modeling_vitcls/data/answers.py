@@ -14,7 +14,7 @@ it: such photos are harder than others.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .tables import read_table
 COLUMNS = ["checksum", "image", "label", "before", "chosen", "time"]
 RANDOM = "random"
 CONTRADICTED = "contradicted"
+CHANGED = "contradicted, changed"  # How `LabeledImages.chosen` has those whose label was changed
 HARD = ("unsure", "unknown")  # Reasons to ask about photos that are harder than others
 PERSON = "person"  # In the column `source`
 TIME = re.compile(r"\d{4}-\d\d-\d\dT")  # Times that sort as text; those of spreadsheets do not
@@ -82,21 +83,36 @@ def read_answers(files: Sequence[str]) -> pd.DataFrame:
     return answers.set_index(answers["checksum"].map(lambda text: int(text, 16)).astype(np.uint64))
 
 
+def find_counted(chosen: np.ndarray | None) -> np.ndarray | None:
+    """Find the photos [N] that measure a model: not those that it found hard; None for all of them."""
+    return None if chosen is None else ~np.isin(chosen, HARD)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Images with the labels that a person gave them.
+
+    Attributes:
+        images: by split, with keys and `chosen`; without those of none of the classes.
+        others: those of none of the classes, by split.
+        text: a line that counts the answers.
+    """
+
+    images: dict[str, LabeledImages]
+    others: dict[str, LabeledImages]
+    text: str
+
+
 def apply_answers(
     parts: Mapping[str, LabeledImages], label_space: LabelSpace, answers: pd.DataFrame, dataset: str
-) -> tuple[dict[str, LabeledImages], str]:
+) -> Answered:
     """Give photos the labels that a person gave them, whatever the dataset says.
-
-    A photo that shows none of the classes loses its label.
 
     Args:
         parts: images by split, of which some may have no label.
         label_space: of their labels, one per image.
         answers: of `read_answers`.
         dataset: name of the dataset in messages.
-
-    Returns:
-        The images with keys and `chosen`, and a line that counts the answers.
 
     Raises:
         ValueError: if an image has several labels, if an answer is no class, if a name contradicts a
@@ -107,11 +123,10 @@ def apply_answers(
             f"`answers` requires one label per image, but the labels of {dataset} are {label_space.kind}. "
             "Remove `answers`"
         )
-    names = [escape_csv_cell(normalize_name(name)) for name in label_space.names]
-    indices = {name: index for index, name in enumerate(names)}
     counts = dict.fromkeys(("changed", "confirmed", "new", "none"), 0)
     found: set[int] = set()
-    labeled = {}
+    images = {}
+    others = {}
     for split, part in parts.items():
         keys = part.images.compute_content_keys()
         check_names(part.images.get_names(), keys, answers)
@@ -120,14 +135,7 @@ def apply_answers(
         is_answered = np.isin(keys, answers.index)
         for index in np.flatnonzero(is_answered).tolist():
             answer = answers.loc[keys[index]]
-            text = escape_csv_cell(normalize_name(answer["label"])) if answer["label"] else None
-            if text is not None and text not in indices:
-                name = answer["image"] or answer["checksum"]
-                raise ValueError(
-                    f"the answer about {name} is {answer['label']!r}, but the classes of {dataset} are "
-                    f"{format_name_list(label_space.names, 20)}. Correct it, or add photos of this class to `dataset`"
-                )
-            label = None if text is None else indices[text]
+            label = find_class(answer, label_space.names)
             kind = "confirmed" if label == labels[index] else "changed"
             if labels[index] is None:
                 kind = "new"
@@ -135,7 +143,11 @@ def apply_answers(
             found.add(keys[index])
             labels[index] = label
             chosen[index] = answer["chosen"]
-        labeled[split] = replace(part, labels=labels, keys=keys, chosen=chosen)
+            if answer["chosen"] == CONTRADICTED and answer["label"] != answer["before"]:
+                chosen[index] = CHANGED
+        is_other = is_answered & np.array([label is None for label in labels])
+        answered = replace(part, labels=labels, keys=keys, chosen=chosen)
+        images[split], others[split] = answered.divide(is_other)
     if not found:
         raise ValueError(
             f"none of the {len(answers):,} answers is about a photo of {dataset}. Set `dataset` to the photos "
@@ -145,9 +157,31 @@ def apply_answers(
         f"{counts['changed']:,} labels changed, {counts['confirmed']:,} confirmed, {counts['new']:,} photos without "
         f"a label got one, {counts['none']:,} show none of the classes"
     )
-    if others := len(answers) - len(found):
-        text += f"; {others:,} are about photos that are not here"
-    return labeled, text
+    known = answers[answers.index.isin(list(found))]
+    drawn = known[(known["chosen"] == RANDOM) & (known["before"] != "")]
+    if len(drawn):
+        num_changed = (drawn["label"] != drawn["before"]).sum()
+        text += f"; of {len(drawn):,} that no classifier disputed, {num_changed:,} were changed"
+    if num_absent := len(answers) - len(found):
+        text += f"; {num_absent:,} are about photos that are not here"
+    return Answered(images, others, text)
+
+
+def find_class(answer: pd.Series, names: Sequence[str]) -> int | None:
+    """Find the class of an answer among the names of all; None for none of them.
+
+    Raise ValueError if the answer is another name.
+    """
+    if not answer["label"]:
+        return None
+    spelled = [escape_csv_cell(normalize_name(name)) for name in names]
+    text = escape_csv_cell(normalize_name(answer["label"]))
+    if text not in spelled:
+        raise ValueError(
+            f"the answer about {answer['image'] or answer['checksum']} is {answer['label']!r}, but the classes are "
+            f"{format_name_list(names, 20)}. Correct it, or train a model with photos of this class"
+        )
+    return spelled.index(text)
 
 
 def check_names(names: Sequence[str], keys: np.ndarray, answers: pd.DataFrame) -> None:

@@ -26,6 +26,7 @@ class EvaluationData(NamedTuple):
     split: str
     num_trained: int  # Number of images that trained the model: left out, unless a split is named
     description: str  # Says which images these are
+    others: LabeledImages | None = None  # Show none of the classes, as a person has answered
 
 
 def load_evaluation_data(
@@ -84,4 +85,8 @@ def load_evaluation_data(
     drawn = images.draw(max_images)
     if len(drawn) < len(images):
         description = f"drawn at random from {description}"
-    return EvaluationData(loaded.label_space, drawn, name, num_trained, description)
+    if text := loaded.facts.get("answers"):
+        description += f"; answers: {text}"
+    return EvaluationData(
+        loaded.label_space, drawn, name, num_trained, description, loaded.others.get(name)
+    )

@@ -44,7 +44,6 @@ from ..runtime.errors import (
     warn_on_first_process,
 )
 from ..runtime.files import read_json
-from .answers import apply_answers, read_answers
 from .cells import spell_label
 from .columns import (
     FILE_NAME,
@@ -104,6 +103,8 @@ class Splits:
     # Lines about what was read: the labels, and the columns of splits and groups
     facts: dict[str, str] = field(default_factory=dict)
     missing_reason: str | None = None  # Why groups cannot measure one another
+    # Images that show none of the classes, as a person has answered
+    others: Mapping[str, LabeledImages] = field(default_factory=dict)
 
     @property
     def train(self) -> LabeledImages:
@@ -172,10 +173,13 @@ def load_splits(
         tables, columns, dataset, options.label_separator, options.label_names
     )
     parts = {split: LabeledImages(images[split], labels[split]) for split in tables}
+    others: Mapping[str, LabeledImages] = {}
     if options.answers:
-        parts, facts["answers"] = apply_answers(
-            parts, label_space, read_answers(options.answers), dataset
-        )
+        from .answers import apply_answers, read_answers  # imports pandas
+
+        answered = apply_answers(parts, label_space, read_answers(options.answers), dataset)
+        parts, others = answered.images, answered.others
+        facts["answers"] = answered.text
     labeled = {
         split: drop_unlabeled_images(part, f"{dataset}, split {split!r}", columns)
         for split, part in parts.items()
@@ -198,7 +202,7 @@ def load_splits(
             f"{'; '.join(examples)}"
         )
     grouped = {split: replace(part, groups=groups.get(split)) for split, part in labeled.items()}
-    return Splits(name, label_space, grouped, facts, reason)
+    return Splits(name, label_space, grouped, facts, reason, others)
 
 
 def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:

@@ -6,6 +6,7 @@ It is a file of every run, and is published with the model. Each row is an image
     split    train, validation (selects the checkpoint), test (held out), or encoder (trained the
              encoder in the steps of an earlier run, or a classifier that this run kept)
     task     the added task that saw it; "" is the model itself
+    chosen   why a person was asked about it, if there are answers (answers.py)
 
 This table says whether an image was trained on, so a dataset may be renamed, moved, extended or
 divided after training.
@@ -13,6 +14,7 @@ divided after training.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,11 +38,13 @@ def get_keys(images: LabeledImages) -> np.ndarray:
 
 def build_splits_table(parts: Mapping[str, LabeledImages | None], task: str = "") -> pd.DataFrame:
     """Build the rows of splits.parquet about images by split, of which there may be none."""
-    tables = [
-        pd.DataFrame({"key": get_keys(part), "split": split, "task": task})
-        for split, part in parts.items()
-        if part
-    ]
+    tables = []
+    for split, part in parts.items():
+        if part:
+            columns: dict[str, Any] = {"key": get_keys(part), "split": split, "task": task}
+            if part.chosen is not None:
+                columns["chosen"] = part.chosen
+            tables.append(pd.DataFrame(columns))
     return pd.concat(tables) if tables else EMPTY_TABLE
 
 

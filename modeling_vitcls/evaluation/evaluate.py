@@ -122,6 +122,13 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     features = encoder.compute_features(data.images, layout, select, console=console)
     predictions = measure_evaluated(features, label_space, options.threshold, trained_scenes)
     seconds = time.perf_counter() - start_time
+    threshold = config.distance_threshold if getattr(model, "distance_layers", ()) else None
+    if data.others and threshold is not None:
+        distances = encoder.compute_features(
+            data.others, FeatureLayout(1, {}), lambda outputs: outputs.distance[:, None]
+        ).logits
+        predictions.metrics["num_other_images"] = len(distances)
+        predictions.metrics["num_unknown_others"] = int((distances > threshold).sum())
     if options.split and data.num_trained:
         drop_intervals(predictions.metrics)
 
@@ -255,6 +262,12 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
         for row in rows:
             table.add_row(*map(escape, row.values()))
         console.print(table)
+    if "num_other_images" in results:
+        console.print(
+            f"{results['num_unknown_others']:,} of {results['num_other_images']:,} photos that show none of the "
+            "classes are unknown to the model",
+            markup=False,
+        )
     if text := describe_in_trained_scenes(results.get("in_trained_scenes", {})):
         console.print(text, style="bold yellow", markup=False)
 

@@ -64,6 +64,7 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
                 row[test] = logits.argmax(axis=1) == labels[test]
                 sizes.append(len(part))
 
+    is_right[:, ~probe.is_counted_] = np.nan  # Photos that are harder than others
     if not sizes:  # No group can be left out
         return None
     gains = pd.DataFrame({"gain": is_right[-1] - is_right[1], "label": labels, "group": groups})

@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from threadpoolctl import threadpool_limits
 
+from ..data.answers import find_counted
 from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
@@ -387,7 +388,8 @@ class HeadSearch:
                 probe = LinearProbe(
                     self.layers, self.read_pooling, self.class_weight, self.inference
                 )
-                probes[task] = probe.fit(own.get_tokens(), own.labels, own.groups)
+                is_counted = find_counted(own.chosen)
+                probes[task] = probe.fit(own.get_tokens(), own.labels, own.groups, is_counted)
         # The other images are kept out of the choice, whose time grows with their number, but not of
         # the fit.
         if len(features.labels) > MAX_CHOICE_IMAGES:

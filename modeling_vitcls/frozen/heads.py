@@ -123,7 +123,7 @@ class FrozenHead:
         probe = self.probe
         num_labels = len(self.labels.names)
         probabilities = expand_rows(probe.out_of_fold_.T, probe.classes_, num_labels).T  # [N, L]
-        known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
+        known = np.flatnonzero(np.isfinite(probe.losses_))
         known = known[np.argsort(self.features.indices[known])]
         features = self.features.take(known)
         # Logarithms of the probabilities are logits: softmax gives the same probabilities back.

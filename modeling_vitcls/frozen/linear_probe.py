@@ -189,8 +189,12 @@ class Score:
     logits: np.ndarray  # [N, K], calibrated
     temperature: float
     lines: np.ndarray | None  # [2, K] slopes and offsets that calibrate several labels
-    losses: np.ndarray  # [N] log loss of the calibrated logits
-    is_right: np.ndarray  # Whether each image that a fold left out is predicted right
+    losses: (
+        np.ndarray
+    )  # [N] log loss of the calibrated logits; NaN for images that do not measure, too
+    is_right: (
+        np.ndarray
+    )  # Whether each image that a fold left out, and that measures, is predicted right
     row: dict[str, Any]  # Its row in the table of candidates
 
     @classmethod
@@ -199,7 +203,7 @@ class Score:
     ) -> "Score":
         """Score out-of-fold logits with their best calibration."""
         target = find_target(labels)
-        known = ~np.isnan(logits).any(axis=1)
+        known = ~np.isnan(logits).any(axis=1) & (weights > 0)
         row: dict[str, Any] = {"layers": list(candidate.layers), "pooling": candidate.pooling}
         if candidate.inference is not None:
             row["inference"] = candidate.inference
@@ -209,7 +213,7 @@ class Score:
             calibrated = logits / temperature
         else:
             calibrated = logits * lines[0] + lines[1]
-        losses = compute_losses(calibrated, labels)
+        losses = np.where(known, compute_losses(calibrated, labels), np.nan)
         is_right = target.find_right(target.predict(calibrated[known]), labels[known])
         row["loss"] = float(np.average(losses[known], weights=weights[known]))
         row["accuracy"] = float(is_right.mean())
@@ -236,7 +240,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         table_: results of all candidates, one row each.
         out_of_fold_: [N, K] probabilities of each image by a classifier that was not fitted to it;
             NaN if every fold needs the image.
-        losses_: [N] their log losses.
+        losses_: [N] their log losses; NaN for images that do not measure the classifier.
         estimate_: accuracy, corrected for the choice, or mean average precision of several labels,
             with its interval; None without folds.
         statistics_: class statistics of all images; None for features of unknown tokens, and with
@@ -274,6 +278,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         features: TokenFeatures | np.ndarray,
         labels: np.ndarray,
         groups: np.ndarray | None = None,
+        is_counted: np.ndarray | None = None,
     ) -> "LinearProbe":
         """Choose a candidate and fit it to all images.
 
@@ -282,6 +287,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             labels: [N], or as a column [N, 1]; for several labels per image, [N, L] of 0 and 1 (a single
                 one of them in floats).
             groups: [N]; images of a group are in one fold. Those without one are one group.
+            is_counted: [N] whether an image measures the classifier, too: images that were chosen because
+                a model was unsure are harder than others, and only train it. Default: all images.
 
         Raises:
             ValueError: if there are fewer than two images, features are not finite, labels are no
@@ -320,6 +327,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, targets = self.target_.encode(labels)
         folds = split_folds(targets, groups)
         self.num_folds_ = len(folds)
+        self.is_counted_ = np.ones(len(labels), bool)
+        left_out = list(chain(*(test.tolist() for _, test in folds)))
+        # Without any such image, all of them measure it.
+        if is_counted is not None and is_counted[left_out].any():
+            self.is_counted_ = is_counted
         candidates = list_candidates(features, self.layers, self.pooling, self.inference)
         logits, distances, spreads = self.cross_validate(features, targets, candidates, folds)
         self.choose(logits, targets, groups)
@@ -428,7 +440,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.temperature_, self.lines_ = chosen.temperature, chosen.lines
         self.losses_ = chosen.losses
         known = np.isfinite(chosen.losses)
-        self.out_of_fold_[known] = self.target_.to_probabilities(chosen.logits[known])
+        is_left_out = np.isfinite(chosen.logits).all(axis=1)
+        self.out_of_fold_[is_left_out] = self.target_.to_probabilities(chosen.logits[is_left_out])
         own_groups = None if groups is None else groups[known]
         if self.lines_ is not None:
             self.estimate_ = estimate_average_precision(
@@ -500,8 +513,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Set the distance from which an image is unknown, if there are enough images."""
         # Distances out of fold: an image is closer to a mean that contains it than a new image
         # would be.
-        own = distances.get(choose_statistics_tokens(features, self.candidate_), np.empty(0))
-        own = own[np.isfinite(own)]
+        none = np.full(len(self.is_counted_), np.nan)
+        own = distances.get(choose_statistics_tokens(features, self.candidate_), none)
+        own = own[np.isfinite(own) & self.is_counted_]
         if len(own) >= MIN_DISTANCE_IMAGES:
             self.distance_threshold_ = float(np.quantile(own, KNOWN_RECALL, method="higher"))
 
@@ -510,10 +524,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self.class_weight == "balanced"
 
     def weigh(self, labels: np.ndarray) -> np.ndarray:
-        """Weight each image [N] in the log loss."""
+        """Weight each image [N] in the log loss; 0 for those that do not measure."""
         if not self.is_balanced:
-            return np.ones(len(labels))
-        return compute_sample_weight("balanced", labels)  # type: ignore[no-any-return]
+            return self.is_counted_.astype(float)
+        return compute_sample_weight("balanced", labels) * self.is_counted_  # type: ignore[no-any-return]
 
     def has_covariance(self, labels: np.ndarray) -> bool:
         """Decide whether to estimate a covariance.

@@ -59,6 +59,7 @@ class ImageOutputs:
     indices: np.ndarray  # [N] indices of the images in the pass, in ascending order
     names: np.ndarray  # [N]
     groups: np.ndarray  # [N]; copies of an image are in one group
+    chosen: Any = None  # [N] why a person was asked about each image; None without answers
     num_unreadable: int = 0
     # Float32 arrays, if the pass computes them
     logits: Any = None  # [N, L]
@@ -326,6 +327,7 @@ class ImagePass:
             labels=self.label_space.collate([self.images.labels[row] for row in indices]).numpy(),
             names=np.array(self.images.images.get_names(), str)[indices],
             groups=groups[indices],
+            chosen=None if self.images.chosen is None else self.images.chosen[indices],
             num_unreadable=len(error_messages),
             **arrays,
         )

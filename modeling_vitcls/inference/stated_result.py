@@ -1,7 +1,9 @@
 """A result in words and tables, the same at every door: terminal, report, card, `evaluate` and additions.
 
     66 of 80 right; about 83% of new photos (72 to 93)      with a 95% interval
+    41 of 50 right; about 82% of this collection (70 to 90): photos drawn at random from it
     20 of 24 right (95%: 64 to 93%)                         fewer than 30 images: no estimate
+    57 of 80 right. No estimate: ...                        it would mislead (training/answered.py)
     66 of 80 right (82%)                                    no interval: they trained the encoder
 
 The count is what was seen. The estimate of a cross-validation is corrected for the choice among
@@ -93,12 +95,19 @@ def state_result(
     # The value may be corrected for the choice of a classifier
     num_right = metrics.get("num_right", round(value * num_images))
     count = f"{num_right:,} of {num_images:,} {METRICS[name].count_text}"
-    if num_images < MIN_CORRECTED_IMAGES:
+    population, end = "new photos", ""
+    if metrics.get("is_drawn"):
+        population, end = "this collection", ": photos drawn at random from it"
+    if reason := metrics.get("no_estimate"):
+        text = f"{count}. No estimate: {reason}"
+    elif num_images < MIN_CORRECTED_IMAGES:
         text = count if bounds is None else f"{count} (95%: {bounds}%)"
+        if end:
+            text += f"{end}. Look at {MIN_CORRECTED_IMAGES - num_images} more such photos for an estimate"
     elif bounds is None:
         text = f"{count} ({text})"
     else:
-        text = f"{count}; about {text} of new photos ({bounds})"
+        text = f"{count}; about {text} of {population} ({bounds}){end}"
     if name == "accuracy" and metrics.get("per_class"):
         text += compare_with_guess(metrics, format_label)
     return text

@@ -7,6 +7,7 @@
     plan.py             what a run is: frozen or with steps, and why
     summary.py          the first lines of a run: its images, its model and what it is
     frozen_run.py       a run without steps, of what is in frozen/
+    answered.py         what the answers of a person mean for the result of a run
     steps_run.py        a run with steps, and what is measured afterwards
     run_results.py      what a run of either kind has made and measured, results.json and its last lines
     options.py          flags of the command

@@ -19,6 +19,7 @@ from ..frozen.head_search import (
 from ..frozen.heads import FrozenHead, describe_class_weights, describe_threshold
 from ..frozen.scenes import describe_scenes
 from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks, round_floats
+from .answered import judge_answers
 from .calibration import Calibration, describe_fold_calibration, measure_errors
 from .plan import RunPlan
 from .reporter import Reporter
@@ -84,6 +85,10 @@ def run_frozen(
     fitted = search.fit(images, data, reporter.warn)
     search.set_heads(fitted.by_task)
     by_task = {task: measure_head(head) for task, head in fitted.by_task.items()}
+    only = by_task.get("")  # Several tasks have no common results
+    counted = None
+    if only is not None and only.predictions is not None:
+        counted = judge_answers(only.head, only.metrics)
     measured = []
     for task, each in by_task.items():
         measured += list_measurements(
@@ -99,8 +104,8 @@ def run_frozen(
         {task: each.calibration.text for task, each in by_task.items()}
     )
     results: dict[str, Any] = {"frozen": record}
-    calibration = predictions = nearest_images = None  # Several tasks have no common ones
-    only = by_task.get("")
+    lines["counted"] = counted
+    calibration = predictions = nearest_images = None
     if only is None:
         metrics = join_task_metrics(by_task, data)
     else:
