@@ -76,10 +76,17 @@ def run_predict(options: PredictOptions) -> None:
         vitcls predict --model runs/mine photo.jpg path/to/folder
         vitcls predict --model runs/mine --dataset table.csv --output labels.csv
         vitcls predict --model runs/mine --dataset path/or/hub-id --features cls --output cls.parquet
+        vitcls predict --model runs/mine photos --output labels.csv --review review.html
     """
+    from accelerate import PartialState
+
     from ..inference.predict import predict_images
 
-    predict_images(options)
+    predicted = predict_images(options)
+    if PartialState().is_main_process and (options.answers or options.review):
+        from ..publishing.review import review_predictions  # Slow to import
+
+        review_predictions(options, predicted)
 
 
 @dataclass(frozen=True, kw_only=True)

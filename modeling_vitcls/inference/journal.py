@@ -13,7 +13,7 @@ photo is known, and a photo that was replaced under its name is not.
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
@@ -38,6 +38,8 @@ from .prediction_rows import Row
 SETTINGS_FILE = "settings.json"
 TABLE_FILE = "table.json"
 FILE_COLUMNS: Columns = {"path": pa.binary(), "size": pa.int64(), "time": pa.int64()}
+# Columns that are returned after the table is written
+SUMMARY = "index image label probability distance unknown checksum trained error".split()
 
 
 class FileState(NamedTuple):
@@ -223,8 +225,17 @@ class Journal:
 
     # Table ------------------------------------------------------------------------------------
 
-    def write_table(self, records: Sequence[ImageRecord], known: Known, run: str) -> pa.Table:
-        """Write the table of all images, and return its columns without predictions.
+    def write_table(
+        self,
+        records: Sequence[ImageRecord],
+        known: Known,
+        run: str,
+        edit: Callable[[pa.Table], pa.Table] = lambda table: table,
+    ) -> pa.Table:
+        """Write the table of all images, and return what the model says, without features.
+
+        Args:
+            edit: changes the values of a part of the table, or adds columns, before it is written.
 
         Raises:
             OSError: if rows are missing, because the processes do not share a file system.
@@ -254,10 +265,12 @@ class Journal:
                 ]
                 table = table.set_column(0, "index", pa.array(group, pa.int64()))
                 table = table.set_column(1, "image", pa.array(names, pa.string()))
-                summaries.append(table.select(["index", "trained", "error"]))
-                yield table
+                summaries.append(table.select(kept))
+                yield edit(table)
 
         schema = pa.schema([self.schema.field(name) for name in columns])
+        kept = [name for name in columns if name in SUMMARY]
+        schema = edit(schema.empty_table()).schema
         with write_atomically(self.table) as file:
             self.write(build_tables(), schema, file)
             digests = [*self.read_table_record()["digests"], compute_file_digest(file)][-2:]

@@ -120,6 +120,15 @@ class PredictOptions(ImageOptions, EngineOptions):
     overwrite: bool = False
     """Replace a file in --output that is of another model, other settings or other images, or that is
     not as this command has written it."""
+    answers: tuple[str, ...] = ()
+    """Files with the labels that a person gave on pages of photos: they replace those of the model in
+    --output, where the column `source` says which is which. The command then says how much of the table is
+    right, estimated from the answers about photos that were drawn at random."""
+    review: Path | None = None
+    """HTML page for a person, who clicks what photos show: those that the model is least sure about, that
+    look unknown, or that are drawn at random, without those with an answer. It needs no server."""
+    review_count: int = 100
+    """Number of photos on the page of --review. A quarter of them is drawn at random."""
     top_k: int | None = None
     """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all
     labels with a probability of at least --threshold."""
@@ -147,7 +156,12 @@ class PredictOptions(ImageOptions, EngineOptions):
         check_minimum(self, 0, "num_workers")
         check_value(self, "features", self.features != (), "one name or more")
         check_suffix(self, "output", ".csv", ".json", ".jsonl", ".parquet")
-        check_output_files(output=self.output)
+        check_suffix(self, "review", ".html")
+        check_value(self, "review_count", 4 <= self.review_count <= 100, "from 4 to 100")
+        check_output_files(output=self.output, review=self.review)
+        for name in ("answers", "review"):
+            if getattr(self, name) and (self.features or self.output is None):
+                raise ValueError(f"`{name}` requires `output`, and labels. Set `output`")
 
     def check_files(self) -> None:
         self.check_images()

@@ -9,10 +9,13 @@ while they are computed (journal.py); the file is written from it.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import pyarrow as pa
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -31,7 +34,24 @@ from .prediction_rows import Row
 from .predictor import Predictor, build_predictor
 
 
-def predict_images(options: PredictOptions) -> None:
+@dataclass(frozen=True)
+class Predicted:
+    """What a command has predicted, for a person to look at.
+
+    Attributes:
+        records: the images.
+        predictor: the model.
+        rows: what the model says about them, without answers of a person.
+        answers: of a person, as `read_answers` returns them (data/answers.py); None without any.
+    """
+
+    records: Sequence[ImageRecord]
+    predictor: Predictor
+    rows: list[Row]
+    answers: Any
+
+
+def predict_images(options: PredictOptions) -> Predicted:
     """Run the prediction that the options specify, and print or write the rows.
 
     Raises:
@@ -44,6 +64,15 @@ def predict_images(options: PredictOptions) -> None:
     with accelerator.main_process_first():  # The main process downloads the files
         predictor = build_predictor(options)
     columns = get_output_columns(predictor.columns.columns)
+    answers = None
+    if (options.answers or options.review) and "label" not in columns:
+        raise ValueError(
+            "`answers` and `review` require a model with one label per image. Remove them"
+        )
+    if options.answers:
+        from ..data.answers import read_answers  # imports pandas
+
+        answers = read_answers(options.answers)
     if options.output is None:
         rows = compute_rows(accelerator, predictor, records, range(len(records)))
         summary = sorted(gather_object(list(rows)), key=lambda row: row["index"])
@@ -54,7 +83,8 @@ def predict_images(options: PredictOptions) -> None:
         if write is write_csv:
             write = partial(write_csv, delimiter=options.delimiter)
         journal = Journal(options.output, columns, write)
-        summary = write_rows(accelerator, predictor, records, journal, options)
+        edit = partial(replace_labels, predictor=predictor, answers=answers)
+        summary = write_rows(accelerator, predictor, records, journal, options, edit)
 
     num_images = len(records)
     failed = [row["index"] for row in summary if row["error"] is not None]
@@ -84,6 +114,29 @@ def predict_images(options: PredictOptions) -> None:
             f"{len(missing_files):,} of the {num_images:,} images do not exist: "
             f"{format_name_list(missing_files)}. Check the paths"
         )
+    return Predicted(records, predictor, summary, answers)
+
+
+def replace_labels(table: pa.Table, predictor: Predictor, answers: Any) -> pa.Table:
+    """Replace the labels of the model by those of a person, and add the column `source`.
+
+    The probability is of the label of the model, and goes with it. Without answers, nothing changes.
+    """
+    if answers is None:
+        return table
+
+    from ..data.answers import PERSON, find_class  # imports pandas
+
+    names = predictor.model.config.id2label
+    known = answers.set_index("checksum")
+    rows = table.to_pylist()
+    for row in rows:
+        row["source"] = "model" if row["error"] is None else None
+        if row["checksum"] in known.index:
+            index = find_class(known.loc[row["checksum"]], list(names.values()))
+            label = None if index is None else names[index]
+            row |= {"label": label, "probability": None, "source": PERSON}
+    return pa.Table.from_pylist(rows, table.schema.append(pa.field("source", pa.string())))
 
 
 def compute_rows(
@@ -109,11 +162,12 @@ def write_rows(
     records: Sequence[ImageRecord],
     journal: Journal,
     options: PredictOptions,
+    edit: Callable[[pa.Table], pa.Table],
 ) -> list[Row]:
     """Compute the rows that the journal lacks, and write the table of all images.
 
     Returns:
-        The index, `trained` and `error` of each image; on other processes, nothing.
+        What the model says about each image, without features; on other processes, nothing.
     """
     settings = {
         "model": hash_weights(predictor.folder.path) | hash_settings(predictor.folder.path),
@@ -143,7 +197,7 @@ def write_rows(
         return known.missing, str(time.time_ns())
 
     def finish() -> None:
-        summary.extend(journal.write_table(records, known, run).to_pylist())
+        summary.extend(journal.write_table(records, known, run, edit).to_pylist())
 
     with stack:
         missing, run = run_on_main(start)

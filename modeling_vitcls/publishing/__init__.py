@@ -4,6 +4,8 @@ They read the files of the folder, and nothing else.
 
 report.py                  report.html and the card's sheet; what follows a run or an addition
 card.py                    README.md, with one template per kind of model in templates/
+labels_page.py             the page on which a person says what photos show, about a run
+review.py                  the same about a collection, and how much of its table is right
 wrong_photos.py            wrong predictions of a run or an addition, for the report
 published_files.py         the files that a push publishes
 push.py                    permissions and the push
