@@ -38,6 +38,20 @@ EQUIVALENT_FLAGS = {
     "source": "model",
     "fp16": "mixed_precision",
     "bf16": "mixed_precision",
+    "amp": "mixed_precision",
+    "smoothing": "label_smoothing",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "initial_checkpoint": "model",
+    "checkpoint_hist": "keep_checkpoints",
+    "aa": "auto_augment",
+    "cutmix": "augment",
+    "reprob": "augment",
+    "drop_path": "model_config",
+    "scale": "crop_scale",
+    # Without a counterpart (docs/coming-from.md), whatever names are similar
+    **dict.fromkeys(
+        "model_ema clip_grad grad_checkpointing vflip opt bce_loss aug_repeats".split(), ""
+    ),
 }
 
 SETTINGS_TYPE = dict[str, Any] | None  # The type of a flag with several NAME=VALUE
@@ -135,8 +149,10 @@ def read_recipe(path: Path, options_class: type[Options]) -> dict[str, Any]:
 
 
 def describe_unknown_flag(flag: str, names: Collection[str]) -> str:
-    """Say that there is no such flag, and name the nearest one."""
+    """Say that there is no such flag, and name its counterpart or the nearest one, if there is one."""
     name = flag.removeprefix("--").replace("-", "_")
-    close = [EQUIVALENT_FLAGS.get(name, ""), *difflib.get_close_matches(name, names, n=1)]
+    close = difflib.get_close_matches(name, names, n=1)
+    if name in EQUIVALENT_FLAGS:
+        close = [EQUIVALENT_FLAGS[name]]
     hint = next((f". Did you mean `{each}`?" for each in close if each in names), "")
     return f"there is no flag {flag}{hint}"

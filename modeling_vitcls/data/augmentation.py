@@ -62,7 +62,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> tuple[Tr
             )
         )
     if options.auto_augment == "rand":
-        # As in DeiT
+        # 9 of 30, and both operations always: another distribution than timm's `rand-m9`
         transforms.append(v2.RandAugment(magnitude=9, interpolation=InterpolationMode.BILINEAR))
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))

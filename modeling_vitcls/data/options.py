@@ -79,8 +79,8 @@ class AugmentationOptions(Options):
     flip: bool = True
     """Flip each image horizontally with a probability of 0.5."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
-    """Automatic augmentation: RandAugment (Cubuk et al. 2020; magnitude 9, as in DeiT) or
-    TrivialAugment (Müller and Hutter 2021)."""
+    """Automatic augmentation of torchvision: RandAugment (Cubuk et al. 2020; magnitude 9 of 30, two
+    operations for each image, unlike timm's `rand-m9`) or TrivialAugment (Müller and Hutter 2021)."""
     augment: dict[str, Any] | None = None
     """`rotation=10 shift=0.1 zoom=0.1 random_erasing=0.5 cutmix=1`, or some of them: the maximum
     rotation in degrees, translation (as a fraction of the image size) and relative change of scale,

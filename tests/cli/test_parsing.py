@@ -103,6 +103,8 @@ def test_errors_of_recipes_are_one_line(content: bytes, words: list[str], tmp_pa
     [
         ("nosuch --model m", ["options: nosuch. Available", "finetune"]),
         (f"finetune {RUN} --lr 3", ["--lr", "Did you mean --learning-rate?"]),
+        (f"finetune {RUN} --amp", ["--amp", "Did you mean --mixed-precision?"]),
+        (f"finetune {RUN} --drop-path 0.1", ["--drop-path", "Did you mean --model-config?"]),
         (f"finetune {RUN} --learning-rat 3", ["--learning-rat", "Did you mean --learning-rate?"]),
         ("finetune --datset d --model m", ["no flag --datset", "Did you mean --dataset?"]),
         (f"finetune {RUN} --no-epochs", ["--no-epochs"]),
@@ -129,6 +131,12 @@ def test_errors_of_recipes_are_one_line(content: bytes, words: list[str], tmp_pa
 def test_flags_that_do_not_exist_fit_or_agree_are_one_line(command: str, words: list[str]) -> None:
     error = fail(*command.split(), status=2)
     assert all(word in error for word in words)
+
+
+@pytest.mark.parametrize("flag", ["--model-ema", "--clip-grad", "--vflip", "--opt"])
+def test_a_flag_of_timm_without_a_counterpart_has_no_suggestion(flag: str) -> None:
+    error = fail(*f"finetune {RUN} {flag} 1".split(), status=2)
+    assert error == f"error: there is no flag {flag}\n"
 
 
 def test_paths_may_follow_a_choice() -> None:
