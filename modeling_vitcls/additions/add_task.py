@@ -75,8 +75,8 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         if num_seen := data.count_seen(list_encoder_rows(old.folder)):
             del record["result"]["accuracy_interval"]
             warn_on_first_process(
-                f"{num_seen:,} of the images that measure the task trained the encoder of "
-                f"{options.model}, or copies of them train the task, so the accuracy is higher than for new images"
+                f"the encoder of {options.model} was trained on {num_seen:,} of the images that measure the "
+                "task, or the task on copies of them, so the accuracy is higher than for new images"
             )
         if data.held_out_split is not None:  # The splits of a dataset may divide scenes
             record["in_trained_scenes"] = count_in_trained_scenes(

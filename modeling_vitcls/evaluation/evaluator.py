@@ -105,7 +105,7 @@ def measure_left_out(head: FrozenHead) -> Predictions | None:
 
 
 def count_in_trained_scenes(names: Sequence[str], predictions: Predictions) -> dict[str, Any]:
-    """Count photos of scenes that trained the model, by their names, and the others that are right."""
+    """Count photos of scenes of the training photos, by their names, and the others that are right."""
     outputs = predictions.outputs
     is_known = np.isin(outputs.names, names)  # Photos without a label have no row
     record: dict[str, Any] = {
@@ -127,13 +127,13 @@ def count_in_trained_scenes(names: Sequence[str], predictions: Predictions) -> d
 
 
 def describe_in_trained_scenes(record: Mapping[str, Any]) -> str | None:
-    """Say how many photos are of scenes that trained the model, and how many others are right."""
+    """Say how many photos are of scenes of the training photos, and how many others are right."""
     names = record.get("names")
     if not names:
         return None
     text = (
-        f"{len(names):,} of {record['num_images']:,} photos are of scenes that trained the "
-        f"model, such as {names[0]}, and easier than new photos"
+        f"{len(names):,} of {record['num_images']:,} photos are of scenes that the model was trained "
+        f"on, such as {names[0]}, and easier than new photos"
     )
     if others := record.get("others"):
         text += f". The others: {state_result(others)}"

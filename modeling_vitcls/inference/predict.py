@@ -97,7 +97,7 @@ def predict_images(options: PredictOptions) -> Predicted:
         )
     if num_trained:
         warn_on_first_process(
-            f"{num_trained:,} of {num_images:,} images trained the model: their predictions measure "
+            f"the model was trained on {num_trained:,} of {num_images:,} images: their predictions measure "
             "nothing. Predict other images, or see the result of the run"
         )
     accelerator.end_training()

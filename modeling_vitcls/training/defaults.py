@@ -54,7 +54,7 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     # classifier, the loss of a ViT-S on 130 photographs rose from 0.7 to 1.2 and came back after 30
     # steps; with this rate, it fell (model_cards/studies/learning_rate.md has 1e-5 and 1e-4).
     "from the frozen model's classifier": (3e-5, 384, 2, 1e-5, 4e-4),
-    # The matrices start from zero, also after a frozen start (measured in docs/fine-tuning.md).
+    # The matrices start from zero, also after a frozen start (model_cards/studies/tokens.md).
     "LoRA": (5e-4, 1, 0, 0.0, 1.0),
     # The rate of LoRA, because here, too, the encoder keeps its weights, and closed gates must open
     "special tokens": (5e-4, 1, 0, 0.0, 1.0),

@@ -80,7 +80,7 @@ def average_with_start(
     """Replace the trained weights with the mean of the weights before and after the steps.
 
     What the steps learned is then added to what the encoder knew before (WiSE-FT, Wortsman et al.
-    2021, arXiv 2109.01903). With 0.5, no draw of our study lost (docs/fine-tuning.md).
+    2021, arXiv 2109.01903). With 0.5, and all labels, no draw of our study lost (model_cards/studies/finetuning.md).
 
     Args:
         model: model with the weights of the last step.

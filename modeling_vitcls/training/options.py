@@ -69,9 +69,9 @@ class ModelOptions(Options):
     intermediate_size: int | None = None
     """Hidden dimension of the MLP."""
     model_config: dict[str, Any] | None = None
-    """Other fields of `ViTCLSConfig` (docs/configuration.md), such as
-    `drop_path_rate=0.1 head_type=mlp`. Default of `initializer_range`: depends on the width of the preset
-    (training/defaults.py), because narrow models learn slowly with the common value of 0.02."""
+    """Other fields of `ViTCLSConfig`, such as
+    `drop_path_rate=0.1 head_type=mlp`. Default of `initializer_range`: depends on the width of the
+    preset, because narrow models learn slowly with the common value of 0.02."""
 
     def check(self) -> None:
         super().check()
@@ -130,8 +130,8 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     epochs: float | None = None
     """Number of passes over the training images; setting it makes the run take training steps.
     Default: 30, or 5 for LoRA and for weights that start from the classifier of the frozen model.
-    Without steps, the encoder stays frozen: that is the default below 2,000 images (50 per class), or
-    if five epochs would take more than ten minutes on a CPU."""
+    Without steps, the encoder stays frozen: that is the default below max(2,000, 50 x classes) images,
+    or if five epochs would take more than ten minutes on a CPU."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None
@@ -141,10 +141,9 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     """Number of forward and backward passes per optimizer step."""
     learning_rate: float | tuple[float, float] | None = None
     """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0
-    with a cosine schedule. Default: depends on the initial weights and the width
-    (training/defaults.py), for example 5e-4 for a ViT-Ti with random weights and 5e-5 for a
-    pre-trained ViT-B. A second value is the rate of gates and of tokens that the checkpoint lacks
-    (default: 0.01)."""
+    with a cosine schedule. Default: depends on the initial weights and the width, for example 5e-4
+    for a ViT-Ti with random weights and 5e-5 for a pre-trained ViT-B. A second value is the rate of
+    gates and of tokens that the checkpoint lacks (default: 0.01)."""
     layer_decay: float | None = None
     """Layer-wise learning rate decay (BEiT, Bao et al. 2021): ratio of each layer's learning rate
     to the next layer's. Tokens, position embeddings and patch embeddings count as one layer

@@ -6,7 +6,7 @@
 a classifier cannot be fitted to frozen features      steps   (run_inputs.py)
 a flag about steps is set, or a checkpoint continues  steps
 `trainable='head'`                                    frozen
-fewer than 2,000 images, or 50 of a class             frozen  a fifth of the labels costs more than steps gain
+fewer than max(2,000, 50 x classes) images            frozen  a fifth of the labels costs more than steps gain
 otherwise                                             steps, if they take less than ten minutes
 """
 
@@ -39,7 +39,7 @@ FORWARD_PASSES_OF_STEP = 3  # A backward pass takes as long as two forward passe
 MAX_STEP_MINUTES = 10  # Limit of default steps on CPUs; with a flag about steps, there is none
 FEW_IMAGES_PER_CLASS = 5  # With fewer, nothing is held out
 # With fewer, a run that continues a model with its own images holds out none of them. With 10 per
-# class, a fifth cost 5 to 11 points (docs/fine-tuning.md).
+# class, a fifth cost 5 to 11 points (model_cards/studies/finetuning.md).
 MIN_MEASURED_CLASS_SIZE = 30
 
 

@@ -62,8 +62,8 @@ def print_division(
     num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
     if num_seen and not leaks:
         reporter.warn(
-            f"{num_seen:,} of the images that measure this run trained the encoder of "
-            f"{inputs.initial.name}, a classifier that this run keeps, or its teacher, so the result is better "
+            f"the encoder of {inputs.initial.name}, a classifier that this run keeps, or its teacher was "
+            f"trained on {num_seen:,} of the images that measure this run, so the result is better "
             "than for new images, and has no interval. Set `held_out_fraction` as in its run, or "
             "hold out other images"
         )

@@ -343,7 +343,7 @@ def test_photos_that_trained_the_model_are_counted(
     assert "5 of the 5 images of the new classes trained" in caplog.text
     record = add_task(folder, dataset, "parity", tmp_path / "task")
     assert "accuracy_interval" not in record["result"]
-    assert "120 of the images that measure the task trained the encoder" in caplog.text
+    assert "trained on 120 of the images that measure the task" in caplog.text
     write_json(folder / "results.json", results | {"steps_train_encoder": False})
     record = add_task(folder, dataset, "parity", tmp_path / "head")
     assert "accuracy_interval" in record["result"]

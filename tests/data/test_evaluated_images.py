@@ -177,7 +177,7 @@ def test_predictions_of_training_photos_are_said_to_measure_nothing(
         for index, name in enumerate(names)
     ]
     run_here("predict", "--model", model, *files)
-    assert "1 of 2 images trained the model" in caplog.text
+    assert "the model was trained on 1 of 2 images" in caplog.text
     caplog.clear()
     reset_accelerate()
     shutil.copytree(model, tmp_path / "unlisted").joinpath("splits.parquet").unlink()

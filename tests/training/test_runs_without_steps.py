@@ -254,7 +254,7 @@ def test_images_that_trained_the_encoder_measure_nothing(frozen: Any, tuned: Any
         """Check that a warning and the card say why there is no interval."""
         has_interval = "accuracy_interval" in results
         card = (results["folder"] / "README.md").read_text()
-        assert ("trained the encoder" in results["printed"]) is not has_interval
+        assert ("images that measure this run" in results["printed"]) is not has_interval
         assert ("or its encoder was trained on" in card) is not has_interval
         return has_interval
 
@@ -353,7 +353,9 @@ def test_photos_of_a_test_folder_that_repeat_training_photos_are_named_and_the_o
     near = results["in_trained_scenes"]["names"]
     assert [Path(name).name for name in near] == ["IMG_05.png", "IMG_15.png"]
     printed = results["printed"]
-    assert f"2 of 4 photos are of scenes that trained the model, such as {near[0]}" in printed
+    assert (
+        f"2 of 4 photos are of scenes that the model was trained on, such as {near[0]}" in printed
+    )
     rows = pd.read_parquet("run/predictions.parquet")
     others = rows[~rows["image"].isin(near)]
     num_right = (others["label"] == others["prediction"]).sum()
@@ -398,7 +400,7 @@ def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the
     assert known["num_images"] == results["num_images"] == 9
     assert known["others"]["num_images"] == 2
     printed = capsys.readouterr().out
-    assert "7 of 9 photos are of scenes that trained the model" in printed
+    assert "7 of 9 photos are of scenes that the model was trained on" in printed
     assert " of 2 right (95%: " in printed
 
 
