@@ -34,10 +34,8 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        """Return whether a test runs the block; commands run only on request."""
-        if self.language == "python":
-            return not self.comment.startswith("not run: ")
-        return self.language == "bash" and self.comment == "run"
+        """Return whether a test runs the block."""
+        return self.language in ("python", "bash") and not self.comment.startswith("not run: ")
 
     def get_source(self) -> str:
         """Return a Python block with its replacements."""

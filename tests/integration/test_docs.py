@@ -1,17 +1,16 @@
 """The pages: links, names, flags, error messages and code blocks.
 
-Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
-blocks of a page run one after the other in one process, offline, in a folder with
+Fast tests resolve the imports of Python blocks; slow tests run the blocks. The Python blocks and the
+commands of a page run one after the other, as a reader runs them, offline, in one folder with
     photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
-    more/cat/*.png, more/dog/*.png                   the next digits
-    runs/photos                                      a small random classifier of cat and dog
-    dino                                             its encoder
+    more/..., weather/..., new/bird/*.png            other digits
+    dino                                             a small random encoder with patches of 14 pixels
+    runs/photos                                      the default run of `finetune` on both
     scripts/studies/digits.yaml                      the recipe with two seeds and two steps per run
 
 An HTML comment in the line before a block changes what happens to it:
     <!-- not run: REASON -->                     the block requires the network, a GPU or minutes
     <!-- run with: "NEW" instead of "OLD" -->    the block runs with one text replaced
-    <!-- run -->                                 commands run as well (slow tests), on a small model
 
 The flags of all commands are compared with `vitcls NAME --help`, even in blocks that do not run.
 """
@@ -32,22 +31,28 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from helpers.command_in_process import run_here
-from helpers.doc_pages import PAGES, ROOT, check_imports, read_blocks, read_prose
+from helpers.doc_pages import PAGES, ROOT, Block, check_imports, read_blocks, read_prose
 from helpers.fresh_processes import run_python
+from helpers.page_commands import SMALL_MODEL
 from helpers.photo_folders import write_digits
 from helpers.scripts_in_process import run_in_process
+from timm.models.vision_transformer import VisionTransformer
 
 import modeling_vitcls
 from modeling_vitcls import (
+    ViTCLSBackbone,
     ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
     ViTCLSModel,
+    convert_from_timm,
+    finetune,
 )
 from modeling_vitcls.cli.commands import COMMANDS
 from scripts.tools import make_address
@@ -77,16 +82,6 @@ PROGRAMS = (
 ALL_PROGRAMS = (*COMMANDS, *PROGRAMS)
 OTHER_PROGRAMS = {"--version", "--tyro-print-completion", "env"}  # without flags
 
-# Added to commands so that they take only seconds.
-QUICK = {
-    "finetune": "--max-steps 2 --batch-size 8 --num-workers 0 --no-report",
-    "evaluate": "--num-workers 0",
-    "inspect": "--max-images 8 --num-images 2",
-}
-SMALL_MODEL = (
-    "--image-size 32 --patch-size 16 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2"
-)
-
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(
     r"(?P<variables>(?:[A-Z_]+=\S+ )*)(?:accelerate launch (?P<launcher>.*?)-m modeling_vitcls\.cli"
@@ -107,8 +102,8 @@ OTHER_FILES = {"docs/speed-gpu.md", "answer.py", "handler.py", "serve.py", "trai
 
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
-PYTHON_PAGES = {block.page for block in BLOCKS if block.language == "python" and block.is_run}
-COMMAND_PAGES = {block.page for block in BLOCKS if block.language == "bash" and block.is_run}
+# test_readme.py runs the blocks of README
+RUN_PAGES = {block.page for block in BLOCKS if block.is_run and block.page.parent == ROOT / "docs"}
 
 
 def get_name(page: Path) -> str:
@@ -285,22 +280,56 @@ def test_the_study_in_the_docs_is_the_recipe() -> None:
     assert {**shown, "question": ""} == {**recipe, "question": ""}
 
 
+TIMM_CALL = re.compile(r"^\| `(model\.[^`]+)` \| `((?:model\.|\[each|ViTCLSBackbone)[^`]+)`", re.M)
+
+
+def test_timms_calls_and_those_beside_them_have_the_same_outputs(tmp_path: Path) -> None:
+    size = {"img_size": 56, "patch_size": 14, "embed_dim": 32, "depth": 12, "num_heads": 2}
+    source = VisionTransformer(**size, reg_tokens=4, num_classes=3).eval()
+    for parameter in source.parameters():
+        parameter.data.normal_(0, 0.05)
+    converted = convert_from_timm(source).eval()
+    converted.save_pretrained(tmp_path)
+
+    calls = TIMM_CALL.findall((ROOT / "docs" / "own-loop.md").read_text(encoding="utf-8"))
+    assert len(calls) == 6
+    names = {"x": torch.randn(2, 3, 56, 56), "folder": tmp_path, "ViTCLSBackbone": ViTCLSBackbone}
+    with torch.no_grad():
+        names["features"] = source.forward_features(names["x"])
+        for theirs, ours in calls:
+            expected = eval(theirs, names | {"model": source})
+            actual = eval(ours, names | {"model": converted})
+            if "apply_layernorm" in ours:  # the last map is normalized, as the page says
+                expected, actual = expected[:-1], actual[:-1]
+            torch.testing.assert_close(actual, expected)
+
+
 # Running ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def prepared(module_path: Path) -> Path:
-    """Return a folder with the images and the model that the pages use."""
-    for digit, name in ((0, "cat"), (7, "dog")):
-        write_digits(module_path / "photos" / name, digit, slice(20))
-        write_digits(module_path / "more" / name, digit, slice(20, 40))
+    """Return a folder with the images and the models that the pages use."""
+    for folder, digit, part in (
+        ("photos/cat", 0, slice(30)),  # Fewer, because a page looks at each of them
+        ("photos/dog", 7, slice(75)),
+        ("more/cat", 0, slice(80, 90)),
+        ("more/dog", 7, slice(80, 90)),
+        ("weather/rain", 1, slice(12)),
+        ("weather/sun", 4, slice(12)),
+        ("more-weather/rain", 1, slice(12, 24)),
+        ("more-weather/sun", 4, slice(12, 24)),
+        ("new/bird", 3, slice(12)),
+    ):
+        write_digits(module_path / folder, digit, part)
     shutil.copy(module_path / "more" / "dog" / "0.png", module_path / "photo.jpg")
-    write_classifier(module_path / "runs" / "photos", ["cat", "dog"])
-    encoder = ViTCLSModel.from_pretrained(module_path / "runs" / "photos")
-    encoder.save_pretrained(module_path / "dino")
-    ViTCLSImageProcessor.from_pretrained(module_path / "runs" / "photos").save_pretrained(
-        module_path / "dino"
-    )
+    write_encoder(module_path / "dino")
+    with contextlib.chdir(module_path):
+        # the layers that a run on photos chooses with a trained encoder (studies/first_answer.md)
+        layers = (-4, -3, -2, -1)
+        finetune("dino", "photos", "runs/photos", pooled_layers=layers, num_workers=0, report=False)
+    # instead of README's command, which takes a minute
+    write_encoder(module_path / "runs" / "digits", id2label=dict(enumerate("0123456789")))
     # instead of the study of the repository, which takes minutes
     study = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
     study["stages"]["finetune"]["max_steps"] = 2
@@ -312,20 +341,22 @@ def prepared(module_path: Path) -> Path:
     return module_path
 
 
-def write_classifier(folder: Path, labels: list[str]) -> None:
-    """Write a small classifier with random weights."""
+def write_encoder(folder: Path, **fields: Any) -> None:
+    """Write a small encoder with random weights and, as DINOv2, patches of 14 pixels."""
     config = ViTCLSConfig.from_preset(
         "tiny",
-        image_size=32,
+        image_size=56,
+        patch_size=14,
         hidden_size=32,
         num_attention_heads=2,
-        num_hidden_layers=2,
+        num_hidden_layers=12,
         num_register_tokens=2,
-        id2label=dict(enumerate(labels)),
+        **fields,
     )
     torch.manual_seed(0)  # To some random encoders, all digits of one kind are shots of one scene.
-    ViTCLSForImageClassification(config).save_pretrained(folder)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    model_class = ViTCLSForImageClassification if fields else ViTCLSModel
+    model_class(config).save_pretrained(folder)
+    ViTCLSImageProcessor(size={"height": 56, "width": 56}).save_pretrained(folder)
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -335,7 +366,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def run(prepared: Path, tmp_path: Path) -> Run:
     """Return a function that runs Python with flags, offline in a copy of the prepared folder."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    hub = {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    hub = {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1"}
+    hub["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
     def start(
         command: Sequence[str], variables: Sequence[str] = ()
@@ -372,19 +404,24 @@ def test_imports_of_python_blocks_resolve() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted(PYTHON_PAGES - {ROOT / "README.md"}), ids=get_name)
-def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
-    """test_readme.py runs the blocks of README."""
-    blocks = [block for block in read_blocks(page) if block.language == "python" and block.is_run]
-    source = "\n\n".join(block.get_source() for block in blocks)
-    if '"runs/digits"' in source:  # which README's command trains
-        write_classifier(tmp_path / "runs" / "digits", list("0123456789"))
-    (tmp_path / "page.py").write_text(source, encoding="utf-8")
+@pytest.mark.parametrize("page", sorted(RUN_PAGES), ids=get_name)
+def test_blocks_run_in_order(page: Path, run: Run, tmp_path: Path) -> None:
+    blocks = [block for block in read_blocks(page) if block.is_run]
+    source = "\n\n".join(map(write_program, blocks))
+    program = f"from helpers.page_commands import run_command\n\n{source}"
+    (tmp_path / "page.py").write_text(program, encoding="utf-8")
     done = run(["page.py"])
 
     for line in source.splitlines():
         if PRINTED.match(line):
             assert line.removeprefix("# ") in done.stdout.splitlines()
+
+
+def write_program(block: Block) -> str:
+    """Return the Python code that runs a block."""
+    if block.language == "python":
+        return block.get_source()
+    return "\n".join(f"run_command({line!r})" for line in block.get_commands())
 
 
 @pytest.mark.slow
@@ -446,22 +483,3 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
     run([*MODULE, "finetune", *flags])
     (tmp_path / "page.py").write_text("\n\n".join(lines), encoding="utf-8")
     run(["page.py"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", sorted(COMMAND_PAGES), ids=get_name)
-def test_commands_run(page: Path, run: Run) -> None:
-    blocks = [block for block in read_blocks(page) if block.language == "bash" and block.is_run]
-    for line in (line for block in blocks for line in block.get_commands()):
-        command = COMMAND.match(line)
-        assert command is not None, line
-        name = command["program"]
-        words = [name] if name in PROGRAMS else [*MODULE, name]
-        if command["launcher"] is not None:
-            launcher = shlex.split(command["launcher"])
-            words = ["-m", "accelerate.commands.launch", *launcher, *words]
-        words += shlex.split(command["flags"], comments=True)
-        words += QUICK.get(name, "").split()
-        if name == "finetune" and "--model vitcls-" in line:
-            words += SMALL_MODEL.split()
-        run(words, command["variables"].split())
