@@ -93,7 +93,7 @@ test test-all coverage: lint
 
 check: lint
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q tests/test_size.py
+	$(RUN) -m pytest -q tests/test_size.py tests/test_figures.py
 
 lint: setup
 	$(RUN) -m ruff check .
