@@ -350,6 +350,7 @@ def write_encoder(folder: Path, **fields: Any) -> None:
         hidden_size=32,
         num_attention_heads=2,
         num_hidden_layers=12,
+        intermediate_size=128,
         num_register_tokens=2,
         **fields,
     )
