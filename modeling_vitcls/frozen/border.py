@@ -4,13 +4,12 @@ A linear classifier of the mean of the patches is a sum over patches, so the par
 exact. CLS has no such sum.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ..inference.features import Features, mark_rings
-from ..model.field_checks_vitcls import Size
+from ..data.splits import TrainingData
+from ..inference.features import mark_rings
 from .heads import FrozenHead
 
 
@@ -21,54 +20,48 @@ MIN_RATIOS = 1.3, 1.25
 MIN_GRID_SIDE = 8  # In patches. Of smaller grids, the border is most of the photo
 
 
-def measure_border(
-    heads: Mapping[str, FrozenHead], images: Mapping[str, Features], grid_size: Size
-) -> dict[str, Any]:
+def measure_border(_: TrainingData, head: FrozenHead) -> dict[str, Any] | None:
     """Measure how much of each label's lead over the other photos comes from the border.
 
     The lead is what the patches contribute to the score of a label, in its photos minus in the
     others.
 
-    Args:
-        heads: the classifier of each task.
-        images: some training images of each task, with rings.
-        grid_size: rows and columns of the patches.
-
     Returns:
-        The share of each ring in the patches, and in the lead of each label. A task whose classifier
-        reads no patches has no labels, and no task has any on a small grid.
+        The share of each ring in the patches, and in the lead of each label; no label has a share in
+        a classifier that reads no patches. None on a small grid, and without rings.
     """
-    shares = {}
-    for task, head in heads.items() if min(grid_size) >= MIN_GRID_SIDE else ():
-        candidate, classes = head.probe.candidate_, head.probe.classes_
-        features = images[task]
-        is_own = features.labels > 0.5
-        if features.labels.ndim == 1:
-            is_own = features.labels[:, None] == classes  # [N, K]
-        with np.errstate(invalid="ignore"):  # NaN if all photos or none have a label
-            signs = is_own / is_own.sum(axis=0) - ~is_own / (~is_own).sum(axis=0)
+    images = head.sample
+    if images is None or min(head.grid_size) < MIN_GRID_SIDE:
+        return None
+    candidate, classes = head.probe.candidate_, head.probe.classes_
+    is_own = images.labels > 0.5
+    if images.labels.ndim == 1:
+        is_own = images.labels[:, None] == classes  # [N, K]
+    with np.errstate(invalid="ignore"):  # NaN if all photos or none have a label
+        signs = is_own / is_own.sum(axis=0) - ~is_own / (~is_own).sum(axis=0)
 
-        weights = np.split(head.probe.heads_[0][0], len(candidate.tokens), axis=1)
-        tokens = features.get_tokens()
-        leads = np.zeros((1 + features.rings.shape[1], len(classes)))
-        for (layer, kind), weight in zip(candidate.tokens, weights, strict=True):
-            if kind == "mean":
-                parts = [tokens[layer, kind], *np.moveaxis(features.rings[:, :, layer], 1, 0)]
-                leads += [(signs * (part @ weight.T)).sum(axis=0) for part in parts]
-        for index, (whole, *rings) in zip(classes, leads.T, strict=True):
-            if whole > 0:
-                name = f"{task}: {head.labels.names[index]}".removeprefix(": ")
-                shares[name] = (rings / whole).round(3).tolist()
-    patches = [round(float(is_border.mean()), 3) for is_border in mark_rings(grid_size)]
+    weights = np.split(head.probe.heads_[0][0], len(candidate.tokens), axis=1)
+    tokens = images.get_tokens()
+    leads = np.zeros((1 + images.rings.shape[1], len(classes)))
+    for (layer, kind), weight in zip(candidate.tokens, weights, strict=True):
+        if kind == "mean":
+            parts = [tokens[layer, kind], *np.moveaxis(images.rings[:, :, layer], 1, 0)]
+            leads += [(signs * (part @ weight.T)).sum(axis=0) for part in parts]
+    shares = {
+        head.labels.names[index]: (rings / whole).tolist()
+        for index, (whole, *rings) in zip(classes, leads.T, strict=True)
+        if whole > 0
+    }
+    patches = [float(is_border.mean()) for is_border in mark_rings(head.grid_size)]
     return {"patches": patches, "shares": shares}
 
 
-def describe_border(record: dict[str, Any] | None) -> str | None:
+def describe_border(record: dict[str, Any]) -> str | None:
     """Name the labels that the border of the photos distinguishes from the others, or return None.
 
     The ring is the one whose largest share is furthest above its limit.
     """
-    if not record or not record["shares"]:
+    if not record["shares"]:
         return None
     limits = np.multiply(MIN_RATIOS, record["patches"])
     ring = (np.array(list(record["shares"].values())) / limits).max(axis=0).argmax()

@@ -35,12 +35,18 @@ MAX_CHANCE = 0.001  # That one of the properties predicts as many photos as it d
 MIN_DIFFERENCE = 0.5
 
 
-def describe_camera(data: TrainingData, head: FrozenHead) -> str | None:
-    """Name the property of the files that predicts the label better than the largest class, or None.
+def measure_camera(data: TrainingData, head: FrozenHead) -> dict[str, Any] | None:
+    """Measure which property of the files predicts the label best.
 
     Args:
         data: the images of the run.
-        head: the classifier. Nothing is said about one of several labels per image.
+        head: the classifier.
+
+    Returns:
+        The property, the number of photos whose label it predicts in cross-validation, of how many,
+        and by chance, and for each label the value that is most its own, with the difference of its
+        share of the photos with this label and with others. None for several labels per image, few
+        photos, and files without differences.
     """
     features = head.features
     # One photo of each group: shots of a scene are from one camera, and would count several times.
@@ -69,18 +75,32 @@ def describe_camera(data: TrainingData, head: FrozenHead) -> str | None:
     ]
     best = table.columns[np.argmax(scores)]
     largest = pd.Series(names).value_counts(normalize=True).max()
-    test = binomtest(round(max(scores) * len(names)), len(names), largest, "greater")
     shares = pd.crosstab(names, table[best], normalize="index")  # [labels, values]
     differences = shares - (shares.sum() - shares) / (len(shares) - 1)
-    own = differences[differences.max(axis=1) >= MIN_DIFFERENCE].idxmax(axis=1)
-    if own.empty or test.pvalue * len(scores) > MAX_CHANCE:
-        return None
+    return {
+        "property": best,
+        "num_photos": len(names),
+        "num_right": round(max(scores) * len(names)),
+        "largest_class": float(largest),
+        "num_properties": len(scores),
+        "values": differences.idxmax(axis=1).to_dict(),
+        "differences": differences.max(axis=1).to_dict(),
+    }
+
+
+def describe_camera(record: dict[str, Any]) -> str | None:
+    """Name the property of the files that predicts the label better than the largest class, or None."""
+    test = binomtest(record["num_right"], record["num_photos"], record["largest_class"], "greater")
     texts = [
-        f"{name} is {replace_control_characters(value) or 'unknown'}" for name, value in own.items()
+        f"{name} is {replace_control_characters(value) or 'unknown'}"
+        for name, value in record["values"].items()
+        if record["differences"][name] >= MIN_DIFFERENCE
     ]
+    if not texts or test.pvalue * record["num_properties"] > MAX_CHANCE:
+        return None
     return (
-        f"{', '.join(texts)}: the classifier may recognize the {best}. Add photos of each class with "
-        f"each {best}"
+        f"{', '.join(texts)}: the classifier may recognize the {record['property']}. Add photos of each "
+        f"class with each {record['property']}"
     )
 
 

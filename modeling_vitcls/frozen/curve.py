@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from ..inference.metrics import round_floats
+from ..data.splits import TrainingData
 from .class_statistics import ClassStatistics
 from .heads import FrozenHead
 from .linear_probe import FEW_IMAGES, NUM_FOLDS, split_folds, stack_tokens
@@ -24,13 +24,13 @@ MIN_CURVE_IMAGES = 40  # With fewer, a quarter is a handful
 MIN_STANDARD_ERRORS = 2.0
 
 
-def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
+def measure_learning_curve(_: TrainingData, head: FrozenHead) -> dict[str, Any] | None:
     """Measure the accuracy with four numbers of training images.
 
     Returns:
-        The mean numbers of images, the accuracies, measured and fitted, the gain from half of the
-        images to all with its standard error, and the class that gains most; None for several labels
-        per image, and for too few or more than `FEW_IMAGES` images.
+        The mean numbers of images, the accuracies, measured and fitted, and the gain from half of the
+        images to all with its standard error; None for several labels per image, and for too few or
+        more than `FEW_IMAGES` images.
     """
     probe = head.probe
     num_images = len(probe.losses_)
@@ -73,32 +73,22 @@ def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
     # The gain has no error, or the parts have one size, such as one image of each class.
     if len(by_group) < 2 or num_trained[0] == num_trained[-1]:
         return None
-    by_class = by_group.groupby("label").agg(["mean", "sem"])
-    best = by_class["mean"].idxmax()
-    is_clear = by_class["mean"][best] > MIN_STANDARD_ERRORS * by_class["sem"][best]
     accuracies = np.nanmean(is_right, axis=1)
     line = np.polyfit(np.log(num_trained), accuracies, 1)
-    return round_floats(  # type: ignore[no-any-return]
-        {
-            "num_images": num_trained.round().tolist(),
-            "accuracy": accuracies.tolist(),
-            "fitted": np.polyval(line, np.log(num_trained)).clip(0, 1).tolist(),
-            "gain": float(by_group.mean()),
-            "standard_error": float(by_group.sem()),
-            "class": head.labels.names[classes[best]] if is_clear else None,
-        }
-    )
+    return {
+        "num_images": num_trained.round().tolist(),
+        "accuracy": accuracies.tolist(),
+        "fitted": np.polyval(line, np.log(num_trained)).clip(0, 1).tolist(),
+        "gain": float(by_group.mean()),
+        "standard_error": float(by_group.sem()),
+    }
 
 
-def describe_learning_curve(record: dict[str, Any] | None) -> str | None:
+def describe_learning_curve(record: dict[str, Any]) -> str | None:
     """Say that more photos would help; None unless the curve rises, and the gain is above its noise."""
-    if (
-        record is None
-        or record["gain"] <= MIN_STANDARD_ERRORS * record["standard_error"]
-        or record["fitted"][-1] <= record["fitted"][0]
-    ):
+    is_noise = record["gain"] <= MIN_STANDARD_ERRORS * record["standard_error"]
+    if is_noise or record["fitted"][-1] <= record["fitted"][0]:
         return None
     points = zip(record["fitted"], record["num_images"], strict=True)
     texts = [f"{accuracy:.0%} with {num_images:.0f}" for accuracy, num_images in points]
-    text = f"more photos would help: {', '.join(texts)} training photos"
-    return f"{text}. {record['class']} gains most" if record["class"] else text
+    return f"more photos would help: {', '.join(texts)} training photos"

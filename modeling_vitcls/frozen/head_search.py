@@ -40,8 +40,7 @@ from ..inference.features import (
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
-from .border import describe_border, measure_border
-from .camera import describe_camera
+from .findings import FINDINGS, RUN, describe_findings, examine
 from .heads import FrozenHead, build_heads, build_record, describe_choice, split_tasks
 from .linear_probe import (
     DISTILLATION,
@@ -112,6 +111,15 @@ class FittedHeads:
     record: dict[str, Any]
     trained_scenes: TrainedScenes
     in_trained_scenes: list[str]
+
+    def examine(self, data: TrainingData, is_result: bool) -> None:
+        """Record what the run notices beside its result (findings.py).
+
+        `data` are the images of the run; `is_result` is whether the run saves these classifiers.
+        """
+        records = self.record.get("tasks", {"": self.record})
+        for task, head in self.by_task.items():
+            records[task]["findings"] = examine(data, head, is_result and not task)
 
 
 @dataclass(frozen=True)
@@ -360,19 +368,22 @@ class HeadSearch:
         held_out = held_out.take(np.argsort(held_out.indices))
         trained_scenes = TrainedScenes.of(train, images.max_distance)
 
-        heads = build_heads(probes, self.label_space, train, held_out)
-        record = build_record(heads) | images.record
-        self.set_choice(record)
-        record["camera"] = join_texts(
-            {task: describe_camera(data, head) for task, head in heads.items()}
-        )
-        record["seconds"] = round(record["seconds"] + time.perf_counter() - start_time, 1)
+        config = self.model.config
+        size = get_output_size(images.processor, config.image_height_width)
+        sample = None
         if images.sample.rings is not None:
             sample = images.sample.take(np.isin(images.sample.indices, train.indices))
-            config = self.model.config
-            size = get_output_size(self.processor, config.image_height_width)
-            tasks = split_tasks(sample, self.label_space)
-            record["border"] = measure_border(heads, tasks, config.get_grid_size(size))
+        heads = build_heads(
+            probes,
+            self.label_space,
+            train,
+            held_out,
+            sample=sample,
+            grid_size=config.get_grid_size(size),
+        )
+        record = build_record(heads) | images.record
+        self.set_choice(record)
+        record["seconds"] = round(record["seconds"] + time.perf_counter() - start_time, 1)
         return FittedHeads(heads, record, trained_scenes, trained_scenes.recognize(held_out))
 
     def fit_probes(self, features: Features) -> dict[str, LinearProbe]:
@@ -471,17 +482,18 @@ def ignore_message(message: str) -> None:
 
 
 def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
-    """Say which classifiers were chosen for a frozen model."""
+    """Say which classifiers were chosen for a frozen model, and what was noticed about them."""
     records = record.get("tasks", {"": record})
     chosen = join_texts({task: describe_choice(each) for task, each in records.items()})
     heads = None
     if losses := record.get("distillation_losses"):
         heads = describe_inference(losses, "out of fold")
-    return {
-        "frozen": chosen,
-        "heads": heads,
-        "border": describe_border(record.get("border")),
-        "camera": record.get("camera"),
+    findings = {
+        task: describe_findings(each.get("findings", {}), RUN) for task, each in records.items()
+    }
+    return {"frozen": chosen, "heads": heads} | {
+        each.name: join_texts({task: texts.get(each.name) for task, texts in findings.items()})
+        for each in FINDINGS
     }
 
 

@@ -19,8 +19,10 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..data.labels import LabelSpace, PerTask
+from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.features import Features, Token, Tokens
 from ..inference.stated_result import format_percent
+from ..model.field_checks_vitcls import Size
 from .class_statistics import expand_rows
 from .linear_probe import (
     MIN_DISTANCE_IMAGES,
@@ -49,10 +51,13 @@ def build_heads(
     label_space: LabelSpace,
     features: Features,
     held_out: Features,
+    sample: Features | None,
+    grid_size: Size,
 ) -> dict[str, "FrozenHead"]:
     """Join the classifier of each task with the features of its training and held-out images."""
     tokens = find_read(probes.values()).tokens
     held_out_parts = split_tasks(held_out, label_space)
+    samples = {} if sample is None else split_tasks(sample, label_space)
     heads = {}
     for task, own in split_tasks(features, label_space).items():
         left_out = held_out_parts[task]
@@ -63,6 +68,8 @@ def build_heads(
             labels=label_space.tasks[task],
             features=own,
             held_out=left_out if len(left_out.labels) else None,
+            sample=samples.get(task),
+            grid_size=grid_size,
         )
     return heads
 
@@ -100,6 +107,9 @@ class FrozenHead:
         labels: of the task.
         features: of the training images, the images of the choice first.
         held_out: of the held-out images, if there are any.
+        sample: of some of the training images, with rings at the border, if a classifier may read
+            patches.
+        grid_size: rows and columns of the patches.
     """
 
     task: str
@@ -108,6 +118,8 @@ class FrozenHead:
     labels: LabelSpace
     features: Features
     held_out: Features | None
+    sample: Features | None = None
+    grid_size: Size = (0, 0)
 
     def predict_left_out(self) -> Features | None:
         """Predict the held-out images or, without those, the training images out of fold: logits [N, L].
@@ -244,13 +256,18 @@ def describe_choice(record: dict[str, Any]) -> str:
     )
 
 
-def describe_class_weights(head: FrozenHead) -> str | None:
-    """Say what equal weights of the classes would change, from a second cross-validation.
+def measure_class_weights(data: TrainingData, head: FrozenHead) -> dict[str, Any] | None:
+    """Measure what equal weights of the classes would change, by a second cross-validation.
 
-    None if the classes have equal weights already, for several labels per image, and without folds.
+    Returns:
+        The rarest class, its recall and the metrics as they are and with equal weights. None for
+        classes of similar size, if they have equal weights already, for several labels per image, and
+        without folds.
     """
     probe = head.probe
     if probe.is_balanced or probe.lines_ is not None or not probe.num_folds_:
+        return None
+    if data.train.class_ratio <= MAX_CLASS_RATIO:
         return None
     # The images of the choice are the first ones.
     images = head.features.take(slice(len(probe.losses_)))
@@ -269,37 +286,65 @@ def describe_class_weights(head: FrozenHead) -> str | None:
         recalls = pd.Series(is_right).groupby(labels).mean()
         rows.append(
             {
-                f"recall of {head.labels.names[rarest]}": recalls[rarest],
-                "balanced accuracy": recalls.mean(),
-                "accuracy": is_right.mean(),
-                "loss": np.average(each.losses_[known], weights=class_weights),
+                "recall": float(recalls[rarest]),
+                "balanced_accuracy": float(recalls.mean()),
+                "accuracy": float(is_right.mean()),
+                "loss": float(np.average(each.losses_[known], weights=class_weights)),
             }
         )
-    before, after = rows
+    return {
+        "class": head.labels.names[rarest],
+        "num_images": len(labels),
+        "none": rows[0],
+        "weights": rows[1],
+    }
+
+
+def describe_class_weights(record: dict[str, Any]) -> str:
+    """Say what equal weights of the classes would change, and whether they are worth it."""
+    before, after = record["none"], record["weights"]
     advice = ""
-    if after["loss"] < before["loss"] and after["balanced accuracy"] > before["balanced accuracy"]:
+    if after["loss"] < before["loss"] and after["balanced_accuracy"] > before["balanced_accuracy"]:
         advice = ". Choose it if rare classes matter as much as the others"
+    titles = {
+        "recall": f"recall of {record['class']}",
+        "balanced_accuracy": "balanced accuracy",
+        "accuracy": "accuracy",
+    }
+    percents = [
+        {name: format_percent(each[name], record["num_images"]) for name in titles}
+        for each in (before, after)
+    ]
     texts = [
-        f"{name} {format_percent(before[name], len(labels))} -> {format_percent(after[name], len(labels))}"
-        for name in list(before)[:3]
+        f"{title} {percents[0][name]} -> {percents[1][name]}" for name, title in titles.items()
     ]
     return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation{advice}"
 
 
-def describe_threshold(probe: LinearProbe) -> str | None:
-    """Say whether predictions mark images that show none of the classes, or what they lack.
+def measure_threshold(_: TrainingData, head: FrozenHead) -> dict[str, Any] | None:
+    """Record the distance of photos that show none of the classes, and what it was measured on.
 
-    An image that shows none of several labels simply has none.
+    None for several labels per image: an image that shows none of them simply has none.
     """
+    probe = head.probe
     if probe.lines_ is not None:
         return None
+    return {
+        "distance": probe.distance_threshold_,
+        # An image that every fold needs has no distance out of fold
+        "num_measured": int(np.isfinite(probe.losses_).sum()),
+        "has_statistics": probe.statistics_ is not None,
+    }
+
+
+def describe_threshold(record: dict[str, Any]) -> str:
+    """Say whether predictions mark images that show none of the classes, or what they lack."""
     requirement = "CLS or the mean of the patches as pooling"
-    # An image that every fold needs has no distance out of fold
-    if np.isfinite(probe.losses_).sum() < MIN_DISTANCE_IMAGES:
+    if record["num_measured"] < MIN_DISTANCE_IMAGES:
         requirement = f"{MIN_DISTANCE_IMAGES} training images, in classes of two or more"
-    elif probe.statistics_ is not None:
+    elif record["has_statistics"]:
         requirement = "a class of three photos, which tell how much photos of a class differ"
-    return describe_unknown(probe.distance_threshold_, requirement)
+    return describe_unknown(record["distance"], requirement)
 
 
 def describe_unknown(threshold: float | None, requirement: str) -> str:

@@ -22,6 +22,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from ..frozen.findings import CARD, describe_findings
 from ..frozen.linear_probe import describe_candidate
 from ..hub.model_files import (
     CARD_FILE,
@@ -145,7 +146,9 @@ def render_card(
     elif "num_processes" in folder.results and folder.flags:
         template = "classifier"
     try:
+        classifier = folder.results.get("frozen", {})
         variables |= {
+            "findings": describe_findings(classifier.get("findings", {}), CARD),
             "card_data": Markup(
                 ModelCardData(**build_metadata(folder, name, license_source)).to_yaml()
             ),

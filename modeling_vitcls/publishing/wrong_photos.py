@@ -17,7 +17,7 @@ from PIL import Image
 from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
-from ..frozen.border import describe_border
+from ..frozen.findings import PAGE, describe_findings
 from ..inference.stated_result import Measurement, describe_classes
 
 
@@ -75,8 +75,7 @@ def summarize_predictions(
         "record": results,
         "classes": describe_classes(results, sizes.iloc[0] / sizes.iloc[-1]),
         "pairs": frozen.get("scenes", {}).get("pairs", []),
-        "border": describe_border(frozen.get("border")),
-        "camera": frozen.get("camera"),
+        "findings": describe_findings(frozen.get("findings", {}), PAGE),
         "num_images": len(rows),
         "num_wrong": len(wrong),
         "num_questions": 0,

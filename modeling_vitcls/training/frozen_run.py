@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.splits import MAX_CLASS_RATIO, TrainingData
+from ..data.splits import TrainingData
 from ..evaluation.evaluator import Predictions, measure_left_out
-from ..frozen.curve import describe_learning_curve, measure_learning_curve
 from ..frozen.head_search import (
     MAX_START_IMAGES,
     EncodedImages,
@@ -16,7 +15,7 @@ from ..frozen.head_search import (
     join_texts,
     warn_about_unreadable_classes,
 )
-from ..frozen.heads import FrozenHead, describe_class_weights, describe_threshold
+from ..frozen.heads import FrozenHead
 from ..frozen.scenes import describe_scenes
 from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks, round_floats
 from .answered import judge_answers
@@ -99,6 +98,7 @@ def run_frozen(
         )
 
     record = fitted.record
+    fitted.examine(data, is_result=True)
     lines = describe_frozen(record)
     lines["calibration"] = join_texts(
         {task: each.calibration.text for task, each in by_task.items()}
@@ -115,11 +115,6 @@ def run_frozen(
         nearest_images = only.find_nearest_images()
         if data.train.is_stratified:
             warn_about_unreadable_classes(data, only.head.features.labels, reporter.warn)
-        results["learning_curve"] = measure_learning_curve(only.head)
-        lines["curve"] = describe_learning_curve(results["learning_curve"])
-        lines["unknown"] = describe_threshold(only.head.probe)
-        if data.train.class_ratio > MAX_CLASS_RATIO:
-            lines["weights"] = describe_class_weights(only.head)
 
     # Every task has the features of the same pass.
     num_unreadable = next(iter(by_task.values())).head.features.num_unreadable

@@ -257,6 +257,7 @@ def start_steps(
         fitted = search.fit(images, data, ignore_message)
         for head in fitted.by_task.values():
             head.copy_to(inputs.model)
+        fitted.examine(data, is_result=False)
         reporter.print_lines(describe_frozen(fitted.record))
         start |= {
             "frozen": fitted.record,

@@ -33,7 +33,8 @@ def measure(distance: float, num_images: int = 200) -> tuple[dict[str, Any] | No
         features=SimpleNamespace(take=lambda rows: images),
         labels=SimpleNamespace(names=NAMES),
     )
-    return measure_learning_curve(head), probe
+    data: Any = None
+    return measure_learning_curve(data, head), probe
 
 
 def test_more_photos_help_where_the_classes_are_hard_to_tell_apart() -> None:

@@ -35,7 +35,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
-from modeling_vitcls.frozen.heads import describe_class_weights
+from modeling_vitcls.frozen.heads import describe_class_weights, measure_class_weights
 from modeling_vitcls.frozen.linear_probe import LinearProbe
 from modeling_vitcls.frozen.scenes import NUM_MIRRORED
 from modeling_vitcls.inference.options import EvaluateOptions
@@ -301,7 +301,8 @@ def test_class_weights_are_advised_if_loss_and_balanced_accuracy_improve(
         features=SimpleNamespace(take=lambda rows: images),
         labels=SimpleNamespace(names=["dress", "hat"]),
     )
-    line = describe_class_weights(frozen)
+    data = SimpleNamespace(train=SimpleNamespace(class_ratio=5))
+    line = describe_class_weights(measure_class_weights(data, frozen))
     assert f"balanced accuracy {accuracies[0]:.0%} -> {accuracies[1]:.0%}" in line
     assert ("Choose it if rare classes matter" in line) == is_advised
 

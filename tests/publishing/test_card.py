@@ -49,6 +49,7 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
         {"name": "noon|late", "images": 300, "recall": 0.733333, "precision": 0.990991, "f1": 0.85},
     ]
     matrix = [[58, 2], [80, 220]]
+    shares = {"dusk": [0.62, 0.4], "noon|late": [0.1, 0.2], "x": [0.2, 0.3]}
     calibration = {"temperature": 0.651, "num_images": 180, "calibration_error_before": 0.0871}
     results = {
         "accuracy": 0.772222,
@@ -58,6 +59,7 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
         "confusion_matrix": matrix,
         "calibration_error": 0.0123,
         "calibration": calibration,
+        "frozen": {"findings": {"border": {"patches": [0.2, 0.4], "shares": shares}}},
     }
 
     card = load_card(write_run_folder(tmp_path / "mine", results), "ann/mine")
@@ -69,6 +71,7 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
         "| Accuracy | 278 of 360 right; about 77% of new photos (73 to 81), no better than" in text
     )
     assert r"always saying `noon\|late`: 300 of 360 |" in text
+    assert "\n- dusk: 62% of the score comes from the border of the photos" in text
     assert r"| `noon\|late` | 220 of 300 | 99% | 85% | `dusk` (80) |" in text
     assert f"modeling_vitcls {vitcls.__version__}" in text
     assert "report.html" not in text  # which the folder lacks

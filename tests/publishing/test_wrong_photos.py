@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from playwright.sync_api import Browser, Page
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.splits import load_run_data
 from modeling_vitcls.evaluation.evaluator import read_predictions
+from modeling_vitcls.frozen.curve import describe_learning_curve
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.metrics import measure_one_label
 from modeling_vitcls.inference.stated_result import Measurement, build_class_tables
@@ -52,6 +54,27 @@ def folder(tmp_path: Path) -> Path:
     target = write_run_folder(tmp_path / "mine")
     write_predictions(target, pd.DataFrame(columns))
     return target
+
+
+CURVE: dict[str, Any] = {
+    "num_images": [16, 32, 48, 64],
+    "accuracy": [0.59, 0.66, 0.76, 0.79],
+    "fitted": [0.58, 0.68, 0.74, 0.78],
+    "gain": 0.13,
+    "standard_error": 0.04,
+}
+
+
+@pytest.mark.parametrize("error", [0.04, 0.07])
+def test_the_page_has_the_curve_only_if_the_run_says_that_more_photos_help(
+    folder: Path, error: float
+) -> None:
+    findings = {"curve": CURVE | {"standard_error": error}}
+    rows = read_predictions(ModelFolder(folder))
+    summary = summarize_predictions(MEASURED, {"frozen": {"findings": findings}}, rows)
+    said = describe_learning_curve(findings["curve"])
+    assert bool(said) is (error == 0.04)
+    assert summary["findings"].get("curve") == said
 
 
 def test_the_headline_says_what_the_result_of_a_rare_class_is_worth(folder: Path) -> None:
@@ -139,16 +162,9 @@ def report(module_path: Path) -> Path:
         {
             "split": "cross-validation",
             **measure_one_label(kinds, np.eye(3)[predictions], labels),
-            "learning_curve": {
-                "num_images": [16, 32, 48, 64],
-                "accuracy": [0.59, 0.66, 0.76, 0.79],
-                "fitted": [0.58, 0.68, 0.74, 0.78],
-                "gain": 0.13,
-                "standard_error": 0.04,
-                "class": "skirt",
-            },
             "frozen": {
                 "num_folds": 5,
+                "findings": {"curve": CURVE},
                 "scenes": {"pairs": [[names[0], names[8]], names[1:3]]},
             },
         },

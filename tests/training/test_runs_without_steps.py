@@ -443,8 +443,12 @@ def test_the_camera_is_named_if_each_class_has_its_own(kind: str) -> None:
         exif[271 if is_second else 272] = "AB"[is_second]
         fields = exif if kind != "damaged" else b"Exif\0\0MM\0*\xff\xff\xff\xff"
         Image.open(file).save(file, exif=fields)
-    printed = finetune("vit", "my photos", "run")["printed"]
-    assert ("camera    ants is A, bees is B: " in printed) == (kind == "apart")
+    results = finetune("vit", "my photos", "run")
+    assert ("camera    ants is A, bees is B: " in results["printed"]) == (kind == "apart")
+    if kind == "apart":
+        record = results["frozen"]["findings"]["camera"]
+        assert record["values"] == {"ants": "A", "bees": "B"}
+        assert record["num_right"] == record["num_photos"]
 
 
 def test_the_folder_above_the_class_is_named_if_each_class_of_a_table_has_its_own() -> None:
