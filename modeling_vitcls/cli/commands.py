@@ -186,8 +186,15 @@ def run_add_task(options: AddTaskOptions) -> dict[str, Any]:
         vitcls add-task --model runs/mine --dataset path/to/weather --name weather --output-dir runs/with-weather
     """
     from ..additions.add_task import build_task
+    from ..additions.extend import open_old_model
+    from ..additions.records import write_addition
+    from ..hub.model_folder import ModelFolder
+    from ..publishing.report import finish_run
 
-    return write_extended_model(options, build_task)
+    with open_old_model(options) as old:
+        record = write_addition(old, build_task(old, options))
+    finish_run(ModelFolder(options.output_dir))
+    return record
 
 
 def run_add_class(options: AddClassOptions) -> dict[str, Any]:
@@ -197,19 +204,13 @@ def run_add_class(options: AddClassOptions) -> dict[str, Any]:
         vitcls add-class --model runs/mine --dataset path/to/new --output-dir runs/with-new
     """
     from ..additions.add_class import build_classes
-
-    return write_extended_model(options, build_classes)
-
-
-def write_extended_model(options: Any, build: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    """Write an extended model, its report and its card, and return the record of the addition."""
     from ..additions.extend import open_old_model
     from ..additions.records import write_addition
     from ..hub.model_folder import ModelFolder
     from ..publishing.report import finish_run
 
     with open_old_model(options) as old:
-        record = write_addition(old, build(old, options))
+        record = write_addition(old, build_classes(old, options))
     finish_run(ModelFolder(options.output_dir))
     return record
 

@@ -7,6 +7,7 @@ card.py                    README.md, with one template per kind of model in tem
 labels_page.py             the page on which a person says what photos show, about a run
 review.py                  the same about a collection, and how much of its table is right
 wrong_photos.py            wrong predictions of a run or an addition, for the report
+labels_page.py             the page on which a person says what photos show
 published_files.py         the files that a push publishes
 push.py                    permissions and the push
 verify.py                  verification of a published model, which is loaded in a new process
