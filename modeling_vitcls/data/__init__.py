@@ -8,6 +8,7 @@ folder_layout.py                             folders of splits and of classes, b
 tables.py, columns.py                        tables as text; their columns: images, labels, splits, groups
 answers.py                                   labels that a person gave on pages of photos
 cells.py, labels.py                          cells -> names of labels -> indices
+answers.py                                   labels that a person gave on a page, by the content of the photo
 splits.py                                    images that a run trains on and holds out
 splits_table.py, evaluation_data.py          splits.parquet, their list; images to evaluate
 images.py                                    images decoded on demand
