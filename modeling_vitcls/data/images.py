@@ -199,7 +199,8 @@ def read_size(images: Any, index: int) -> Size:
         Image.open(stream, formats=get_image_formats()) as image,
     ):
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-        return image.size if is_turned else image.size[::-1]
+        if image.format != "TIFF" or not is_turned:  # Some versions of Pillow turn its size already
+            return image.size if is_turned else image.size[::-1]
     return images[index].size[::-1]  # type: ignore[no-any-return]
 
 

@@ -4,12 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.photo_folders import encode_image
 from PIL import Image
+from PIL.ExifTags import Base
 
 from modeling_vitcls.data.images import (
     DatasetImages,
     get_relative_path,
+    read_size,
 )
 
 
@@ -43,3 +46,12 @@ def test_names_are_paths_within_the_folder_however_the_path_is_written() -> None
     assert get_relative_path("/other/1.png", Path("/photos")) == "../other/1.png"
     for path in ("", "https://a.org/1.png"):
         assert get_relative_path(path, Path("/photos")) == path
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_size_of_a_turned_photo_is_that_of_its_upright_pixels(file_format: str) -> None:
+    exif = Image.Exif()
+    exif[Base.Orientation] = 6
+    file = encode_image(Image.new("RGB", (20, 10)), file_format, exif=exif)
+    images = DatasetImages.from_list([{"path": None, "bytes": file}])
+    assert read_size(images, 0) == images[0].size[::-1] == (20, 10)

@@ -1,10 +1,12 @@
 """Photos as cameras, scanners, microscopes and phones write them, and files that are refused."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from helpers.photo_folders import encode_image
 from helpers.sample_photographs import photograph
@@ -68,3 +70,36 @@ def build_photos(photo: Image.Image) -> dict[str, tuple[Image.Image, dict[str, A
         exif[ORIENTATION] = orientation
         photos[f"exif{orientation}.jpg"] = (photo, {"exif": exif, "quality": 95})
     return photos
+
+
+# Metadata in front of the EXIF segment of a JPEG, as editors and thermal cameras write them
+XMP = b"http://ns.adobe.com/xap/1.0/\0"
+OTHER_SEGMENTS = {0xE1: XMP + b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>", 0xED: b"Photoshop 3.0\0"}
+
+
+def encode_turned(photo: Image.Image, file_format: str, orientation: int) -> list[bytes]:
+    """Encode a photo in files that state an orientation, in each way of the format."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    xmp = f"<rdf:Description tiff:Orientation='{orientation}'/>".replace("'", '"').encode()
+    if file_format == "TIFF":
+        return [encode_image(photo, "TIFF", exif=exif)]
+    if file_format == "WEBP":
+        return [
+            encode_image(photo, "WEBP", **{name: value})
+            for name, value in (("exif", exif), ("xmp", xmp))
+        ]
+    if file_format == "PNG":
+        texts = PngInfo()
+        texts.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        return [encode_image(photo, exif=exif), encode_image(photo, pnginfo=texts)]
+
+    files = [encode_image(photo, "JPEG", exif=exif), encode_image(photo, "JPEG", xmp=xmp)]
+    for marker, content in OTHER_SEGMENTS.items():
+        files.append(insert_segment(files[0], marker, content))
+    return files
+
+
+def insert_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
+    """Insert a segment at the start of a JPEG file."""
+    return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content + jpeg[2:]

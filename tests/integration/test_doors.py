@@ -5,7 +5,9 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from fastapi.testclient import TestClient
 from helpers.demo_page import open_page
 from helpers.doc_pages import ROOT, read_blocks
 from helpers.fresh_processes import run_python
-from helpers.odd_photos import REFUSED, write_odd_photos
+from helpers.odd_photos import REFUSED, encode_turned, write_odd_photos
+from helpers.photo_folders import encode_image
+from helpers.sample_photographs import photograph
 from helpers.tiny_models import build_random, save_with_processor
+from PIL import Image
 from scipy.special import softmax
 
 from modeling_vitcls import (
@@ -292,6 +297,63 @@ def test_the_page_of_the_demo(model: Path, photos: Photos, rows: Rows) -> None:
     for name in ("float.tif", "truncated.jpg"):
         with pytest.raises(gradio.Error):
             ask(str(photos[name]))
+
+
+# Orientation --------------------------------------------------------------------------------------
+
+# What shows an image upright, by EXIF orientation (CIPA DC-008, 4.6.4): rows, columns, both axes
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored[::-1].swapaxes(0, 1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: stored[:, ::-1].swapaxes(0, 1),
+}
+
+
+def test_every_door_shows_a_turned_photo_upright(model: Path) -> None:
+    """Whichever metadata state the orientation, and in whichever order they stand."""
+    photo = photograph("flower.jpg").crop((200, 90, 264, 138))
+    files: dict[str, bytes] = {}
+    upright: list[np.ndarray] = []
+    for file_format in ("JPEG", "PNG", "WEBP", "TIFF"):
+        stored = np.asarray(Image.open(BytesIO(encode_image(photo, file_format))))
+        for orientation, turn in TURNS.items():
+            for number, file in enumerate(encode_turned(photo, file_format, orientation)):
+                files[f"{number}_{orientation}.{file_format.lower()}"] = file
+                upright.append(np.ascontiguousarray(turn(stored)))
+    paths = {name: model.parent / name for name in files}
+    for name, path in paths.items():
+        path.write_bytes(files[name])
+
+    predictor = Predictor(model, top_k=TOP_K, mixed_precision="no", num_workers=0)
+    expected = [read_answer(row) for row in predictor(upright)]
+    assert all(expected.count(answer) <= 4 for answer in expected)  # Turns have other answers
+    found = {
+        "predict": predict(model, list(paths.values()), top_k=TOP_K, mixed_precision="no"),
+        "path": predictor(list(paths.values())),
+        "bytes": predictor(list(files.values())),
+        "image": predictor([Image.open(path) for path in paths.values()]),
+    }
+    answers = {door: [*map(read_answer, rows)] for door, rows in found.items()}
+    classify = transformers.pipeline("image-classification", str(model))
+    answers["pipeline"] = [*ask_one_by_one(classify, paths).values()]
+
+    table = model.parent / "turned.parquet"
+    labeled = [(str(path), NAMES[0]) for path in paths.values()]
+    evaluate(model, labeled, per_image=table, mixed_precision="no", num_workers=0)
+    labels = list(ViTCLSForImageClassification.from_pretrained(model).config.label2id)
+    evaluated = {
+        Path(row["image"]).name: dict(zip(labels, row["probabilities"], strict=True))
+        for row in pq.read_table(table).to_pylist()
+    }
+    answers["evaluate"] = [evaluated[name] for name in paths]
+    for door, answers_of_door in answers.items():
+        for name, answer, wanted in zip(paths, answers_of_door, expected, strict=True):
+            assert answer == pytest.approx(wanted, abs=TOLERANCE), (door, name)
 
 
 # A model to keep ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The fast path of the image processor returns the values of the slow path, to the bit."""
 
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers.odd_photos import REFUSED, write_odd_photos
+from helpers.odd_photos import REFUSED, insert_segment, write_odd_photos
 from helpers.photo_folders import encode_image
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import raises_one_line
@@ -15,6 +16,8 @@ from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.model import image_processing_vitcls
+from modeling_vitcls.model.fast_image_processing_vitcls import try_read_jpeg
+from modeling_vitcls.model.image_processing_vitcls import image_to_tensor, read_image
 
 
 SIZES: list[dict[str, Any]] = [
@@ -99,6 +102,53 @@ def test_the_first_photo_is_decoded_as_later_ones(monkeypatch: pytest.MonkeyPatc
     photo = JPEG
     first, second = (processor(photo, return_tensors="pt")["pixel_values"] for _ in range(2))
     assert torch.equal(first, second)
+
+
+# Arithmetic coding, and chroma at a third of the width: 8 rows, 16 columns (`cjpeg -sample 3x1`)
+ARITHMETIC = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wCDEAAoABwAHgAjAB4AGQAoACMAIQAjAC0AKwAoADAAPABkAEEAPAA3ADcAPAB7"
+    "AFgAXQBJAGQAkQCAAJkAlgCPAIAAjACKAKAAtADmAMMAoACqANoArQCKAIwAyAERAMsA2gDuAPUBAgEEAQIAmwDBARsB"
+    "LwEYAPoBLADmAP0BAgD4/9sAQwErLS08NTx2QUF2+KWMpfj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4"
+    "+Pj4+Pj4+Pj4+Pj4+Pj4/8kAEQgACAAQAwExAAIRAQMRAf/MAAoAEBAFARARBf/aAAwDAQACEQMRAD8AwBFw5QONgcMB"
+    "2//Z"
+)
+ADOBE = b"Adobe\0\x64\0\0\0\0"  # The last byte of the segment is the color transform
+ODD_JPEG: dict[str, bytes] = {
+    **{
+        f"{name} {quality}": encode_image(PHOTO.convert(mode), "JPEG", quality=quality, **options)
+        for quality in (20, 95)
+        for name, (mode, options) in {
+            "baseline": ("RGB", {}),
+            "progressive": ("RGB", {"progressive": True}),
+            "chroma at half the width": ("RGB", {"subsampling": "4:2:2"}),
+            "restart markers": ("RGB", {"restart_marker_blocks": 3}),
+            "RGB": ("RGB", {"keep_rgb": True}),
+            "color profile": ("RGB", {"icc_profile": b"not one"}),
+            "gray": ("L", {"progressive": True}),
+            "CMYK": ("CMYK", {}),
+        }.items()
+    },
+    "arithmetic": b64decode(ARITHMETIC),
+    "stated as YCbCr": insert_segment(JPEG, 0xEE, ADOBE + b"\1"),
+    "stated as RGB": insert_segment(JPEG, 0xEE, ADOBE + b"\0"),
+    "YCCK": insert_segment(encode_image(PHOTO.convert("CMYK"), "JPEG"), 0xEE, ADOBE + b"\2"),
+    "damaged EXIF": insert_segment(JPEG, 0xE1, b"Exif\0\0II*\0\xff\xff\xff\x7f"),
+    "no end": JPEG[:-2],
+    "cut": JPEG[: len(JPEG) // 2],
+    "filled with zeros": JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2),
+    "12 bits": JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_JPEG)
+def test_torchvision_and_pillow_decode_the_same_pixels(kind: str) -> None:
+    """A kind that one of them decodes differently, or refuses, is left to Pillow at every door."""
+    encoded = ODD_JPEG[kind]
+    pixels = try_read_jpeg(encoded)
+    if kind.startswith(("baseline", "progressive", "restart", "gray")):
+        assert pixels is not encoded
+    if pixels is not encoded:
+        assert torch.equal(pixels, image_to_tensor(read_image(encoded), to_rgb=True))
 
 
 def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
