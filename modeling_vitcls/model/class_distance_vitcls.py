@@ -65,6 +65,7 @@ class ClassDistance(nn.Module):
 
     Attributes:
         layers: indices, from 1, of the layers that are read.
+        reads_last_patches: whether the last layer has to compute all tokens.
         num_together: numbers of classes that were fitted, or added, at a time.
         is_valid: whether the statistics belonged to the weights of the last `check`; None if these
             have changed since.
@@ -80,6 +81,7 @@ class ClassDistance(nn.Module):
         statistics = config.class_statistics or {}
         self.tokens = [(layer, kind) for layer, kind in statistics["tokens"]]
         self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
+        self.reads_last_patches = (-1, "mean") in self.tokens
         self.poolers = [TokenPooler(config, kind) for _, kind in self.tokens]
         num_classes = statistics["num_classes"]
         num_added = [*map(len, config.get_added_classes().values())]
@@ -97,6 +99,7 @@ class ClassDistance(nn.Module):
         self.checked_state: list[Any] | None = []
         self.checked_sample: list[bytes] = []
         self.checked_steps = 0
+        self.has_warned = False
         self.terms: list[tuple[Tensor, ...]] = []
         self.state_of_terms: list[Any] = []
 
@@ -192,16 +195,18 @@ class ClassDistance(nn.Module):
             return bool(self.is_valid)
         if num_steps != self.checked_steps:
             self.checked_steps = num_steps
+            if self.is_valid is False and torch.is_grad_enabled():
+                return False  # A model that is trained in evaluation mode changes with each step
             self.end_training(encoder)
         state = self.list_states(encoder)
         if state is None or state == self.checked_state:
             return bool(state and self.is_valid)
 
-        was_valid = self.is_valid
         self.is_valid = self.has_fingerprint_of(encoder)
         self.checked_state = state
         self.checked_sample = read_sample(encoder)
-        if was_valid is not False and not self.is_valid:
+        if not self.is_valid and not self.has_warned:
+            self.has_warned = True
             logger.warning(
                 "class statistics (`distance`, `unknown`): not used, because the file lacks them, or "
                 "they do not belong to these weights of the encoder, or the weights are sharded, "

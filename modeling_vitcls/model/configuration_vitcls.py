@@ -152,6 +152,12 @@ FEATURE_FIELDS = (
     "rope_reference_grid rope_coordinates rope_axes rope_grid_offset"
 ).split()
 
+# A classifier was fitted to what these fields select, too: other layers, or another vector of a layer.
+HEAD_FIELDS = (
+    *("pooling", "pooled_layers", "pooled_activation", "attention_pool_tokens"),
+    *("attention_pool_heads", *FEATURE_FIELDS),
+)
+
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint
 # (adaptation_vitcls.py).
 ADAPTABLE_FIELDS = (
@@ -397,7 +403,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
     """Indices of these stages; 0 is the stem."""
     apply_layernorm: bool = True
-    """Whether the final norm is also applied to earlier stages."""
+    """Whether the final norm is applied to the feature maps, as in DINOv2."""
     reshape_hidden_states: bool = True
     """Whether feature maps are [batch, channels, rows, columns]."""
 
@@ -593,11 +599,12 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
                     f"`tasks`: {moved[0]!r} would read the CLS token of another task. Keep the tasks that "
                     "sort before it, and give new ones names that sort last."
                 )
-        changes = [
+        head_changes = [
             name
-            for name in FEATURE_FIELDS
+            for name in HEAD_FIELDS
             if name in overrides and overrides[name] != stored.get(name, getattr(cls, name))
         ]
+        changes = [name for name in head_changes if name in FEATURE_FIELDS]
         if "num_hidden_layers" in changes:
             stored |= dict.fromkeys(("out_features", "out_indices"))
         # The number first: what is stored is checked with the other fields, and may be no dict.
@@ -606,6 +613,15 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         ):
             changes.insert(0, "id2label")
             stored |= dict.fromkeys(("id2label", "label2id"))
+        # Whoever drops the statistics fits a classifier anew
+        is_kept = "class_statistics" not in overrides and "id2label" not in changes
+        has_classifier = "Classification" in str(stored.get("architectures"))
+        if head_changes and is_kept and has_classifier:
+            name = head_changes[0]
+            logger.warning(
+                f"classifier: fitted with {name}={stored.get(name, getattr(cls, name))!r}, but the model has "
+                f"{name}={overrides[name]!r} now. Fit it again: `vitcls finetune --model FOLDER`"
+            )
         if changes and stored.pop("class_statistics", None):
             stored.pop("distance_threshold", None)
             logger.warning(f"class_statistics: removed, because {changes[0]} is new")

@@ -534,10 +534,13 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         # The distillation head reads its tokens in the layers that the classifier reads.
         has_second_head = self.distillation_classifier is not None
         distillation_layers = self.vitcls.pooled_layer_indices if has_second_head else []
+        num_output_tokens = count_output_tokens(self.vitcls, kwargs)
+        if distance_layers and self.class_distance.reads_last_patches:  # type: ignore[union-attr]
+            num_output_tokens = None
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
-            num_output_tokens=count_output_tokens(self.vitcls, kwargs),
+            num_output_tokens=num_output_tokens,
             output_layers={*self.extra_heads.layers, *distance_layers, *distillation_layers},
             **kwargs,
         )
@@ -870,8 +873,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         """Compute the feature maps of `config.out_features`.
 
         Maps are [B, D, rows, columns], or [B, 1 + patches, D] (first CLS token and patches) if
-        `config.reshape_hidden_states` is False. Without `config.apply_layernorm`, only the last
-        stage is normalized.
+        `config.reshape_hidden_states` is False. Without `config.apply_layernorm`, none is
+        normalized.
         """
         # Since transformers 5.12, the decorator sets this itself; older versions need it here.
         kwargs["output_hidden_states"] = True
@@ -884,8 +887,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
                 "out_features of the backbone"
             )
         feature_maps = [
-            self.get_feature_map(stages[stage], stage, outputs.grid_size)
-            for stage in self.out_features
+            self.get_feature_map(stages[stage], outputs.grid_size) for stage in self.out_features
         ]
         return BackboneOutput(
             # Annotated as a tuple of length one
@@ -894,10 +896,9 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
             attentions=outputs.attentions,
         )
 
-    def get_feature_map(self, hidden_states: Tensor, stage: str, grid_size: Size) -> Tensor:
+    def get_feature_map(self, hidden_states: Tensor, grid_size: Size) -> Tensor:
         """Return the feature map of a stage with hidden states [B, N, D]."""
-        is_last_stage = stage == self.stage_names[-1]
-        if self.config.apply_layernorm or is_last_stage:
+        if self.config.apply_layernorm:
             hidden_states = self.normalize(hidden_states)
         patches: Tensor = hidden_states[:, self.config.token_layout.patches]
         if not self.config.reshape_hidden_states:

@@ -183,12 +183,12 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
 
 
 def has_same_input(config: ViTCLSConfig, config_values: Mapping[str, Any]) -> bool:
-    """Tell whether a classifier fits these values: the same layers, and a vector of the same size."""
-    pooling = config_values.get("pooling", config.pooling)
-    layers = config.resolve_layers(config_values.get("pooled_layers", config.pooled_layers))
-    if layers != config.resolve_layers(config.pooled_layers):
-        return False
-    return config.compute_pooled_size(pooling, len(layers)) == config.pooled_size
+    """Tell whether a classifier was fitted to these values: the same pooling of the same layers."""
+    layers = config_values.get("pooled_layers", config.pooled_layers)
+    is_same_pooling = config_values.get("pooling", config.pooling) == config.pooling
+    return is_same_pooling and config.resolve_layers(layers) == config.resolve_layers(
+        config.pooled_layers
+    )
 
 
 def find_grown_groups(stored_config: ViTCLSConfig, model: Any) -> dict[str, list[bool]]:

@@ -1,6 +1,7 @@
 """Distance to the nearest class: stored with the weights, equal to that of the statistics."""
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,24 +27,28 @@ TOKENS = ((-2, "cls"), (-2, "mean"), (-1, "cls"))
 
 
 @torch.no_grad()
-def compute_features(model: Any, pixel_values: torch.Tensor) -> dict[tuple[int, str], np.ndarray]:
+def compute_features(
+    model: Any, pixel_values: torch.Tensor, kinds: Iterable[tuple[int, str]] = TOKENS
+) -> dict[tuple[int, str], np.ndarray]:
     """Return the features of the tokens from the hidden states."""
     states = model.vitcls(pixel_values, output_hidden_states=True).hidden_states
     num_prefix_tokens = model.config.token_layout.num_prefix_tokens
     features = {}
-    for layer, kind in TOKENS:
+    for layer, kind in kinds:
         tokens = model.vitcls.normalize(states[layer])
         pooled = tokens[:, 0] if kind == "cls" else tokens[:, num_prefix_tokens:].mean(dim=1)
         features[layer, kind] = pooled.numpy()
     return features
 
 
-def build_model(**fields: Any) -> tuple[Any, torch.Tensor, ClassStatistics]:
+def build_model(
+    kinds: Iterable[tuple[int, str]] = TOKENS, **fields: Any
+) -> tuple[Any, torch.Tensor, ClassStatistics]:
     """Return a classifier with the statistics of random images, four images, and the statistics."""
     model = build_random(ViTCLSForImageClassification, num_labels=3, **fields)
     pixel_values = torch.randn(60, 3, *model.config.image_height_width)
     labels = np.arange(60) % 3
-    statistics = ClassStatistics.fit(compute_features(model, pixel_values), labels, 3)
+    statistics = ClassStatistics.fit(compute_features(model, pixel_values, kinds), labels, 3)
     statistics.set_in_model(model)
     return model.eval(), pixel_values[:4], statistics
 
@@ -305,7 +310,6 @@ def test_a_compiled_model_knows_its_weights_after_eval_and_those_that_are_loaded
         {"num_hidden_layers": 2},
         {"hidden_act": "relu"},
         {"layer_type": "post"},
-        {"layer_norm_eps": 0.1},
         {"num_labels": 5, "ignore_mismatched_sizes": True},
     ],
     ids=str,
@@ -321,6 +325,79 @@ def test_statistics_of_other_features_or_labels_are_dropped(
     assert loaded(images).distance is None
     assert sum("class_statistics" in line for line in caplog.messages) == 1
     assert not any("newly initialized" in line for line in caplog.messages if "class_d" in line)
+
+
+# What `from_pretrained(classifier, field=value)` does with a classifier: the same logits, other ones
+# with a line that names the field, or an error. docs/configuration.md has this table, too.
+OTHER_FIELDS: list[tuple[dict[str, Any], str, bool]] = [
+    ({"compute_all_tokens": True}, "equal", True),
+    ({"gated_tokens": {}}, "equal", True),
+    ({"num_register_tokens": 6}, "equal", True),
+    ({"pooling": "cls"}, "pooling='mean', but the model has pooling='cls'", True),
+    ({"pooling": "max"}, "pooling='mean', but the model has pooling='max'", True),
+    ({"pooled_layers": [-2, -1]}, "pooled_layers=[-1, -2], but the model", True),
+    ({"layer_norm_eps": 0.1}, "layer_norm_eps=1e-06, but the model", False),
+    ({"cls_scopes": [[2, 2, 0, 0]]}, "class statistics (`distance`, `unknown`): dropped", False),
+    ({"gated_tokens": {"registers": 2}}, "gates.gates: 0 kept", False),
+    ({"image_size": 512}, "patches: resized from 4 x 4 to 64 x 64", True),
+    ({"pooled_layers": [-1]}, "error", False),
+    ({"pooling": "cls_mean"}, "error", False),
+    ({"num_channels": 1}, "error", False),
+]
+
+
+@pytest.mark.parametrize(("changes", "outcome", "has_distance"), OTHER_FIELDS, ids=str)
+def test_a_classifier_of_other_features_is_equal_named_or_refused(
+    changes: dict[str, Any],
+    outcome: str,
+    has_distance: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fields = {"pooling": "mean", "pooled_layers": [-1, -2], "num_register_tokens": 2}
+    model, images, _ = build_model((*TOKENS, (-1, "mean")), **fields)
+    model.save_pretrained(tmp_path)
+    if outcome == "error":
+        with pytest.raises(RuntimeError, match="raising an error"):
+            ViTCLSForImageClassification.from_pretrained(tmp_path, **changes)
+        return
+    before = model(images)
+    after = ViTCLSForImageClassification.from_pretrained(tmp_path, **changes)(images)
+    if outcome == "equal":
+        torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=1e-5)
+        assert not any("classifier:" in line for line in caplog.messages)
+    else:
+        assert any(outcome in line for line in caplog.messages)
+    assert (after.distance is not None) is has_distance
+    if has_distance:
+        torch.testing.assert_close(after.distance, before.distance, rtol=1e-3, atol=1e-3)
+
+
+def test_an_encoder_with_another_pooling_has_no_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_random(ViTCLSModel).save_pretrained(tmp_path)
+    ViTCLSForImageClassification.from_pretrained(tmp_path, pooling="mean", num_labels=3)
+    assert not any("classifier: " in line for line in caplog.messages)
+
+
+@torch.enable_grad()
+def test_training_in_evaluation_mode_is_one_line_and_reads_the_weights_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lightning keeps the mode of a loaded model, which is evaluation."""
+    model, images, _ = build_model()
+    reads = Mock(wraps=sum_weights)
+    monkeypatch.setattr(class_distance_vitcls, "sum_weights", reads)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        loss = model(images, labels=torch.arange(4) % 3).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert reads.call_count == 1
+    assert model.eval()(images).distance is None
+    assert sum("class statistics" in line for line in caplog.messages) == 1
 
 
 def test_a_file_without_statistics_is_one_line(

@@ -47,7 +47,7 @@ def test_feature_maps_equal_those_of_the_dinov2_backbone(
     options = {
         "apply_layernorm": apply_layernorm,
         "reshape_hidden_states": reshape,
-        "out_indices": [0, 1],
+        "out_indices": [0, 1, 2],  # The stem, and both layers
     }
     peer_config = transformers.Dinov2WithRegistersConfig(
         **sizes, mlp_ratio=2, num_register_tokens=3, **options
