@@ -151,7 +151,7 @@ def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> Any:
 def check_flags(
     command: str, flags: list[str], options_class: type[Options], recipe: Options | None
 ) -> None:
-    """Raise ValueError if a flag does not exist, has an empty value, or is missing.
+    """Raise ValueError if a flag does not exist, has an empty value, is missing, or repeats a list.
 
     A shell variable that is not set makes an empty value, which would be the current folder as a path.
     """
@@ -169,6 +169,10 @@ def check_flags(
             name = flag[2:].replace("-", "_")
             if name not in fields and name.removeprefix("no_") not in fields:
                 raise ValueError(describe_unknown_flag(flag, fields))
+            # tyro would keep the last values, as it does with a flag of one value
+            is_list = name in fields and str(fields[name].type).startswith(("tuple", "dict"))
+            if is_list and name in given:
+                raise ValueError(f"`{name}` is set twice. Write all values after one")
             given.add(name)
 
     missing = [

@@ -111,6 +111,12 @@ def test_errors_of_recipes_are_one_line(content: bytes, words: list[str], tmp_pa
         (f"finetune {RUN} --epochs abc", ["--epochs", "FLOAT", "'abc'"]),
         (f"finetune {RUN} --pooling=sum", ["--pooling", "'sum'", "'cls_mean'"]),
         (f"finetune {RUN} --model-config a", ["--model-config: a is not of the form NAME=VALUE"]),
+        (
+            f"finetune {RUN} --augment cutmix=1 --augment shift=0.1",
+            ["--augment is set twice. Write"],
+        ),
+        (f"finetune {RUN} --model-config a=1 --model-config=b=1", ["--model-config is set twice"]),
+        (f"finetune {RUN} --label-column a --label-column b", ["--label-column is set twice"]),
         (f"finetune {RUN} --epochs -1", ["--epochs is -1.0, but it must be above 0"]),
         ("finetune --model m", ["requires --dataset, --output-dir\n"]),
         (
