@@ -167,8 +167,15 @@ def resolve_schedule(
         changes["crop_scale"] = 1.0 if has_small_images else 0.35
 
     # 2. How far each layer may leave the start of its weights (BEiT, arXiv 2106.08254)
-    if options.layer_decay is None:
-        changes["layer_decay"] = 0.75 if method == "pre-trained weights" else 1.0
+    lines: dict[str, str | None] = {}
+    decay = options.layer_decay
+    if decay is None:
+        changes["layer_decay"] = decay = 0.75 if method == "pre-trained weights" else 1.0
+    if decay < 1:
+        scale = decay ** (
+            config_values.get("num_hidden_layers", initial.config.num_hidden_layers) + 1
+        )
+        lines["decay"] = f"{decay:g} per layer: the embeddings train at {scale:.2%} of the rate"
 
     # 3. The length of the run
     if has_frozen_start and method == "pre-trained weights":
@@ -187,7 +194,6 @@ def resolve_schedule(
             reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"
             epochs = max_epochs
 
-    lines: dict[str, str | None] = {}
     if options.epochs is None:
         changes["epochs"] = epochs
         if options.max_steps is None:

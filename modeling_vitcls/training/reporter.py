@@ -81,10 +81,15 @@ class Reporter:
         self.progress.reset(self.progress_task, total=num_steps, completed=step)
         self.last_line_time = self.progress.get_time()
 
-    def start_trackers(self, flags: dict[str, str]) -> None:
+    def start_trackers(self, flags: dict[str, Any]) -> None:
         """Start the trackers of the accelerator, if it has any, with the flags of the run."""
         folder = self.metrics_file.parent.resolve()
         self.accelerator.init_trackers(folder.name, flags, {"wandb": {"dir": str(folder)}})
+
+    def log_to_trackers(self, images: str, metrics: Mapping[str, Any], step: int) -> None:
+        """Send the metrics of the start or of the saved model, which are no record of a step."""
+        scalars = {f"{images}_{name}": value for name, value in select_scalars(metrics).items()}
+        self.accelerator.log(scalars, step=step)
 
     def show_step(self, step: int) -> None:
         """Move the progress bar. In a log file, print the step if the last line is 30 seconds old."""

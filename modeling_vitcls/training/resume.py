@@ -17,7 +17,9 @@ from accelerate.state import AcceleratorState
 from ..data.sources import Splits
 from ..data.splits import hash_data
 from ..hub.local_paths import is_local, is_same_source, split_prefix
+from ..hub.model_files import RESULTS_FILE
 from ..hub.model_folder import SOURCE_FLAGS
+from ..runtime.files import read_json
 from ..runtime.flags import expand_home, to_flags
 from .options import FinetuneOptions
 from .run_folder import make_flags_relative
@@ -101,6 +103,16 @@ def format_flag_value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value)
+
+
+def describe_other_precision(asked: FinetuneOptions, precision: str) -> str | None:
+    """Compare the precision with that of the run whose config.resolved.yaml is repeated."""
+    results = asked.config and asked.config.with_name(RESULTS_FILE)
+    if asked.mixed_precision != "auto" or not (results and results.is_file()):
+        return None
+    earlier = read_json(results).get("mixed_precision", precision)
+    text = f"{precision}, but {results} is of {earlier}: `mixed_precision={earlier!r}` repeats it"
+    return None if earlier == precision else text
 
 
 def build_run_record(

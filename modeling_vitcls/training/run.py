@@ -30,7 +30,7 @@ from .model import check_model_flags
 from .options import FinetuneOptions
 from .plan import RunPlan, plan_run
 from .reporter import Reporter
-from .resume import build_run_record, convert_sources
+from .resume import build_run_record, convert_sources, describe_other_precision
 from .run_folder import CHECKPOINTS_FOLDER, find_run, prepare_folder, remove_leftovers
 from .run_inputs import RunInputs, load
 from .run_results import build_results, print_result
@@ -95,6 +95,8 @@ def train(asked: FinetuneOptions) -> Path:
             return folder
 
         run_on_main(partial(prepare_folder, folder, store, to_flags(options), recorded is not None))
+        precision_text = describe_other_precision(asked, record["mixed_precision"])
+        reporter.print_lines({"precision": precision_text})
         print_summary(inputs, plan, reporter)
         data, encoded = divide_run(inputs, plan, checkpoint, reporter)
 

@@ -115,6 +115,7 @@ def run_steps(
         metrics = predictions.metrics
     if data.label_space.kind == "multi_task":
         predictions = None
+    reporter.log_to_trackers("saved", metrics, loop.state.step)
     reshard(model)
     tokens, tokens_text = measure_tokens(inputs.model, model, held_out, predictions, plan)
     # After the measurement, which a distance to the classes would only slow down.
@@ -378,8 +379,15 @@ def build_loop(
         state.step - bool(state.pending_record), num_steps, inputs.selection_metric
     )
     used_flags = run_metadata["flags"] | run_metadata["chosen_flags"]
-    # Flags are formatted as text, because TensorBoard does not accept lists.
-    reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
+    reporter.start_trackers(
+        {
+            # TensorBoard accepts no lists, and its axes are numbers
+            name: value if isinstance(value, float | int) else format_flag_value(value)
+            for name, value in used_flags.items()
+        }
+    )
+    if checkpoint is None:
+        reporter.log_to_trackers("held_out", run_metadata["start"].get("before_steps", {}), step=0)
 
     images = TrainingImages(
         data.train,

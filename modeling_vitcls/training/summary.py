@@ -14,7 +14,7 @@ from ..data.splits import (
 )
 from ..hub.local_paths import make_relative
 from ..inference.token_names import count_tokens
-from ..runtime.files import replace_control_characters
+from .model import LORA_RANK
 from .plan import RunPlan
 from .reporter import Reporter
 from .run_inputs import RunInputs
@@ -120,7 +120,7 @@ def describe_class_sizes(images: Splits) -> str:
     has_lists = label_space.kind == "multi_label_classification"
     counts = Counter(chain.from_iterable(labels) if has_lists else labels)
     names = label_space.names
-    sizes = [(counts[label], replace_control_characters(name)) for label, name in enumerate(names)]
+    sizes = [(counts[label], name) for label, name in enumerate(names)]
     if len(sizes) > MAX_NAMED_CLASSES:
         (smallest, first), (largest, last) = min(sizes), max(sizes)
         return f"{len(sizes):,}, from {smallest:,} images ({first}) to {largest:,} ({last})"
@@ -137,7 +137,9 @@ def describe_model(inputs: RunInputs, plan: RunPlan) -> dict[str, str]:
     pooling_text = f", pooling {config.pooling}" if inputs.head_search is None else ""
     trainable_text = ""
     if plan.options.trainable != "full":
-        trainable_text = f" ({model.num_parameters(only_trainable=True):,} of them trainable)"
+        rank = f"; LoRA of rank {LORA_RANK}" if plan.options.trainable == "lora" else ""
+        number = model.num_parameters(only_trainable=True)
+        trainable_text = f" ({number:,} of them trainable{rank})"
     source = min(make_relative(source), source, key=len)
     return {
         "model": f"{source}: {model.num_parameters():,} parameters{trainable_text}, "

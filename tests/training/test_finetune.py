@@ -373,9 +373,12 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
 
     assert {"loss", "learning_rate", "held_out_accuracy"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    (saved,) = events.Scalars("saved_accuracy")
+    assert saved.value == pytest.approx(read_json(tmp_path / "results.json")["accuracy"])
 
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())
-    assert flags["learning_rate"] == "0.003"
+    assert flags["learning_rate"] == 0.003
+    assert flags["flip"] is False
     assert flags["log_with"] == "tensorboard"
     assert flags["group_column"] == "unset"
 

@@ -1,11 +1,15 @@
 """Groups of parameters, learning rates."""
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
+import timm
 from helpers.tiny_models import build_random
+from timm.optim import param_groups_layer_decay
 
-from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls import ViTCLSForImageClassification, convert_from_timm
 from modeling_vitcls.training.optimizer import build_parameter_groups, get_learning_rate
 
 
@@ -57,9 +61,24 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
         for parameter in group["params"]
     }
     assert scale_of.keys() == set(names.values())
-    expected = {"classifier": 1, "distillation_classifier": 1, "vitcls.layernorm": 1}
+    expected = {"classifier": 1, "distillation_classifier": 1, "vitcls.layernorm": 0.5}
     expected |= {f"vitcls.layers.{index}": 0.5 ** (3 - index) for index in range(3)}
     expected |= {"vitcls.embeddings": 0.5**4}
     for name, scale in scale_of.items():
         (prefix,) = [prefix for prefix in expected if name.startswith(f"{prefix}.")]
         assert scale == expected[prefix], name
+
+
+def test_the_rate_of_each_parameter_is_that_of_timm() -> None:
+    peer = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=5)
+    expected = sum_by_scale(param_groups_layer_decay(peer, 0.05, layer_decay=0.5))
+    model = convert_from_timm(peer)
+    assert sum_by_scale(build_parameter_groups(model, 0.05, layer_decay=0.5)) == expected
+
+
+def sum_by_scale(groups: list[dict[str, Any]]) -> dict[float, int]:
+    """Count the parameters of each rate."""
+    counts: Counter[float] = Counter()
+    for group in groups:
+        counts[group["lr_scale"]] += sum(each.numel() for each in group["params"])
+    return counts

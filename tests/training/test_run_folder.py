@@ -6,6 +6,7 @@ tests/runtime/test_staging.py ends processes that hold the lock.
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from helpers.tiny_options import build_tiny_options, run_training
 from modeling_vitcls.hub.local_paths import resolve_name
 from modeling_vitcls.hub.model_files import METRICS_FILE, RECIPE_FILE
 from modeling_vitcls.runtime import staging
-from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.staging import LOCK_FILE, lock_folder
 from modeling_vitcls.training import steps_run
 from modeling_vitcls.training.checkpoints import CheckpointStore
+from modeling_vitcls.training.resume import describe_other_precision
 from modeling_vitcls.training.run_folder import (
     check_replaceable,
     check_sources_not_removed,
@@ -266,3 +268,13 @@ def test_a_run_writes_only_listed_files(finished: Path) -> None:
 def test_other_users_can_read_the_weights_as_all_other_files(finished: Path) -> None:
     weights = {file.stat().st_mode for file in finished.rglob("*.safetensors")}
     assert weights == {(finished / "config.json").stat().st_mode}
+
+
+def test_a_repeated_run_says_that_its_precision_differs(folder: Path, tmp_path: Path) -> None:
+    """config.resolved.yaml has what was asked, and `auto` depends on the machine."""
+    asked = build_tiny_options(tmp_path, "digits", config=folder / RECIPE_FILE)
+    assert describe_other_precision(asked, "no") is None
+    write_json(folder / "results.json", {"mixed_precision": "bf16"})
+    assert "is of bf16: `mixed_precision='bf16'`" in str(describe_other_precision(asked, "no"))
+    assert describe_other_precision(asked, "bf16") is None
+    assert describe_other_precision(replace(asked, mixed_precision="no"), "no") is None
