@@ -1,11 +1,13 @@
 """A model folder: what is in the folder, and which of its results belong to its weights."""
 
+import copy
 import json
 import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import get_local_safetensors_metadata
 from safetensors import SafetensorError
@@ -64,6 +66,7 @@ HEADS = {
     "decoder",
 }
 
+MAX_PARAMETERS_PER_BYTE = 10  # Of a model, and of the file of its weights
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # Flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run
 # was started
@@ -212,6 +215,15 @@ class ModelFolder:
         self.warn_about_edited_settings()
 
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        # Weights of the shape in config.json may exceed the memory, before they are compared
+        with torch.device("meta"):
+            size = model_class(copy.deepcopy(self.config)).num_parameters()
+        num_bytes = sum((self.path / name).stat().st_size for name in self.weight_files)
+        if size > MAX_PARAMETERS_PER_BYTE * num_bytes:
+            raise ValueError(
+                f"{CONFIG_FILE} of {self.source} is of a model with {size:,} parameters, but the "
+                f"weights have {num_bytes:,} bytes. Use the configuration of the weights"
+            )
         try:
             # Without transformers' warnings about missing and unused weights
             with silence_transformers():

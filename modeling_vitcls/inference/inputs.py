@@ -11,10 +11,11 @@ image_pass.py).
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,8 @@ from ..runtime.flags import expand_home
 from .options import PredictOptions
 
 
+MAX_SHARED_PIXELS = 25_000_000  # Images with more are decoded one at a time
+LARGE_IMAGE = Lock()
 MAX_DARK_VALUE = 1 / 4  # Largest value of a scan that uses 14 of 16 bits
 
 
@@ -288,9 +291,21 @@ def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> 
     try:
         if isinstance(content, str):
             check_is_no_address(content)
-        return processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+        with LARGE_IMAGE if is_large(content) else nullcontext():
+            return processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
     except (ValueError, OSError, RuntimeError) as error:
         return format_error(error)
+
+
+def is_large(content: Any) -> bool:
+    """Tell from its header whether a file is large in memory: a scan of 20 kB may take gigabytes."""
+    with (
+        suppress(Exception),  # Images in memory, and unreadable ones
+        open_encoded_image(to_encoded_image(content, Path())) as stream,
+        Image.open(stream) as image,
+    ):
+        return image.width * image.height > MAX_SHARED_PIXELS
+    return False
 
 
 def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str | None:
@@ -306,8 +321,9 @@ def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str
         open_encoded_image(to_encoded_image(content, Path())) as stream,
         Image.open(stream, formats=("TIFF", "PNG")) as image,
     ):
-        if (num_pages := getattr(image, "n_frames", 1)) > 1:
-            return f"page 1 of {num_pages}"
+        with suppress(EOFError):  # Counting thousands of pages would take minutes
+            image.seek(1)
+            return "page 1 of several"
         if image.mode.startswith("I") and processor.do_normalize:
             mean, std = np.ravel(processor.image_mean)[0], np.ravel(processor.image_std)[0]
             if pixels[0].max() * std + mean < MAX_DARK_VALUE:

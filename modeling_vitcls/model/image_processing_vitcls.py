@@ -92,7 +92,7 @@ REPORTED_BIT_DEPTHS: set[int] = set()  # Numbers of bits that a warning has name
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # Weights of red, green and blue (ITU-R BT.601)
 DOWNLOAD_TIMEOUT = 60.0  # Seconds without a byte
-MAX_SIDE = 10_000  # Maximum height and width of a processed image, in pixels
+MAX_SIDE = 4096  # Maximum height and width of a processed image, in pixels: 17 megapixels
 
 SOURCE_TYPES = (str, os.PathLike, bytes, bytearray)
 

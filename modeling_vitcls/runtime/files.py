@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 
-MAX_ROWS = 100_000_000  # Maximum number of rows of a Parquet file in a model folder
-MAX_BYTES = 2**33  # Maximum size of its values, in bytes
+MAX_ROWS = 10_000_000  # Maximum number of rows of a Parquet file in a model folder
+MAX_BYTES = 2**31  # Maximum size of its values in memory, in bytes
 UNFINISHED_SUFFIX = ".unfinished"  # Suffix of a hidden file that is not complete
 # Control characters, line separators, and what hides text or turns its direction. The joiners U+200C
 # and U+200D are parts of words and emoji.
@@ -83,17 +83,25 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_parquet_size(file: Path) -> None:
-    """Raise ValueError if a Parquet file has more values than memory holds: megabytes may hold many."""
+    """Raise ValueError if a Parquet file has more values than memory holds: megabytes may hold many.
+
+    The file stores a text that repeats once, and memory holds it for each row. So the rows are read, few
+    at a time, and counted.
+    """
     # Imported here: flags are parsed without it.
     from pyarrow.parquet import ParquetFile
 
-    metadata = ParquetFile(file).metadata
-    groups = map(metadata.row_group, range(metadata.num_row_groups))
-    num_bytes = sum(group.total_byte_size for group in groups)
-    if metadata.num_rows > MAX_ROWS or num_bytes > MAX_BYTES:
+    num_bytes = 0
+    with ParquetFile(file) as stored:
+        num_rows = stored.metadata.num_rows
+        for batch in stored.iter_batches(1000) if num_rows <= MAX_ROWS else ():
+            num_bytes += batch.nbytes
+            if num_bytes > MAX_BYTES:
+                break
+    if num_rows > MAX_ROWS or num_bytes > MAX_BYTES:
         raise ValueError(
-            f"it has {metadata.num_rows:,} rows and {num_bytes:,} bytes, but at most {MAX_ROWS:,} "
-            f"rows and {MAX_BYTES:,} bytes are read"
+            f"it has {num_rows:,} rows, which take more than {num_bytes - 1:,} bytes, but at most "
+            f"{MAX_ROWS:,} rows and {MAX_BYTES:,} bytes are read"
         )
 
 

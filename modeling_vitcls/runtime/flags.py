@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .files import find_file
+from .files import find_file, replace_control_characters
 
 
 # Flags with a path or another name, such as one on the Hub
@@ -172,8 +172,9 @@ def to_arguments(name: str, value: Any) -> list[str]:
 
 
 def spell_flags(message: str) -> str:
-    """Write the parameters in a message as the flags of the command that runs.
+    """Write a message as it is printed: with the flags of the command that runs.
 
+    It may name files and classes, so escape sequences are replaced: they would reach the terminal.
     The package names parameters, as Python does: `num_workers=0` becomes --num-workers 0, and
     `probe=False` --no-probe. In other programs, and for names that are no flags, nothing changes.
     """
@@ -188,4 +189,5 @@ def spell_flags(message: str) -> str:
             value = ast.literal_eval(value)
         return shlex.join(to_arguments(name, value))
 
-    return PARAMETER.sub(spell, message)
+    lines = PARAMETER.sub(spell, message).split("\n")
+    return "\n".join(map(replace_control_characters, lines))

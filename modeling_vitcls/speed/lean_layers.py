@@ -52,6 +52,7 @@ MLP_LINEARS: dict[type[nn.Module], tuple[tuple[str, ...], ...]] = {
 }
 # Functions that are not called, although people replace them in a class
 REPLACEABLE = (
+    (ViTCLSLayers, "forward"),
     (ViTCLSLayer, "forward"),
     (ViTCLSAttention, "forward"),
     (ViTCLSAttention, "attend"),

@@ -11,13 +11,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import edit_config, save_classifier
-from transformers import ViTConfig
+from transformers import PreTrainedModel, ViTConfig
 
 from modeling_vitcls.runtime import files
 from modeling_vitcls.runtime.files import read_json
@@ -71,9 +75,9 @@ def open_folder() -> Iterator[Path]:
         (PROCESSOR, {"image_std": "x"}, "preprocessor_config.json"),
         (PROCESSOR, {"crop_rounding": []}, "preprocessor_config.json"),
         (PROCESSOR, {"preprocess": "x"}, "preprocess"),
-        (PROCESSOR, {"size": {"height": 200_000, "width": 200_000}}, "10,000 pixels"),
-        (PROCESSOR, {"size": {"shortest_edge": 10**6}}, "10,000 pixels"),
-        (PROCESSOR, {"do_pad": True, "pad_size": {"height": 10**6, "width": 9}}, "10,000 pixels"),
+        (PROCESSOR, {"size": {"height": 10_000, "width": 10_000}}, "4,096 pixels"),
+        (PROCESSOR, {"size": {"shortest_edge": 10**6}}, "4,096 pixels"),
+        (PROCESSOR, {"do_pad": True, "pad_size": {"height": 10**6, "width": 9}}, "4,096 pixels"),
         (PROCESSOR, "[]", "preprocessor_config.json"),
         ("results.json", {"settings_sha256": 5}, "settings_sha256"),
         *((INDEX, {"metadata": {}, "weight_map": value}, "weight_map") for value in WEIGHT_MAPS),
@@ -109,6 +113,25 @@ def test_a_list_of_training_images_that_no_memory_holds_is_not_read(
         with monkeypatch.context() as patch:
             patch.setattr(files, name, 2)
             assert "splits.parquet: it has 3 rows" in fail(*PREDICT)
+
+
+def test_a_list_of_training_images_is_bounded_by_its_texts_in_memory() -> None:
+    """The file stores a long text once, and its rows as numbers of a few bits."""
+    number = 3_000_000
+    splits = pa.DictionaryArray.from_arrays(np.zeros(number, np.int32), ["x" * 1000])
+    columns = {"key": np.zeros(number, np.uint64), "split": splits, "task": splits}
+    pq.write_table(pa.table(columns), "model/splits.parquet", compression="zstd")
+    assert Path("model/splits.parquet").stat().st_size < 1e6
+    assert "splits.parquet: it has 3,000,000 rows, which take more than 2,1" in fail(*PREDICT)
+
+
+def test_weights_of_another_shape_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_config(Path("model"), hidden_size=60_000)
+    loads = Mock()
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", loads)
+    error = fail(*PREDICT)
+    assert "config.json of model is of a model with" in error
+    assert not loads.called
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Inputs of prediction: files, folders and datasets."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,28 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     for options, words in wrong:
         with raises_one_line(words):
             open_input(PredictOptions(model="model", **options))
+
+
+def test_large_images_are_decoded_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread would need gigabytes for a scan of 169 megapixels."""
+    monkeypatch.setattr(inputs, "MAX_SHARED_PIXELS", 100)
+    running: list[int] = []
+    most: dict[int, int] = {}
+
+    def process(content: str, **_: Any) -> dict[str, list[int]]:
+        side = int(Path(content).stem)
+        running.append(side)
+        time.sleep(0.05)
+        most[side] = max(most.get(side, 0), running.count(side))
+        running.remove(side)
+        return {"pixel_values": [side]}
+
+    files = [str(tmp_path / f"{side}.png") for side in (20, 10)]
+    for file in files:
+        Image.new("1", (int(Path(file).stem),) * 2).save(file)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda file: prepare_image(process, file, 0), files * 4))  # type: ignore
+    assert most[20] == 1
+    assert most[10] > 1

@@ -196,7 +196,7 @@ def test_settings_may_change_between_calls() -> None:
     assert isinstance(processor(image, return_tensors="np")["pixel_values"], np.ndarray)
 
     processor.size["height"] = -1
-    with raises_one_line("must be from 1 to 10,000 pixels"):
+    with raises_one_line("must be from 1 to 4,096 pixels"):
         processor(image, return_tensors="pt")
 
 

@@ -75,3 +75,12 @@ def test_brackets_are_not_markup(tmp_path: Path) -> None:
     reporter.warn("[bold]noon[/bold].png cannot be read")
     assert "[red] and registers[1]" in output.getvalue()
     assert "[bold]noon[/bold].png" in output.getvalue()
+
+
+def test_no_line_has_an_escape_sequence_of_a_file_or_class(tmp_path: Path) -> None:
+    reporter, output = build_reporter(tmp_path)
+    reporter.print_line("scenes", "pairs such as a\x1b[31m.jpg\nand b.jpg")
+    reporter.warn("no images of \x1b]0;title\x07cat")
+    assert "\x1b[31m" not in output.getvalue()
+    assert "\x1b]" not in output.getvalue()
+    assert "\n          and b.jpg\n" in output.getvalue()
