@@ -39,11 +39,12 @@ from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import (
     describe_exhaustion,
+    explain_damage,
     format_error,
     format_name_list,
     warn_on_first_process,
 )
-from ..runtime.files import read_json
+from ..runtime.files import check_parquet_size, read_json
 from .cells import spell_label
 from .columns import (
     FILE_NAME,
@@ -440,6 +441,9 @@ def read_tables(folder: Path, reader: str, files: Mapping[str, Sequence[Path]]) 
     for file in paths:
         with open_regular_file(file) as stream:
             digest.update(hashlib.file_digest(stream, "blake2b").digest())
+        if reader == "parquet":
+            with explain_damage(file, "Save it as several files"):
+                check_parquet_size(file, types=("string", "large_string", "dictionary"))
     # `datasets` reads each path as a pattern
     patterns = {split: [glob.escape(str(file)) for file in part] for split, part in files.items()}
     with explain_reading_errors(str(paths[0].parent if len(paths) > 1 else paths[0])):

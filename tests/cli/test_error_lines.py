@@ -125,6 +125,14 @@ def test_a_list_of_training_images_is_bounded_by_its_texts_in_memory() -> None:
     assert "splits.parquet: it has 3,000,000 rows, which take more than 2,1" in fail(*PREDICT)
 
 
+def test_a_table_is_bounded_by_its_texts_in_memory_before_a_copy_is_written() -> None:
+    labels = pa.DictionaryArray.from_arrays(np.zeros(3_000_000, np.int32), ["x" * 1000])
+    table = pa.table({"image": labels, "label": labels})
+    pq.write_table(table, "train.parquet", compression="zstd")
+    error = fail(*FINETUNE[:-3], "train.parquet", *FINETUNE[-2:])
+    assert "train.parquet: it has 3,000,000 rows, which take more than 2,1" in error
+
+
 def test_weights_of_another_shape_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     edit_config(Path("model"), hidden_size=60_000)
     loads = Mock()

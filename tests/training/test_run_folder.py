@@ -272,7 +272,7 @@ def test_other_users_can_read_the_weights_as_all_other_files(finished: Path) -> 
 
 def test_a_repeated_run_says_that_its_precision_differs(folder: Path, tmp_path: Path) -> None:
     """config.resolved.yaml has what was asked, and `auto` depends on the machine."""
-    asked = build_tiny_options(tmp_path, "digits", config=folder / RECIPE_FILE)
+    asked = replace(build_tiny_options(tmp_path, "digits"), config=folder / RECIPE_FILE)
     assert describe_other_precision(asked, "no") is None
     write_json(folder / "results.json", {"mixed_precision": "bf16"})
     assert "is of bf16: `mixed_precision='bf16'`" in str(describe_other_precision(asked, "no"))
