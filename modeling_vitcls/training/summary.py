@@ -1,5 +1,6 @@
 """What a run prints before it starts: its images, its model and what it is."""
 
+import re
 from collections import Counter
 from itertools import chain
 
@@ -58,6 +59,12 @@ def print_division(
     leaks = describe_leaks(data, plan.options.group_column)
     for warning in [*describe_missing_classes(data), *describe_divided_groups(data), *leaks]:
         reporter.warn(warning)
+    names = " ".join(chain(*data.label_space.columns.values())).lower()
+    sides = {"left", "right"} <= set(re.findall("[a-z]+", names))
+    if sides and plan.options.flip and plan.kind != "frozen":
+        reporter.warn(
+            "classes are named left and right, but the run also trains on mirror images. Set `flip=False`"
+        )
     # They trained its encoder, or a classifier that it keeps.
     num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
     if num_seen and not leaks:

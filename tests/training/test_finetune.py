@@ -19,7 +19,7 @@ import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.full_disk import limited_file_size
-from helpers.photo_folders import write_two_colors, write_unequal_photos
+from helpers.photo_folders import write_photos, write_two_colors, write_unequal_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
@@ -219,6 +219,15 @@ def test_unreadable_images_are_named_and_skipped(
     assert "noon/3.png" in output
     assert "dusk/2.png" in output
     assert f"{results['num_unreadable_training_images']} of 36 training images could not" in output
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_classes_left_and_right_are_warned_about_if_mirror_images_train(
+    flip: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    photos = write_photos(tmp_path / "photos", range(8), "turn_left", "Turn right")
+    train(tmp_path / "out", photos, flip=flip, max_steps=1)
+    assert ("`flip=False`" in capsys.readouterr().out) is flip
 
 
 @pytest.fixture(scope="module")
