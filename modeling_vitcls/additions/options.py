@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ..data.options import DataOptions
+from ..data.options import DataOptions, Dataset
 from ..runtime.flags import Options, check_minimum
 
 
@@ -64,7 +64,7 @@ class VerifyUnchangedOptions(Options):
     """The vitcls model before the change: a folder or a Hub id (`ID@COMMIT` pins the model)."""
     new: Annotated[str, Positional, arg(metavar="NEW")]
     """The model after the change."""
-    dataset: str | None = None
+    dataset: Dataset | None = None
     """Images to compare the outputs with. Default: random pixels."""
     split: str | None = None
     """Split of --dataset, as in `vitcls evaluate`."""

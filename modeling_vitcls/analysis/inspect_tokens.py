@@ -15,7 +15,7 @@ from ..conversion.open_model import open_model
 from ..data.evaluation_data import EvaluationData
 from ..data.images import DatasetImages, LabeledImages
 from ..data.labels import UNLABELED, LabelSpace, get_label_space
-from ..data.options import read_data_options
+from ..data.options import list_datasets, read_data_options
 from ..evaluation.evaluate import load_data
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
@@ -114,5 +114,5 @@ def open_images(
         return EvaluationData(UNLABELED, photographs, "", 0, description)
 
     data = load_data(read_data_options(vars(options)), label_space, folder, options.split)
-    description = f"{Path(options.dataset).resolve().name}, {data.description}"
-    return data._replace(description=description)
+    names = " and ".join(Path(each).resolve().name for each in list_datasets(options.dataset))
+    return data._replace(description=f"{names}, {data.description}")

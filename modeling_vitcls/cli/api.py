@@ -169,9 +169,9 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
         ...     print(token, effect.changed, effect.comparison)
     """
     from ..analysis.inspect_tokens import write_inspection
-    from ..inference.inputs import list_sources
+    from ..inference.inputs import list_datasets
 
-    paths = tuple(map(os.fspath, list_sources(images)))  # TypeError for images in memory
+    paths = tuple(map(os.fspath, list_datasets(images)))  # TypeError for images in memory
     return write_inspection(build_options(InspectOptions, model=model, paths=paths, **flags))
 
 
@@ -308,13 +308,28 @@ def build_options(options_class: type[CommandOptions], /, **flags: Any) -> Comma
     # A command reads the recipe before its other flags, and here nothing would.
     if "config" in flags:
         raise TypeError("`config` is a flag of the command. Set the values of the recipe instead")
-    if not isinstance(flags.get("dataset"), str | Path | None):
-        from ..data.in_memory import add_dataset
-
-        # Options are written to the files of a run, where data in memory can only be a name.
-        flags["dataset"] = add_dataset(flags["dataset"])
+    data = flags.get("dataset")
+    items = data if isinstance(data, list | tuple) else ()
+    are_datasets = [
+        isinstance(each, str | Path) or hasattr(each, "columns") or hasattr(each, "column_names")
+        for each in items
+    ]
+    if are_datasets and all(are_datasets):
+        flags["dataset"] = tuple(map(name_dataset, items))
+    elif data is not None:
+        flags["dataset"] = name_dataset(data)
     options = options_class(**flags)
     # tyro checks the types of flags on a command line. Keywords come without such a check.
     check_types(options, flags)
     options.check()
     return options
+
+
+def name_dataset(dataset: Any) -> str:
+    """Name a dataset: options are written to the files of a run, where data in memory can only be a name."""
+    if isinstance(dataset, str | Path):
+        return str(dataset)
+
+    from ..data.in_memory import add_dataset
+
+    return add_dataset(dataset)

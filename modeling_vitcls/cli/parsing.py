@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_origin
 
@@ -197,8 +198,9 @@ def check_flags(
 
 def check_outputs(options: Options) -> None:
     """Raise ValueError if an output cannot be written, or is an input, before libraries are imported."""
-    values = (*vars(options).values(), *getattr(options, "paths", ()))
-    named = [os.path.realpath(str(value)) for value in values]
+    values = vars(options).values()
+    lists = (value if isinstance(value, tuple) else (value,) for value in values)
+    named = [os.path.realpath(str(value)) for value in chain.from_iterable(lists)]
     for name in ("output_dir", "output", "per_image"):
         output = getattr(options, name, None)
         if output is None:

@@ -85,6 +85,8 @@ def read_label_names(
     """
     where = column.where
     own_names = list(dict.fromkeys(map(normalize_name, chain(*declared.values()))))
+    if not all(declared.values()):  # Another of several datasets may have other classes
+        own_names = []
     classes = list(map(normalize_name, label_names or own_names))
     if own_names and classes != own_names:
         raise ValueError(

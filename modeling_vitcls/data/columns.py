@@ -29,6 +29,7 @@ from .cells import (
     warn_about_similar_names,
 )
 from .folder_layout import FOLDER_COLUMN, SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
+from .image_folder import scan_folder
 from .images import DatasetImages, resolve_path
 from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 
@@ -38,6 +39,8 @@ IMAGE_COLUMN_NAMES = tuple(
 )
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
 FILE_NAME = "file_name"  # The column of images in metadata.csv
+CHECKSUM_COLUMN = "checksum"  # Of the content of each image, as `predict` writes it
+CHECKSUM = re.compile("[0-9a-f]{16}")
 SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
 # Groups are found by their shape: a few rows of one class per value. If they have several classes, as
 # the photos of a patient may, only the name of the column can tell.
@@ -415,7 +418,7 @@ def choose_groups(
         The group of each row, by split; a line about them or, if there are none, about a column that
         may contain some; and the reason why the groups cannot measure one another, if they cannot.
     """
-    is_folder = FOLDER_COLUMN in next(iter(tables.values())).features
+    is_folder = any(FOLDER_COLUMN in table.features for table in tables.values())
     folders = read_texts(tables, FOLDER_COLUMN, dataset) if is_folder else []
     named = {*filter(None, folders)}
     if named and column is None:
@@ -502,11 +505,15 @@ def look_like_groups(values: Sequence[str | None], labels: Sequence[Any]) -> boo
 
 
 def read_texts(tables: Mapping[str, Any], column: str, dataset: str) -> list[str | None]:
-    """Read a column of all splits as text; None for an empty cell. Raise ValueError without it."""
+    """Read a column of all tables as text; None for an empty cell. Raise ValueError if none has it."""
     texts: list[str | None] = []
+    own = [table for table in tables.values() if find_stem(table.features, column)]
     for table in tables.values():
-        check_column(table, column, dataset)
-        texts += map(spell_label, read_column(table, column))
+        if table in own or not own:
+            check_column(table, column, dataset)
+            texts += map(spell_label, read_column(table, column))
+        else:  # Of another dataset
+            texts += [None] * len(table)
     return texts
 
 
@@ -536,8 +543,14 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
     paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
     is_missing = bool(paths) and not has_files(paths, folder)
     if is_missing and has_files(paths, Path()):
-        folder = Path()  # `predict` names photos from the working folder
-    elif is_missing:
+        folder, is_missing = Path(), False  # `predict` names photos from the working folder
+    if paths and CHECKSUM_COLUMN in dataset.features:
+        checksums = map(spell_label, read_column(dataset, CHECKSUM_COLUMN))
+        names = [resolve_path(folder, path) for path in images[:][column]]
+        found = find_by_checksum(names, checksums, folder, name)
+        images = datasets.Dataset.from_dict({column: found})
+        is_missing = is_missing and not has_files(found, folder)
+    if is_missing:
         if similar := find_similar_names(folder / paths[0]):
             raise ValueError(
                 f"{name}: there is no file {shorten_text(paths[0])}, but {similar[0]}. Rename the files, or "
@@ -549,3 +562,39 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
             "their folder and suffix (without `file:` and %20), or download addresses with `img2dataset`"
         )
     return DatasetImages(images, folder, np.arange(len(images)))
+
+
+def find_by_checksum(
+    paths: list[str], checksums: Iterable[str | None], folder: Path, name: str
+) -> list[str]:
+    """Find the image of each row: at its path or, if no file is there, by its checksum in the folder.
+
+    Args:
+        paths: of all rows.
+        checksums: of their contents, as `predict` writes them; other ones mean nothing.
+        folder: in which files may have been renamed or moved.
+        name: of the table, in errors.
+
+    Raises:
+        ValueError: if a row has the path of one image and the checksum of another.
+    """
+    keys = DatasetImages.from_list(paths).compute_content_keys().tolist()
+    wanted = [int(each, 16) if CHECKSUM.fullmatch(each or "") else None for each in checksums]
+    path_by_key = dict(zip(keys, paths, strict=True))
+    if not {*wanted} <= {None, *keys}:
+        others = [str(folder / image) for image in scan_folder(folder).images]
+        other_keys = DatasetImages.from_list(others).compute_content_keys().tolist()
+        path_by_key = dict(zip(other_keys, others, strict=True)) | path_by_key
+    found = []
+    wrong = []
+    for path, key, each in zip(paths, keys, wanted, strict=True):
+        found.append(path if key == each else path_by_key.get(each, path))
+        if found[-1] != path and os.path.isfile(path):  # noqa: PTH113  # False for long names
+            wrong.append(f"{path} in a row with the checksum of {found[-1]}")
+    if wrong:
+        raise ValueError(
+            f"{name}: the names and the checksums of {len(wrong):,} rows are of different images: "
+            f"{format_name_list(wrong, 3)}. If the files were renamed, empty the names in these rows; if rows "
+            f"were sorted or edited, restore the table, or remove the column {CHECKSUM_COLUMN!r}"
+        )
+    return found

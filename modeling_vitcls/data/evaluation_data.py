@@ -8,7 +8,7 @@ import pandas as pd
 from .images import LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace
-from .options import DataOptions
+from .options import DataOptions, list_datasets
 from .sources import choose_split, load_splits
 from .splits import HELD_OUT_SPLITS, add_keys, check_contradictions, merge_rows
 from .splits_table import EMPTY_TABLE, find_trained_images
@@ -61,7 +61,8 @@ def load_evaluation_data(
     loaded = load_splits(options, use_labels, choose, trained)
     ((name, images),) = loaded.images_by_split.items()
     if use_labels:
-        images = merge_rows(add_keys({name: images})[name], dataset)
+        has_several = len(list_datasets(options.dataset)) > 1
+        images = merge_rows(add_keys({name: images})[name], dataset, has_several)
         check_contradictions([images], loaded.label_space, dataset)
     is_trained = find_trained_images(images, splits)
     num_trained = int(is_trained.sum())

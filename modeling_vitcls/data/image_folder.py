@@ -20,7 +20,15 @@ from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_name_list, warn_on_first_process
-from .folder_layout import FOLDER_COLUMN, SPLIT_ORDER, find_groups, find_split_folders, locate_image
+from .folder_layout import (
+    DATE,
+    FOLDER_COLUMN,
+    SPLIT_ORDER,
+    find_groups,
+    find_split_folders,
+    locate_image,
+)
+from .options import Dataset, list_datasets
 
 
 IMAGE_SUFFIXES = frozenset(
@@ -160,11 +168,14 @@ def make_printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
-def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = True) -> Any:
+def read_image_folder(
+    folder: ImageFolder, use_labels: bool, has_groups: bool = True, requires_labels: bool = True
+) -> Any:
     """Read an image folder as a `datasets.DatasetDict`, and log which files are not used.
 
     The columns are `image` and, if labels are used, `label` and `FOLDER_COLUMN`. Without labels, images
-    at any depth are included. Without `has_groups`, the folders below a class mean nothing.
+    at any depth are included. Without `has_groups`, the folders below a class mean nothing. Unless
+    labels are required, a folder without class folders, or with folders of dates alone, has none.
 
     Raise ValueError if labels are used but there are no class folders, or if the split folders are
     ambiguous.
@@ -173,6 +184,9 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
 
     split_folders = find_split_folders(folder.path, folder.images, use_labels and has_groups)
     places = {image: locate_image(image, split_folders) for image in folder.images}
+    classes = {place.label for place in places.values() if place.split and place.label}
+    if use_labels and not requires_labels and all(map(DATE.fullmatch, classes)):
+        return read_image_folder(folder, use_labels=False)
 
     # Absolute: a run and its report may name one folder differently, and a message is logged once
     where = str(folder.path.resolve())
@@ -181,7 +195,6 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
     warn_about_skipped(where, stray, "images next to the split folders")
     others = sorted([*folder.other_files, *folder.tables])
     warn_about_skipped(where, others, "files that are no images")
-    classes = {place.label for place in places.values() if place.split and place.label}
     if use_labels:
         warn_about_skipped(where, list_empty_folders(folder), "folders without images of their own")
         unlabeled = [image for image, place in places.items() if place.split and not place.label]
@@ -231,13 +244,14 @@ def find_classes(root: Path, images: Sequence[str]) -> list[str]:
     return [] if "" in classes else sorted(classes)
 
 
-def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
+def check_output_is_not_read(output_dir: Path, dataset: Dataset) -> None:
     """Raise ValueError if a run would write its files next to images of the dataset.
 
     A scan skips the folders of runs, with these images.
     """
     folder = output_dir.resolve()
-    if not folder.is_dir() or not folder.is_relative_to(Path(dataset).resolve()):
+    roots = [Path(each).resolve() for each in list_datasets(dataset)]
+    if not folder.is_dir() or not any(map(folder.is_relative_to, roots)):
         return
     scanned = scan_folder(folder)
     if scanned.images and ROOT not in scanned.skipped_folders:

@@ -94,7 +94,7 @@ class LabeledImages:
         return self.select(np.flatnonzero(~is_second)), self.select(np.flatnonzero(is_second))
 
     def join(self, other: "LabeledImages") -> "LabeledImages":
-        """Append the images of another split of a dataset."""
+        """Append the images of another part of the same kind."""
         import datasets
 
         parts: Any = (self, other)
@@ -103,8 +103,8 @@ class LabeledImages:
         return LabeledImages(
             images=replace(self.images, dataset=dataset, rows=rows),
             labels=[*self.labels, *other.labels],
-            groups=np.concatenate([each.groups for each in parts]),
-            keys=np.concatenate([each.keys for each in parts]),
+            groups=None if self.groups is None else np.concatenate([each.groups for each in parts]),
+            keys=None if self.keys is None else np.concatenate([each.keys for each in parts]),
             chosen=None if self.chosen is None else np.concatenate([each.chosen for each in parts]),
         )
 

@@ -30,6 +30,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..model.image_processing_vitcls import image_to_tensor, pil_to_array
 from ..runtime.errors import format_error
 from .images import resolve_path
+from .options import Dataset, list_datasets
 from .tables import build_column
 
 
@@ -65,9 +66,9 @@ def add_dataset(data: Any) -> str:
     return name
 
 
-def get_title(dataset: str) -> str:
-    """Name a dataset for people, who don't know the names of data in memory."""
-    return TITLES.get(dataset, dataset)
+def get_title(dataset: Dataset) -> str:
+    """Name a dataset, or several, for people, who don't know the names of data in memory."""
+    return " and ".join(TITLES.get(each, each) for each in list_datasets(dataset))
 
 
 def get_dataset(name: str) -> Any:

@@ -7,6 +7,9 @@ from typing import Any, Literal
 from ..runtime.flags import Options, check_minimum, check_value, get_flag_fields
 
 
+# A dataset, or several of one kind of labels
+Dataset = str | tuple[str, ...]
+
 DEFAULT_HELD_OUT_FRACTION = 0.2
 # A shift or zoom of 1 would leave nothing of an image.
 LARGEST_AUGMENT = {"rotation": 180, "shift": 0.9, "zoom": 0.9, "random_erasing": 1, "cutmix": 10}
@@ -16,9 +19,10 @@ LARGEST_AUGMENT = {"rotation": 180, "shift": 0.9, "zoom": 0.9, "random_erasing":
 class DataOptions(Options):
     """Dataset and held-out split."""
 
-    dataset: str
+    dataset: Dataset
     """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet
-    file, a folder written by `save_to_disk`, or a dataset id on the Hub."""
+    file, a folder written by `save_to_disk`, or a dataset id on the Hub; or several of them with one
+    kind of labels. Of these, a folder without classes contains photos without labels."""
     answers: tuple[str, ...] = ()
     """Files with the labels that a person gave on pages of photos (labels.html of a run, `vitcls predict
     --review`). They replace the labels of the dataset, and belong to the content of a photo, whatever its
@@ -61,6 +65,11 @@ class DataOptions(Options):
         fraction = self.held_out_part
         check_value(self, "held_out_fraction", 0 <= fraction < 1, "at least 0 and below 1")
         check_minimum(self, 0, "num_workers")
+
+
+def list_datasets(dataset: Dataset) -> tuple[str, ...]:
+    """List the datasets of a flag, which is one name or several."""
+    return (dataset,) if isinstance(dataset, str) else dataset
 
 
 def read_data_options(flags: Mapping[str, Any]) -> DataOptions:

@@ -49,16 +49,14 @@ from .cells import spell_label
 from .columns import (
     FILE_NAME,
     NO_GROUPS,
-    build_images,
     choose_groups,
     divide_by_column,
-    find_image_column,
-    find_label_columns,
     find_stem,
     has_label_column,
     read_column,
     read_labels,
 )
+from .dataset_parts import Source, join_parts, read_part, read_parts_of_several
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import (
     FOLDER_COLUMN,
@@ -72,7 +70,7 @@ from .image_folder import (
 from .images import LabeledImages, resolve_path
 from .in_memory import MEMORY_PREFIX, convert_split, get_dataset, get_title
 from .labels import UNLABELED, LabelSpace
-from .options import DataOptions
+from .options import DataOptions, Dataset, list_datasets
 from .tables import read_table
 
 
@@ -140,58 +138,56 @@ def load_splits(
         OSError: if the dataset cannot be found.
     """
     wanted = options.label_column or (trained or {}).get("label_column") or ()
-    name, folder, splits = open_dataset(
-        options.dataset, use_labels, wanted, options.group_column != NO_GROUPS
-    )
-    # A run and its report may name a folder differently, and warnings are logged once
-    dataset = resolve_name(get_title(options.dataset))
-    if is_local(dataset):
-        dataset = os.path.normpath(dataset)
-    if not splits:
-        raise ValueError(f"{dataset} has no splits. Add at least one, with images")
-    columns = next(iter(splits.values())).features
-    if trained and all(find_stem(columns, each) for each in trained["label_column"]):
+    names = list_datasets(options.dataset)
+    has_groups = options.group_column != NO_GROUPS
+    opened = [open_source(each, use_labels, wanted, has_groups, len(names) == 1) for each in names]
+    if trained and any(
+        all(find_stem(source.first.features, each) for each in trained["label_column"])
+        for source in opened
+    ):
         options = replace(options, **trained)
-    all_tables, facts = divide_by_column(
-        splits, dataset, options.split_column, options.label_column or ()
-    )
-    # Selected before the labels are read: a test split may hide its labels, which would be an
-    # error.
-    tables = {split: all_tables[split] for split in select(list(all_tables))}
-    first = next(iter(tables.values()))
-    column = find_image_column(dataset, first, folder, options.image_column, options.label_column)
-    images = {
-        split: build_images(table, column, folder, dataset) for split, table in tables.items()
-    }
+    selected, facts = select_splits(opened, options, select)
+    source = selected[0]
+    if len(selected) == 1:
+        parts = {split: read_part(source, split, options, use_labels) for split in source.tables}
+    else:
+        parts = read_parts_of_several(selected, options, use_labels)
+    name = " and ".join(source.name for source in selected)
+    dataset = " and ".join(source.title for source in selected)
     if not use_labels:
         unlabeled = {
-            split: LabeledImages(each, [None] * len(each)) for split, each in images.items()
+            key: LabeledImages(part.images, [None] * len(part.images))
+            for key, part in parts.items()
         }
-        return Splits(name, UNLABELED, unlabeled, facts)
+        return Splits(name, UNLABELED, join_parts(parts, unlabeled), facts)
 
-    columns = find_label_columns(dataset, tables, options.label_column, column)
+    first = next(iter(parts.values()))
+    columns = first.label_columns
+    tables = {key: part.table for key, part in parts.items()}
     label_space, labels = read_labels(
         tables, columns, dataset, options.label_separator, options.label_names
     )
-    parts = {split: LabeledImages(images[split], labels[split]) for split in tables}
+    images = {key: LabeledImages(part.images, labels[key]) for key, part in parts.items()}
     others: Mapping[str, LabeledImages] = {}
     if options.answers:
         from .answers import apply_answers, read_answers  # imports pandas
 
-        answered = apply_answers(parts, label_space, read_answers(options.answers), dataset)
-        parts, others = answered.images, answered.others
+        answered = apply_answers(images, label_space, read_answers(options.answers), dataset)
+        images, others = answered.images, join_parts(parts, answered.others)
         facts["answers"] = answered.text
     labeled = {
-        split: drop_unlabeled_images(part, f"{dataset}, split {split!r}", columns)
-        for split, part in parts.items()
+        key: drop_unlabeled_images(
+            part, f"{dataset}, split {key!r}", columns, may_be_empty=len(selected) > 1
+        )
+        for key, part in images.items()
     }
-    tables = {split: table.select(labeled[split].images.rows) for split, table in tables.items()}
+    tables = {key: table.select(labeled[key].images.rows) for key, table in tables.items()}
     groups, fact, reason = choose_groups(
         tables,
         dataset,
         options.group_column,
         list(map(label_space.format, chain(*(part.labels for part in labeled.values())))),
-        (column, FOLDER_COLUMN, *columns),
+        (first.image_column, FOLDER_COLUMN, *columns),
     )
     if fact is not None:
         facts["groups"] = fact
@@ -202,11 +198,45 @@ def load_splits(
             f"{label_space.description}, from {', '.join(map(repr, columns))}, such as "
             f"{'; '.join(examples)}"
         )
-    grouped = {split: replace(part, groups=groups.get(split)) for split, part in labeled.items()}
-    return Splits(name, label_space, grouped, facts, reason, others)
+    grouped = {key: replace(part, groups=groups.get(key)) for key, part in labeled.items()}
+    return Splits(name, label_space, join_parts(parts, grouped), facts, reason, others)
 
 
-def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
+def select_splits(
+    sources: Sequence[Source], options: DataOptions, select: SplitSelector
+) -> tuple[list[Source], dict[str, str]]:
+    """Divide tables by their columns of splits, and select the splits that are read.
+
+    Returns:
+        The datasets with these splits, and the facts about the columns.
+
+    Raises:
+        ValueError: if one of several datasets has none of these splits.
+    """
+    divided = []
+    facts: dict[str, str] = {}
+    for source in sources:
+        tables, own_facts = divide_by_column(
+            source.tables, source.title, options.split_column, options.label_column or ()
+        )
+        divided.append(replace(source, tables=tables))
+        facts |= own_facts
+    # Selected before the labels are read: a test split may hide its labels, which would be an
+    # error.
+    names = select(list(dict.fromkeys(chain(*(source.tables for source in divided)))))
+    selected = []
+    for source in divided:
+        tables = {split: source.tables[split] for split in names if split in source.tables}
+        if not tables:
+            raise ValueError(
+                f"{source.title} has the splits {', '.join(source.tables)}, and of the other datasets the "
+                f"splits {', '.join(names)} are read. Use it alone, or rename its splits"
+            )
+        selected.append(replace(source, tables=tables))
+    return selected, facts
+
+
+def load_on_main(dataset: Dataset, load: Callable[[], Data]) -> Data:
     """Load a dataset on the main process, and return what `load` returns on all processes.
 
     A folder is then scanned once, and the held-out images are selected once. Tables on disk are not
@@ -215,7 +245,8 @@ def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
     A process loads a dataset itself if the dataset is in memory, or if the process does not share
     the file system of the main process's cache of `datasets`.
     """
-    if PartialState().num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
+    is_in_memory = any(each.startswith(MEMORY_PREFIX) for each in list_datasets(dataset))
+    if PartialState().num_processes == 1 or is_in_memory:
         return load()
     # Pickled before it is sent, because unpickling may fail on a process without the cached files.
     content = run_on_main(lambda: pickle.dumps(load()))
@@ -226,21 +257,22 @@ def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
 
 
 def drop_unlabeled_images(
-    images: LabeledImages, name: str, columns: Sequence[str]
+    images: LabeledImages, name: str, columns: Sequence[str], may_be_empty: bool
 ) -> LabeledImages:
     """Drop the images without a label, and log a warning that counts them.
 
-    `name` names the split in messages, and `columns` have the labels. Raise ValueError if no image has a label.
+    `name` names the split in messages, and `columns` have the labels. Raise ValueError if no image has a
+    label, unless it is one of several datasets, which `may_be_empty`.
     """
     labeled = [index for index, label in enumerate(images.labels) if label is not None]
     if len(labeled) == len(images):
         return images
 
-    if not labeled:
+    if not labeled and not may_be_empty:
         raise ValueError(
             f"{name}: no image has a label. Set a different `label_column`, or add labels"
         )
-    is_list = isinstance(images.labels[labeled[0]], list)
+    is_list = bool(labeled) and isinstance(images.labels[labeled[0]], list)
     warn_on_first_process(
         f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label in "
         f"{format_name_list(columns)}{'; [] means none of the labels' if is_list else ''})"
@@ -248,49 +280,66 @@ def drop_unlabeled_images(
     return images.select(labeled)
 
 
-def open_dataset(
+def open_source(
     dataset: str,
     use_labels: bool,
     label_columns: Collection[str] = (),
     has_groups: bool = True,
-) -> tuple[str, Path, Any]:
+    requires_labels: bool = True,
+) -> Source:
     """Open a dataset.
 
-    `label_columns` are given by the user or a model; a table of them wins over class folders. Without
-    `has_groups`, the folders below a class mean nothing.
-
-    Returns:
-        The name of the file or folder, or the id on the Hub; the folder to which image paths are
-        relative; and a `datasets.Dataset` for each split, with all columns.
+    Args:
+        label_columns: given by the user or a model; a table of them wins over class folders.
+        has_groups: whether the folders below a class mean anything.
+        requires_labels: whether a folder without class folders is an error.
 
     Raises:
         ValueError: if the dataset cannot be read.
         OSError: if it is found neither locally nor on the Hub.
     """
+    # A run and its report may name a folder differently, and warnings are logged once
+    title = resolve_name(get_title(dataset))
+    if is_local(title):
+        title = os.path.normpath(title)
     path = Path(dataset)
+    name, folder = path.resolve().name, path
     if dataset == BUILT_IN_DATASET and not path.exists():
-        return dataset, Path.cwd(), {"train": load_digits()}
-    if dataset.startswith(MEMORY_PREFIX):
-        return get_title(dataset), Path.cwd(), get_dataset(dataset)
-    if path.is_dir():
-        return path.resolve().name, path, read_folder(path, use_labels, label_columns, has_groups)
+        name, folder, tables = dataset, Path.cwd(), {"train": load_digits()}
+    elif dataset.startswith(MEMORY_PREFIX):
+        name, folder, tables = title, Path.cwd(), get_dataset(dataset)
+    elif path.is_dir():
+        tables = read_folder(path, use_labels, label_columns, has_groups, requires_labels)
+    elif path.exists():
+        folder, tables = path.parent, read_file(path)
+    else:
+        name, tables = dataset, load_from_hub(dataset)
+    if not tables:
+        raise ValueError(f"{title} has no splits. Add at least one, with images")
+    return Source(name, title, folder, tables)
+
+
+def read_file(path: Path) -> Any:
+    """Read a table that is a single file."""
     suffix = path.suffix.lower()
-    if path.exists() and suffix not in READERS:
+    if suffix not in READERS:
         raise ValueError(
-            f"{dataset} is not a table that can be read, because its suffix is not one of "
+            f"{path} is not a table that can be read, because its suffix is not one of "
             f"{', '.join(READERS)}. Rename a file in such a format, save a spreadsheet as CSV UTF-8 with "
             "columns such as file_name and label, unpack an archive, or set `dataset` to a folder of images"
         )
-    if path.exists():
-        tables = read_tables(path.parent, READERS[suffix], {"train": [path]})
-        return path.resolve().name, path.parent, tables
-    if suffix in READERS or not is_hub_id(dataset):
+    return read_tables(path.parent, READERS[suffix], {"train": [path]})
+
+
+def load_from_hub(dataset: str) -> Any:
+    """Load the splits of a dataset on the Hub."""
+    if Path(dataset).suffix.lower() in READERS or not is_hub_id(dataset):
         raise OSError(describe_missing_repo(dataset, "dataset"))
 
     import datasets
 
     with explain_reading_errors(dataset):
-        return dataset, path, datasets.load_dataset(dataset)
+        return datasets.load_dataset(dataset)
 
 
 def load_digits() -> Any:
@@ -320,7 +369,11 @@ def choose_split(
 
 
 def read_folder(
-    path: Path, use_labels: bool, label_columns: Collection[str], has_groups: bool
+    path: Path,
+    use_labels: bool,
+    label_columns: Collection[str],
+    has_groups: bool,
+    requires_labels: bool,
 ) -> Any:
     """Read the splits of an image folder, a folder of `save_to_disk`, or a folder of tables."""
     import datasets
@@ -332,7 +385,7 @@ def read_folder(
             "classes, that are next to them to a folder of their own"
         )
     if folder.is_image_folder:
-        return read_image_folder(folder, use_labels, has_groups)
+        return read_image_folder(folder, use_labels, has_groups, requires_labels)
     if any((path / file).is_file() for file in SAVED_FILES):
         # `datasets` cannot load a dataset without rows, which has no files
         for state in path.rglob(SAVED_FILES[1]):

@@ -28,7 +28,7 @@ from ..runtime.errors import format_name_list, warn_on_first_process
 from .images import NO_CONTENT_KEY, LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace, SeveralLabels
-from .options import DataOptions, read_data_options
+from .options import DataOptions, Dataset, list_datasets, read_data_options
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
 from .splits_table import (
@@ -183,12 +183,13 @@ def load_undivided_images(
                     "that has the labels"
                 )
     parts = add_keys(loaded.images_by_split)
-    merged = {split: merge_rows(part, title) for split, part in parts.items()}
+    has_several = len(list_datasets(options.dataset)) > 1
+    merged = {split: merge_rows(part, title, has_several) for split, part in parts.items()}
     check_contradictions(merged.values(), labels, title)
     return replace(loaded, images_by_split=merged)
 
 
-def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
+def load_run_data(folder: ModelFolder, dataset: Dataset) -> TrainingData:
     """Read the images and labels of a finished run again, and divide them as the run did.
 
     Args:
@@ -243,10 +244,11 @@ def connect(pairs: np.ndarray, number: int) -> np.ndarray:
     return connected_components(graph, directed=False)[1]  # type: ignore[no-any-return]
 
 
-def merge_rows(images: LabeledImages, dataset: str) -> LabeledImages:
+def merge_rows(images: LabeledImages, dataset: str, joins_copies: bool = False) -> LabeledImages:
     """Join the rows of one image, such as one row per annotator: each image counts once.
 
     The labels of tasks complete each other. Rows with different labels stay, for `check_contradictions`.
+    With `joins_copies`, as for several datasets, images of the same content are one image.
     """
     keys = get_keys(images)
     labels = list(images.labels)
@@ -256,7 +258,7 @@ def merge_rows(images: LabeledImages, dataset: str) -> LabeledImages:
     named = zip(images.images.get_names(), images.images.rows, keys.tolist(), strict=True)
     for index, (name, row, key) in enumerate(named):
         # An image without a file is named by its row, and known by its content.
-        identity = ("" if name == str(row) else name, key)
+        identity = ("" if joins_copies or name == str(row) else name, key)
         first = index if key == NO_CONTENT_KEY else first_rows.setdefault(identity, index)
         num_images += first == index
         joined = join_labels(labels[first], labels[index])

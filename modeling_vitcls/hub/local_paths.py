@@ -8,6 +8,8 @@
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
     get_title("/home/me/data/teach")            -> "teach"                      for titles
 
+The first three also convert each of several names, such as of several datasets.
+
 Each name is resolved once, when a run starts, relative to the working directory. Afterwards,
 absolute paths and paths that start with `./` or `../` are treated as local paths, even if the files
 have been removed or another process has a different working directory. The files of a run contain
@@ -15,6 +17,8 @@ relative paths, so the run can be repeated from the same folder.
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,19 @@ BUILT_IN_DATASET = "digits"
 RELATIVE_PREFIXES = ("./", "../", "~/")  # Prefixes of relative paths; no Hub id starts with a dot
 
 
+def convert_each(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let a function of one name convert each of several names as well."""
+
+    @wraps(convert)
+    def convert_names(names: Any) -> Any:
+        if isinstance(names, list | tuple):
+            return type(names)(map(convert, names))
+        return convert(names)
+
+    return convert_names
+
+
+@convert_each
 def resolve_name(name: str) -> str:
     """Make the path of an existing file or folder in a name absolute.
 
@@ -49,6 +66,7 @@ def is_local(name: Any) -> bool:
     return Path(path).is_absolute() or path.startswith(RELATIVE_PREFIXES)
 
 
+@convert_each
 def make_relative(name: Any) -> Any:
     """Make the local path in a resolved name relative to the working directory.
 
@@ -81,6 +99,7 @@ def is_hub_dataset(name: Any) -> bool:
     )
 
 
+@convert_each
 def strip_folders(name: str) -> str:
     """Replace the folders of a local path in a resolved name with `path/to`, for publication."""
     prefix, path = split_prefix(name)
@@ -88,7 +107,14 @@ def strip_folders(name: str) -> str:
 
 
 def is_same_source(stored_name: Any, current_name: Any) -> bool:
-    """Check whether two names refer to the same dataset or model, which may have moved."""
+    """Check whether two names refer to the same dataset or model, which may have moved.
+
+    Of several datasets, each is compared with the one in its place.
+    """
+    if isinstance(stored_name, list) and isinstance(current_name, list):
+        pairs = zip(stored_name, current_name, strict=False)
+        is_same = (is_same_source(*pair) for pair in pairs)
+        return len(stored_name) == len(current_name) and all(is_same)
     if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
         return bool(stored_name == current_name)
     old_prefix, old_path = split_prefix(expand_home(stored_name))

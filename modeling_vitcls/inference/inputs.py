@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
-from ..data.columns import find_image_column
+from ..data.columns import build_images, find_image_column
 from ..data.image_folder import (
     IMAGE_SUFFIXES,
     ROOT,
@@ -42,10 +43,10 @@ from ..data.images import (
     to_encoded_image,
 )
 from ..data.in_memory import get_title
+from ..data.options import list_datasets
 from ..data.sources import (
-    build_images,
     choose_split,
-    open_dataset,
+    open_source,
 )
 from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
@@ -253,11 +254,14 @@ def open_input(options: PredictOptions) -> tuple[Sequence[ImageRecord], list[str
             )
         return found, left_out
 
-    _, folder, splits = open_dataset(options.dataset, use_labels=False)
-    title = get_title(options.dataset)
-    split = splits[choose_split(options.split, title, list(splits))]
-    column = find_image_column(title, split, folder, options.image_column)
-    return DatasetRecords(build_images(split, column, folder, title)), []
+    parts = []
+    for dataset in list_datasets(options.dataset):
+        source = open_source(dataset, use_labels=False)
+        name = choose_split(options.split, get_title(dataset), list(source.tables))
+        table = source.tables[name]
+        column = find_image_column(source.title, table, source.folder, options.image_column)
+        parts.append(DatasetRecords(build_images(table, column, source.folder, source.title)))
+    return (parts[0] if len(parts) == 1 else ConcatDataset(parts)), []
 
 
 def compute_checksum(content: Any) -> str | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ..data.options import DataOptions
+from ..data.options import DataOptions, Dataset
 from ..hub.model_files import check_output_files
 from ..runtime.flags import Options, check_minimum, check_suffix, check_value
 
@@ -80,9 +80,9 @@ class ImageOptions(Options):
     converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: Paths = ()
     """Image files or folders (including subfolders)."""
-    dataset: str | None = None
+    dataset: Dataset | None = None
     """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet
-    file, a folder written by `save_to_disk`, or a dataset id on the Hub."""
+    file, a folder written by `save_to_disk`, or a dataset id on the Hub; or several of them."""
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     batch_size: int | None = None

@@ -46,7 +46,8 @@ class Options:
             value = getattr(self, name)
             # a separator `~` is no path
             if name in PATH_FLAGS or "Path" in str(hint):
-                if value == "":  # As a path, it would be the current folder
+                names = value if isinstance(value, tuple | list) else (value,)
+                if "" in names:  # As a path, it would be the current folder
                     raise ValueError(f"`{name}` is empty. Set it, or leave it out")
                 value = expand_home(value)
             # NumPy is slow to import, so its types are known by their module
@@ -55,6 +56,8 @@ class Options:
             kinds = get_args(hint | None)  # All kinds of a union, or the one
             if isinstance(value, list):
                 value = tuple(value)
+            if isinstance(value, tuple) and len(value) == 1 and kinds[0] is str:
+                (value,) = value  # One name, of one or several
             elif isinstance(value, str) and get_origin(kinds[0]) is tuple:
                 value = (value,)
             elif isinstance(value, str) and Path in kinds:

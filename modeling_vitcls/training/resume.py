@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from ..data.sources import Splits
 from ..data.splits import hash_data
-from ..hub.local_paths import is_local, is_same_source, split_prefix
+from ..hub.local_paths import convert_each, is_local, is_same_source, split_prefix
 from ..hub.model_files import RESULTS_FILE
 from ..hub.model_folder import SOURCE_FLAGS
 from ..runtime.files import read_json
@@ -39,7 +39,9 @@ def convert_sources(
 ) -> FinetuneOptions:
     """Replace the dataset, the model and the teacher, as far as they are set and among `flags`."""
     values: dict[str, Any] = {
-        name: convert(value) for name in flags if (value := getattr(options, name)) is not None
+        name: convert_each(convert)(value)
+        for name in flags
+        if (value := getattr(options, name)) is not None
     }
     return replace(options, **values)
 
