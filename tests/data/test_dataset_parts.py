@@ -72,9 +72,17 @@ def test_a_copy_with_another_label_in_another_dataset_is_an_error(root: Path) ->
 
 
 def test_a_folder_without_classes_has_no_labels_beside_other_datasets(root: Path) -> None:
-    assert read("labels", "collection") == read("labels", "p.parquet", "collection") | read(
-        "labels"
-    )
+    (root / "loose").mkdir()
+    (root / "12.png").rename("loose/12.png")
+    assert len(read("loose", "labels")) == 8
+
+
+def test_photos_without_labels_train_when_a_person_has_answered(root: Path) -> None:
+    key = DatasetImages.from_list(["collection/2019/b.png"]).compute_content_keys()[0]
+    (root / "answers.csv").write_text(f"checksum,label\n{key:016x},dog\n", encoding="utf-8")
+    labels = read("labels", "collection", answers=("answers.csv",))
+    assert labels["collection/2019/b.png"] == "dog"
+    assert len(labels) == 9
 
 
 def test_albums_named_by_dates_are_no_classes_beside_other_datasets(root: Path) -> None:
@@ -82,7 +90,7 @@ def test_albums_named_by_dates_are_no_classes_beside_other_datasets(root: Path) 
 
 
 def test_several_datasets_without_labels_are_an_error(root: Path) -> None:
-    with raises_one_line("there are no labels in train of collection"):
+    with raises_one_line("there are no labels in train of", "collection"):
         read("collection", "collection")
 
 
@@ -112,7 +120,7 @@ def test_declared_labels_keep_their_names_under_another_column(root: Path) -> No
 
 def test_groups_of_one_dataset_do_not_need_a_column_in_others(root: Path) -> None:
     table = pd.read_csv("more.csv", sep=";").assign(animal=["a", "a", "b"])
-    table.to_csv("more.csv", index=False)
+    table.rename(columns={"species": "label"}).to_csv("more.csv", index=False)
     options = DataOptions(dataset=("labels", "more.csv"), group_column="animal")
     assert len({*load_splits(options).train.groups}) == 8 + 2
 
