@@ -4,9 +4,9 @@ The files in this folder are not pushed to the Hub.
 
 options.py                                   flags of a dataset and its held-out images
 sources.py, image_folder.py, in_memory.py    datasets -> splits by name
+dataset_parts.py                             the parts of one or several datasets
 folder_layout.py                             folders of splits and of classes, by their names
 tables.py, columns.py                        tables as text; their columns: images, labels, splits, groups
-answers.py                                   labels that a person gave on pages of photos
 cells.py, labels.py                          cells -> names of labels -> indices
 answers.py                                   labels that a person gave on a page, by the content of the photo
 splits.py                                    images that a run trains on and holds out
