@@ -65,7 +65,6 @@ class ClassDistance(nn.Module):
 
     Attributes:
         layers: indices, from 1, of the layers that are read.
-        reads_last_patches: whether the last layer has to compute all tokens.
         num_together: numbers of classes that were fitted, or added, at a time.
         is_valid: whether the statistics belonged to the weights of the last `check`; None if these
             have changed since.
@@ -81,7 +80,6 @@ class ClassDistance(nn.Module):
         statistics = config.class_statistics or {}
         self.tokens = [(layer, kind) for layer, kind in statistics["tokens"]]
         self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
-        self.reads_last_patches = (-1, "mean") in self.tokens
         self.poolers = [TokenPooler(config, kind) for _, kind in self.tokens]
         num_classes = statistics["num_classes"]
         num_added = [*map(len, config.get_added_classes().values())]

@@ -154,8 +154,8 @@ FEATURE_FIELDS = (
 
 # A classifier was fitted to what these fields select, too: other layers, or another vector of a layer.
 HEAD_FIELDS = (
-    *("pooling", "pooled_layers", "pooled_activation", "attention_pool_tokens"),
-    *("attention_pool_heads", *FEATURE_FIELDS),
+    FEATURE_FIELDS
+    + ("pooling pooled_layers pooled_activation attention_pool_tokens attention_pool_heads").split()
 )
 
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint
@@ -614,9 +614,11 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             changes.insert(0, "id2label")
             stored |= dict.fromkeys(("id2label", "label2id"))
         # Whoever drops the statistics fits a classifier anew
-        is_kept = "class_statistics" not in overrides and "id2label" not in changes
-        has_classifier = "Classification" in str(stored.get("architectures"))
-        if head_changes and is_kept and has_classifier:
+        elif (
+            head_changes
+            and "class_statistics" not in overrides
+            and "Classification" in str(stored.get("architectures"))
+        ):
             name = head_changes[0]
             logger.warning(
                 f"classifier: fitted with {name}={stored.get(name, getattr(cls, name))!r}, but the model has "

@@ -38,8 +38,8 @@ except ImportError:  # PIL reads all files if torchvision or its decoders are no
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 URL_PREFIXES = ("http://", "https://", "data:")
-# Axes to flip for the EXIF orientations 1 to 4, and for 5 to 8 after a transposition
-FLIPPED_AXES = ([], [-1], [-2, -1], [-2])
+# Axes to flip for the EXIF orientations 4, 1, 2 and 3, and for 8, 5, 6 and 7 after a transposition
+FLIPPED_AXES = ((-2,), (), (-1,), (-2, -1))
 
 
 def try_read_jpeg(source: Any) -> Any:
@@ -54,8 +54,7 @@ def try_read_jpeg(source: Any) -> Any:
         return source
     try:
         # Reads the metadata only; torchvision has no limit of size
-        with PIL.Image.open(BytesIO(jpeg_bytes)) as image:
-            orientation = image.getexif().get(Base.Orientation, 1)
+        orientation = PIL.Image.open(BytesIO(jpeg_bytes)).getexif().get(Base.Orientation, 1)
         # The bytes are a `bytearray`, because PyTorch warns about memory that it must not write to.
         encoded_bytes = torch.frombuffer(jpeg_bytes, dtype=torch.uint8)
         pixels: Tensor = decode_jpeg(encoded_bytes, mode=ImageReadMode.UNCHANGED)
@@ -63,11 +62,10 @@ def try_read_jpeg(source: Any) -> Any:
         return source
 
     if orientation in range(2, 9):
-        pixels = pixels.mT if orientation > 4 else pixels
-        pixels = pixels.flip(FLIPPED_AXES[(orientation - 1) % 4])
-    if len(pixels) == 1:
-        return pixels.expand(3, -1, -1)
-    return pixels if len(pixels) == 3 else source
+        if orientation > 4:
+            pixels = pixels.mT
+        pixels = pixels.flip(FLIPPED_AXES[orientation % 4])
+    return pixels.expand(3, -1, -1) if len(pixels) in (1, 3) else source
 
 
 def read_jpeg_bytes(source: Any) -> bytearray | None:

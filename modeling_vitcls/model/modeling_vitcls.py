@@ -534,13 +534,10 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         # The distillation head reads its tokens in the layers that the classifier reads.
         has_second_head = self.distillation_classifier is not None
         distillation_layers = self.vitcls.pooled_layer_indices if has_second_head else []
-        num_output_tokens = count_output_tokens(self.vitcls, kwargs)
-        if distance_layers and self.class_distance.reads_last_patches:  # type: ignore[union-attr]
-            num_output_tokens = None
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
-            num_output_tokens=num_output_tokens,
+            num_output_tokens=count_output_tokens(self.vitcls, kwargs),
             output_layers={*self.extra_heads.layers, *distance_layers, *distillation_layers},
             **kwargs,
         )
@@ -749,7 +746,8 @@ def count_output_tokens(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int 
     # Without labels, the logits are the pooler output of the encoder, to the bit
     if config.compute_all_tokens or not config.num_labels or not config.can_trim_last_layer:
         return None
-    if config.pooling != "cls":  # Classifiers of tasks have no pooler
+    # Classifiers of tasks have no pooler, and statistics may read what the classifier does not
+    if config.pooling != "cls" or [-1, "mean"] in (config.class_statistics or {}).get("tokens", ()):
         return None
     if any(
         kwargs.get(name, getattr(config, name))

@@ -98,13 +98,13 @@ def describe_flag_change(name: str, value: Any, folder: Path, recorded: dict[str
     )
 
 
-def format_flag_value(value: Any) -> str:
-    """Format a flag's value for messages: as on the command line, or "unset" for None."""
+def format_flag_value(value: Any) -> Any:
+    """Format a flag's value as on the command line, or as "unset" for None; numbers stay numbers."""
     if value is None:
         return "unset"
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return str(value)
+    return value if isinstance(value, float | int) else str(value)
 
 
 def describe_other_precision(asked: FinetuneOptions, precision: str) -> str | None:

@@ -379,13 +379,8 @@ def build_loop(
         state.step - bool(state.pending_record), num_steps, inputs.selection_metric
     )
     used_flags = run_metadata["flags"] | run_metadata["chosen_flags"]
-    reporter.start_trackers(
-        {
-            # TensorBoard accepts no lists, and its axes are numbers
-            name: value if isinstance(value, float | int) else format_flag_value(value)
-            for name, value in used_flags.items()
-        }
-    )
+    # TensorBoard accepts no lists.
+    reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
     if checkpoint is None:
         reporter.log_to_trackers("held_out", run_metadata["start"].get("before_steps", {}), step=0)
 

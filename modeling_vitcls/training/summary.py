@@ -59,9 +59,8 @@ def print_division(
     leaks = describe_leaks(data, plan.options.group_column)
     for warning in [*describe_missing_classes(data), *describe_divided_groups(data), *leaks]:
         reporter.warn(warning)
-    names = " ".join(chain(*data.label_space.columns.values())).lower()
-    sides = {"left", "right"} <= set(re.findall("[a-z]+", names))
-    if sides and plan.options.flip and plan.kind != "frozen":
+    words = re.findall("[a-z]+", str(data.label_space.columns).lower())
+    if plan.options.flip and plan.kind != "frozen" and {"left", "right"} <= {*words}:
         reporter.warn(
             "classes are named left and right, but the run also trains on mirror images. Set `flip=False`"
         )
