@@ -169,9 +169,9 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
         ...     print(token, effect.changed, effect.comparison)
     """
     from ..analysis.inspect_tokens import write_inspection
-    from ..inference.inputs import list_datasets
+    from ..inference.inputs import list_sources
 
-    paths = tuple(map(os.fspath, list_datasets(images)))  # TypeError for images in memory
+    paths = tuple(map(os.fspath, list_sources(images)))  # TypeError for images in memory
     return write_inspection(build_options(InspectOptions, model=model, paths=paths, **flags))
 
 

@@ -16,8 +16,8 @@ from helpers.tiny_models import edit_config, edit_weights
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from modeling_vitcls.evaluation.evaluator import Evaluator
 from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.inference.features import FrozenEncoder
 from modeling_vitcls.runtime.errors import warn_on_first_process
 
 
@@ -157,13 +157,13 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
 ) -> None:
     """The weights are replaced while the images are evaluated."""
     read_weights = hash_weights(place / "model")
-    evaluate_images = Evaluator.predict
+    compute_features = FrozenEncoder.compute_features
 
-    def replace_weights(self: Evaluator, *arguments: Any, **keywords: Any) -> Any:
+    def replace_weights(self: FrozenEncoder, *arguments: Any, **keywords: Any) -> Any:
         add_stray_layer(place / "model")
-        return evaluate_images(self, *arguments, **keywords)
+        return compute_features(self, *arguments, **keywords)
 
-    monkeypatch.setattr(Evaluator, "predict", replace_weights)
+    monkeypatch.setattr(FrozenEncoder, "compute_features", replace_weights)
     command = "evaluate --model model --dataset photos --output a.json --num-workers 0"
     assert run_here(*command.split()) == 0
     assert hash_weights(place / "model") != read_weights
