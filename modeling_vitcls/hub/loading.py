@@ -262,7 +262,7 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     """Load a timm model, and return it with the commit hash of its repository.
 
     The hash is None unless `name` starts with `hf-hub:`. In NAME@FILE, `FILE` contains weights for
-    the model, in a format that timm can read.
+    the model, in a format that timm can read; the number of classes is that of the file.
 
     Raise OSError if the Hub does not have the repository or does not respond. Other timm errors are
     not caught.
@@ -273,8 +273,14 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     if not separator and "@" in name:
         name, _, file = name.partition("@")
         open_regular_file(file).close()  # timm's errors about files say less
-        overlay = {"file": file}
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay), None
+        options = {}
+        if not file.endswith(".npz"):
+            classifier = timm.get_pretrained_cfg(name).classifier
+            weight = timm.models.load_state_dict(file).get(f"{classifier}.weight")
+            options = {} if weight is None else {"num_classes": len(weight)}
+        overlay = {"file": file} | options
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        return model, None
     if kind == "hf-hub":
         repo_id, _, revision = location.partition("@")
         # Without the hash, a push in the meantime would make the recorded commit wrong.
