@@ -579,7 +579,7 @@ def find_by_checksum(
         ValueError: if a row has the path of one image and the checksum of another.
     """
     keys = DatasetImages.from_list(paths).compute_content_keys().tolist()
-    wanted = [int(each, 16) if CHECKSUM.fullmatch(each or "") else None for each in checksums]
+    wanted = [int(each, 16) if each and CHECKSUM.fullmatch(each) else None for each in checksums]
     path_by_key = dict(zip(keys, paths, strict=True))
     if not {*wanted} <= {None, *keys}:
         others = [str(folder / image) for image in scan_folder(folder).images]

@@ -254,14 +254,15 @@ def open_input(options: PredictOptions) -> tuple[Sequence[ImageRecord], list[str
             )
         return found, left_out
 
-    parts = []
+    parts: list[Any] = []
     for dataset in list_datasets(options.dataset):
         source = open_source(dataset, use_labels=False)
         name = choose_split(options.split, get_title(dataset), list(source.tables))
         table = source.tables[name]
         column = find_image_column(source.title, table, source.folder, options.image_column)
         parts.append(DatasetRecords(build_images(table, column, source.folder, source.title)))
-    return (parts[0] if len(parts) == 1 else ConcatDataset(parts)), []
+    records: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
+    return records, []
 
 
 def compute_checksum(content: Any) -> str | None:
