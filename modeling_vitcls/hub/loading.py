@@ -17,7 +17,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
@@ -273,9 +273,9 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     if not separator and "@" in name:
         name, _, file = name.partition("@")
         open_regular_file(file).close()  # timm's errors about files say less
-        options = {}
+        options: dict[str, Any] = {}
         if not file.endswith(".npz"):
-            classifier = timm.get_pretrained_cfg(name).classifier
+            classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None)
             weight = timm.models.load_state_dict(file).get(f"{classifier}.weight")
             options = {} if weight is None else {"num_classes": len(weight)}
         overlay = {"file": file} | options
