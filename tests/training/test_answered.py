@@ -149,7 +149,7 @@ def test_the_curve_is_measured_on_the_same_photos() -> None:
             ),
             None,
         )
-        curve = measure_learning_curve(head)
+        curve = measure_learning_curve(None, head)
         assert curve is not None
         curves.append(curve["accuracy"][-1])
     truth = measure(fit(photos, chosen))
