@@ -10,11 +10,11 @@ model instead of the photo makes labels worse, and the accuracy that is stated b
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -78,14 +78,15 @@ def choose_questions(
     """
     rows = rows[rows["image"].isin(photos.keys())].copy()
     places = [photos[name] for name in rows["image"]]
-    rows["key"] = [get_keys(images)[index] for images, index in places]
+    keys = np.array([get_keys(images)[index] for images, index in places], np.uint64)
+    rows["checksum"] = [f"{key:016x}" for key in keys]
     is_new = [images.chosen is None or not images.chosen[index] for images, index in places]
     labels = dict(zip(rows["image"], rows["label"], strict=True))
     divided = {
         name for pair in pairs if len({labels.get(each) for each in pair}) > 1 for name in pair
     }
     rows["is_divided"] = rows["image"].isin(divided)
-    rows["number"] = draw_numbers(rows["key"].to_numpy(np.uint64), 3)
+    rows["number"] = draw_numbers(keys, 3)
     rows = rows[is_new]
     is_doubtful = rows["is_divided"] | (rows["label"] != rows["prediction"])
     doubtful = rows[is_doubtful].sort_values(["is_divided", "loss"], ascending=False)
@@ -93,19 +94,25 @@ def choose_questions(
     others = rows[~is_doubtful].sort_values("number").drop_duplicates("group")
     others = others[: round(RANDOM_PART * len(doubtful))]
 
-    def ask(table: pd.DataFrame, chosen: str) -> list[Question]:
-        questions = []
-        for row in table.itertuples():
-            images, index = photos[row.image]
-            with suppress(ValueError):  # The image cannot be read
-                picture = draw_photo(to_upright_rgb(images.images[index], bit_depth))
-                checksum = f"{row.key:016x}"
-                questions.append(
-                    Question(checksum, row.image, picture, row.label, row.prediction, chosen)
-                )
-        return questions
+    def read(row: Any) -> Image.Image:
+        images, index = photos[row.image]
+        return images.images[index]
 
-    return mix(ask(doubtful, CONTRADICTED), ask(others, RANDOM))
+    kinds = {CONTRADICTED: doubtful, RANDOM: others}
+    return mix(*(ask(table, chosen, read, bit_depth) for chosen, table in kinds.items()))
+
+
+def ask(
+    table: pd.DataFrame, chosen: str, read: Callable[[Any], Image.Image], bit_depth: int
+) -> list[Question]:
+    """Ask about photos: rows with checksum, image, label and prediction. Unreadable ones are left out."""
+    questions = []
+    for row in table.itertuples():
+        with suppress(ValueError):
+            picture = draw_photo(to_upright_rgb(read(row), bit_depth))
+            values = (row.checksum, row.image, picture, row.label, row.prediction, chosen)
+            questions.append(Question(*values))
+    return questions
 
 
 def draw_photo(image: Image.Image) -> str:
@@ -125,7 +132,7 @@ def mix(items: Sequence[Item], others: Sequence[Item]) -> list[Item]:
 
 
 def write_labels_page(
-    file: Path, questions: Sequence[Question], class_names: Sequence[str], command: str
+    file: Path, questions: Sequence[Question], class_names: Sequence[str]
 ) -> None:
     """Write the page.
 
@@ -133,7 +140,6 @@ def write_labels_page(
         file: path of the HTML file.
         questions: the photos in their order.
         class_names: possible answers, besides none of them.
-        command: what reads the answers, to be typed.
 
     Raises:
         OSError: if the file cannot be written.
@@ -157,7 +163,6 @@ def write_labels_page(
         "labels.html.j2",
         questions=questions,
         class_names=class_names,
-        command=command,
         data=data,
     )
     with write_atomically(file) as temporary_file:

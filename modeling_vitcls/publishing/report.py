@@ -9,11 +9,8 @@ contain them. Their predictions are read from predictions.parquet. The report me
 and effects than `vitcls inspect`.
 """
 
-import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,10 +34,9 @@ from ..inference.stated_result import (
     read_addition,
 )
 from ..runtime.errors import format_error, format_name_list
-from ..runtime.flags import to_arguments
 from ..runtime.progress import track
 from .card import write_card
-from .labels_page import Question, choose_questions, write_labels_page
+from .labels_page import choose_questions, write_labels_page
 from .wrong_photos import (
     Photos,
     choose_photos,
@@ -155,7 +151,8 @@ def draw_page(
             pairs = predictions["pairs"]
             questions = choose_questions(rows, photos, pairs, processor.bit_depth)
             predictions["num_questions"] = len(questions)
-            write_questions(folder, questions, photo_labels.names)
+            if questions:
+                write_labels_page(folder.path / LABELS_FILE, questions, photo_labels.names)
         predictions |= draw_pictures(predictions, photos, photo_labels.names, processor.bit_depth)
         # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.
         if measured.num_folds:
@@ -202,25 +199,6 @@ def draw_page(
     ]
     Image.fromarray(np.hstack(tiles)).save(sheet_file)
     return "; ".join(inspection.faults)
-
-
-def write_questions(
-    folder: ModelFolder, questions: Sequence[Question], class_names: Sequence[str]
-) -> None:
-    """Write the page that asks a person about labels, and the command that reads the answers."""
-    if not questions:
-        return
-    flags = folder.flags
-    arguments = {
-        "model": flags["model"],
-        "dataset": flags["dataset"],
-        "answers": [*flags.get("answers", ()), "answers.csv"],
-        "output_dir": f"{flags['output_dir']}-next",
-    }
-    command = chain.from_iterable(to_arguments(*each) for each in arguments.items())
-    write_labels_page(
-        folder.path / LABELS_FILE, questions, class_names, f"vitcls finetune {shlex.join(command)}"
-    )
 
 
 def finish_run(folder: ModelFolder, has_report: bool = True) -> None:

@@ -6,15 +6,13 @@ Each page has the photos that the model is least sure about, some that look unkn
 drawn at random by content: the same command shows the same photos, and a later round shows others.
 """
 
-import shlex
-from contextlib import suppress
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
-from ..analysis.maps import to_upright_rgb
 from ..data.answers import HARD, RANDOM
 from ..data.images import decode_image, to_encoded_image
 from ..data.sampling import draw_numbers
@@ -22,8 +20,7 @@ from ..evaluation.evaluator import read_predictions
 from ..inference.intervals import MIN_CORRECTED_IMAGES, compute_proportion_interval
 from ..inference.options import PredictOptions
 from ..inference.predict import Predicted
-from ..runtime.flags import to_arguments
-from .labels_page import Question, draw_photo, mix, write_labels_page
+from .labels_page import Question, ask, mix, write_labels_page
 
 
 RANDOM_PART = 1 / 4  # Part of the photos that is drawn at random
@@ -40,9 +37,9 @@ def review_predictions(options: PredictOptions, predicted: Predicted) -> None:
         print(f"table     {describe_table(rows, predicted)}")
     if options.review is not None:
         left = rows[rows["given"].isna() & ~rows["trained"].eq(True)].drop_duplicates("checksum")
-        questions = ask(left, options.review_count, predicted)
+        questions = choose_photos(left, options.review_count, predicted)
         labels = list(predicted.predictor.model.config.id2label.values())
-        write_labels_page(options.review, questions, labels, spell_command(options, predicted))
+        write_labels_page(options.review, questions, labels)
         print(f"{options.review}: {len(questions):,} photos to look at")
 
 
@@ -93,7 +90,7 @@ def describe_table(rows: pd.DataFrame, predicted: Predicted) -> str:
     )
 
 
-def ask(left: pd.DataFrame, count: int, predicted: Predicted) -> list[Question]:
+def choose_photos(left: pd.DataFrame, count: int, predicted: Predicted) -> list[Question]:
     """Choose photos without an answer, and draw them. No other photo is decoded."""
     keys = left["checksum"].map(lambda text: int(text, 16)).to_numpy(np.uint64)
     left = left.iloc[draw_numbers(keys, 4).argsort()]
@@ -108,33 +105,14 @@ def ask(left: pd.DataFrame, count: int, predicted: Predicted) -> list[Question]:
     heap = left[is_unknown][: round(UNKNOWN_PART * count)]
     least = left[~is_unknown].sort_values("probability")[: count - len(drawn) - len(heap)]
 
-    def build(table: pd.DataFrame, chosen: str) -> list[Question]:
-        questions = []
-        for row in table.itertuples():
-            content = predicted.records[row.index].content
-            with suppress(ValueError):  # The photo has been removed since
-                image = decode_image(to_encoded_image(content, Path()), row.image)
-                picture = draw_photo(to_upright_rgb(image, predicted.predictor.processor.bit_depth))
-                questions.append(Question(row.checksum, row.image, picture, "", row.label, chosen))
-        return questions
+    def read(row: Any) -> Image.Image:
+        content = predicted.records[row.index].content
+        return decode_image(to_encoded_image(content, Path()), row.image)
 
-    asked = mix(build(least, unsure), build(heap, unknown))
-    return mix(asked, build(drawn, RANDOM))
-
-
-def spell_command(options: PredictOptions, predicted: Predicted) -> str:
-    """Spell the command that trains with the answers, as the run of the model was started."""
-    flags = predicted.predictor.folder.flags
-    photos = [
-        flags.get("dataset", "LABELED-PHOTOS"),
-        *options.paths,
-        *filter(None, [options.dataset]),
-    ]
-    arguments = {
-        "model": flags.get("model", options.model),
-        "dataset": photos,
-        "answers": [*options.answers, "answers.csv"],
-        "output_dir": f"{options.model}-next",
-    }
-    words = chain.from_iterable(to_arguments(*each) for each in arguments.items())
-    return f"vitcls finetune {shlex.join(words)}"
+    kinds = {unsure: least, unknown: heap, RANDOM: drawn}
+    bit_depth = predicted.predictor.processor.bit_depth
+    asked: list[Question] = []
+    for chosen, table in kinds.items():
+        table = table.assign(prediction=table["label"], label="")
+        asked = mix(asked, ask(table, chosen, read, bit_depth))
+    return asked

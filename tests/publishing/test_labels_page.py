@@ -48,7 +48,7 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
         questions: Sequence[Question] | None = None, classes: Sequence[str] = CLASSES
     ) -> Page:
         file = tmp_path / "labels.html"
-        write_labels_page(file, build_questions() if questions is None else questions, classes, "")
+        write_labels_page(file, build_questions() if questions is None else questions, classes)
         page = context.new_page()
         page.goto(file.as_uri())
         return page

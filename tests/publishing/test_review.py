@@ -152,7 +152,7 @@ def test_some_photos_that_look_unknown_are_asked_about(collection: Path) -> None
     )
     records = [SimpleNamespace(content=str(file)) for file in files]
     predictor = SimpleNamespace(processor=SimpleNamespace(bit_depth=16))
-    asked = review.ask(rows, 20, SimpleNamespace(records=records, predictor=predictor))
+    asked = review.choose_photos(rows, 20, SimpleNamespace(records=records, predictor=predictor))
     heap = [each.image for each in asked if each.chosen == "unknown"]
     drawn = [each.image for each in asked if each.chosen == "random"]
     # The nearest ones, which may be of a class
