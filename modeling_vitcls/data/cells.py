@@ -190,6 +190,13 @@ def are_vectors(
     Then most of them have one length, and almost all do or one of them repeats a number, which
     indices do not. Raise ValueError if the classes are not known, or if a row has another length.
     """
+    for cell, labels in items.items():
+        signs = {spell_label(label) for label in labels}
+        if len(labels) > len(signs) and "-1" in signs <= {"-1", "0", "1"}:
+            raise ValueError(
+                f"{column.name_row(cell)}: values of -1 and 1 for each class. Write 0 instead of -1, and set "
+                "`label_names` to the names of the classes, in this order"
+            )
     vectors = {cell: list(map(get_bit, labels)) for cell, labels in items.items()}
     lengths: Counter[int] = Counter()
     for cell, bits in vectors.items():
@@ -272,8 +279,12 @@ def check_numbers(where: str, names: Collection[str], has_lists: bool) -> None:
             f"WARNING: {where} has {len(names):,} different {measurement}. If it is one, set "
             "`label_column` to another column"
         )
-    missing = [name for name in MISSING_NUMBERS if name in names]
-    if missing and set(names) != {"-1", "1"}:  # A usual pair of classes
+    missing = [
+        name
+        for name, number in zip(names, numbers, strict=True)
+        if f"{number:.0f}" in MISSING_NUMBERS
+    ]
+    if missing and set(numbers) != {-1, 1}:  # A usual pair of classes
         warn_on_first_process(
             f"WARNING: {where} has the class {missing[0]}. Does it mean that an image has no label? "
             "Then leave these cells empty"

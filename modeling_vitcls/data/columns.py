@@ -28,7 +28,7 @@ from .cells import (
     spell_label,
     warn_about_similar_names,
 )
-from .folder_layout import FOLDER_COLUMN, SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
+from .folder_layout import FOLDER_COLUMN, SPLIT_BY_CELL, SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import scan_folder
 from .images import DatasetImages, resolve_path
 from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
@@ -51,6 +51,10 @@ GROUP_COLUMN_NAME = re.compile(
     r"(patient|subject|person|individual|animal|camera|video|session|site|location|scene|sequence)"
     r"s?([ _-]?(id|no|nr|number|name))?",
     re.IGNORECASE,
+)
+# The division of a published dataset
+DIVISION_NAME = re.compile(
+    r"(k?_?fold|is_?(train|val|test)\w*|usage|ml_?use|train_test_split)s?", re.IGNORECASE
 )
 NO_GROUPS = "none"  # The value of `group_column` that ignores the folders below classes
 BINARY_TYPES = ("binary", "large_binary", "binary_view")  # The last ones are of pandas and polars
@@ -308,9 +312,16 @@ def read_column(table: Any, column: str) -> list[Any]:
     values: list[Any] = table.select_columns([stem])[:][stem]
     if column == stem:
         return values
-    objects = map(parse_text, values)
     name = column.removeprefix(f"{stem}.")
-    return [each.get(name) if isinstance(each, dict) else None for each in objects]
+    return [read_field(parse_text(value), name) for value in values]
+
+
+def read_field(value: Any, name: str) -> Any:
+    """Read a field of an object, or of each object of a list; the one of a list of one object."""
+    if isinstance(value, list):
+        found = [read_field(each, name) for each in value]
+        return found[0] if len(found) == 1 else found
+    return value.get(name) if isinstance(value, dict) else None
 
 
 # Splits and groups --------------------------------------------------------------------------------
@@ -345,17 +356,25 @@ def divide_by_column(
             return splits, {}
         return select_parts(table, folders, f"the folders in {FILE_NAME!r}")
 
-    names = [(name or "").strip().lower() for name in read_texts(splits, column, dataset)]
-    unknown = set(names) - SPLIT_BY_FOLDER_NAME.keys()
+    texts = [(name or "").strip().lower() for name in read_texts(splits, column, dataset)]
+    # As in is_train and is_test
+    marked = next((name for name in SPLIT_BY_FOLDER_NAME if name in column.lower()), "")
+    bits = list(map(get_bit, texts))
+    names = [re.sub("[ _-]", "", text) for text in texts]
+    if marked and None not in bits:
+        rest = "test" if SPLIT_BY_FOLDER_NAME[marked] == "train" else "train"
+        names = [marked if bit else rest for bit in bits]
+    unknown = set(names) - SPLIT_BY_CELL.keys()
     if unknown:
         values = format_name_list(sorted(map(repr, unknown)))
         if not is_named and unknown == set(names):
             return splits, {"splits": f"the column {column!r} is not used: it contains {values}"}
         raise ValueError(
             f"{dataset}: the column {column!r} contains {values}. Its values must be train, "
-            "validation or test; rename or remove the column if it means something else"
+            "validation or test; rename or remove the column if it means something else. Of folds, set "
+            f"`group_column={column!r}`"
         )
-    parts = [SPLIT_BY_FOLDER_NAME[name] for name in names]
+    parts = [SPLIT_BY_CELL[name] for name in names]
     return select_parts(table, parts, f"column {column!r}")
 
 
@@ -482,6 +501,12 @@ def find_unused_groups(
         if name in used_columns or is_image_feature(feature):
             continue
         values = read_texts(tables, name, dataset)
+        if DIVISION_NAME.fullmatch(name) and 1 < len(set(values)) < 1 + MAX_GROUP_SIZE:
+            flag = "group_column" if "fold" in name.lower() else "split_column"
+            return (
+                f"the column {name!r} is not used: images are divided anew. If it is the division of the "
+                f"dataset, set `{flag}={name!r}`"
+            )
         is_named = GROUP_COLUMN_NAME.fullmatch(name) and 1 < len(set(values)) < len(values)
         if is_named or look_like_groups(values, labels):
             return (
@@ -527,6 +552,11 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
 
     images = dataset.select_columns([column])
     feature = dataset.features[column]
+    if mode := getattr(feature, "mode", None):
+        raise ValueError(
+            f"{name}: the column {column!r} has the mode {mode!r}, which would be ignored, because images are "
+            f"read as they are stored. Pass dataset.cast_column({column!r}, datasets.Image())"
+        )
     is_encoded = is_image_feature(feature)
     if getattr(feature, "dtype", None) in BINARY_TYPES:
         images = images.cast_column(column, datasets.Value("binary"))

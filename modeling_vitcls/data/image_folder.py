@@ -12,7 +12,8 @@ contains metadata.csv (or .jsonl, .parquet), or at least as many tables as image
 """
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ from .folder_layout import (
     DATE,
     FOLDER_COLUMN,
     SPLIT_ORDER,
+    Place,
     find_groups,
     find_split_folders,
     locate_image,
@@ -36,8 +38,16 @@ IMAGE_SUFFIXES = frozenset(
     ".mpo .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
-HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
-MNIST_REMEDY = "To read MNIST, set `dataset` to its images on the Hub, such as 'ylecun/mnist'"
+# Names of files that are not read -> what to do
+REMEDIES = {
+    r"\.(heics?|heifs?|hif)$": "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG",
+    "-ubyte": "To read MNIST, set `dataset` to its images on the Hub, such as 'ylecun/mnist'",
+    r"\.icloud$": "To read photos in iCloud, download them: select the folder in Finder, Download Now",
+    r"\.(dcm|dicom)$": "To read DICOM, convert it: `dcmj2pnm --write-png IMAGE.dcm IMAGE.png` (DCMTK)",
+    r"\.(np[yz]|h5|hdf5|mat|pkl)$": (
+        "To use arrays, load them in Python, and pass pairs: `finetune(model, list(zip(images, labels)), folder)`"
+    ),
+}
 NAME_REMEDY = "Rename them: `convmv -r -f latin1 -t utf8 --notest FOLDER`"
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
@@ -51,7 +61,15 @@ HIDDEN_NAMES = frozenset(
     "system volume information, temporary items, thumbs.db".split(", ")
 )
 
+PLACEHOLDER = ".icloud"  # Of a file that a cloud drive has not downloaded
+# Folders and ends of names of what belongs to a photo, and is no photo
+MASK_FOLDER = re.compile(
+    r"masks?|labels?|gt|ground_?truths?|seg(mentation)?s?|annotations?", re.IGNORECASE
+)
+DERIVED = re.compile(r"(?P<name>.+)[ _.-](?P<kind>[a-z]+)", re.IGNORECASE)
+
 ROOT = "."  # The image folder itself, as a relative path
+CLASS_REMEDY = "Move the images of each class into a separate folder, or set `dataset` to a table of images and labels"
 SKIPPED_FOLDERS = "folders of training runs, of the system, and hidden ones"
 
 
@@ -148,7 +166,7 @@ def scan_folder(path: Path) -> ImageFolder:
         ]
         folder.folders.extend(str(relative_parent / name) for name in subfolders)
         for name in sorted(files):
-            if not is_hidden(name):
+            if not is_hidden(name) or name.endswith(PLACEHOLDER):
                 folder.add(str(relative_parent / name))
     return folder
 
@@ -201,15 +219,15 @@ def read_image_folder(
         if not classes:
             parent = folder.path / PurePosixPath(unlabeled[0]).parent
             raise ValueError(
-                f"{parent} contains images, but no class folders. Move the images of each class into "
-                "a separate folder, or set `dataset` to a table of images and labels"
+                f"{parent} contains images, but no class folders. {explain_layout(folder)}"
             )
         warn_about_skipped(where, unlabeled, "images outside of class folders")
+        check_masks(where, places)
         if repeated := find_repeated_names(folder.images):
             warn_on_first_process(
-                f"{where}: {len(repeated):,} images have the name of an image in a folder above: "
-                f"{format_name_list(repeated)}. Remove them if they are smaller copies, such as "
-                "thumbnails: a classifier recognizes a copy, so the result would be too good"
+                f"{where}: {len(repeated):,} images have the name of another image, in a folder above or with an "
+                f"ending: {format_name_list(repeated)}. Remove them if they are masks, or smaller copies such as "
+                "thumbnails: a classifier recognizes what belongs to a photo, so the result would be too good"
             )
 
     # One list of classes for all splits: a split without images of a class must not shift the
@@ -237,11 +255,14 @@ def read_image_folder(
     return datasets.DatasetDict(parts)
 
 
-def find_classes(root: Path, images: Sequence[str]) -> list[str]:
-    """Find the class folders of some images; none if an image is in no class folder."""
+def find_classes(root: Path, images: Sequence[str], skips_others: bool = False) -> list[str]:
+    """Find the class folders of some images.
+
+    If an image is in no class folder, it is skipped or, by default, there are no class folders.
+    """
     split_folders = find_split_folders(root, images, has_classes=True)
     classes = {locate_image(image, split_folders).label or "" for image in images}
-    return [] if "" in classes else sorted(classes)
+    return [] if "" in classes and not skips_others else sorted(classes - {""})
 
 
 def check_output_is_not_read(output_dir: Path, dataset: Dataset) -> None:
@@ -262,14 +283,59 @@ def check_output_is_not_read(output_dir: Path, dataset: Dataset) -> None:
 
 
 def find_repeated_names(images: Sequence[str]) -> list[str]:
-    """Find images that have the name of another one in a folder above, whatever their formats."""
+    """Find images that have the name of another one in a folder above, whatever their formats.
+
+    So do those in one folder whose names have an ending that a tenth of the images have, such as _mask.
+    """
     paths = {image: PurePosixPath(image).with_suffix("") for image in images}
     known = {*paths.values()}
-    return [
-        image
-        for image, path in paths.items()
-        if any(folder / path.name in known for folder in path.parent.parents)
+    derived: dict[str, list[str]] = {}
+    repeated = []
+    for image, path in paths.items():
+        match = DERIVED.fullmatch(path.name)
+        if any(folder / path.name in known for folder in path.parent.parents):
+            repeated.append(image)
+        elif match and path.with_name(match["name"]) in known:
+            derived.setdefault(match["kind"], []).append(image)
+    return repeated + [
+        image for each in derived.values() if 10 * len(each) >= len(images) for image in each
     ]
+
+
+def check_masks(where: str, places: Mapping[str, Place]) -> None:
+    """Raise ValueError if a class folder has the names of the images in others: these are their masks."""
+    stems: dict[str, set[str]] = {}
+    for image, place in places.items():
+        name = PurePosixPath(image).stem
+        match = DERIVED.fullmatch(name)
+        is_mask = match and MASK_FOLDER.fullmatch(match["kind"])
+        stems.setdefault(place.label or "", set()).add(match["name"] if match and is_mask else name)
+    for label, own in stems.items():
+        others = set().union(*(each for other, each in stems.items() if other != label))
+        if MASK_FOLDER.fullmatch(label) and own <= others:
+            raise ValueError(
+                f"{where}: the folder {label!r} has images of the same names as the other folders "
+                f"({format_name_list(sorted(stems))}). It contains their masks, and is no class. {CLASS_REMEDY}"
+            )
+
+
+def explain_layout(folder: ImageFolder) -> str:
+    """Say what a folder of images contains instead of several class folders, and what to do."""
+    stems = {PurePosixPath(image).stem for image in folder.images}
+    others = map(PurePosixPath, (*folder.other_files, *folder.tables))
+    for file in others:
+        if file.stem in stems and file.suffix.lower() in (".txt", ".xml", ".json"):
+            return (
+                f"{file} looks like an annotation of the boxes in an image, for detection, which are no classes. "
+                f"Cut the objects out. {CLASS_REMEDY}"
+            )
+    if folder.tables:
+        return f"To read a table, set `dataset` to it: {format_name_list(folder.tables)}"
+    parents = [PurePosixPath(image).parent for image in folder.images]
+    inner = os.path.commonpath(parents) if parents else ""
+    if inner and len({*parents}) > 1:
+        return f"Set `dataset={str(folder.path / inner)!r}` if its folders are the classes"
+    return get_remedy(folder.other_files) or CLASS_REMEDY
 
 
 # Skipped files ------------------------------------------------------------------------------------
@@ -289,11 +355,10 @@ def list_empty_folders(folder: ImageFolder) -> list[str]:
 
 
 def get_remedy(files: Sequence[str]) -> str:
-    """Say how unread files can be read: HEIC, MNIST, and names that are not UTF-8; "" for others."""
-    if any(PurePosixPath(file).suffix.lower() in HEIF_SUFFIXES for file in files):
-        return HEIC_REMEDY
-    if any("-ubyte" in file for file in files):
-        return MNIST_REMEDY
+    """Say how unread files can be read, if they are of a known kind, or no name is UTF-8; "" for others."""
+    for pattern, remedy in REMEDIES.items():
+        if any(re.search(pattern, file, re.IGNORECASE) for file in files):
+            return remedy
     return "" if all(map(is_valid_name, files)) else NAME_REMEDY
 
 

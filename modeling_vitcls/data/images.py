@@ -32,7 +32,12 @@ from torch import Tensor
 
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.field_checks_vitcls import Size
-from ..model.image_processing_vitcls import get_image_formats, read_image, shorten_text
+from ..model.image_processing_vitcls import (
+    get_image_formats,
+    image_to_tensor,
+    read_image,
+    shorten_text,
+)
 from ..runtime.errors import format_error
 from ..runtime.files import find_file
 from ..runtime.flags import expand_home
@@ -43,6 +48,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # More are not an accident: a wrong folder, another file type, or a full disk while they were copied.
 MAX_UNREADABLE_IMAGES = 100
+MAX_CHECKED_FILES = 200  # Spread over a dataset, for what may be lost in reading
+MIN_SPREAD = 8  # Of 255 gray levels; images with less are blank
 ROWS_PER_READ = 64  # Number of dataset rows that are read from disk at once
 MIN_BASE64_LENGTH = 100  # Shorter texts are paths: photos are not that small
 URL_SAFE = str.maketrans("-_", "+/")  # Another alphabet of base64
@@ -186,6 +193,37 @@ class DatasetImages(Sequence):
                     lambda image: compute_content_key(open_encoded_image(image)), images
                 )
         return np.array(keys, np.uint64)
+
+
+def describe_odd_files(images: Any) -> list[str]:
+    """Count images of which a model sees less than a person: other pages, and blank ones after reading.
+
+    Transparent images and those of 16 bits may be blank, and only these are decoded, among up to
+    `MAX_CHECKED_FILES` images of the whole dataset.
+    """
+    places = range(0, len(images), 1 + len(images) // MAX_CHECKED_FILES)
+    several_pages, blank = 0, 0
+    for index in places:
+        with (
+            suppress(Exception),  # Unreadable images are counted when they are read
+            open_encoded_image(images.get_encoded_image(index)) as stream,
+            Image.open(stream, formats=get_image_formats()) as image,
+        ):
+            is_deep = image.mode.startswith("I") or "A" in image.getbands()
+            if is_deep or "transparency" in image.info:
+                pixels = image_to_tensor(images[index], to_rgb=True).float()
+                blank += int(pixels.amax() - pixels.amin() < MIN_SPREAD)
+            if image.format in ("TIFF", "GIF"):
+                image.seek(1)
+                several_pages += 1
+    counts = {
+        "have several pages or frames, of which the first is read": several_pages,
+        "are of one color after reading: drawings on a transparent background, or values far below the "
+        "largest one (`bit_depth`)": blank,
+    }
+    return [
+        f"{count:,} of {len(places):,} images {kind}" for kind, count in counts.items() if count
+    ]
 
 
 def read_size(images: Any, index: int) -> Size:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import numpy as np
 from accelerate import PartialState
@@ -187,7 +188,7 @@ def load_splits(
         dataset,
         options.group_column,
         list(map(label_space.format, chain(*(part.labels for part in labeled.values())))),
-        (first.image_column, FOLDER_COLUMN, *columns),
+        (first.image_column, FOLDER_COLUMN, options.split_column or "", *columns),
     )
     if fact is not None:
         facts["groups"] = fact
@@ -323,10 +324,13 @@ def read_file(path: Path) -> Any:
     """Read a table that is a single file."""
     suffix = path.suffix.lower()
     if suffix not in READERS:
+        remedy = get_remedy([path.name]) or (
+            "Rename a file in such a format, save a spreadsheet as CSV UTF-8 with columns such as file_name and "
+            "label, unpack an archive, or set `dataset` to a folder of images"
+        )
         raise ValueError(
             f"{path} is not a table that can be read, because its suffix is not one of "
-            f"{', '.join(READERS)}. Rename a file in such a format, save a spreadsheet as CSV UTF-8 with "
-            "columns such as file_name and label, unpack an archive, or set `dataset` to a folder of images"
+            f"{', '.join(READERS)}. {remedy}"
         )
     return read_tables(path.parent, READERS[suffix], {"train": [path]})
 
@@ -384,7 +388,12 @@ def read_folder(
             f"{path} contains the files of a training run or a model. Move images, or the folders of "
             "classes, that are next to them to a folder of their own"
         )
-    if folder.is_image_folder:
+    # Tables beside photos, such as train.csv and test.csv, name their classes
+    own_tables = [file for file in folder.tables if Path(file).suffix.lower() in READERS]
+    are_labels = use_labels and requires_labels and own_tables
+    if are_labels and folder.is_image_folder:
+        are_labels = len(find_classes(path, folder.images, skips_others=True)) < 2
+    if folder.is_image_folder and not are_labels:
         return read_image_folder(folder, use_labels, has_groups, requires_labels)
     if any((path / file).is_file() for file in SAVED_FILES):
         # `datasets` cannot load a dataset without rows, which has no files
@@ -473,7 +482,7 @@ def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list
     tables: dict[str, list[Path]] = {}
     for file in files:
         if READERS.get(Path(file).suffix.lower()) == reader:
-            words = re.split(r"[/._-]", file.lower())
+            words = re.split(r"[/._=-]", file.lower())
             named = filter(None, map(SPLIT_BY_FOLDER_NAME.get, words))
             tables.setdefault(next(named, "train"), []).append(root / file)
     return {split: tables[split] for split in SPLIT_ORDER if split in tables}
@@ -500,11 +509,31 @@ def read_tables(folder: Path, reader: str, files: Mapping[str, Sequence[Path]]) 
     # `datasets` reads each path as a pattern
     patterns = {split: [glob.escape(str(file)) for file in part] for split, part in files.items()}
     with explain_reading_errors(str(paths[0].parent if len(paths) > 1 else paths[0])):
-        return datasets.load_dataset(
+        tables = datasets.load_dataset(
             reader,
             data_files=patterns,
             cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE, "vitcls", digest.hexdigest())),
         )
+    if reader == "parquet":
+        for split, part in files.items():
+            tables[split] = add_partitions(tables[split], folder, part)
+    return tables
+
+
+def add_partitions(table: Any, folder: Path, files: Sequence[Path]) -> Any:
+    """Add the columns in the names of folders, such as label=cat/1.parquet, which Spark and pandas write."""
+    from pyarrow.parquet import read_metadata
+
+    columns: dict[str, list[str]] = {}
+    for file in files:
+        for part in file.relative_to(folder).parts[:-1]:
+            name, is_partition, value = part.partition("=")
+            is_split = value.lower() in SPLIT_BY_FOLDER_NAME
+            if is_partition and not is_split and name not in table.features:
+                columns.setdefault(name, []).extend([unquote(value)] * read_metadata(file).num_rows)
+    for name, values in columns.items():
+        table = table.add_column(name, values)
+    return table
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from scipy.sparse.csgraph import connected_components
 
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list, warn_on_first_process
-from .images import NO_CONTENT_KEY, LabeledImages
+from .image_folder import explain_layout, scan_folder
+from .images import NO_CONTENT_KEY, LabeledImages, describe_odd_files
 from .in_memory import get_title
 from .labels import LabelSpace, SeveralLabels
 from .options import DataOptions, Dataset, list_datasets, read_data_options
@@ -177,15 +179,20 @@ def load_undivided_images(
         for column, names in labels.columns.items():
             if len(names) < min_classes:
                 found = f"the single class {names[0]!r}" if names else "no labels"
+                path = Path(list_datasets(options.dataset)[0])
+                remedy = "Add photos of another class"
+                if path.is_dir():
+                    remedy = explain_layout(scan_folder(path))
                 raise ValueError(
                     f"a classifier requires two or more classes, but {title} has {found} in "
-                    f"{column!r}. If this is a folder of classes, set `dataset` to it, or to the table "
-                    "that has the labels"
+                    f"{column!r}. {remedy}"
                 )
     parts = add_keys(loaded.images_by_split)
     has_several = len(list_datasets(options.dataset)) > 1
     merged = {split: merge_rows(part, title, has_several) for split, part in parts.items()}
     check_contradictions(merged.values(), labels, title)
+    for line in describe_odd_files(loaded.train.images):
+        warn_on_first_process(f"WARNING: {title}: {line}")
     return replace(loaded, images_by_split=merged)
 
 

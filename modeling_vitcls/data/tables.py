@@ -51,10 +51,10 @@ def read_table(file: Path, folder: Path) -> Any:
     if not any(columns.values()):
         raise ValueError(f"{file} is empty. Add rows with images")
     subfolder = file.parent.relative_to(folder)
-    if subfolder.parts and "file_name" in columns:  # Its names are relative to the table
-        columns["file_name"] = [
-            name and str(subfolder / str(name)) for name in columns["file_name"]
-        ]
+    for column in FILE_NAME_COLUMNS & columns.keys() if subfolder.parts else ():
+        names = columns[column]  # Relative to the table, and surely so if they are called file_name
+        if column == "file_name" or (file.parent / str(names[0])).is_file():
+            columns[column] = [name and str(subfolder / str(name)) for name in names]
     arrays = {normalize_name(name): build_column(values) for name, values in columns.items()}
     return datasets.Dataset(pyarrow.table(arrays))
 

@@ -110,6 +110,12 @@ def list_records(paths: Iterable[str]) -> tuple[list[ImageRecord], list[str]]:
             str(Path(path, name)) for name in folder.skipped_folders if name != ROOT
         ]
 
+    if tables := [
+        file for file in files if Path(file).suffix.lower() in (".csv", ".tsv", ".parquet")
+    ]:
+        raise ValueError(
+            f"{tables[0]} is a table. To predict its images, set `dataset={tables[0]!r}`"
+        )
     where = format_name_list(folders)
     warn_about_skipped(where, skipped_folders, SKIPPED_FOLDERS)
     if not files:
@@ -356,6 +362,8 @@ def find_note(
         content: The content of the record.
         get_pixels: Returns what `prepare_image` does for it; called for 16-bit images only.
     """
+    if not isinstance(pixels, str) and (pixels.amax((1, 2)) == pixels.amin((1, 2))).all():
+        return "of one color after reading"
     with (
         suppress(Exception),  # Other formats, images in memory, and unreadable ones
         open_encoded_image(to_encoded_image(content, Path())) as stream,

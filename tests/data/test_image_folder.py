@@ -88,7 +88,7 @@ def test_split_folders_are_recognized_in_any_case_but_not_among_their_classes(
     [
         (["train/cat", "test/cat", "extra/cat"], ["'test'", "'extra'", "rename"]),
         (["train2017", "val2017"], ["train2017", "no class folders", "set `dataset` to a table"]),
-        (["packed/cat"], ["the single class 'packed'", "set `dataset` to it"]),
+        (["packed/cat"], ["the single class 'packed'", "a separate folder"]),
     ],
 )
 def test_folders_that_may_be_splits_or_classes_are_errors(
