@@ -390,7 +390,7 @@ def read_folder(
         )
     # Tables beside photos, such as train.csv and test.csv, name their classes
     own_tables = [file for file in folder.tables if Path(file).suffix.lower() in READERS]
-    are_labels = use_labels and requires_labels and own_tables
+    are_labels = use_labels and requires_labels and bool(own_tables)
     if are_labels and folder.is_image_folder:
         are_labels = len(find_classes(path, folder.images, skips_others=True)) < 2
     if folder.is_image_folder and not are_labels:
