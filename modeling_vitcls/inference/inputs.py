@@ -355,15 +355,13 @@ def is_large(content: Any) -> bool:
 def find_note(
     processor: ViTCLSImageProcessor, content: Any, get_pixels: Callable[[], Any]
 ) -> str | None:
-    """Note what a prediction of a scan does not see: other pages, or anything in nearly black pixels.
+    """Note what a prediction does not see: other pages, or anything in blank or nearly black pixels.
 
     Args:
         processor: The image processor of the model.
         content: The content of the record.
-        get_pixels: Returns what `prepare_image` does for it; called for 16-bit images only.
+        get_pixels: Returns what `prepare_image` does for it; called for transparent and 16-bit images only.
     """
-    if not isinstance(pixels, str) and (pixels.amax((1, 2)) == pixels.amin((1, 2))).all():
-        return "of one color after reading"
     with (
         suppress(Exception),  # Other formats, images in memory, and unreadable ones
         open_encoded_image(to_encoded_image(content, Path())) as stream,
@@ -372,9 +370,14 @@ def find_note(
         with suppress(EOFError):  # Counting thousands of pages would take minutes
             image.seek(1)
             return "page 1 of several"
-        if image.mode.startswith("I") and processor.do_normalize:
+        is_deep = image.mode.startswith("I")
+        if is_deep or "A" in image.getbands() or "transparency" in image.info:
+            pixels = get_pixels()
+            if (pixels.amax((1, 2)) == pixels.amin((1, 2))).all():
+                return "of one color after reading"
+        if is_deep and processor.do_normalize:
             mean, std = np.ravel(processor.image_mean)[0], np.ravel(processor.image_std)[0]
-            if get_pixels()[0].max() * std + mean < MAX_DARK_VALUE:
+            if pixels[0].max() * std + mean < MAX_DARK_VALUE:
                 return "nearly black: the 16-bit values are below a quarter of white"
     return None
 
