@@ -66,6 +66,7 @@ PLACEHOLDER = ".icloud"  # Of a file that a cloud drive has not downloaded
 MASK_FOLDER = re.compile(
     r"masks?|labels?|gt|ground_?truths?|seg(mentation)?s?|annotations?", re.IGNORECASE
 )
+IMAGE_FOLDER = re.compile(r"(image|img|photo|picture|scan|input)s?", re.IGNORECASE)
 DERIVED = re.compile(r"(?P<name>.+)[ _.-](?P<kind>[a-z]+)", re.IGNORECASE)
 
 ROOT = "."  # The image folder itself, as a relative path
@@ -312,7 +313,9 @@ def check_masks(where: str, places: Mapping[str, Place]) -> None:
         stems.setdefault(place.label or "", set()).add(match["name"] if match and is_mask else name)
     for label, own in stems.items():
         others = set().union(*(each for other, each in stems.items() if other != label))
-        if MASK_FOLDER.fullmatch(label) and own <= others:
+        # Not mask and no_mask: photos of people
+        are_images = all(map(IMAGE_FOLDER.fullmatch, stems.keys() - {label}))
+        if MASK_FOLDER.fullmatch(label) and are_images and own <= others:
             raise ValueError(
                 f"{where}: the folder {label!r} has images of the same names as the other folders "
                 f"({format_name_list(sorted(stems))}). It contains their masks, and is no class. {CLASS_REMEDY}"

@@ -388,13 +388,18 @@ def read_folder(
             f"{path} contains the files of a training run or a model. Move images, or the folders of "
             "classes, that are next to them to a folder of their own"
         )
-    # Tables beside photos, such as train.csv and test.csv, name their classes
-    own_tables = [file for file in folder.tables if Path(file).suffix.lower() in READERS]
-    are_labels = use_labels and requires_labels and bool(own_tables)
-    if are_labels and folder.is_image_folder:
-        are_labels = len(find_classes(path, folder.images, skips_others=True)) < 2
-    if folder.is_image_folder and not are_labels:
-        return read_image_folder(folder, use_labels, has_groups, requires_labels)
+    if folder.is_image_folder:
+        # Tables of splits beside photos, such as train.csv and test.csv, name their classes; other
+        # tables may be predictions
+        own_tables = [
+            file
+            for file in folder.tables
+            if Path(file).suffix.lower() in READERS and find_split(file)
+        ]
+        are_labels = use_labels and requires_labels and bool(own_tables)
+        if not are_labels or len(find_classes(path, folder.images, skips_others=True)) > 1:
+            return read_image_folder(folder, use_labels, has_groups, requires_labels)
+        folder = replace(folder, tables=own_tables)
     if any((path / file).is_file() for file in SAVED_FILES):
         # `datasets` cannot load a dataset without rows, which has no files
         for state in path.rglob(SAVED_FILES[1]):
@@ -477,14 +482,18 @@ def add_columns(images: Any, tables: Mapping[str, Any], folder: Path) -> Any:
     return images
 
 
+def find_split(file: str) -> str | None:
+    """Find the split of a table by the words in its name and folders; None if they name none."""
+    words = re.split(r"[/._=-]", file.lower())
+    return next(filter(None, map(SPLIT_BY_FOLDER_NAME.get, words)), None)
+
+
 def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list[Path]]:
     """Sort the tables of a folder into splits, by the words in their names and folders."""
     tables: dict[str, list[Path]] = {}
     for file in files:
         if READERS.get(Path(file).suffix.lower()) == reader:
-            words = re.split(r"[/._=-]", file.lower())
-            named = filter(None, map(SPLIT_BY_FOLDER_NAME.get, words))
-            tables.setdefault(next(named, "train"), []).append(root / file)
+            tables.setdefault(find_split(file) or "train", []).append(root / file)
     return {split: tables[split] for split in SPLIT_ORDER if split in tables}
 
 
