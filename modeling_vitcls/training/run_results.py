@@ -6,9 +6,11 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
+from ..data.options import list_datasets
 from ..data.splits import TrainingData
 from ..evaluation.evaluator import Predictions, count_in_trained_scenes, describe_in_trained_scenes
 from ..frozen.scenes import TrainedScenes
+from ..hub.local_paths import strip_folders
 from ..inference.intervals import MIN_CORRECTED_IMAGES
 from ..inference.metrics import METRICS, MetricValues, drop_intervals
 from ..inference.stated_result import Measurement, describe_classes
@@ -102,6 +104,7 @@ def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -
     asked_flags = {name: record["flags"][name] for name in record["chosen_flags"]}
     results = {
         "dataset": data.name,
+        "datasets": list(map(strip_folders, list_datasets(inputs.options.dataset))),
         "split": outcome.split,
         "held_out_split": data.held_out_split,
         "num_training_images": outcome.num_training_images,

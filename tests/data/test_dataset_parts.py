@@ -1,5 +1,6 @@
 """Several datasets of one kind of labels, and tables whose images are found by their checksums."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,8 @@ def test_a_run_on_several_datasets_is_recorded_evaluated_and_predicted(root: Pat
     assert run_here(*command, *flags, "--held-out-fraction", "0.3", "--dataset", *datasets) == 0
     recorded = yaml.safe_load((root / "run/config.resolved.yaml").read_text(encoding="utf-8"))
     assert recorded["dataset"] == [f"./{name}" for name in datasets]
+    results = json.loads((root / "run/results.json").read_text(encoding="utf-8"))
+    assert results["datasets"] == [f"path/to/{name}" for name in datasets]
     assert run_here("finetune", "--config", "run/config.resolved.yaml", "--resume") == 0
     assert evaluate("run", ["more.csv", "labels"], split="train")["num_images"] == 10
     assert len(predict("run", dataset=["labels", "collection"])) == 11
