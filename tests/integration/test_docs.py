@@ -268,7 +268,7 @@ def test_links_of_the_package_page_are_absolute(
 
     assert targets
     assert all(target.startswith(("https://", "http://")) for target in targets)
-    assert "https://example.org/vitcls/raw/main/docs/images/look.jpg" in targets
+    assert "https://example.org/vitcls/raw/main/docs/images/classifier.jpg" in targets
 
 
 def test_the_study_in_the_docs_is_the_recipe() -> None:
