@@ -13,10 +13,10 @@ it: such photos are harder than others.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT")  # Times that sort as text; those of spre
 
 
 def read_answers(files: Sequence[str]) -> pd.DataFrame:
-    """Read files of answers: the latest answer about each photo, by its key (images.py).
+    """Read files of answers: the latest answer about each photo, by its checksum.
 
     Raises:
         ValueError: if a file has other columns or damaged checksums, or if one cannot tell which of two
@@ -79,8 +79,7 @@ def read_answers(files: Sequence[str]) -> pd.DataFrame:
             f"{format_name_list(files)}: {unclear['image'].iloc[0] or unclear['checksum'].iloc[0]} has several "
             "answers, and their times do not tell which is the latest. Remove the others"
         )
-    answers = answers.drop_duplicates("checksum", keep="last")
-    return answers.set_index(answers["checksum"].map(lambda text: int(text, 16)).astype(np.uint64))
+    return answers.drop_duplicates("checksum", keep="last").set_index("checksum", drop=False)
 
 
 def find_counted(chosen: np.ndarray | None) -> np.ndarray | None:
@@ -123,46 +122,50 @@ def apply_answers(
             f"`answers` requires one label per image, but the labels of {dataset} are {label_space.kind}. "
             "Remove `answers`"
         )
-    counts = dict.fromkeys(("changed", "confirmed", "new", "none"), 0)
-    found: set[int] = set()
+    kinds: dict[str, str] = {}  # Checksum -> what its answer has done
     images = {}
     others = {}
     for split, part in parts.items():
         keys = part.images.compute_content_keys()
-        check_names(part.images.get_names(), keys, answers)
+        checksums = [f"{key:016x}" for key in keys.tolist()]
+        check_names(dict(zip(part.images.get_names(), checksums, strict=True)), answers)
         labels = list(part.labels)
         chosen = np.full(len(part), "", object)
-        is_answered = np.isin(keys, answers.index)
-        for index in np.flatnonzero(is_answered).tolist():
-            answer = answers.loc[keys[index]]
+        is_other = np.zeros(len(part), bool)
+        for index, checksum in enumerate(checksums):
+            if checksum not in answers.index:
+                continue
+            answer = answers.loc[checksum]
             label = find_class(answer, label_space.names)
-            kind = "confirmed" if label == labels[index] else "changed"
-            if labels[index] is None:
-                kind = "new"
-            counts["none" if label is None else kind] += keys[index] not in found
-            found.add(keys[index])
+            kind = "new" if labels[index] is None else "changed"
+            if label is None:
+                kind = "none"
+            elif label == labels[index]:
+                kind = "confirmed"
+            kinds.setdefault(checksum, kind)
             labels[index] = label
+            is_other[index] = label is None
             chosen[index] = answer["chosen"]
             if answer["chosen"] == CONTRADICTED and answer["label"] != answer["before"]:
                 chosen[index] = CHANGED
-        is_other = is_answered & np.array([label is None for label in labels])
         answered = replace(part, labels=labels, keys=keys, chosen=chosen)
         images[split], others[split] = answered.divide(is_other)
-    if not found:
+    if not kinds:
         raise ValueError(
             f"none of the {len(answers):,} answers is about a photo of {dataset}. Set `dataset` to the photos "
             "that the page has shown: a photo that was edited since is another one"
         )
+    counts = Counter(kinds.values())
     text = (
         f"{counts['changed']:,} labels changed, {counts['confirmed']:,} confirmed, {counts['new']:,} photos without "
         f"a label got one, {counts['none']:,} show none of the classes"
     )
-    known = answers[answers.index.isin(list(found))]
+    known = answers.loc[list(kinds)]
     drawn = known[(known["chosen"] == RANDOM) & (known["before"] != "")]
     if len(drawn):
         num_changed = (drawn["label"] != drawn["before"]).sum()
         text += f"; of {len(drawn):,} that no classifier disputed, {num_changed:,} were changed"
-    if num_absent := len(answers) - len(found):
+    if num_absent := len(answers) - len(kinds):
         text += f"; {num_absent:,} are about photos that are not here"
     return Answered(images, others, text)
 
@@ -184,21 +187,26 @@ def find_class(answer: pd.Series, names: Sequence[str]) -> int | None:
     return spelled.index(text)
 
 
-def check_names(names: Sequence[str], keys: np.ndarray, answers: pd.DataFrame) -> None:
+def check_names(checksums: Mapping[str, str], answers: pd.DataFrame) -> None:
     """Raise ValueError if an answer has the checksum of a photo, and the name of another one.
 
     Then a column was sorted alone. Names may begin with the folder of the dataset, or with another one
     after it was moved.
+
+    Args:
+        checksums: of the photos, by name.
+        answers: of `read_answers`.
     """
-    key_by_name: dict[str, Any] = dict(zip(names, keys.tolist(), strict=True))
-    known = answers[answers.index.isin(keys)]
-    for key, name in zip(known.index.tolist(), known["image"], strict=True):
+    known = answers[answers.index.isin(checksums.values())]
+    for checksum, name in known["image"].items():
         folders = name.split("/")
         ends = ("/".join(folders[start:]) for start in range(len(folders)))
-        other = next((key_by_name[end] for end in ends if end in key_by_name), key)
-        if other != key and not name.isdecimal():  # An image without a file is named by its row
+        other = next((checksums[end] for end in ends if end in checksums), checksum)
+        if (
+            other != checksum and not name.isdecimal()
+        ):  # An image without a file is named by its row
             raise ValueError(
-                f"the answer about {name} has the checksum {key:016x} of another photo, as after a column was "
+                f"the answer about {name} has the checksum {checksum} of another photo, as after a column was "
                 "sorted alone. Pass the file that the page has saved or, if photos have exchanged their names, remove "
                 "the column image: only the checksum counts then"
             )

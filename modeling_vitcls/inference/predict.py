@@ -125,12 +125,11 @@ def replace_labels(table: pa.Table, predictor: Predictor, answers: Any) -> pa.Ta
     from ..data.answers import PERSON, find_class  # imports pandas
 
     names = predictor.model.config.id2label
-    known = answers.set_index("checksum")
     rows = table.to_pylist()
     for row in rows:
         row["source"] = "model" if row["error"] is None else None
-        if row["checksum"] in known.index:
-            index = find_class(known.loc[row["checksum"]], list(names.values()))
+        if row["checksum"] in answers.index:
+            index = find_class(answers.loc[row["checksum"]], list(names.values()))
             label = None if index is None else names[index]
             row |= {"label": label, "probability": None, "source": PERSON}
     return pa.Table.from_pylist(rows, table.schema.append(pa.field("source", pa.string())))

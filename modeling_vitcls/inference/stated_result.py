@@ -58,6 +58,8 @@ class Measurement:
         text = f"Measured on {self.metrics['num_images']:,} held-out images"
         if self.num_folds:
             text = f"Estimated by {self.num_folds}-fold cross-validation"
+        if self.metrics.get("no_estimate"):
+            return f"Counted by {self.num_folds}-fold cross-validation"
         if f"{self.metric}_interval" not in self.metrics:
             return f"{text}, without an interval"
         if self.metrics["num_images"] < MIN_CORRECTED_IMAGES:

@@ -33,7 +33,7 @@ def review_predictions(options: PredictOptions, predicted: Predicted) -> None:
     rows = rows[rows["error"].isna() & rows["checksum"].notna()]
     rows["given"] = None
     if predicted.answers is not None:
-        rows["given"] = rows["checksum"].map(predicted.answers.set_index("checksum")["label"])
+        rows["given"] = rows["checksum"].map(predicted.answers["label"])
         print(f"table     {describe_table(rows, predicted)}")
     if options.review is not None:
         left = rows[rows["given"].isna() & ~rows["trained"].eq(True)].drop_duplicates("checksum")
@@ -56,9 +56,8 @@ def describe_table(rows: pd.DataFrame, predicted: Predicted) -> str:
     """
     is_given = rows["given"].notna()
     text = f"{is_given.sum():,} of {len(rows):,} looked at"
-    chosen = predicted.answers.set_index("checksum")["chosen"]
-    drawn = rows[is_given & rows["checksum"].map(chosen).eq(RANDOM)].drop_duplicates("checksum")
-    drawn = drawn.set_index("checksum")
+    is_drawn = rows["checksum"].map(predicted.answers["chosen"]).eq(RANDOM)
+    drawn = rows[is_drawn].drop_duplicates("checksum").set_index("checksum")
     out_of_fold = read_predictions(predicted.predictor.folder)
     if out_of_fold is not None and "checksum" in out_of_fold:
         known = out_of_fold.drop_duplicates("checksum").set_index("checksum")

@@ -175,7 +175,7 @@ def build_table(number: int, num_drawn: int, seed: int = 0) -> tuple[pd.DataFram
     rows["given"] = None
     rows.loc[asked, "given"] = truth[asked]
     chosen = np.where(np.isin(asked, drawn), "random", "unsure")
-    answers = pd.DataFrame({"checksum": asked.astype(str), "chosen": chosen})
+    answers = pd.DataFrame({"chosen": chosen}, index=asked.astype(str))
     rest = np.setdiff1d(np.arange(number), asked)
     share = (len(asked) + is_right[rest].sum()) / number
     folder = SimpleNamespace(path=Path("absent"), results={})

@@ -57,11 +57,9 @@ def measure(probe: LinearProbe) -> float:
     return float((probe.predict({TOKEN: OTHERS.points}) == OTHERS.labels).mean())
 
 
-def judge(photos: Photos, chosen: np.ndarray) -> tuple[dict[str, Any], str | None]:
-    """Fit a run, and return its metrics and the line about those that do not measure it."""
+def build_head(photos: Photos, chosen: np.ndarray) -> FrozenHead:
     number = len(photos.labels)
-    names = np.arange(number).astype(str)
-    head = FrozenHead(
+    return FrozenHead(
         task="",
         probe=fit(photos, chosen),
         tokens=(TOKEN,),
@@ -69,7 +67,7 @@ def judge(photos: Photos, chosen: np.ndarray) -> tuple[dict[str, Any], str | Non
         features=Features(
             labels=photos.labels,
             indices=np.arange(number),
-            names=names,
+            names=np.arange(number).astype(str),
             groups=np.arange(number),
             chosen=chosen,
             features=photos.points,
@@ -77,12 +75,16 @@ def judge(photos: Photos, chosen: np.ndarray) -> tuple[dict[str, Any], str | Non
         ),
         held_out=None,
     )
+
+
+def judge(photos: Photos, chosen: np.ndarray) -> tuple[dict[str, Any], str | None]:
+    """Fit a run, and return its metrics and the line about those that do not measure it."""
+    head = build_head(photos, chosen)
     assert head.probe.estimate_ is not None
-    assert len(head.predict_out_of_fold().labels) == head.probe.is_counted_.sum()
     counted = int(head.probe.is_counted_.sum())
+    assert len(head.predict_out_of_fold().labels) == counted
     metrics = {"num_images": counted, **head.probe.estimate_}
-    text = judge_answers(head, metrics)
-    return metrics, text
+    return metrics, judge_answers(head, metrics)
 
 
 def is_within(truth: float, metrics: dict[str, Any]) -> bool:
@@ -133,23 +135,7 @@ def test_the_curve_is_measured_on_the_same_photos() -> None:
     photos, chosen = add_unsure()
     curves = []
     for each in (chosen, np.full(280, "", object)):
-        number = len(each)
-        head = FrozenHead(
-            "",
-            fit(photos, each),
-            (TOKEN,),
-            OneLabel({"label": list("abcd")}),
-            Features(
-                labels=photos.labels,
-                indices=np.arange(number),
-                names=np.arange(number).astype(str),
-                groups=np.arange(number),
-                features=photos.points,
-                layout=FeatureLayout(1, {"cls": NUM_DIMENSIONS}),
-            ),
-            None,
-        )
-        curve = measure_learning_curve(None, head)
+        curve = measure_learning_curve(None, build_head(photos, each))
         assert curve is not None
         curves.append(curve["accuracy"][-1])
     truth = measure(fit(photos, chosen))
