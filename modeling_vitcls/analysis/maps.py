@@ -24,6 +24,7 @@ from ..model.image_processing_vitcls import pil_to_tensor
 # Both are safe for color-blind readers. The second is white at 0, and red above.
 COLORMAP = "inferno"
 SIGNED_COLORMAP = "RdBu_r"
+PALE = 0.3  # Factor of the opacity of values that are hardly above their errors
 IMAGE_BRIGHTNESS = 0.75  # The photo under a map is dimmed by this factor
 # The brightest color is at least this multiple of the mean, so that a uniform map is dark.
 MIN_SCALE = 3.0
@@ -44,8 +45,12 @@ def extract_patch_maps(rows: Tensor, config: ViTCLSConfig, image_size: Size) -> 
     return rows[..., config.token_layout.patches].unflatten(-1, config.get_grid_size(image_size))
 
 
-def overlay(image: Image.Image, values: Tensor, scale: ScalarMappable) -> Image.Image:
+def overlay(
+    image: Image.Image, values: Tensor, scale: ScalarMappable, errors: Tensor | None = None
+) -> Image.Image:
     """Draw a map over the image that it covers; values far from 0 are more opaque.
+
+    Values below two of their standard errors are pale.
 
     The image is gray and dimmed, so all colors belong to the map, which is interpolated between the
     centers of the patches.
@@ -54,6 +59,7 @@ def overlay(image: Image.Image, values: Tensor, scale: ScalarMappable) -> Image.
         image: an RGB image, cropped to the region of the patches (`draw_region`).
         values: values [gh, gw] of the patches.
         scale: the colors of the values (`choose_scale`).
+        errors: standard errors [gh, gw] of the values.
 
     Returns:
         An RGB image with the size of `image`.
@@ -64,6 +70,10 @@ def overlay(image: Image.Image, values: Tensor, scale: ScalarMappable) -> Image.
     colors = scale.to_rgba(smooth)[:, :, :3]  # [h, w, 3]
     strength = np.clip(np.abs(smooth) / scale.norm.vmax, 0, 1)
     opacity = (0.25 + 0.6 * strength)[:, :, None]  # [h, w, 1]
+    if errors is not None:
+        is_clear = (values.abs() >= 2 * errors).to(values)[None, None]
+        clear = nn.functional.interpolate(is_clear, smooth.shape, mode="bilinear")[0, 0, :, :, None]
+        opacity = opacity * (PALE + (1 - PALE) * clear.numpy())
     gray = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]
     return to_picture(gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity)
 

@@ -11,6 +11,7 @@ Patches of one object have similar features and thus similar colors (Oquab et al
 2304.07193, figure 1). Features are hidden states before the final norm.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from ..data.aspect_ratio import VisibleRegion, get_visible_region
 from ..data.labels import get_heads
+from ..inference.interventions import can_leave_out_patches, leave_out_patches
 from ..inference.prediction_rows import Label, build_task_columns, get_logits_by_task
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
@@ -207,7 +209,7 @@ def predict_photo(
     predictions: dict[str | None, list[Label]] = {}
     attributions: list[Attribution] = []
     grid_size = model.config.get_grid_size(pixel_values.shape[-2:])
-    masks = draw_masks(*(min(side, MAX_PARTS) for side in grid_size))
+    masks = draw_masks(grid_size)
     has_parts = masks[0].numel() > 1 and bool((pixel_values != pixel_values[..., :1, :1]).any())
     all_logits = get_logits_by_task(outputs)
     hidden_logits = hide_parts(model, pixel_values, masks) if heads and has_parts else {}
@@ -317,17 +319,28 @@ def trace_attention(model: Any, pixel_values: Tensor) -> tuple[Any, Tensor]:
 MAX_PARTS = 6  # per side; with smaller parts, a pass says less about each of them
 # A pair is a random half and its complement, which cancels what two parts do only together. With a random encoder,
 # 24 pairs find 5 of 8 stickers, and 32 to 48 find 8; with a trained ViT-S/14, 9 of 10, without pairs 8.
-NUM_PAIRS = 32
+NUM_PAIRS = 23
+NUM_DRAWS = 1000  # Halves among which the pairs are chosen
 BATCH_SIZE = 8  # On a CPU, 16 take 8% longer
 
 
-def draw_masks(rows: int, columns: int) -> Tensor:
-    """Draw halves of the parts of a photo: [2 * NUM_PAIRS, rows, columns], 1 where a part is hidden.
+def draw_masks(grid_size: Size) -> Tensor:
+    """Draw which parts of a photo of rows and columns of patches are hidden: [2 + 2 * NUM_PAIRS, rows, columns].
 
-    Each half is followed by its complement.
+    The first pair is the whole photo and nothing of it: halves alone do not tell what all parts do
+    together. Each of the others is a random half and its complement, with equally many patches if
+    that is possible, because sequences of one length are one batch.
     """
-    draws = np.random.default_rng(0).random((NUM_PAIRS, rows * columns))
+    rows, columns = (min(side, MAX_PARTS) for side in grid_size)
+    numbers = torch.arange(rows * columns, dtype=torch.float).view(1, 1, rows, columns)
+    parts = nn.functional.interpolate(numbers, grid_size).flatten().long().numpy()  # of the patches
+    areas = np.bincount(parts)
+
+    draws = np.random.default_rng(0).random((NUM_DRAWS, rows * columns))
     halves = draws.argsort(axis=1) < rows * columns // 2
+    differences = np.abs(2 * (halves @ areas) - areas.sum())
+    halves = halves[differences.argsort(kind="stable")[:NUM_PAIRS]]
+    halves = np.concatenate([np.zeros((1, rows * columns), bool), halves])
     masks = np.stack([halves, ~halves], axis=1)
     return torch.from_numpy(masks).reshape(-1, rows, columns).float()
 
@@ -336,18 +349,36 @@ def draw_masks(rows: int, columns: int) -> Tensor:
 def hide_parts(model: Any, pixel_values: Tensor, masks: Tensor) -> dict[str, Tensor]:
     """Compute the logits [M, labels] by task of a photo [1, C, H, W] whose parts are hidden.
 
-    A hidden part has the mean color of the photo.
+    The patches of a hidden part are left out of the sequence. If the model requires all of them, or none
+    would be left, they have the mean color of the photo.
     """
+    grid_size = model.config.get_grid_size(pixel_values.shape[-2:])
+    is_hidden = nn.functional.interpolate(masks[:, None], grid_size).flatten(1) > 0  # [M, patches]
+    num_shown = (~is_hidden).sum(dim=1)
+    if not can_leave_out_patches(model.config):
+        num_shown[:] = 0
+
     gray = pixel_values.mean(dim=(2, 3), keepdim=True)
-    logits = []
     # Rounded to bf16, effects of up to 0.54 differed by 0.01, a tenth of their standard errors.
     autocast = build_autocast("auto", pixel_values.device, model.config)
-    for batch in masks[:, None].to(pixel_values).split(BATCH_SIZE):
-        is_hidden = nn.functional.interpolate(batch, pixel_values.shape[-2:])
-        with autocast():
-            outputs = model(torch.where(is_hidden > 0, gray, pixel_values))
-        logits.append(get_logits_by_task(outputs))
-    return {task: torch.cat([each[task] for each in logits]).cpu().double() for task in logits[0]}
+    logits: dict[str, list[Tensor]] = {}
+    order = num_shown.argsort(stable=True)
+    for count in num_shown.unique().tolist():
+        for members in (num_shown == count).nonzero()[:, 0].split(BATCH_SIZE):
+            if count:
+                shown = (~is_hidden[members]).nonzero()[:, 1].view(len(members), count)
+                context = leave_out_patches(model, shown.to(pixel_values.device))
+                images = pixel_values.expand(len(members), -1, -1, -1)
+            else:
+                hidden = masks[members, None].to(pixel_values)
+                hidden = nn.functional.interpolate(hidden, pixel_values.shape[-2:])
+                context, images = nullcontext(), torch.where(hidden > 0, gray, pixel_values)
+            with autocast(), context:
+                outputs = model(images)
+            for task, values in get_logits_by_task(outputs).items():
+                logits.setdefault(task, []).append(values.cpu().double())
+    # Back into the order of the masks
+    return {task: torch.cat(parts)[order.argsort()] for task, parts in logits.items()}
 
 
 def compute_scores(logits: Tensor, has_one_label: bool) -> Tensor:

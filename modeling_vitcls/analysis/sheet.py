@@ -31,8 +31,8 @@ PHOTO_SIDE = 400  # Longer side of the pictures with the photo, in pixels
 GROUP_COLORS = {kind.group: kind.color for kind in TOKEN_KINDS} | {"patches": "#8C8C8C"}
 
 WITHOUT_PARTS = (
-    "Red: the score of the label (its log odds) falls if the part is hidden; blue: it rises. Measured by "
-    "hiding halves of the photo. With each label: the largest value ± its standard error."
+    "Red: the score of the label (its log odds) falls without the part; blue: it rises; pale: less than two "
+    "standard errors. Measured without halves of the photo. With each label: the largest value ± its standard error."
 )
 BY_HEAD = (
     "In the last layer that uses the token. Percentages: attention on patches; the rest is on special "
@@ -179,7 +179,9 @@ def build_main_tile(measurements: PhotoMeasurements, photo: Image.Image) -> Tile
     """Draw what the score of the first label loses, or the attention of the first token."""
     if measurements.attributions:
         main = measurements.attributions[0]
-        picture = overlay(photo, main.values, choose_scale(main.values, is_signed=True))
+        picture = overlay(
+            photo, main.values, choose_scale(main.values, is_signed=True), main.errors
+        )
         caption = f"log odds: red {main.values.max():+.2g}, blue {main.values.min():+.2g}"
         return Tile(picture, f"{main.label[0]} without each part", caption)
 
@@ -203,7 +205,7 @@ def build_label_section(measurements: PhotoMeasurements, photo: Image.Image) -> 
     tiles = []
     for each in measurements.attributions:
         name = ": ".join(filter(None, (each.task, each.label[0])))
-        tiles.append(Tile(overlay(photo, each.values, scale), name, each.caption))
+        tiles.append(Tile(overlay(photo, each.values, scale, each.errors), name, each.caption))
     return Section("Without each part of the photo", WITHOUT_PARTS, 7, [Row(tiles)])
 
 

@@ -5,6 +5,7 @@
     metrics.py          metrics for each kind of labels
     image_pass.py       one pass of images through a model, for everything in this list that needs outputs
     features.py         a frozen encoder: the pass that computes features, and the heads on them
+    interventions.py    tokens that are hidden, replaced or left out in a forward pass
     cuda_graphs.py      passes of one shape, repeated by a GPU without Python
     inputs.py           images for prediction, decoded in advance by threads; whether they trained the model
     prediction_rows.py  pixels -> rows of labels, probabilities or features
