@@ -41,7 +41,13 @@ def compute_token_attention(
         name: indices[group] for name, group in layout.items() if name in COUNT_FIELDS
     }
     token_indices = sorted(index for group in set(tokens) for index in indices_by_group[group])
-    layer_indices = list(all_layers) if layers == "all" else [all_layers[index] for index in layers]
+    if layers == "all":
+        layers = [layer + 1 for layer in all_layers]
+    if 0 in layers:
+        raise ValueError(
+            "layer 0 has no attention, because layers count from 1: name another layer"
+        )
+    layer_indices = [all_layers[layer - (layer > 0)] for layer in layers]
     rows: dict[int, Tensor] = {}  # Layer -> [B, heads, special tokens, N]
 
     def record(layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
