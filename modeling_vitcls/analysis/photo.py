@@ -11,7 +11,7 @@ Patches of one object have similar features and thus similar colors (Oquab et al
 2304.07193, figure 1). Features are hidden states before the final norm.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -367,7 +367,9 @@ def hide_parts(model: Any, pixel_values: Tensor, masks: Tensor) -> dict[str, Ten
         for members in (num_shown == count).nonzero()[:, 0].split(BATCH_SIZE):
             if count:
                 shown = (~is_hidden[members]).nonzero()[:, 1].view(len(members), count)
-                context = leave_out_patches(model, shown.to(pixel_values.device))
+                context: AbstractContextManager = leave_out_patches(
+                    model, shown.to(pixel_values.device)
+                )
                 images = pixel_values.expand(len(members), -1, -1, -1)
             else:
                 hidden = masks[members, None].to(pixel_values)

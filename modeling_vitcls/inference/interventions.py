@@ -193,23 +193,26 @@ def find_tokens(config: ViTCLSConfig, tokens: Tokens) -> list[int]:
     Raises:
         ValueError: if there are none, or if they are no special tokens.
     """
-    layout = config.token_layout
-    special = range(layout.num_prefix_tokens)
-    if not isinstance(tokens, str):
-        indices = list(tokens)
-    else:
-        groups = {name: list(special[members]) for name, members in layout.items()}
-        groups = {name: members for name, members in groups.items() if members}
+    indices = tokens
+    if isinstance(tokens, str):
+        groups = list_groups(config)
         if tokens not in groups:
             raise ValueError(
                 f"the model has no special tokens {tokens!r}. It has: {', '.join(groups) or 'none'}"
             )
         indices = groups[tokens]
-    if not indices or min(indices) < 0 or max(indices) >= len(special):
-        raise ValueError(
-            f"tokens={indices} are not among the {len(special)} special tokens, from 0"
-        )
-    return indices
+    number = config.token_layout.num_prefix_tokens
+    if not set(indices) <= set(range(number)):
+        raise ValueError(f"tokens={[*indices]} are not among the {number} special tokens, from 0")
+    return [*indices]
+
+
+def list_groups(config: ViTCLSConfig) -> dict[str, list[int]]:
+    """Map each group of special tokens that is not empty to their indices in the sequence."""
+    layout = config.token_layout
+    special = range(layout.num_prefix_tokens)
+    groups = {group: list(special[tokens]) for group, tokens in layout.items()}
+    return {group: members for group, members in groups.items() if members}
 
 
 def find_layers(model: Any, layers: LayerRange) -> tuple[int, int]:

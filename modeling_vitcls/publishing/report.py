@@ -172,8 +172,8 @@ def draw_page(
         batch_size=BATCH_SIZE,
         chosen=chosen,
         num_shown=NUM_SHOWN_IMAGES,
-        # Effects are worth a table only if there are several tokens, and training changed them.
-        has_ablations=folder.has_trained_tokens,
+        # The page shows those that the run has measured.
+        has_effects=False,
         token_movement=folder.results.get("token_movement"),
         uses_bfloat16=folder.results.get("mixed_precision") == "bf16",
         watch=partial(track, unit="", has_bar=False),
@@ -185,6 +185,7 @@ def draw_page(
         shown,
         source=source,
         predictions=predictions,
+        tokens=folder.results.get("tokens"),
         # A headline would say the same.
         tables=({} if predictions else build_metric_table(measured.metrics))
         | build_class_tables(measured.metrics),

@@ -27,6 +27,7 @@ from ..data.batches import Batch
 from ..data.images import count_unreadable
 from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import METRICS, MetricValues, select_scalars
+from ..inference.token_names import read_gates
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from .checkpoints import Checkpoint, CheckpointStore
@@ -160,7 +161,7 @@ class TrainingLoop:
         self.reporter.show_step(state.step)
 
         if should_log:
-            record |= self.compute_recent_metrics()
+            record |= self.compute_recent_metrics() | self.measure_special_tokens()
         if should_evaluate:
             # This is set before the checkpoint is saved: a resumed run then evaluates this step
             # first.
@@ -325,6 +326,16 @@ class TrainingLoop:
         record = {name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)}
         recent_losses.clear()
         return record | {"images_per_second": images_per_second}
+
+    def measure_special_tokens(self) -> dict[str, float]:
+        """Read the gates, and the norms of the trained tokens, if there are several special tokens."""
+        if self.model.config.token_layout.num_prefix_tokens < 2:
+            return {}
+        tokens = copy_special_tokens(self.model)
+        gates = read_gates(self.model.vitcls)
+        return {f"gate/{name}": gate for name, gate in gates.items()} | {
+            f"norm/{name}": round(token.norm().item(), 6) for name, token in tokens.items()
+        }
 
     def measure_token_movement(self) -> dict[str, float]:
         """Measure how far each trained token has moved since the start of training (Euclidean norm)."""

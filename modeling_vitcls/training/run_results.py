@@ -1,9 +1,10 @@
 """What a run of either kind has made and measured (Outcome), results.json, and its last lines."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from accelerate.state import AcceleratorState
 
 from ..data.options import list_datasets
@@ -70,6 +71,7 @@ class Outcome:
         in_trained_scenes: names of the held-out photos that do.
         results: further fields of results.json, such as the number of steps.
         lines: to print about the frozen model and the calibration.
+        token_losses: columns of predictions.parquet, the loss of each image without a group of tokens.
         missing_reason: why nothing could measure the model.
     """
 
@@ -87,6 +89,7 @@ class Outcome:
     in_trained_scenes: Sequence[str]
     results: dict[str, Any]
     lines: dict[str, str | None]
+    token_losses: dict[str, np.ndarray] = field(default_factory=dict)
     missing_reason: str = (
         "no image was held out. Set `held_out_fraction`, such as 0.2 (with few images per class, the "
         "default is 0)"

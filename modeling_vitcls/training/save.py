@@ -94,6 +94,7 @@ def save_output(
                     rows = build_rows(outcome.predictions, outcome.nearest_images)
                     keys = get_keys(data.held_out if len(data.held_out) else data.train)
                     rows["checksum"] = [f"{key:016x}" for key in keys[rows["index"]]]
+                    rows = rows.assign(**outcome.token_losses)
                     write_rows(folder / PREDICTIONS_FILE, rows, weights_hash)
         except WRITE_ERRORS as error:
             raise OSError(describe_error(error)) from error

@@ -117,7 +117,7 @@ def run_steps(
         predictions = None
     reporter.log_to_trackers("saved", metrics, loop.state.step)
     reshard(model)
-    tokens, tokens_text = measure_tokens(inputs.model, model, held_out, predictions, plan)
+    tokens = measure_tokens(inputs, data, predictions, plan.new_tokens)
     # After the measurement, which a distance to the classes would only slow down.
     trained_scenes = unknown_text = None
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
@@ -148,11 +148,12 @@ def run_steps(
         trained_scenes=trained_scenes,
         in_trained_scenes=start.get("in_trained_scenes", ()),
         results=build_step_results(loop, plan, data, start=start, saved_step=step, seconds=seconds)
-        | tokens,
+        | tokens.record,
+        token_losses=tokens.losses,
         lines={
             "heads": heads_text,
             "calibration": calibration.text,
-            "without": tokens_text,
+            "tokens": tokens.text,
             "unknown": unknown_text,
         },
     )

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from helpers.tiny_models import build_tiny_config
 
 from modeling_vitcls.analysis.inspection import (
+    describe_layer,
     find_identical_tokens,
     find_unmoved_tokens,
-    is_outlier,
 )
 
 
@@ -14,11 +15,16 @@ def build_states(num_tokens: int = 4, num_images: int = 6) -> torch.Tensor:
     return torch.randn(num_images, num_tokens, 16)
 
 
+def stack_layers(*layers: torch.Tensor) -> torch.Tensor:
+    """Put the states of the layers from 1 after those of the embeddings."""
+    return torch.stack([torch.randn_like(layers[0]), *layers], dim=1)
+
+
 @pytest.mark.parametrize(("noise", "is_found"), [(0.0, True), (1e-3, True), (0.1, False)])
 def test_tokens_that_differ_less_than_images_do_are_identical(noise: float, is_found: bool) -> None:
     states = build_states()
     states[:, 3] = states[:, 1] + noise * build_states()[:, 0]
-    found = find_identical_tokens({2: states}, [2, 2, 2, 2])
+    found = find_identical_tokens(stack_layers(build_states(), states), [2, 2, 2, 2])
     assert found == ({1: (3, 2), 3: (1, 2)} if is_found else {})
 
 
@@ -26,15 +32,18 @@ def test_tokens_are_compared_in_the_last_layer_in_which_both_are_used() -> None:
     """In the last layer, two registers are equal, but only CLS is read there."""
     different, equal = build_states(3), build_states(3)
     equal[:, 2] = equal[:, 1]
-    assert find_identical_tokens({1: different, 2: equal}, [2, 1, 1]) == {}
-    assert find_identical_tokens({1: equal, 2: different}, [2, 1, 1]) == {1: (2, 1), 2: (1, 1)}
+    assert find_identical_tokens(stack_layers(different, equal), [2, 1, 1]) == {}
+    assert find_identical_tokens(stack_layers(equal, different), [2, 1, 1]) == {
+        1: (2, 1),
+        2: (1, 1),
+    }
 
 
 def test_one_large_channel_of_all_tokens_hides_no_difference() -> None:
     """Large models have massive activations: in one channel, all tokens have the same value."""
     states = build_states()
     states[..., 3] = 1e4
-    assert find_identical_tokens({1: states}, [1, 1, 1, 1]) == {}
+    assert find_identical_tokens(stack_layers(states), [1, 1, 1, 1]) == {}
 
 
 @pytest.mark.parametrize(
@@ -51,9 +60,20 @@ def test_a_token_that_did_not_move_while_others_did_is_found(
     assert find_unmoved_tokens({"cls": [0], "registers": [1]}, movement) == expected
 
 
-def test_outliers_have_three_times_the_median_norm_of_their_image() -> None:
-    norms = torch.ones(2, 5)
-    norms[0, 1] *= 3.1
-    norms[0, 2] *= 2.9
-    norms[1] *= 10
-    assert is_outlier(norms).nonzero().tolist() == [[0, 1]]
+def test_a_layer_has_norms_attention_outliers_and_similarities_by_group() -> None:
+    """One CLS token, one register and five patches, of which one is an outlier."""
+    layout = build_tiny_config(num_register_tokens=1).token_layout
+    before, after = torch.ones(2, 7, 4), torch.ones(2, 7, 4)
+    after[:, 1] = -1  # the register turns
+    after[0, 3] *= 3.1
+    after[0, 4] *= 2.9
+    after[1] *= 10
+    received = torch.tensor([[2.0, 0.5, *[0.9] * 5]] * 2)
+    norm, attention, outliers, similarity = describe_layer(before, after, received, layout).unbind(
+        2
+    )
+    assert norm[1].tolist() == [20, 20, 20]
+    assert norm[0, 2] == pytest.approx(2 * (1 + 3.1 + 2.9 + 1 + 1) / 5)
+    assert attention[0].tolist() == pytest.approx([2, 0.5, 0.9])
+    assert outliers.tolist() == [[0, 0, pytest.approx(0.2)], [0, 0, 0]]
+    assert similarity[0].tolist() == pytest.approx([1, -1, 1])

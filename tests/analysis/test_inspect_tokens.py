@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from helpers.local_hub import LocalHub, read_files
 from helpers.photo_folders import draw_noise
@@ -53,13 +54,52 @@ def test_terminal_page_and_the_function_have_the_same_values(
     assert "broken [old].png" in errors
 
     text = page.read_text()
-    for _, _, effect in found.effects:
-        assert f"{effect.changed:.0%} (" in text
+    for *_, effect in found.effect_rows:
+        assert f"log loss {effect.content.cost:+.3f} (" in text
     assert found.gates == {"register 2": pytest.approx(0.031)}
     assert "<td>0.031</td>" in text
     assert "0.031" in printed
     assert str(image_folder) not in text
     assert model not in text  # local folders are not in the page
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_table_has_a_row_for_each_token_and_group_and_another_one_the_layers(
+    suffix: str, model: str, image_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / f"tokens{suffix}"
+    read = pd.read_csv if suffix == ".csv" else pd.read_parquet
+    found = inspect_tokens(model, image_folder, output=file, layers=(1, 1))
+    table = read(file).set_index("token")
+    assert table["group"].to_dict() == {
+        "CLS": "cls",
+        "register 1": "registers",
+        "register 2": "registers",
+        "all register tokens": "registers",
+    }
+    assert (table["verdict"] == "not shown").all()  # of ten photos
+    for token, _, _, effect in found.effect_rows:
+        row = table.loc[token]
+        assert row["hidden_loss_change"] == pytest.approx(effect.hidden.cost)
+        found_interval = row["content_loss_interval"]
+        if suffix == ".csv":
+            found_interval = json.loads(found_interval)
+        assert list(found_interval) == pytest.approx(effect.content.cost_interval)
+
+    layers = read(tmp_path / f"tokens-layers{suffix}")
+    assert set(layers["group"]) == {"cls", "registers", "patches"}
+    assert len(layers) == 3 * layers["layer"].max()
+    # Attention that is received is also given: of 3 special tokens and the patches, 1 on average
+    counts = layers["group"].map({"cls": 1, "registers": 2, "patches": 16})
+    received = (layers["attention_received"] * counts).groupby(layers["layer"]).sum() / 19
+    assert received.to_numpy() == pytest.approx(1, abs=1e-3)
+
+
+def test_layers_that_do_not_exist_are_an_error(
+    model: str, image_folder: Path, tmp_path: Path
+) -> None:
+    with raises_one_line("layers 2 to 9", "1 to"):
+        inspect_tokens(model, image_folder, output=tmp_path / "page.html", layers=(2, 9))
 
 
 def test_the_page_names_the_commit_of_a_model_on_the_hub(

@@ -130,9 +130,10 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     )
     write_page(file, name, found, photos)
 
-    assert {effect.comparison for _, _, effect in found.effects} <= {"under 16 images"}
+    assert {effect.verdict for *_, effect in found.effect_rows} <= {"not shown"}
     page = browser.new_page()
     page.goto(file.as_uri())
     expect(page.locator("#photos details")).to_have_count(2)
+    expect(page.locator("#layers tbody tr")).to_have_count(found.config.num_hidden_layers)
     assert found.model_class in page.locator("#about").inner_text()
     page.close()

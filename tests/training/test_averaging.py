@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
@@ -12,6 +13,8 @@ from helpers.tiny_options import build_tiny_options, forget_end, run_to_folder
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification, evaluate
+from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.publishing.report import finish_run
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.run_results import describe_gates
 
@@ -115,7 +118,7 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
 
     results = read_json(folder / "results.json")
     found = results["tokens"]["registers"]
-    assert found["loss"] == results["loss"]
+    assert found["loss"] == pytest.approx(results["loss"], abs=1e-5)
     # The same images, with the same model without these tokens
     without = shutil.copytree(folder, tmp_path / "without")
     model = ViTCLSForImageClassification.from_pretrained(folder)
@@ -123,9 +126,54 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
     reset_accelerate()
     measured = evaluate(without, "digits")
     assert found["num_images"] == measured["num_images"]
-    assert found["accuracy_without"] == pytest.approx(measured["accuracy"], abs=1e-6)
-    assert found["loss_without"] == pytest.approx(measured["loss"], abs=1e-5)
-    assert found["loss_without"] != pytest.approx(found["loss"], abs=1e-4)
+    hidden = found["hidden"]
+    assert hidden["accuracy"] == pytest.approx(measured["accuracy"], abs=1e-6)
+    assert hidden["loss"] == pytest.approx(measured["loss"], abs=1e-5)
+    assert hidden["loss_change"] == pytest.approx(hidden["loss"] - found["loss"], abs=1e-6)
+    low, high = hidden["loss_interval"]
+    assert low < hidden["loss_change"] < high
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    assert rows["loss_without_registers"].mean() == pytest.approx(hidden["loss"], abs=1e-5)
+    assert "loss_without_cls" in rows
+
+    # One record for results.json, the page and the card
+    finish_run(ModelFolder(folder))
+    row = f"log loss {hidden['loss_change']:+.3f}"
+    for file in ("report.html", "README.md"):
+        text = (folder / file).read_text()
+        assert row in text
+        assert found["verdict"] in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "group"),
+    [
+        (
+            {"num_distillation_tokens": 1, "model_config": {"distillation_inference": "mean"}},
+            "distillation",
+        ),
+        ({"num_cls_tokens": 3, "pooling": "cls", "model_config": {"cls_pooling": "concat"}}, "cls"),
+    ],
+    ids=["distillation", "cls"],
+)
+def test_of_a_group_that_a_head_reads_the_run_measures_a_model_without_it(
+    fields: dict[str, Any], group: str, encoder: Path, tmp_path: Path
+) -> None:
+    folder = run_to_folder(build_options(tmp_path / "run", encoder, **fields, max_steps=8))
+    results = read_json(folder / "results.json")
+    found = results["tokens"][group]
+    assert {"hidden", "content", "without"} <= found.keys()
+    assert found["without"]["loss"] != found["hidden"]["loss"]
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    assert rows[f"loss_without_{group}"].mean() == pytest.approx(found["without"]["loss"], abs=1e-5)
+    if group == "distillation":
+        model = ViTCLSForImageClassification.from_pretrained(folder)
+        without = shutil.copytree(folder, tmp_path / "without")
+        model.adapt(num_distillation_tokens=0).save_pretrained(without)
+        reset_accelerate()
+        assert evaluate(without, "digits")["loss"] == pytest.approx(
+            found["without"]["loss"], abs=1e-5
+        )
 
 
 def test_gates_that_stayed_closed_are_named_with_what_opens_them() -> None:
