@@ -130,6 +130,8 @@ def load_new_images(
     """Load the training images of the new classes."""
     images = load_undivided_images(options, min_classes=1)
     check_has_one_label(images.label_space, images.name)
+    if text := images.facts.get("answers"):
+        print(f"answers   {text}")
     label_space, train = keep_classes_with_images(images)
     old = set(map(normalize_name, old_names))
     if unused := set(images.label_space.names) - {*label_space.names, *old}:

@@ -15,6 +15,7 @@ from helpers.source_checkpoints import save_converted_encoder
 
 from modeling_vitcls import evaluate
 from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.inference.inputs import compute_checksum
 from modeling_vitcls.publishing.published_files import collect_files
 from modeling_vitcls.publishing.report import write_report
 
@@ -58,6 +59,20 @@ def one_sheet() -> Iterator[None]:
         patch.setattr("modeling_vitcls.publishing.report.NUM_SHOWN_IMAGES", 1)
         patch.setattr("modeling_vitcls.additions.certificate.MAX_IMAGES", {1: 1})
         yield
+
+
+@pytest.mark.usefixtures("no_page")
+def test_answers_about_photos_of_a_new_class_are_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for scene in range(20, 26):
+        write_shots(tmp_path / "new/mugs", scene, range(1))
+    photo = min((tmp_path / "new/mugs").iterdir())
+    answers = tmp_path / "answers.csv"
+    answers.write_text(f"checksum,label\n{compute_checksum(photo)},\n")
+    record = add_class(run, tmp_path / "new", tmp_path / "added", answers=(str(answers),))
+    assert record["result"]["num_images"] == 5
+    assert ", 1 show none of the classes" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_page")
