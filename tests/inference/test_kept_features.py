@@ -88,12 +88,19 @@ def test_all_commands_share_what_has_passed_an_encoder(
     assert not passed
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("names", [None, ("cls", "mean@1")])
 def test_kept_rows_equal_computed_ones(
-    names: Any, cache: Path, model: Path, photos: Path, tmp_path: Path, passed: list[int]
+    names: Any,
+    precision: str,
+    cache: Path,
+    model: Path,
+    photos: Path,
+    tmp_path: Path,
+    passed: list[int],
 ) -> None:
     """Half of them were kept by an earlier command, in other batches."""
-    flags = {"features": names} if names else {}
+    flags = {"features": names, "mixed_precision": precision}
     tables = [tmp_path / f"{name}.parquet" for name in ("half", "kept", "again", "computed")]
     write_predictions(model, photos / "inner", tables[0], batch_size=4, **flags)
     passed.clear()
@@ -105,7 +112,7 @@ def test_kept_rows_equal_computed_ones(
     write_predictions(model, photos, tables[3], **flags)
     kept, again, computed = (pd.read_parquet(table) for table in tables[1:])
     pd.testing.assert_frame_equal(again, kept)
-    pd.testing.assert_frame_equal(computed, kept, rtol=1e-5)
+    pd.testing.assert_frame_equal(computed, kept, rtol=1e-5 if precision == "no" else 0.02)
 
 
 @pytest.mark.usefixtures("cache")
