@@ -38,7 +38,6 @@ EXCEPTIONS = {
     ("docs/fine-tuning.md", "Photos are compared"): "a rule",
     ("docs/looking.md", "| part | what"): "what a printed number means",
     ("docs/looking.md", "The map is measured"): "how it is measured",
-    ("docs/looking.md", "| than a random token"): "an example of a printed interval",
     ("docs/looking.md", "A model with [gated"): "what a gate means",
     ("docs/own-loop.md", "Give tokens and gates"): "the factor of gates",
     ("docs/predicting.md", "These statements hold"): "what a conformal set is",
