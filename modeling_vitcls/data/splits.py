@@ -26,6 +26,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list, warn_on_first_process
+from .answers import find_counted
 from .image_folder import explain_layout, scan_folder
 from .images import NO_CONTENT_KEY, LabeledImages, describe_odd_files
 from .in_memory import get_title
@@ -367,7 +368,8 @@ def select_held_out(
 ) -> np.ndarray:
     """Choose the held-out images, a fraction of each class: a mask [N].
 
-    The units are the groups of the images. Raise ValueError, with the `reason`, if none of the images
+    The units are the groups of the images. Images that a model found hard are not chosen (answers.py).
+    Raise ValueError, with the `reason`, if none of the images
     would be held out.
     """
     assert images.groups is not None, "`add_keys` comes before the division"
@@ -383,10 +385,13 @@ def select_held_out(
     np.minimum.at(keys, group, get_keys(images))
     numbers = draw_numbers(keys, seed)
     labels = np.array(images.labels)[first] if images.is_stratified else np.zeros(len(first), int)
+    is_hard = np.zeros(len(sizes), bool)
+    if (is_counted := find_counted(images.chosen)) is not None:
+        is_hard[group[~is_counted]] = True
 
     is_held_out = np.zeros(len(sizes), bool)  # One value per group
     for label in np.unique(labels).tolist():
-        members = np.flatnonzero(labels == label)
+        members = np.flatnonzero((labels == label) & ~is_hard)
         members = members[np.argsort(numbers[members], kind="stable")]
         if len(members) > 1:
             num_missing = fraction * sizes[members].sum()

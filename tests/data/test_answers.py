@@ -11,7 +11,7 @@ from helpers.photo_folders import draw_noise
 
 from modeling_vitcls.data.answers import CHANGED, CONTRADICTED
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_undivided_images
+from modeling_vitcls.data.splits import divide_images, load_undivided_images
 from modeling_vitcls.inference.inputs import compute_checksum
 
 
@@ -149,6 +149,21 @@ def test_answers_that_cannot_be_used_are_an_error(
     row = answer(photos / "cat/0.png", "cat") | changes
     with pytest.raises(ValueError, match=message):
         read(photos, write(tmp_path / "answers.csv", [row]))
+
+
+def test_photos_that_a_model_was_unsure_about_are_not_held_out(
+    photos: Path, tmp_path: Path
+) -> None:
+    files = sorted(photos.glob("*/*.png"))
+    held_out = set()
+    for file in files:
+        row = answer(file, file.parent.name) | {"chosen": "unsure"}
+        options = DataOptions(dataset=str(photos), answers=(write(tmp_path / "1.csv", [row]),))
+        names = divide_images(load_undivided_images(options), 0.4).held_out.images.get_names()
+        assert len(names) == 2
+        assert file.name not in {Path(name).name for name in names}
+        held_out |= {*names}
+    assert len(held_out) > 2  # Without this rule, it would be the same two
 
 
 def test_a_table_without_answers_is_an_error(photos: Path, tmp_path: Path) -> None:
