@@ -8,8 +8,10 @@ The features of a layer are what a classifier with `config.pooled_layers` reads,
 classifier of them is the model's classifier.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +24,17 @@ from ..data.images import LabeledImages
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size
 from ..model.heads_vitcls import ALL_TOKENS, TokenPooler
+from ..speed.cpu_kernels import can_use_cpu_kernels
 from ..speed.lean_layers import use_fast_modules
-from .image_pass import ImageOutputs, ImagePass
+from .feature_store import (
+    LABEL_FIELDS,
+    POOLER_FIELDS,
+    FeatureStore,
+    PassKey,
+    hash_tensors,
+    open_store,
+)
+from .image_pass import ImageOutputs, ImagePass, Photo, find_finite
 
 
 Token = tuple[int, str]  # Negative index of a layer, and "cls" or "mean" (of the patches)
@@ -32,6 +43,7 @@ Tokens = tuple[Token, ...]  # In the order in which a classifier reads them
 # mean at the border, "rings" [B, rings, layers, D], and "own" [B, P] of a pooler that reads more than those
 States = Mapping[str, Tensor]
 
+PASS_VERSION = 1  # Increased when `encode` computes something else for the same weights and pixels
 NUM_LAST_LAYERS = 4  # Classifiers and class statistics read as many
 OWN_POOLING = "own"  # Tokens of a candidate that reads the output of the model's pooler
 # Widths of the rings at the border of an image, as fractions of its sides; at least one patch
@@ -87,6 +99,59 @@ class Features(ImageOutputs):
         return dict(zip(tokens, np.split(self.features, ends[:-1], axis=1), strict=True))
 
 
+class KeptStates:
+    """What photos have left when they passed a frozen encoder, by the key of their content.
+
+    Args:
+        store: where it is; None keeps nothing.
+        key: of the pass.
+        dtype: of the row of a photo.
+
+    Attributes:
+        num_read: number of photos that were there.
+    """
+
+    def __init__(self, store: FeatureStore | None, key: bytes, dtype: np.dtype) -> None:
+        self.store = store
+        self.key = key
+        self.dtype = dtype
+        self.num_read = 0
+
+    def read(self, photo: int) -> np.ndarray | None:
+        """Read the row of a photo, if it is there; from any thread."""
+        content = None if self.store is None else self.store.read(self.key, photo)
+        if content is None:
+            return None
+        self.num_read += 1
+        return np.frombuffer(content, self.dtype)
+
+    def restore(self, photos: Sequence[Photo], device: torch.device) -> States:
+        """Restore the states of photos from their rows."""
+        rows = np.concatenate([photo.row for photo in photos])
+        names = self.dtype.names or ()
+        return {name: torch.tensor(rows[name], device=device) for name in names}
+
+    def write(self, photos: Sequence[Photo], states: States | None) -> None:
+        """Keep the states of photos that are new and have a key, unless they are not finite."""
+        if self.store is None or states is None or not photos or photos[0].row is not None:
+            return
+        rows = np.zeros(len(photos), self.dtype)
+        for name in self.dtype.names or ():
+            rows[name] = states[name][: len(photos)].cpu().numpy()
+        for photo, row, is_finite in zip(photos, rows, find_finite(states).tolist(), strict=False):
+            if photo.key is not None and is_finite:
+                self.store.write(self.key, photo.key, row.tobytes())
+
+    @contextmanager
+    def flushed(self) -> Iterator[None]:
+        """Write what is waiting after the block, also if it is interrupted."""
+        try:
+            yield
+        finally:
+            if self.store is not None:
+                self.store.flush()
+
+
 class FrozenEncoder:
     """A model whose weights stay, and its pass over images.
 
@@ -124,10 +189,60 @@ class FrozenEncoder:
             tokens.append(torch.cat(parts, dim=1).float())
             with torch.autocast(patches.device.type, enabled=False):
                 rings.append(masks @ patches.float())
-        computed = {"tokens": torch.stack(tokens, dim=1), "rings": torch.stack(rings, dim=2)}
-        if self.encoder.pooler is not None and not has_searchable_pooling(config):
+        computed = {"tokens": torch.stack(tokens, dim=1), "rings": torch.stack(rings, dim=2).half()}
+        if self.has_own_pooling:
             computed["own"] = outputs.pooler_output.float()
         return computed
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the encoder, without its pooler unless the output of that is kept."""
+        return hash_tensors(
+            {
+                name: tensor
+                for name, tensor in self.encoder.state_dict().items()
+                if self.has_own_pooling or not name.startswith("pooler.")
+            }
+        )
+
+    @property
+    def has_own_pooling(self) -> bool:
+        """Whether the pooler reads more than the tokens that are kept."""
+        return self.encoder.pooler is not None and not has_searchable_pooling(self.encoder.config)
+
+    def open_kept(self, processor: Any, precision: str) -> "KeptStates | None":
+        """Open what photos have left in earlier passes; None for a function instead of an image processor.
+
+        Args:
+            processor: image processor of the pass.
+            precision: of `torch.autocast` in the pass.
+        """
+        if not hasattr(processor, "to_dict"):
+            return None
+        store = open_store()
+        if store is None:
+            return KeptStates(None, b"", np.dtype([]))
+        encoder, config = self.encoder, self.encoder.config
+        unread = LABEL_FIELDS if self.has_own_pooling else LABEL_FIELDS | POOLER_FIELDS
+        kernels = (encoder.device.type, config._attn_implementation, can_use_cpu_kernels())
+        key = PassKey(
+            version=PASS_VERSION,
+            weights=self.weights_hash,
+            config={name: value for name, value in config.to_dict().items() if name not in unread},
+            processor=processor.to_dict(),
+            layers=self.layers,
+            precision=f"{precision} {encoder.dtype}",
+            kernels=" ".join(map(str, kernels)),
+        )
+        width, num_layers = config.hidden_size, len(self.layers)
+        num_tokens = config.num_cls_tokens + bool(config.num_distillation_tokens) + 1
+        fields = {
+            "tokens": np.dtype((np.float32, (num_layers, num_tokens, width))),
+            "rings": np.dtype((np.float16, (len(RING_WIDTHS), num_layers, width))),
+        }
+        if self.has_own_pooling:
+            fields["own"] = np.dtype((np.float32, (config.pooled_size,)))
+        return KeptStates(store, key.digest, np.dtype(list(fields.items())))
 
     def get_rings(self, grid_size: Size) -> Tensor:
         """Get the weights [rings, patches] of the patches of each ring at the border."""
@@ -201,7 +316,10 @@ class FrozenEncoder:
 
         use_fast_modules(self.encoder, packed=True)  # Each time: training in between ends it
         image_pass = ImagePass(images, **self.arguments | arguments)
-        outputs = image_pass.collect(self.encoder, self.encode, console, read)
+        accelerator = image_pass.accelerator
+        kept = self.open_kept(image_pass.processor, accelerator.mixed_precision)
+        with nullcontext() if kept is None else kept.flushed():
+            outputs = image_pass.collect(self.encoder, self.encode, console, read, kept)
         return Features(layout=layout, **vars(outputs))
 
     def compute_labeled_features(self, images: LabeledImages, **arguments: Any) -> "Features":

@@ -2,6 +2,8 @@
 
     images -> prepare_ahead, in threads -> batches -> pass_over_images(compute, batches, device) -> batch, outputs
 
+    Photo          an encoded image that is read once: its key, and its pixels or what is kept of them (features.py)
+
     ImagePass      labeled images of a dataset, on any number of processes; each image is counted exactly once
     Evaluator      an ImagePass whose outputs become metrics (evaluator.py)
 
@@ -29,11 +31,16 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from ..data.images import LabeledImages, check_channels, count_unreadable
+from ..data.images import (
+    LabeledImages,
+    check_channels,
+    count_unreadable,
+)
 from ..data.labels import LabelSpace
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.progress import track
 from .cuda_graphs import GraphedFunction
+from .inputs import Photo, read_photo
 
 
 Source = TypeVar("Source")
@@ -47,6 +54,8 @@ class ImageBatch:
     pixel_values: Tensor | None  # [G, C, H, W]; None if there is no readable image
     labels: Any = None  # Labels of the G readable images; the type depends on the kind of labels
     indices: list[int] = field(default_factory=list)  # Indices of the G readable images
+    # The G images; if an earlier pass has kept them, there are no `pixel_values`
+    photos: list[Photo] = field(default_factory=list)
     # Index of each unreadable image -> error message
     error_messages: dict[int, str] = field(default_factory=dict)
 
@@ -84,8 +93,9 @@ class ImageOutputs:
 
 # Function of images [B, C, H, W] on the device of the model
 Compute = Callable[[Tensor], Any]
-# Function of the index of an image: its pixels [C, H, W], or why it is unreadable
-Prepare = Callable[[int], Tensor | str]
+# Function of the index of an image: the image or its pixels [C, H, W], or why it is unreadable
+Prepare = Callable[[int], Photo | Tensor | str]
+Kept = Any  # `KeptStates` (features.py)
 
 
 def pass_over_images(
@@ -93,6 +103,7 @@ def pass_over_images(
     batches: Iterable[ImageBatch],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    restore: Callable[[list[Photo]], Any] | None = None,
 ) -> Iterator[tuple[ImageBatch, Any]]:
     """Yield each batch with what `compute` returns for its images, without gradients.
 
@@ -101,12 +112,15 @@ def pass_over_images(
         batches: batches of images of one shape. Without a readable image, the outputs are None.
         device: device of the model.
         autocast: function that returns a context manager for a forward pass.
+        restore: returns what `compute` does for images that an earlier pass has kept.
     """
     for batch in batches:
         outputs = None
-        if batch.pixel_values is not None:
-            with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast():
+            if batch.pixel_values is not None:
                 outputs = compute(batch.pixel_values.to(device))
+            elif batch.photos and restore is not None:
+                outputs = restore(batch.photos)
         yield batch, outputs
 
 
@@ -171,15 +185,21 @@ def prepare_batches(
     prepared = prepare_ahead(prepare, chain.from_iterable(batches), num_threads, num_ahead)
     for indices in batches:
         errors: dict[int, str] = {}
-        groups: dict[torch.Size, dict[int, Tensor]] = {}
+        groups: dict[Any, dict[int, Photo]] = {None: {}}
         for index, value in zip(indices, prepared, strict=False):  # Leaves the next batches
             if isinstance(value, str):
                 errors[index] = value
-            else:  # Image processors may preserve the aspect ratio
-                groups.setdefault(value.shape, {})[index] = value
-        for group in groups.values() or [{}]:
-            pixels = torch.stack(list(group.values())) if group else None
-            yield ImageBatch(pixels, indices=list(group), error_messages=errors)
+                continue
+            photo = value if isinstance(value, Photo) else Photo(value)
+            # Image processors may preserve the aspect ratio
+            shape = None if photo.pixels is None else photo.pixels.shape
+            groups.setdefault(shape, {})[index] = photo
+        if len(groups) > 1 and not groups[None]:
+            del groups[None]
+        for shape, group in groups.items():
+            photos = list(group.values())
+            pixels = None if shape is None else torch.stack([each.pixels for each in photos])
+            yield ImageBatch(pixels, indices=list(group), photos=photos, error_messages=errors)
             errors = {}  # Named once
 
 
@@ -200,7 +220,23 @@ def read_pixels(
     return pixels
 
 
+def prepare_photo(
+    images: Any, processor: Any, num_channels: int, kept: Kept, index: int
+) -> Photo | Tensor | str:
+    """Read an image as `predict` reads files, unless it is not encoded; or tell why it is unreadable."""
+    if kept is not None and hasattr(images, "get_encoded_image"):
+        photo = read_photo(processor, images.get_encoded_image(index), kept)
+        if photo is not None and (photo.pixels is None or len(photo.pixels) == num_channels):
+            return photo
+    return read_pixels(images, processor, num_channels, index)
+
+
 # Labeled images -----------------------------------------------------------------------------------
+
+
+def read_states(states: Any, read: Callable[[Any], dict[str, Tensor]]) -> tuple[Any, Any]:
+    """Return states and what is read of them."""
+    return states, read(states)
 
 
 class ImagePass:
@@ -245,9 +281,9 @@ class ImagePass:
         round_size = batch_size * accelerator.num_processes
         stop = math.ceil(len(images) / round_size) * round_size
         starts = range(accelerator.process_index * batch_size, stop, round_size)
-        indices = [range(start, min(start + batch_size, len(images))) for start in starts]
-        prepare = partial(read_pixels, images.images, processor, num_channels)
-        self.prepare_batches = partial(prepare_batches, prepare, indices, num_workers)
+        self.indices = [range(start, min(start + batch_size, len(images))) for start in starts]
+        self.num_workers = num_workers
+        self.num_channels = num_channels
         self.cache: list[ImageBatch] | None = None
 
     def collect(
@@ -256,6 +292,7 @@ class ImagePass:
         compute: Compute,
         console: Console | None = None,
         read: Callable[[Any], dict[str, Tensor]] = dict,
+        kept: Kept | None = None,
     ) -> ImageOutputs:
         """Collect what `read` returns for each readable image, in order, on every process.
 
@@ -265,6 +302,7 @@ class ImagePass:
             console: console for the progress (runtime/progress.py).
             read: function of what `compute` returns, which returns a tensor [B, ...] for each field
                 of `ImageOutputs` that it computes.
+            kept: what `compute` has returned for photos in earlier passes.
 
         Raises:
             ValueError: after the last batch, if all images are unreadable, if more than
@@ -273,7 +311,7 @@ class ImagePass:
         """
         accelerator = self.accelerator
         batches = track(
-            self.load_batches(),
+            self.load_batches(kept),
             self.pass_name,
             len(self.images),
             count=lambda batch: (
@@ -285,14 +323,18 @@ class ImagePass:
         padded_batches = (self.pad_batch(model, batch) for batch in batches)
         if accelerator.num_processes == 1:  # The processes of a sharded model wait for one another
             compute = GraphedFunction(compute, accelerator.device)
+        restore: Any = getattr(kept, "restore", None)
         error_messages: dict[int, str] = {}
         parts = []
-        for batch, outputs in pass_over_images(
-            lambda images: read(compute(images)),
+        for batch, (states, outputs) in pass_over_images(
+            lambda images: read_states(compute(images), read),
             padded_batches,
             accelerator.device,
             accelerator.autocast,
+            lambda photos: read_states(restore(photos, accelerator.device), read),
         ):
+            if kept is not None:
+                kept.write(batch.photos, states)
             error_messages |= batch.error_messages
             arrays = {
                 # Further rows are padding.
@@ -332,13 +374,15 @@ class ImagePass:
         return rows.take(np.argsort(indices))
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
-        """Add blank images to a batch, up to the batch size, if required.
+        """Add blank images to a batch without kept ones, up to the batch size, if required.
 
         It is if the model is shared by several processes or compiled for a batch size, or if no
         image is readable.
         """
         pixel_values = batch.pixel_values
         if pixel_values is None:
+            if batch.photos:
+                return batch
             config = self.accelerator.unwrap_model(model).config
             # [0, C, H, W]
             pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
@@ -351,7 +395,7 @@ class ImagePass:
             pixel_values = torch.cat([pixel_values, padding])
         return replace(batch, pixel_values=pixel_values)
 
-    def load_batches(self) -> Iterator[ImageBatch]:
+    def load_batches(self, kept: Kept | None = None) -> Iterator[ImageBatch]:
         """Yield the batches of this process.
 
         The first pass caches batches of up to `max_cache_bytes` in total.
@@ -362,7 +406,9 @@ class ImagePass:
 
         cache: list[ImageBatch] | None = []
         num_bytes = 0
-        for batch in self.prepare_batches():
+        images = self.images.images
+        prepare = partial(prepare_photo, images, self.processor, self.num_channels, kept)
+        for batch in prepare_batches(prepare, self.indices, self.num_workers):
             num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
             if num_bytes > self.max_cache_bytes:
                 cache = None

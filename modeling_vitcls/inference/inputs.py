@@ -10,10 +10,11 @@ image_pass.py).
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
+from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -297,6 +298,38 @@ def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> 
         return format_error(error)
 
 
+class Photo(NamedTuple):
+    """An image, or what an earlier pass has kept of it.
+
+    Attributes:
+        pixels: [C, H, W]; None if there is a row.
+        key: of its encoded content; None if it was not read as a whole.
+        row: what is kept.
+    """
+
+    pixels: Any
+    key: int | None = None
+    row: Any = None
+
+
+def read_photo(processor: Any, encoded_image: dict[str, Any], kept: Any) -> Photo | None:
+    """Read an encoded image once, so that the key is that of these pixels; None if it is no usual one.
+
+    `kept` is what earlier passes have kept (features.py).
+    """
+    try:
+        with open_encoded_image(encoded_image) as stream:
+            content = stream.read()
+        key = compute_content_key(BytesIO(content))
+        row = kept.read(key)
+        if row is not None:
+            return Photo(None, key, row)
+        with LARGE_IMAGE if is_large(content) else nullcontext():
+            return Photo(processor(content, return_tensors="pt")["pixel_values"][0], key)
+    except (ValueError, OSError, RuntimeError):
+        return None
+
+
 def is_large(content: Any) -> bool:
     """Tell from its header whether a file is large in memory: a scan of 20 kB may take gigabytes."""
     with (
@@ -308,13 +341,15 @@ def is_large(content: Any) -> bool:
     return False
 
 
-def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str | None:
+def find_note(
+    processor: ViTCLSImageProcessor, content: Any, get_pixels: Callable[[], Any]
+) -> str | None:
     """Note what a prediction of a scan does not see: other pages, or anything in nearly black pixels.
 
     Args:
         processor: The image processor of the model.
         content: The content of the record.
-        pixels: What `prepare_image` returns for it.
+        get_pixels: Returns what `prepare_image` does for it; called for 16-bit images only.
     """
     with (
         suppress(Exception),  # Other formats, images in memory, and unreadable ones
@@ -326,7 +361,7 @@ def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str
             return "page 1 of several"
         if image.mode.startswith("I") and processor.do_normalize:
             mean, std = np.ravel(processor.image_mean)[0], np.ravel(processor.image_std)[0]
-            if pixels[0].max() * std + mean < MAX_DARK_VALUE:
+            if get_pixels()[0].max() * std + mean < MAX_DARK_VALUE:
                 return "nearly black: the 16-bit values are below a quarter of white"
     return None
 

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..conversion.open_model import compute_cache_name, is_preset, open_model
+from ..data.images import to_encoded_image
 from ..data.labels import get_heads
 from ..hub.loading import pin_revision
 from ..model.image_processing_vitcls import SOURCE_TYPES
@@ -31,13 +32,16 @@ from ..runtime.distributed import build_autocast, resolve_precision
 from ..runtime.flags import check_types
 from ..runtime.own_state import own_state
 from .cuda_graphs import GraphedFunction
+from .features import FrozenEncoder, KeptStates, States
 from .image_pass import pass_over_images, prepare_batches
 from .inputs import (
     ImageRecord,
+    Photo,
     build_record,
     compute_checksum,
     find_note,
     prepare_image,
+    read_photo,
     read_trained_checksums,
     wrap_images,
 )
@@ -46,6 +50,7 @@ from .options import PredictOptions
 from .prediction_rows import (
     FeatureColumns,
     LabelColumns,
+    Outputs,
     PredictionColumns,
     Row,
     build_checked_rows,
@@ -140,6 +145,7 @@ class Predictor:
         else:
             self.columns = FeatureColumns(self.model, options.features, options.feature_dtype)
 
+        self.encoder = FrozenEncoder(self.model)
         config = self.model.config
         self.precision = resolve_precision(options.mixed_precision, device, config)
         self.autocast = build_autocast(self.precision, device, config)
@@ -217,6 +223,7 @@ class Predictor:
         self,
         records: Sequence[ImageRecord],
         batches: Sequence[Sequence[int]] | None = None,
+        kept: KeptStates | None = None,
     ) -> Iterator[Row]:
         """Yield a row for each image, in the order of the batches.
 
@@ -226,44 +233,90 @@ class Predictor:
         Args:
             records: All images.
             batches: Indices of the images of each batch (`divide`). Default: all images.
+            kept: What photos have left when they passed the encoder, from which rows are computed.
         """
         if os.getpid() != self.process_id:
             # Threads do not survive a fork: computing with several would wait for them forever
             torch.set_num_threads(1)
         known: dict[int, Row] = {}  # What is known without the model
 
-        def prepare(index: int) -> Tensor | str:
+        device = self.model.device
+
+        def prepare(index: int) -> Photo | str:
             name, content = records[index]
-            checksum = compute_checksum(content)
-            pixels = prepare_image(self.processor, content, index)
+            photo: Any = None
+            if kept is not None and isinstance(content, str | bytes):
+                photo = read_photo(self.processor, to_encoded_image(content, Path()), kept)
+            decode = partial(prepare_image, self.processor, content, index)
+            if photo is None:
+                pixels = decode()
+                photo = pixels if isinstance(pixels, str) else Photo(pixels)
+            is_read = isinstance(photo, Photo)
+            has_key = is_read and photo.key is not None
+            checksum = f"{photo.key:016x}" if has_key else compute_checksum(content)
             is_trained = None
             if self.trained_checksums and checksum is not None:
                 # The list also has the images that the run could not read
-                is_trained = checksum in self.trained_checksums and isinstance(pixels, Tensor)
+                is_trained = checksum in self.trained_checksums and is_read
+
+            def get_pixels() -> Any:
+                return decode() if photo.row is not None else photo.pixels
+
             known[index] = {
                 "image": name,
                 "checksum": checksum,
                 "trained": is_trained,
-                "note": find_note(self.processor, content, pixels),
+                "note": find_note(self.processor, content, get_pixels),
             }
-            return pixels
+            return photo
+
+        def compute_states(pixel_values: Tensor) -> Any:
+            states = encode(pixel_values)
+            return (states, self.read(states)) if isinstance(states, dict) else (None, states)
+
+        def restore(photos: list[Photo]) -> Any:
+            assert kept is not None, "only kept photos have no pixels"
+            return None, self.read(kept.restore(photos, device))
 
         if batches is None:
             batches = self.divide(range(len(records)))
-        compute = GraphedFunction(partial(try_predict, self.columns), self.model.device)
         prepared = prepare_batches(prepare, batches, self.num_workers)
-        computed = pass_over_images(compute, prepared, self.model.device, self.autocast)
+        predict = self.columns.predict if kept is None else self.encoder.encode
+        compute: Any = GraphedFunction(partial(try_predict, predict), device)
+        if kept is not None:
+            encode, compute = compute, compute_states
+        computed = pass_over_images(compute, prepared, device, self.autocast, restore)
         empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
         found: dict[int, Row] = {}
         for indices in batches:
             while not found.keys() >= set(indices):  # One batch per shape
                 batch, outputs = next(computed)
+                if kept is not None and outputs is not None:
+                    states, outputs = outputs
+                    kept.write(batch.photos, states)
                 found |= {index: {"error": text} for index, text in batch.error_messages.items()}
                 rows = build_checked_rows(self.columns, outputs, len(batch.indices))
                 found |= dict(zip(batch.indices, rows, strict=True))
             # In the order of the input, not of the shapes.
             for index in indices:
                 yield {"index": index, **known.pop(index), **empty_row, **found.pop(index)}
+
+    @torch.inference_mode()
+    def read(self, states: States) -> Outputs:
+        """Compute outputs from states, always of as many images: which ones come together changes no bit."""
+        number = len(states["tokens"])
+        padded = {}
+        for name, values in states.items():
+            blank = values.new_zeros(max(0, self.batch_size - number), *values.shape[1:])
+            padded[name] = torch.cat([values, blank])
+        outputs = self.columns.read(self.encoder, padded)
+        return {name: values[:number] for name, values in outputs.items()}
+
+    def open_kept(self) -> KeptStates | None:
+        """Open what photos have left in earlier passes; None if it has not what the columns read."""
+        kept = self.encoder.open_kept(self.processor, self.precision)
+        can_read = kept is not None and kept.store and self.columns.can_read(self.encoder)
+        return kept if can_read else None
 
     def divide(self, indices: Sequence[int]) -> list[Sequence[int]]:
         """Divide images into batches.

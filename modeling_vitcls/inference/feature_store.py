@@ -1,0 +1,244 @@
+"""Features of photos that have passed a frozen encoder, kept by the content of the photo.
+
+    ~/.cache/vitcls/features.sqlite3        VITCLS_CACHE names another folder; VITCLS_CACHE=none: nothing is kept
+
+The store belongs to a person: one file for all commands and models, which only this user can read, and
+which never comes with a data set or a model. A command that is killed loses at most the last second,
+several may write at a time, and without a store everything is computed. Those that were not used for
+the longest time are removed first (`MAX_BYTES`). A row that is damaged counts as missing.
+
+Rows [float32] are found by the key of the photo (data/images.py, `checksum` in tables) and a `PassKey`.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from ..runtime.errors import format_error, warn_on_first_process
+
+
+CACHE_VARIABLE = "VITCLS_CACHE"
+DEFAULT_FOLDER = "~/.cache/vitcls"
+STORE_FILE = "features.sqlite3"
+MAX_BYTES = 5 * 10**9
+APPLICATION_ID = 0x76637463  # In the header of the file, which is of no other program then
+FORMAT = 1  # Of the table below
+TIMEOUT = 10.0  # Seconds to wait for a transaction of another command
+SECONDS_BETWEEN_WRITES = 1.0
+TABLE = f"""
+    CREATE TABLE IF NOT EXISTS features
+    (pass BLOB, photo INTEGER, day INTEGER, digest BLOB, content BLOB, PRIMARY KEY (pass, photo));
+    PRAGMA application_id={APPLICATION_ID};
+    PRAGMA user_version={FORMAT}
+"""
+# Fields of a configuration that change nothing in the tokens of the encoder
+LABEL_FIELDS = {
+    *("architectures", "auto_map", "transformers_version", "_name_or_path", "dtype", "torch_dtype"),
+    *("id2label", "label2id", "problem_type", "tasks", "head_type", "head_hidden_size"),
+    *("distillation_head", "distillation_inference", "extra_heads", "class_statistics"),
+    *("distance_threshold", "compute_all_tokens", "mim_loss", "norm_pixel_target", "token_init"),
+    *("initializer_range", "use_mask_token"),
+}
+# Nor do these, unless the model has a pooler whose output is kept
+POOLER_FIELDS = {
+    *("pooling", "cls_pooling", "pooled_cls_tokens", "pooled_layers", "pooled_norm"),
+    *("pooled_activation", "attention_pool_tokens", "attention_pool_heads"),
+    *("attention_pool_intermediate_size", "attention_pool_mlp"),
+}
+
+
+@dataclass(frozen=True)
+class PassKey:
+    """What the features of a photo depend on, besides its content; nothing else is in the key.
+
+    Attributes:
+        version: of what is computed and kept, `PASS_VERSION` in features.py.
+        weights: SHA-256 of the tensors of the encoder, without heads and, unless its output is kept,
+            pooler: a model that was trained again on a frozen encoder shares what is kept.
+        config: settings of the encoder, without the fields above.
+        processor: class and settings of the image processor. There is one decoder.
+        layers: whose tokens are kept.
+        precision: of the pass, and the type of the weights.
+        kernels: the type of the device, the attention function and whether CPU kernels are on.
+    """
+
+    version: int
+    weights: str
+    config: dict[str, Any]
+    processor: dict[str, Any]
+    layers: list[int]
+    precision: str
+    kernels: str
+
+    @property
+    def digest(self) -> bytes:
+        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash names, types, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class FeatureStore:
+    """The file of kept features, open for this process and its threads.
+
+    No method raises an error: what fails is said in one line, once, and the command goes on without it.
+
+    Args:
+        file: the file, which is created if it is missing.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.connection: sqlite3.Connection | None = None
+        self.lock = Lock()
+        self.waiting: list[tuple[Any, ...]] = []  # Rows to write
+        self.used: list[tuple[Any, ...]] = []  # Rows that were not used today before
+        self.last_write = time.monotonic()
+        self.today = int(time.time() // 86_400)
+        with self.going_on():
+            self.connection = self.open()
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Go on without the store after an error."""
+        try:
+            with self.lock:
+                yield
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
+            self.connection = None
+            warn_on_first_process(
+                f"features of photos are not kept in {self.file}: {format_error(error)}. Remove the file, or "
+                f"set {CACHE_VARIABLE} to another folder or to `none`"
+            )
+
+    def open(self) -> sqlite3.Connection:
+        """Open the file, or create it."""
+        folder = self.file.parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.close(os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        # A named pipe would wait, a link leads elsewhere, and what others write may be anything
+        if not stat.S_ISREG(self.file.lstat().st_mode):
+            raise ValueError("it is not a regular file")
+        for path in (folder, self.file):
+            state = path.stat()
+            is_own = not hasattr(os, "geteuid") or state.st_uid == os.geteuid()
+            if not is_own or state.st_mode & stat.S_IWOTH:
+                raise ValueError(f"others can write to {path}")
+        connection = sqlite3.connect(
+            f"{self.file.absolute().as_uri()}?mode=rw",
+            uri=True,
+            timeout=TIMEOUT,
+            isolation_level="IMMEDIATE",
+            check_same_thread=False,
+        )
+        connection.execute("PRAGMA synchronous=NORMAL")
+        if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            connection.executescript(f"BEGIN IMMEDIATE; {TABLE}; COMMIT")
+        found = [read_pragma(connection, name) for name in ("application_id", "user_version")]
+        if found != [APPLICATION_ID, FORMAT]:
+            raise ValueError("it is of another program, or of another version of this one")
+        return connection
+
+    def read(self, key: bytes, photo: int) -> bytes | None:
+        """Read the content of a photo; None if it is missing or damaged."""
+        with self.going_on():
+            if self.connection is None:
+                return None
+            row = self.connection.execute(
+                "SELECT digest, content, day FROM features WHERE pass = ? AND photo = ?",
+                (key, photo),
+            ).fetchone()
+            if row is None or row[0] != compute_digest(key, photo, row[1]):
+                return None
+            if row[2] != self.today:
+                self.used.append((self.today, key, photo))
+            return row[1]  # type: ignore[no-any-return]
+        return None
+
+    def write(self, key: bytes, photo: int, content: bytes) -> None:
+        """Keep the content of a photo, soon."""
+        digest = compute_digest(key, photo, content)
+        self.waiting.append((key, photo, self.today, digest, content))
+        if time.monotonic() - self.last_write > SECONDS_BETWEEN_WRITES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting, and remove the photos that were not used for the longest time."""
+        with self.going_on():
+            waiting, self.waiting = self.waiting, []
+            used, self.used = self.used, []
+            self.last_write = time.monotonic()
+            if self.connection is None or not (waiting or used):
+                return
+            with self.connection as connection:
+                connection.executemany(
+                    "INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?, ?)", waiting
+                )
+                connection.executemany(
+                    "UPDATE features SET day = ? WHERE pass = ? AND photo = ?", used
+                )
+                while count_bytes(connection) > MAX_BYTES:
+                    connection.execute(
+                        "DELETE FROM features WHERE rowid IN (SELECT rowid FROM features ORDER BY day, "
+                        "rowid LIMIT (SELECT count(*) / 10 + 1 FROM features))"
+                    )
+
+
+def compute_digest(key: bytes, photo: int, content: Any) -> bytes:
+    """Compute the digest of a row, which a damaged or exchanged one does not have."""
+    return hashlib.blake2b(b"%b %d %b" % (key, photo, content), digest_size=8).digest()
+
+
+def read_pragma(connection: sqlite3.Connection, name: str) -> int:
+    """Read a number in the header of the file."""
+    return connection.execute(f"PRAGMA {name}").fetchone()[0]  # type: ignore[no-any-return]
+
+
+def count_bytes(connection: sqlite3.Connection) -> int:
+    """Count the bytes of the pages that hold something."""
+    num_pages = read_pragma(connection, "page_count") - read_pragma(connection, "freelist_count")
+    return num_pages * read_pragma(connection, "page_size")
+
+
+def find_store_file() -> Path | None:
+    """Find the place of the store; None if nothing is kept."""
+    folder = os.environ.get(CACHE_VARIABLE) or DEFAULT_FOLDER
+    if folder == "none":
+        return None
+    return Path(os.path.expanduser(folder), STORE_FILE)  # noqa: PTH111  # Without errors
+
+
+def open_store() -> FeatureStore | None:
+    """Open the store of this person, unless nothing is to be kept."""
+    file = find_store_file()
+    store = None if file is None else FeatureStore(file)
+    return store if store and store.connection else None
+
+
+def describe_store() -> str:
+    """Say where features are kept, and how many bytes they take."""
+    file = find_store_file()
+    if file is None:
+        return f"none ({CACHE_VARIABLE}=none)"
+    size = file.stat().st_size if file.is_file() else 0
+    return f"{file} ({size / 1e6:,.0f} MB of at most {MAX_BYTES / 1e6:,.0f})"
