@@ -69,7 +69,7 @@ def test_all_commands_share_what_has_passed_an_encoder(
     again = finetune(encoder, tmp_path / "photos", tmp_path / "again")
     assert sum(passed) == NUM_MIRRORED
     assert again["accuracy"] == first["accuracy"]
-    assert again["frozen"]["border"] == first["frozen"]["border"]
+    assert again["frozen"]["findings"] == first["frozen"]["findings"]
 
     passed.clear()
     write_predictions(tmp_path / "run", tmp_path / "photos", tmp_path / "table.csv")
