@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any, Self, TypeVar
 
@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from ..data.images import (
@@ -165,7 +165,13 @@ def use_one_core() -> None:
     Decoding and resizing then took 11 cores for 550 photos a second, instead of 4.5 for 1,460.
     """
     torch.get_num_threads()  # A new thread would otherwise choose its number later
-    threadpool_limits(limits=1, user_api="openmp")
+    find_thread_pools().limit(limits=1, user_api="openmp")
+
+
+@cache
+def find_thread_pools() -> ThreadpoolController:
+    """Find the thread pools of libraries; looking through all libraries takes a millisecond."""
+    return ThreadpoolController()
 
 
 def prepare_batches(
@@ -182,6 +188,8 @@ def prepare_batches(
         num_threads: number of threads that prepare up to two batches in advance.
     """
     num_ahead = 2 * max(map(len, batches), default=0)
+    if sum(map(len, batches)) == 1:  # There is nothing to prepare meanwhile
+        num_threads = 0
     prepared = prepare_ahead(prepare, chain.from_iterable(batches), num_threads, num_ahead)
     for indices in batches:
         errors: dict[int, str] = {}

@@ -9,19 +9,16 @@
 The features of the photos are kept elsewhere (feature_store.py), so rows are computed again each time.
 """
 
-import csv
-import json
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..runtime.errors import warn_on_first_process
 from ..runtime.files import (
@@ -39,7 +36,6 @@ from .prediction_rows import Row
 # Columns that are returned after the table is written
 SUMMARY = "index image label probability distance unknown checksum trained error".split()
 NUM_DIGESTS = 20  # Number of earlier tables that are known as written by `predict`
-LABEL_COLUMN = re.compile(r"(.+_)?labels?$")  # The label of a task, not `label_2`
 
 
 class OutputTable:
@@ -103,9 +99,7 @@ class OutputTable:
         with suppress(OSError):
             self.parts.rmdir()
         for remainder in self.file.parent.glob(f".{escape(self.file.name)}.*{UNFINISHED_SUFFIX}"):
-            remainder.unlink(
-                missing_ok=True
-            )  # Left by a run that was killed while it wrote the table
+            remainder.unlink(missing_ok=True)  # Of a run that was killed while it wrote the table
 
     def remove_parts(self) -> None:
         for part in self.parts.glob("*.arrow"):
@@ -182,70 +176,43 @@ class OutputTable:
         """Say how many labels a new table changes, and which photos of the earlier one it lacks."""
         if not self.file.exists():
             return
-        try:
-            before = read_labels(self.file, self.file.suffix)
-        except (OSError, ValueError, KeyError, csv.Error, UnicodeError):
-            return  # Another kind of table, which a person has put there
-        after = read_labels(new_file, self.file.suffix)
-        names = {labels["image"] for labels in after.values()}
-        lost = [
-            labels["image"]
-            for photo, labels in before.items()
-            if photo not in after and labels["image"] not in names
-        ]
-        if lost:
+        before, after = (read_labels(file, self.file.suffix) for file in (self.file, new_file))
+        if before is None:
+            return
+        is_lost = ~before.index.isin(after.index) & ~before["image"].isin(after["image"])
+        if is_lost.any():
             warn_on_first_process(
-                f"left out of {self.file}: {len(lost):,} of its earlier photos, which are not among these, "
-                f"such as {lost[0]}"
+                f"left out of {self.file}: {is_lost.sum():,} of its earlier photos, which are not among these, "
+                f"such as {before['image'][is_lost].iloc[0]}"
             )
-        changes = [
-            {
-                "image": labels["image"],
-                "column": name,
-                "before": before[photo][name],
-                "after": label,
-            }
-            for photo, labels in after.items()
-            for name, label in labels.items()
-            if name != "image" and before.get(photo, {}).get(name, label) != label
-        ]
-        if changes:
+        names = before.columns.intersection(after.columns).drop("image")
+        before, after = before.align(after, join="inner", axis=0)
+        changes = before[names].compare(after[names], align_axis=0)
+        if len(changes):
             file = self.file.with_name(f"{self.file.stem}.changed.csv")
-            with (
-                write_atomically(file) as temporary_file,
-                temporary_file.open("w", encoding="utf-8", newline="") as stream,
-            ):
-                writer = csv.DictWriter(stream, list(changes[0]))
-                writer.writeheader()
-                for change in changes:
-                    texts = {name: escape_csv_cell(str(value)) for name, value in change.items()}
-                    writer.writerow(texts)
-            print(f"{len(changes):,} labels changed: {file}")
+            changes = changes.rename_axis(["checksum", "table"])
+            changes.insert(0, "image", after["image"].reindex(changes.index, level="checksum"))
+            with write_atomically(file) as temporary_file:
+                changes.rename({"self": "before", "other": "after"}).to_csv(temporary_file)
+            print(f"{len(changes) // 2:,} labels changed: {file}")
 
 
-def read_labels(file: Path, suffix: str) -> dict[str, dict[str, Any]]:
-    """Read the name and the labels of each photo in a table, by its checksum or else its name."""
-    rows: Sequence[Mapping[str, Any]]
-    if suffix.lower() == ".parquet":
-        names = pq.read_schema(file).names
-        wanted = [name for name in names if name in ("image", "checksum") or is_label(name)]
-        rows = pq.read_table(file, columns=wanted).to_pylist()
-    elif suffix.lower() == ".csv":
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            delimiter = ";" if ";" in stream.readline() else ","
-            stream.seek(0)
-            rows = list(csv.DictReader(stream, delimiter=delimiter))
-    else:
-        text = file.read_text(encoding="utf-8")
-        rows = json.loads(text) if suffix.lower() == ".json" else map(json.loads, text.splitlines())  # type: ignore[assignment]
-    return {
-        row["checksum"] or row["image"]: {
-            name: value for name, value in row.items() if name == "image" or is_label(name)
-        }
-        for row in rows
+def read_labels(file: Path, suffix: str) -> Any:
+    """Read a table with the name and the labels of each photo, by its checksum; None if it has none."""
+    import pandas as pd  # Slow to import
+
+    readers: dict[str, Callable[..., Any]] = {
+        ".parquet": pd.read_parquet,
+        ".csv": partial(pd.read_csv, sep=None, engine="python", keep_default_na=False),
+        ".json": partial(pd.read_json, dtype=False),
+        ".jsonl": partial(pd.read_json, dtype=False, lines=True),
     }
-
-
-def is_label(name: str) -> bool:
-    """Tell whether a column has the label of a task."""
-    return LABEL_COLUMN.match(name) is not None
+    try:
+        table = readers[suffix.lower()](file)
+        table = table.drop_duplicates("checksum").set_index("checksum")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None  # What a person has put there
+    # The label of a task, not `label_2`
+    return table.filter(regex="^(image|(.+_)?labels?)$").map(
+        lambda value: escape_csv_cell(str(value))
+    )
