@@ -103,10 +103,10 @@ class FeatureStore:
     No method raises an error: what fails is said in one line, once, and the command goes on without it.
 
     Args:
-        file: the file, which is created if it is missing.
+        file: the file, which is created if it is missing; None keeps nothing.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None) -> None:
         self.file = file
         self.connection: sqlite3.Connection | None = None
         self.lock = Lock()
@@ -114,8 +114,9 @@ class FeatureStore:
         self.used: list[tuple[Any, ...]] = []  # Rows that were not used today before
         self.last_write = time.monotonic()
         self.today = int(time.time() // 86_400)
-        with self.going_on():
-            self.connection = self.open()
+        if file is not None:
+            with self.going_on():
+                self.connection = self.open(file)
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
@@ -130,22 +131,22 @@ class FeatureStore:
                 f"set {CACHE_VARIABLE} to another folder or to `none`"
             )
 
-    def open(self) -> sqlite3.Connection:
+    def open(self, file: Path) -> sqlite3.Connection:
         """Open the file, or create it."""
-        folder = self.file.parent
+        folder = file.parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileExistsError):
-            os.close(os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         # A named pipe would wait, a link leads elsewhere, and what others write may be anything
-        if not stat.S_ISREG(self.file.lstat().st_mode):
+        if not stat.S_ISREG(file.lstat().st_mode):
             raise ValueError("it is not a regular file")
-        for path in (folder, self.file):
+        for path in (folder, file):
             state = path.stat()
             is_own = not hasattr(os, "geteuid") or state.st_uid == os.geteuid()
             if not is_own or state.st_mode & stat.S_IWOTH:
                 raise ValueError(f"others can write to {path}")
         connection = sqlite3.connect(
-            f"{self.file.absolute().as_uri()}?mode=rw",
+            f"{file.absolute().as_uri()}?mode=rw",
             uri=True,
             timeout=TIMEOUT,
             isolation_level="IMMEDIATE",
@@ -177,6 +178,8 @@ class FeatureStore:
 
     def write(self, key: bytes, photo: int, content: bytes) -> None:
         """Keep the content of a photo, soon."""
+        if self.connection is None:
+            return
         digest = compute_digest(key, photo, content)
         self.waiting.append((key, photo, self.today, digest, content))
         if time.monotonic() - self.last_write > SECONDS_BETWEEN_WRITES:
@@ -226,13 +229,6 @@ def find_store_file() -> Path | None:
     if folder == "none":
         return None
     return Path(os.path.expanduser(folder), STORE_FILE)  # noqa: PTH111  # Without errors
-
-
-def open_store() -> FeatureStore | None:
-    """Open the store of this person, unless nothing is to be kept."""
-    file = find_store_file()
-    store = None if file is None else FeatureStore(file)
-    return store if store and store.connection else None
 
 
 def describe_store() -> str:

@@ -31,8 +31,8 @@ from .feature_store import (
     POOLER_FIELDS,
     FeatureStore,
     PassKey,
+    find_store_file,
     hash_tensors,
-    open_store,
 )
 from .image_pass import ImageOutputs, ImagePass, Photo, find_finite
 
@@ -103,7 +103,7 @@ class KeptStates:
     """What photos have left when they passed a frozen encoder, by the key of their content.
 
     Args:
-        store: where it is; None keeps nothing.
+        store: where it is.
         key: of the pass.
         dtype: of the row of a photo.
 
@@ -111,7 +111,7 @@ class KeptStates:
         num_read: number of photos that were there.
     """
 
-    def __init__(self, store: FeatureStore | None, key: bytes, dtype: np.dtype) -> None:
+    def __init__(self, store: FeatureStore, key: bytes, dtype: np.dtype) -> None:
         self.store = store
         self.key = key
         self.dtype = dtype
@@ -119,7 +119,7 @@ class KeptStates:
 
     def read(self, photo: int) -> np.ndarray | None:
         """Read the row of a photo, if it is there; from any thread."""
-        content = None if self.store is None else self.store.read(self.key, photo)
+        content = self.store.read(self.key, photo)
         if content is None:
             return None
         self.num_read += 1
@@ -131,9 +131,9 @@ class KeptStates:
         names = self.dtype.names or ()
         return {name: torch.tensor(rows[name], device=device) for name in names}
 
-    def write(self, photos: Sequence[Photo], states: States | None) -> None:
-        """Keep the states of photos that are new and have a key, unless they are not finite."""
-        if self.store is None or states is None or not photos or photos[0].row is not None:
+    def write(self, photos: Sequence[Photo], states: States | str) -> None:
+        """Keep the states of photos with a key, unless they are not finite, or a text says why there are none."""
+        if isinstance(states, str):
             return
         rows = np.zeros(len(photos), self.dtype)
         for name in self.dtype.names or ():
@@ -148,8 +148,7 @@ class KeptStates:
         try:
             yield
         finally:
-            if self.store is not None:
-                self.store.flush()
+            self.store.flush()
 
 
 class FrozenEncoder:
@@ -219,9 +218,6 @@ class FrozenEncoder:
         """
         if not hasattr(processor, "to_dict"):
             return None
-        store = open_store()
-        if store is None:
-            return KeptStates(None, b"", np.dtype([]))
         encoder, config = self.encoder, self.encoder.config
         unread = LABEL_FIELDS if self.has_own_pooling else LABEL_FIELDS | POOLER_FIELDS
         kernels = (encoder.device.type, config._attn_implementation, can_use_cpu_kernels())
@@ -242,7 +238,9 @@ class FrozenEncoder:
         }
         if self.has_own_pooling:
             fields["own"] = np.dtype((np.float32, (config.pooled_size,)))
-        return KeptStates(store, key.digest, np.dtype(list(fields.items())))
+        return KeptStates(
+            FeatureStore(find_store_file()), key.digest, np.dtype(list(fields.items()))
+        )
 
     def get_rings(self, grid_size: Size) -> Tensor:
         """Get the weights [rings, patches] of the patches of each ring at the border."""

@@ -103,24 +103,30 @@ def pass_over_images(
     batches: Iterable[ImageBatch],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-    restore: Callable[[list[Photo]], Any] | None = None,
+    kept: Kept | None = None,
+    read: Callable[[Any], Any] = lambda outputs: outputs,
 ) -> Iterator[tuple[ImageBatch, Any]]:
-    """Yield each batch with what `compute` returns for its images, without gradients.
+    """Yield each batch with what is read of the outputs for its images, without gradients.
 
     Args:
         compute: function of the images of a batch [B, C, H, W].
         batches: batches of images of one shape. Without a readable image, the outputs are None.
         device: device of the model.
         autocast: function that returns a context manager for a forward pass.
-        restore: returns what `compute` does for images that an earlier pass has kept.
+        kept: what `compute` has returned for photos in earlier passes, and does in this one.
+        read: function of what `compute` returns, unless that is a text or None.
     """
     for batch in batches:
         outputs = None
         with torch.no_grad(), autocast():
             if batch.pixel_values is not None:
                 outputs = compute(batch.pixel_values.to(device))
-            elif batch.photos and restore is not None:
-                outputs = restore(batch.photos)
+                if kept is not None:
+                    kept.write(batch.photos, outputs)
+            elif batch.photos and kept is not None:
+                outputs = kept.restore(batch.photos, device)
+            if isinstance(outputs, dict):
+                outputs = read(outputs)
         yield batch, outputs
 
 
@@ -242,11 +248,6 @@ def prepare_photo(
 # Labeled images -----------------------------------------------------------------------------------
 
 
-def read_states(states: Any, read: Callable[[Any], dict[str, Tensor]]) -> tuple[Any, Any]:
-    """Return states and what is read of them."""
-    return states, read(states)
-
-
 class ImagePass:
     """Labeled images that pass through models, as often as needed.
 
@@ -331,18 +332,11 @@ class ImagePass:
         padded_batches = (self.pad_batch(model, batch) for batch in batches)
         if accelerator.num_processes == 1:  # The processes of a sharded model wait for one another
             compute = GraphedFunction(compute, accelerator.device)
-        restore: Any = getattr(kept, "restore", None)
         error_messages: dict[int, str] = {}
         parts = []
-        for batch, (states, outputs) in pass_over_images(
-            lambda images: read_states(compute(images), read),
-            padded_batches,
-            accelerator.device,
-            accelerator.autocast,
-            lambda photos: read_states(restore(photos, accelerator.device), read),
+        for batch, outputs in pass_over_images(
+            compute, padded_batches, accelerator.device, accelerator.autocast, kept, read
         ):
-            if kept is not None:
-                kept.write(batch.photos, states)
             error_messages |= batch.error_messages
             arrays = {
                 # Further rows are padding.

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 from PIL import Image
-from torch import Tensor
 
 from ..conversion.open_model import compute_cache_name, is_preset, open_model
 from ..data.images import to_encoded_image
@@ -240,8 +239,6 @@ class Predictor:
             torch.set_num_threads(1)
         known: dict[int, Row] = {}  # What is known without the model
 
-        device = self.model.device
-
         def prepare(index: int) -> Photo | str:
             name, content = records[index]
             photo: Any = None
@@ -270,30 +267,19 @@ class Predictor:
             }
             return photo
 
-        def compute_states(pixel_values: Tensor) -> Any:
-            states = encode(pixel_values)
-            return (states, self.read(states)) if isinstance(states, dict) else (None, states)
-
-        def restore(photos: list[Photo]) -> Any:
-            assert kept is not None, "only kept photos have no pixels"
-            return None, self.read(kept.restore(photos, device))
-
         if batches is None:
             batches = self.divide(range(len(records)))
         prepared = prepare_batches(prepare, batches, self.num_workers)
+        device = self.model.device
         predict = self.columns.predict if kept is None else self.encoder.encode
-        compute: Any = GraphedFunction(partial(try_predict, predict), device)
-        if kept is not None:
-            encode, compute = compute, compute_states
-        computed = pass_over_images(compute, prepared, device, self.autocast, restore)
+        compute = GraphedFunction(partial(try_predict, predict), device)
+        read = dict if kept is None else self.read
+        computed = pass_over_images(compute, prepared, device, self.autocast, kept, read)
         empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
         found: dict[int, Row] = {}
         for indices in batches:
             while not found.keys() >= set(indices):  # One batch per shape
                 batch, outputs = next(computed)
-                if kept is not None and outputs is not None:
-                    states, outputs = outputs
-                    kept.write(batch.photos, states)
                 found |= {index: {"error": text} for index, text in batch.error_messages.items()}
                 rows = build_checked_rows(self.columns, outputs, len(batch.indices))
                 found |= dict(zip(batch.indices, rows, strict=True))
@@ -315,7 +301,9 @@ class Predictor:
     def open_kept(self) -> KeptStates | None:
         """Open what photos have left in earlier passes; None if it has not what the columns read."""
         kept = self.encoder.open_kept(self.processor, self.precision)
-        can_read = kept is not None and kept.store and self.columns.can_read(self.encoder)
+        can_read = (
+            kept is not None and kept.store.connection and self.columns.can_read(self.encoder)
+        )
         return kept if can_read else None
 
     def divide(self, indices: Sequence[int]) -> list[Sequence[int]]:
