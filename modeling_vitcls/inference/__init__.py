@@ -9,7 +9,7 @@
     inputs.py           images for prediction, decoded in advance by threads; whether they trained the model
     prediction_rows.py  pixels -> rows of labels, probabilities or features
     feature_store.py    features of photos that have passed an encoder, kept for all commands
-    output_table.py     the table of `predict`: what a person has edited, and what has changed
+    output_table.py     the table of `predict`, which never loses what a person has edited
     outputs.py          rows -> table, CSV, JSON, Parquet; progress
     predictor.py        Predictor: a loaded model, for servers, Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`

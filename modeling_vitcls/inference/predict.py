@@ -89,16 +89,14 @@ def compute_rows(
     """Compute the rows of this process, while the iterator is read."""
     batches = predictor.divide(range(len(records)))
     kept = predictor.open_kept()
-    with nullcontext() if kept is None else kept.flushed():
-        yield from track(
-            predictor.iterate_rows(
-                records, batches[accelerator.process_index :: accelerator.num_processes], kept
-            ),
-            "predicting",
-            len(records),
-            count=lambda row: accelerator.num_processes,
-            console=Console(stderr=True, quiet=not accelerator.is_main_process),
-        )
+    own_batches = batches[accelerator.process_index :: accelerator.num_processes]
+    yield from track(
+        predictor.iterate_rows(records, own_batches, kept),
+        "predicting",
+        len(records),
+        count=lambda row: accelerator.num_processes,
+        console=Console(stderr=True, quiet=not accelerator.is_main_process),
+    )
     if kept is not None and kept.num_read and accelerator.is_main_process:
         print(f"{kept.num_read:,} of {len(records):,} images had passed this encoder before")
 
@@ -126,5 +124,5 @@ def write_rows(
         rows = compute_rows(accelerator, predictor, records)
         table.append(str(accelerator.process_index), rows, predictor.batch_size)
         accelerator.wait_for_everyone()
-        run_on_main(lambda: summary.extend(table.write(len(records)).to_pylist()))
+        run_on_main(lambda: summary.extend(table.write(len(records))))
     return summary
