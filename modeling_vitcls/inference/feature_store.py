@@ -7,25 +7,26 @@ which never comes with a data set or a model. A command that is killed loses at 
 several may write at a time, and without a store everything is computed. Those that were not used for
 the longest time are removed first (`MAX_BYTES`). A row that is damaged counts as missing.
 
-Rows [float32] are found by the key of the photo (data/images.py, `checksum` in tables) and a `PassKey`.
+Rows are found by the key of the photo (data/images.py, `checksum` in tables) and that of the pass
+(`compute_pass_key` in features.py).
 """
 
 import hashlib
-import json
 import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..runtime.errors import format_error, warn_on_first_process
+from .inputs import Photo
 
 
 CACHE_VARIABLE = "VITCLS_CACHE"
@@ -58,35 +59,6 @@ POOLER_FIELDS = {
 }
 
 
-@dataclass(frozen=True)
-class PassKey:
-    """What the features of a photo depend on, besides its content; nothing else is in the key.
-
-    Attributes:
-        version: of what is computed and kept, `PASS_VERSION` in features.py.
-        weights: SHA-256 of the tensors of the encoder, without heads and, unless its output is kept,
-            pooler: a model that was trained again on a frozen encoder shares what is kept.
-        config: settings of the encoder, without the fields above.
-        processor: class and settings of the image processor. There is one decoder.
-        layers: whose tokens are kept.
-        precision: of the pass, and the type of the weights.
-        kernels: the type of the device, the attention function and whether CPU kernels are on.
-    """
-
-    version: int
-    weights: str
-    config: dict[str, Any]
-    processor: dict[str, Any]
-    layers: list[int]
-    precision: str
-    kernels: str
-
-    @property
-    def digest(self) -> bytes:
-        text = json.dumps(asdict(self), sort_keys=True, default=str)
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash names, types, shapes and values of tensors."""
     digest = hashlib.sha256()
@@ -103,20 +75,28 @@ class FeatureStore:
     No method raises an error: what fails is said in one line, once, and the command goes on without it.
 
     Args:
-        file: the file, which is created if it is missing; None keeps nothing.
+        file: the file, which is created if it is missing.
+        key: of the pass.
+        fields: type and shape of each tensor that a photo leaves.
+
+    Attributes:
+        num_read: number of photos that were there.
     """
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path, key: bytes, fields: Mapping[str, np.dtype]) -> None:
         self.file = file
+        self.key = key
+        self.fields = fields
+        self.dtype = np.dtype(list(fields.items()))
+        self.num_read = 0
         self.connection: sqlite3.Connection | None = None
         self.lock = Lock()
         self.waiting: list[tuple[Any, ...]] = []  # Rows to write
         self.used: list[tuple[Any, ...]] = []  # Rows that were not used today before
         self.last_write = time.monotonic()
         self.today = int(time.time() // 86_400)
-        if file is not None:
-            with self.going_on():
-                self.connection = self.open(file)
+        with self.going_on():
+            self.connection = self.open()
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
@@ -131,9 +111,9 @@ class FeatureStore:
                 f"set {CACHE_VARIABLE} to another folder or to `none`"
             )
 
-    def open(self, file: Path) -> sqlite3.Connection:
+    def open(self) -> sqlite3.Connection:
         """Open the file, or create it."""
-        folder = file.parent
+        file, folder = self.file, self.file.parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileExistsError):
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -155,35 +135,51 @@ class FeatureStore:
         connection.execute("PRAGMA synchronous=NORMAL")
         if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             connection.executescript(f"BEGIN IMMEDIATE; {TABLE}; COMMIT")
-        found = [read_pragma(connection, name) for name in ("application_id", "user_version")]
-        if found != [APPLICATION_ID, FORMAT]:
+        found = connection.execute(
+            "SELECT application_id, user_version FROM pragma_application_id, pragma_user_version"
+        ).fetchone()
+        if found != (APPLICATION_ID, FORMAT):
             raise ValueError("it is of another program, or of another version of this one")
         return connection
 
-    def read(self, key: bytes, photo: int) -> bytes | None:
-        """Read the content of a photo; None if it is missing or damaged."""
+    def read(self, photo: int) -> np.ndarray | None:
+        """Read the row of a photo, from any thread; None if it is missing or damaged."""
         with self.going_on():
             if self.connection is None:
                 return None
             row = self.connection.execute(
                 "SELECT digest, content, day FROM features WHERE pass = ? AND photo = ?",
-                (key, photo),
+                (self.key, photo),
             ).fetchone()
-            if row is None or row[0] != compute_digest(key, photo, row[1]):
+            if row is None or row[0] != self.compute_digest(photo, row[1]):
                 return None
             if row[2] != self.today:
-                self.used.append((self.today, key, photo))
-            return row[1]  # type: ignore[no-any-return]
+                self.used.append((self.today, self.key, photo))
+            self.num_read += 1
+            return np.frombuffer(row[1], self.dtype)
         return None
 
-    def write(self, key: bytes, photo: int, content: bytes) -> None:
-        """Keep the content of a photo, soon."""
-        if self.connection is None:
-            return
-        digest = compute_digest(key, photo, content)
-        self.waiting.append((key, photo, self.today, digest, content))
+    def restore(self, photos: Sequence[Photo], device: torch.device) -> dict[str, torch.Tensor]:
+        """Restore what photos have left from their rows."""
+        rows = np.concatenate([photo.row for photo in photos])
+        return {name: torch.tensor(rows[name], device=device) for name in self.fields}
+
+    def write(self, photos: Sequence[Photo], states: Mapping[str, torch.Tensor]) -> None:
+        """Keep what photos with a key have left, soon, unless it is not finite."""
+        rows = np.zeros(len(photos), self.dtype)
+        for name in self.fields:
+            rows[name] = states[name][: len(photos)].cpu().numpy()
+        for photo, row in zip(photos, rows, strict=True):
+            if photo.key is not None and all(np.isfinite(row[name]).all() for name in self.fields):
+                content = row.tobytes()
+                digest = self.compute_digest(photo.key, content)
+                self.waiting.append((self.key, photo.key, self.today, digest, content))
         if time.monotonic() - self.last_write > SECONDS_BETWEEN_WRITES:
             self.flush()
+
+    def compute_digest(self, photo: int, content: Any) -> bytes:
+        """Compute the digest of a row, which a damaged or exchanged one does not have."""
+        return hashlib.blake2b(b"%b %d %b" % (self.key, photo, content), digest_size=8).digest()
 
     def flush(self) -> None:
         """Write what is waiting, and remove the photos that were not used for the longest time."""
@@ -207,20 +203,12 @@ class FeatureStore:
                     )
 
 
-def compute_digest(key: bytes, photo: int, content: Any) -> bytes:
-    """Compute the digest of a row, which a damaged or exchanged one does not have."""
-    return hashlib.blake2b(b"%b %d %b" % (key, photo, content), digest_size=8).digest()
-
-
-def read_pragma(connection: sqlite3.Connection, name: str) -> int:
-    """Read a number in the header of the file."""
-    return connection.execute(f"PRAGMA {name}").fetchone()[0]  # type: ignore[no-any-return]
-
-
 def count_bytes(connection: sqlite3.Connection) -> int:
     """Count the bytes of the pages that hold something."""
-    num_pages = read_pragma(connection, "page_count") - read_pragma(connection, "freelist_count")
-    return num_pages * read_pragma(connection, "page_size")
+    return connection.execute(  # type: ignore[no-any-return]
+        "SELECT (page_count - freelist_count) * page_size "
+        "FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
+    ).fetchone()[0]
 
 
 def find_store_file() -> Path | None:

@@ -8,8 +8,9 @@ The features of a layer are what a classifier with `config.pooled_layers` reads,
 classifier of them is the model's classifier.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -30,11 +31,10 @@ from .feature_store import (
     LABEL_FIELDS,
     POOLER_FIELDS,
     FeatureStore,
-    PassKey,
     find_store_file,
     hash_tensors,
 )
-from .image_pass import ImageOutputs, ImagePass, Photo, find_finite
+from .image_pass import ImageOutputs, ImagePass
 
 
 Token = tuple[int, str]  # Negative index of a layer, and "cls" or "mean" (of the patches)
@@ -99,58 +99,6 @@ class Features(ImageOutputs):
         return dict(zip(tokens, np.split(self.features, ends[:-1], axis=1), strict=True))
 
 
-class KeptStates:
-    """What photos have left when they passed a frozen encoder, by the key of their content.
-
-    Args:
-        store: where it is.
-        key: of the pass.
-        dtype: of the row of a photo.
-
-    Attributes:
-        num_read: number of photos that were there.
-    """
-
-    def __init__(self, store: FeatureStore, key: bytes, dtype: np.dtype) -> None:
-        self.store = store
-        self.key = key
-        self.dtype = dtype
-        self.num_read = 0
-
-    def read(self, photo: int) -> np.ndarray | None:
-        """Read the row of a photo, if it is there; from any thread."""
-        content = self.store.read(self.key, photo)
-        if content is None:
-            return None
-        self.num_read += 1
-        return np.frombuffer(content, self.dtype)
-
-    def restore(self, photos: Sequence[Photo], device: torch.device) -> States:
-        """Restore the states of photos from their rows."""
-        rows = np.concatenate([photo.row for photo in photos])
-        names = self.dtype.names or ()
-        return {name: torch.tensor(rows[name], device=device) for name in names}
-
-    def write(self, photos: Sequence[Photo], states: States | str) -> None:
-        """Keep the states of photos with a key, unless they are not finite, or a text says why there are none."""
-        if isinstance(states, str):
-            return
-        rows = np.zeros(len(photos), self.dtype)
-        for name in self.dtype.names or ():
-            rows[name] = states[name][: len(photos)].cpu().numpy()
-        for photo, row, is_finite in zip(photos, rows, find_finite(states).tolist(), strict=False):
-            if photo.key is not None and is_finite:
-                self.store.write(self.key, photo.key, row.tobytes())
-
-    @contextmanager
-    def flushed(self) -> Iterator[None]:
-        """Write what is waiting after the block, also if it is interrupted."""
-        try:
-            yield
-        finally:
-            self.store.flush()
-
-
 class FrozenEncoder:
     """A model whose weights stay, and its pass over images.
 
@@ -193,43 +141,22 @@ class FrozenEncoder:
             computed["own"] = outputs.pooler_output.float()
         return computed
 
-    @cached_property
-    def weights_hash(self) -> str:
-        """SHA-256 of the encoder, without its pooler unless the output of that is kept."""
-        return hash_tensors(
-            {
-                name: tensor
-                for name, tensor in self.encoder.state_dict().items()
-                if self.has_own_pooling or not name.startswith("pooler.")
-            }
-        )
-
     @property
     def has_own_pooling(self) -> bool:
         """Whether the pooler reads more than the tokens that are kept."""
         return self.encoder.pooler is not None and not has_searchable_pooling(self.encoder.config)
 
-    def open_kept(self, processor: Any, precision: str) -> "KeptStates | None":
+    def open_kept(self, processor: Any, precision: str) -> FeatureStore | None:
         """Open what photos have left in earlier passes; None for a function instead of an image processor.
 
         Args:
             processor: image processor of the pass.
             precision: of `torch.autocast` in the pass.
         """
-        if not hasattr(processor, "to_dict"):
+        file = find_store_file()
+        if file is None or not hasattr(processor, "to_dict"):
             return None
-        encoder, config = self.encoder, self.encoder.config
-        unread = LABEL_FIELDS if self.has_own_pooling else LABEL_FIELDS | POOLER_FIELDS
-        kernels = (encoder.device.type, config._attn_implementation, can_use_cpu_kernels())
-        key = PassKey(
-            version=PASS_VERSION,
-            weights=self.weights_hash,
-            config={name: value for name, value in config.to_dict().items() if name not in unread},
-            processor=processor.to_dict(),
-            layers=self.layers,
-            precision=f"{precision} {encoder.dtype}",
-            kernels=" ".join(map(str, kernels)),
-        )
+        config = self.encoder.config
         width, num_layers = config.hidden_size, len(self.layers)
         num_tokens = config.num_cls_tokens + bool(config.num_distillation_tokens) + 1
         fields = {
@@ -238,9 +165,45 @@ class FrozenEncoder:
         }
         if self.has_own_pooling:
             fields["own"] = np.dtype((np.float32, (config.pooled_size,)))
-        return KeptStates(
-            FeatureStore(find_store_file()), key.digest, np.dtype(list(fields.items()))
-        )
+        return FeatureStore(file, self.compute_pass_key(processor, precision), fields)
+
+    def compute_pass_key(self, processor: Any, precision: str) -> bytes:
+        """Compute the key of all that the features of a photo depend on, besides its content.
+
+        Nothing else is in the key:
+
+            version      of what is computed and kept, `PASS_VERSION`
+            weights      SHA-256 of the tensors of the encoder, without heads and, unless its output is
+                         kept, pooler: a model that was trained again on a frozen encoder shares what
+                         is kept
+            config       settings of the encoder, without the fields in feature_store.py
+            processor    class and settings of the image processor. There is one decoder
+            layers       whose tokens are kept
+            precision    of the pass, and the type of the weights
+            kernels      the type of the device, the attention function and whether CPU kernels are on
+        """
+        encoder, config = self.encoder, self.encoder.config
+        unread = LABEL_FIELDS if self.has_own_pooling else LABEL_FIELDS | POOLER_FIELDS
+        parts = [
+            PASS_VERSION,
+            self.weights_hash,
+            {name: value for name, value in config.to_dict().items() if name not in unread},
+            processor.to_dict(),
+            self.layers,
+            [precision, encoder.dtype],
+            [encoder.device.type, config._attn_implementation, can_use_cpu_kernels()],
+        ]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    @cached_property
+    def weights_hash(self) -> str:
+        tensors = self.encoder.state_dict()
+        if not self.has_own_pooling:
+            tensors = {
+                name: each for name, each in tensors.items() if not name.startswith("pooler.")
+            }
+        return hash_tensors(tensors)
 
     def get_rings(self, grid_size: Size) -> Tensor:
         """Get the weights [rings, patches] of the patches of each ring at the border."""
@@ -316,8 +279,7 @@ class FrozenEncoder:
         image_pass = ImagePass(images, **self.arguments | arguments)
         accelerator = image_pass.accelerator
         kept = self.open_kept(image_pass.processor, accelerator.mixed_precision)
-        with nullcontext() if kept is None else kept.flushed():
-            outputs = image_pass.collect(self.encoder, self.encode, console, read, kept)
+        outputs = image_pass.collect(self.encoder, self.encode, console, read, kept)
         return Features(layout=layout, **vars(outputs))
 
     def compute_labeled_features(self, images: LabeledImages, **arguments: Any) -> "Features":

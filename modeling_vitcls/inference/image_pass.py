@@ -40,6 +40,7 @@ from ..data.labels import LabelSpace
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.progress import track
 from .cuda_graphs import GraphedFunction
+from .feature_store import FeatureStore
 from .inputs import Photo, read_photo
 
 
@@ -95,7 +96,6 @@ class ImageOutputs:
 Compute = Callable[[Tensor], Any]
 # Function of the index of an image: the image or its pixels [C, H, W], or why it is unreadable
 Prepare = Callable[[int], Photo | Tensor | str]
-Kept = Any  # `KeptStates` (features.py)
 
 
 def pass_over_images(
@@ -103,7 +103,7 @@ def pass_over_images(
     batches: Iterable[ImageBatch],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-    kept: Kept | None = None,
+    kept: FeatureStore | None = None,
     read: Callable[[Any], Any] = lambda outputs: outputs,
 ) -> Iterator[tuple[ImageBatch, Any]]:
     """Yield each batch with what is read of the outputs for its images, without gradients.
@@ -116,18 +116,22 @@ def pass_over_images(
         kept: what `compute` has returned for photos in earlier passes, and does in this one.
         read: function of what `compute` returns, unless that is a text or None.
     """
-    for batch in batches:
-        outputs = None
-        with torch.no_grad(), autocast():
-            if batch.pixel_values is not None:
-                outputs = compute(batch.pixel_values.to(device))
-                if kept is not None:
-                    kept.write(batch.photos, outputs)
-            elif batch.photos and kept is not None:
-                outputs = kept.restore(batch.photos, device)
-            if isinstance(outputs, dict):
-                outputs = read(outputs)
-        yield batch, outputs
+    try:
+        for batch in batches:
+            outputs = None
+            with torch.no_grad(), autocast():
+                if batch.pixel_values is not None:
+                    outputs = compute(batch.pixel_values.to(device))
+                    if kept is not None and isinstance(outputs, dict):
+                        kept.write(batch.photos, outputs)
+                elif kept is not None and batch.photos:
+                    outputs = kept.restore(batch.photos, device)
+                if isinstance(outputs, dict):
+                    outputs = read(outputs)
+            yield batch, outputs
+    finally:
+        if kept is not None:
+            kept.flush()
 
 
 def find_finite(outputs: Mapping[str, Tensor]) -> Tensor:
@@ -235,7 +239,7 @@ def read_pixels(
 
 
 def prepare_photo(
-    images: Any, processor: Any, num_channels: int, kept: Kept, index: int
+    images: Any, processor: Any, num_channels: int, kept: FeatureStore | None, index: int
 ) -> Photo | Tensor | str:
     """Read an image as `predict` reads files, unless it is not encoded; or tell why it is unreadable."""
     if kept is not None and hasattr(images, "get_encoded_image"):
@@ -301,7 +305,7 @@ class ImagePass:
         compute: Compute,
         console: Console | None = None,
         read: Callable[[Any], dict[str, Tensor]] = dict,
-        kept: Kept | None = None,
+        kept: FeatureStore | None = None,
     ) -> ImageOutputs:
         """Collect what `read` returns for each readable image, in order, on every process.
 
@@ -397,7 +401,7 @@ class ImagePass:
             pixel_values = torch.cat([pixel_values, padding])
         return replace(batch, pixel_values=pixel_values)
 
-    def load_batches(self, kept: Kept | None = None) -> Iterator[ImageBatch]:
+    def load_batches(self, kept: FeatureStore | None = None) -> Iterator[ImageBatch]:
         """Yield the batches of this process.
 
         The first pass caches batches of up to `max_cache_bytes` in total.

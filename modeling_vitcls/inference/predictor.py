@@ -31,7 +31,8 @@ from ..runtime.distributed import build_autocast, resolve_precision
 from ..runtime.flags import check_types
 from ..runtime.own_state import own_state
 from .cuda_graphs import GraphedFunction
-from .features import FrozenEncoder, KeptStates, States
+from .feature_store import FeatureStore
+from .features import FrozenEncoder, States
 from .image_pass import pass_over_images, prepare_batches
 from .inputs import (
     ImageRecord,
@@ -222,7 +223,7 @@ class Predictor:
         self,
         records: Sequence[ImageRecord],
         batches: Sequence[Sequence[int]] | None = None,
-        kept: KeptStates | None = None,
+        kept: FeatureStore | None = None,
     ) -> Iterator[Row]:
         """Yield a row for each image, in the order of the batches.
 
@@ -239,31 +240,29 @@ class Predictor:
             torch.set_num_threads(1)
         known: dict[int, Row] = {}  # What is known without the model
 
-        def prepare(index: int) -> Photo | str:
+        def prepare(index: int) -> Photo | torch.Tensor | str:
             name, content = records[index]
+            decode = partial(prepare_image, self.processor, content, index)
             photo: Any = None
             if kept is not None and isinstance(content, str | bytes):
                 photo = read_photo(self.processor, to_encoded_image(content, Path()), kept)
-            decode = partial(prepare_image, self.processor, content, index)
             if photo is None:
-                pixels = decode()
-                photo = pixels if isinstance(pixels, str) else Photo(pixels)
-            is_read = isinstance(photo, Photo)
-            has_key = is_read and photo.key is not None
-            checksum = f"{photo.key:016x}" if has_key else compute_checksum(content)
+                photo = pixels = decode()
+                checksum = compute_checksum(content)
+            else:
+                pixels = photo.pixels
+                checksum = f"{photo.key:016x}"
             is_trained = None
             if self.trained_checksums and checksum is not None:
                 # The list also has the images that the run could not read
-                is_trained = checksum in self.trained_checksums and is_read
-
-            def get_pixels() -> Any:
-                return decode() if photo.row is not None else photo.pixels
-
+                is_trained = checksum in self.trained_checksums and not isinstance(photo, str)
             known[index] = {
                 "image": name,
                 "checksum": checksum,
                 "trained": is_trained,
-                "note": find_note(self.processor, content, get_pixels),
+                "note": find_note(
+                    self.processor, content, lambda: decode() if pixels is None else pixels
+                ),
             }
             return photo
 
@@ -298,13 +297,11 @@ class Predictor:
         outputs = self.columns.read(self.encoder, padded)
         return {name: values[:number] for name, values in outputs.items()}
 
-    def open_kept(self) -> KeptStates | None:
+    def open_kept(self) -> FeatureStore | None:
         """Open what photos have left in earlier passes; None if it has not what the columns read."""
-        kept = self.encoder.open_kept(self.processor, self.precision)
-        can_read = (
-            kept is not None and kept.store.connection and self.columns.can_read(self.encoder)
-        )
-        return kept if can_read else None
+        if not self.columns.can_read(self.encoder):
+            return None
+        return self.encoder.open_kept(self.processor, self.precision)
 
     def divide(self, indices: Sequence[int]) -> list[Sequence[int]]:
         """Divide images into batches.

@@ -4,15 +4,18 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from modeling_vitcls.inference import feature_store
 from modeling_vitcls.inference.feature_store import STORE_FILE, FeatureStore
+from modeling_vitcls.inference.inputs import Photo
 
 
 KEY = b"k" * 16
+SIZE = 5000  # Values of a photo
 
 
 @pytest.fixture
@@ -20,75 +23,77 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "cache" / STORE_FILE
 
 
-def write(file: Path, contents: dict[int, bytes], key: bytes = KEY) -> FeatureStore:
-    store = FeatureStore(file)
-    for photo, content in contents.items():
-        store.write(key, photo, content)
+def open_store(file: Path, key: bytes = KEY) -> FeatureStore:
+    return FeatureStore(file, key, {"tokens": np.dtype((np.float32, (SIZE,)))})
+
+
+def write(store: FeatureStore, values: dict[int, float]) -> None:
+    """Keep one value, repeated, of each photo."""
+    tokens = torch.tensor([[value] * SIZE for value in values.values()])
+    store.write([Photo(None, photo) for photo in values], {"tokens": tokens})
     store.flush()
+
+
+def read(store: FeatureStore, photos: Iterable[int] = range(200)) -> dict[int, float]:
+    found = {photo: store.read(photo) for photo in photos}
+    return {photo: row["tokens"].mean() for photo, row in found.items() if row is not None}
+
+
+@pytest.fixture
+def store(file: Path) -> FeatureStore:
+    """A store with two photos."""
+    store = open_store(file)
+    write(store, {1: 10, 2: 20})
     return store
 
 
-def read(store: FeatureStore, photos: Iterable[int], key: bytes = KEY) -> dict[int, bytes]:
-    found = {photo: store.read(key, photo) for photo in photos}
-    return {photo: content for photo, content in found.items() if content is not None}
+def test_photos_are_found_by_their_key_and_that_of_the_pass(
+    file: Path, store: FeatureStore
+) -> None:
+    write(store, {2**63 - 1: 30})
+    assert read(open_store(file), [1, 3, 2**63 - 1]) == {1: 10, 2**63 - 1: 30}
+    assert read(open_store(file, b"j" * 16)) == {}
 
 
-def test_photos_are_found_by_their_key_and_that_of_the_pass(file: Path) -> None:
-    write(file, {1: b"one", 2**63 - 1: b"two"})
-    store = FeatureStore(file)
-    assert read(store, [1, 2, 2**63 - 1]) == {1: b"one", 2**63 - 1: b"two"}
-    assert read(store, [1], b"j" * 16) == {}
-
-
-def test_what_is_written_again_replaces_what_was_there(file: Path) -> None:
-    store = write(file, {1: b"old"})
-    write(file, {1: b"new"})
-    assert read(store, [1]) == {1: b"new"}
+def test_two_commands_write_at_a_time_and_what_is_written_again_replaces(
+    file: Path, store: FeatureStore
+) -> None:
+    other = open_store(file)
+    write(other, {1: 11, 3: 30})
+    write(store, {4: 40})
+    assert read(store) == read(other) == {1: 11, 2: 20, 3: 30, 4: 40}
     (number,) = sqlite3.connect(file).execute("SELECT count(*) FROM features").fetchone()
-    assert number == 1
+    assert number == 4
 
 
-def test_a_damaged_row_counts_as_missing(file: Path) -> None:
-    write(file, {1: b"a" * 5000, 2: b"b" * 5000})
+def test_a_damaged_row_counts_as_missing(file: Path, store: FeatureStore) -> None:
     content = file.read_bytes()
-    assert content.count(b"a" * 100) > 0
-    place = content.index(b"a" * 100)
+    place = content.index(np.full(20, 10, np.float32).tobytes())
     file.write_bytes(content[:place] + b"?" + content[place + 1 :])
-    assert read(FeatureStore(file), [1, 2]) == {2: b"b" * 5000}
+    assert read(open_store(file)) == {2: 20}
 
 
-def test_exchanged_rows_count_as_missing(file: Path) -> None:
-    write(file, {1: b"one", 2: b"two"})
+def test_exchanged_rows_count_as_missing(file: Path, store: FeatureStore) -> None:
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE features SET photo = -photo")
         connection.execute("UPDATE features SET photo = 3 + photo")
-    assert read(FeatureStore(file), [1, 2]) == {}
+    assert read(store) == {}
 
 
 def test_the_photos_that_were_not_used_for_the_longest_time_are_removed(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = write(file, {photo: bytes(20_000) for photo in range(20)})
+    write(store, dict.fromkeys(range(20), 1))
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE features SET day = day - 2")
     read(store, range(5))  # Used today
     store.flush()
     monkeypatch.setattr(feature_store, "MAX_BYTES", 300_000)
-    write(file, {99: bytes(20_000)})
-    left = read(store, range(100))
+    write(store, {99: 1})
+    left = read(store)
     assert {*range(5), 99} <= left.keys()
     assert len(left) < 15
     assert file.stat().st_size < 600_000
-
-
-def test_two_commands_write_at_a_time(file: Path) -> None:
-    first, second = FeatureStore(file), FeatureStore(file)
-    for photo in range(10):
-        first.write(KEY, photo, b"first")
-        second.write(KEY, 100 + photo, b"second")
-        first.flush()
-        second.flush()
-    assert len(read(FeatureStore(file), range(200))) == 20
 
 
 def damage(file: Path) -> None:
@@ -144,13 +149,16 @@ def replace_folder(file: Path) -> None:
     ],
 )
 def test_an_unusual_file_is_not_used_and_said_in_one_line(
-    change: Callable[[Path], None], file: Path, caplog: pytest.LogCaptureFixture
+    change: Callable[[Path], None],
+    file: Path,
+    store: FeatureStore,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    write(file, {1: b"one"})
     change(file)
     before = file.read_bytes() if file.is_file() else b""
-    store = write(file, {2: b"two"})
-    assert read(store, [1, 2]) == {}
+    store = open_store(file)
+    write(store, {3: 30})
+    assert read(store) == {}
     assert (file.read_bytes() if file.is_file() else b"") == before
     (message,) = caplog.messages
     assert "features of photos are not kept" in message
@@ -159,22 +167,18 @@ def test_an_unusual_file_is_not_used_and_said_in_one_line(
 
 
 def test_a_full_disk_ends_the_keeping_and_nothing_else(
-    file: Path, caplog: pytest.LogCaptureFixture
+    file: Path, store: FeatureStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = write(file, {1: b"one"})
     assert store.connection is not None
     store.connection.execute("PRAGMA max_page_count=8")
-    store.write(KEY, 2, bytes(100_000))
-    store.flush()
-    store.write(KEY, 3, b"three")
-    store.flush()
-    assert "full" in caplog.text
-    assert len(caplog.messages) == 1
-    assert read(FeatureStore(file), [1, 2, 3]) == {1: b"one"}
+    write(store, {3: 30})
+    write(store, {4: 40})
+    (message,) = caplog.messages
+    assert "full" in message
+    assert read(open_store(file)) == {1: 10, 2: 20}
 
 
-def test_only_the_user_can_read_the_file(file: Path) -> None:
-    write(file, {1: b"one"})
+def test_only_the_user_can_read_the_file(file: Path, store: FeatureStore) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
     assert file.parent.stat().st_mode & 0o777 == 0o700
 
@@ -182,10 +186,14 @@ def test_only_the_user_can_read_the_file(file: Path) -> None:
 def test_the_variable_names_the_folder_or_turns_it_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places: list[Any] = []
-    for value in ("none", str(tmp_path), "~/elsewhere", ""):
-        monkeypatch.setenv("VITCLS_CACHE", value)
-        places.append(feature_store.find_store_file())
     home = Path.home()
-    assert places[:2] == [None, tmp_path / STORE_FILE]
-    assert places[2:] == [home / "elsewhere" / STORE_FILE, home / ".cache/vitcls" / STORE_FILE]
+    folders = {
+        str(tmp_path): tmp_path,
+        "~/elsewhere": home / "elsewhere",
+        "": home / ".cache/vitcls",
+    }
+    for value, folder in folders.items():
+        monkeypatch.setenv("VITCLS_CACHE", value)
+        assert feature_store.find_store_file() == folder / STORE_FILE
+    monkeypatch.setenv("VITCLS_CACHE", "none")
+    assert feature_store.find_store_file() is None
