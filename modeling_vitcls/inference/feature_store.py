@@ -30,7 +30,6 @@ from .inputs import Photo
 
 
 CACHE_VARIABLE = "VITCLS_CACHE"
-DEFAULT_FOLDER = "~/.cache/vitcls"
 STORE_FILE = "features.sqlite3"
 MAX_BYTES = 5 * 10**9
 APPLICATION_ID = 0x76637463  # In the header of the file, which is of no other program then
@@ -116,7 +115,7 @@ class FeatureStore:
         file, folder = self.file, self.file.parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileExistsError):
-            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            file.touch(0o600, exist_ok=False)
         # A named pipe would wait, a link leads elsewhere, and what others write may be anything
         if not stat.S_ISREG(file.lstat().st_mode):
             raise ValueError("it is not a regular file")
@@ -132,7 +131,6 @@ class FeatureStore:
             isolation_level="IMMEDIATE",
             check_same_thread=False,
         )
-        connection.execute("PRAGMA synchronous=NORMAL")
         if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             connection.executescript(f"BEGIN IMMEDIATE; {TABLE}; COMMIT")
         found = connection.execute(
@@ -213,7 +211,7 @@ def count_bytes(connection: sqlite3.Connection) -> int:
 
 def find_store_file() -> Path | None:
     """Find the place of the store; None if nothing is kept."""
-    folder = os.environ.get(CACHE_VARIABLE) or DEFAULT_FOLDER
+    folder = os.environ.get(CACHE_VARIABLE) or "~/.cache/vitcls"
     if folder == "none":
         return None
     return Path(os.path.expanduser(folder), STORE_FILE)  # noqa: PTH111  # Without errors

@@ -203,7 +203,7 @@ def prepare_batches(
     prepared = prepare_ahead(prepare, chain.from_iterable(batches), num_threads, num_ahead)
     for indices in batches:
         errors: dict[int, str] = {}
-        groups: dict[Any, dict[int, Photo]] = {None: {}}
+        groups: dict[Any, dict[int, Photo]] = {}
         for index, value in zip(indices, prepared, strict=False):  # Leaves the next batches
             if isinstance(value, str):
                 errors[index] = value
@@ -212,9 +212,7 @@ def prepare_batches(
             # Image processors may preserve the aspect ratio
             shape = None if photo.pixels is None else photo.pixels.shape
             groups.setdefault(shape, {})[index] = photo
-        if len(groups) > 1 and not groups[None]:
-            del groups[None]
-        for shape, group in groups.items():
+        for shape, group in (groups or {None: {}}).items():
             photos = list(group.values())
             pixels = None if shape is None else torch.stack([each.pixels for each in photos])
             yield ImageBatch(pixels, indices=list(group), photos=photos, error_messages=errors)

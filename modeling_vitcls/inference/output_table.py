@@ -62,21 +62,21 @@ class OutputTable:
         """Whether the file is there, and not as `predict` has written it."""
         return self.file.exists() and compute_file_digest(self.file) not in self.read_digests()
 
-    def check(self, overwrite: bool) -> None:
-        """Raise ValueError if the file is not as `predict` has written it, unless `overwrite` is set."""
-        if not overwrite and self.is_edited:
-            raise ValueError(
-                f"{self.file} exists, and is not what `predict` has written there. Rename it, set "
-                "another `output`, or set `overwrite`, which keeps it beside"
-            )
-
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other commands from this table, and remove what a killed one has left."""
+    def lock(self, overwrite: bool) -> Iterator[None]:
+        """Keep other commands from this table, and remove what a killed one has left.
+
+        Raise ValueError if the file is not as `predict` has written it, unless `overwrite` is set.
+        """
         if self.parts.is_symlink():
             raise ValueError(f"{self.parts} is a link. Remove it")
         with lock_folder(self.parts, "output"):
             self.remove_parts()
+            if not overwrite and self.is_edited:
+                raise ValueError(
+                    f"{self.file} exists, and is not what `predict` has written there. Rename it, set "
+                    "another `output`, or set `overwrite`, which keeps it beside"
+                )
             try:
                 yield
             finally:

@@ -115,12 +115,7 @@ def write_rows(
     """
     summary: list[Row] = []
     with ExitStack() as stack:
-
-        def start() -> None:
-            stack.enter_context(table.lock())
-            table.check(overwrite)
-
-        run_on_main(start)
+        run_on_main(lambda: stack.enter_context(table.lock(overwrite)))
         rows = compute_rows(accelerator, predictor, records)
         table.append(str(accelerator.process_index), rows, predictor.batch_size)
         accelerator.wait_for_everyone()

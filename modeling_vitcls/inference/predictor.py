@@ -290,10 +290,11 @@ class Predictor:
     def read(self, states: States) -> Outputs:
         """Compute outputs from states, always of as many images: which ones come together changes no bit."""
         number = len(states["tokens"])
-        padded = {}
-        for name, values in states.items():
-            blank = values.new_zeros(max(0, self.batch_size - number), *values.shape[1:])
-            padded[name] = torch.cat([values, blank])
+        num_padding = max(0, self.batch_size - number)
+        padded = {
+            name: torch.cat([values, values.new_zeros(num_padding, *values.shape[1:])])
+            for name, values in states.items()
+        }
         outputs = self.columns.read(self.encoder, padded)
         return {name: values[:number] for name, values in outputs.items()}
 

@@ -1,9 +1,11 @@
 """The file of kept features: what it returns, and what happens to a command if it is unusual."""
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +41,11 @@ def read(store: FeatureStore, photos: Iterable[int] = range(200)) -> dict[int, f
     return {photo: row["tokens"].mean() for photo, row in found.items() if row is not None}
 
 
+def execute(file: Path, statement: str) -> list[Any]:
+    with sqlite3.connect(file) as connection:
+        return connection.execute(statement).fetchall()
+
+
 @pytest.fixture
 def store(file: Path) -> FeatureStore:
     """A store with two photos."""
@@ -62,8 +69,7 @@ def test_two_commands_write_at_a_time_and_what_is_written_again_replaces(
     write(other, {1: 11, 3: 30})
     write(store, {4: 40})
     assert read(store) == read(other) == {1: 11, 2: 20, 3: 30, 4: 40}
-    (number,) = sqlite3.connect(file).execute("SELECT count(*) FROM features").fetchone()
-    assert number == 4
+    assert execute(file, "SELECT count(*) FROM features") == [(4,)]
 
 
 def test_a_damaged_row_counts_as_missing(file: Path, store: FeatureStore) -> None:
@@ -74,9 +80,8 @@ def test_a_damaged_row_counts_as_missing(file: Path, store: FeatureStore) -> Non
 
 
 def test_exchanged_rows_count_as_missing(file: Path, store: FeatureStore) -> None:
-    with sqlite3.connect(file) as connection:
-        connection.execute("UPDATE features SET photo = -photo")
-        connection.execute("UPDATE features SET photo = 3 + photo")
+    execute(file, "UPDATE features SET photo = -photo")
+    execute(file, "UPDATE features SET photo = 3 + photo")
     assert read(store) == {}
 
 
@@ -84,8 +89,7 @@ def test_the_photos_that_were_not_used_for_the_longest_time_are_removed(
     file: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(store, dict.fromkeys(range(20), 1))
-    with sqlite3.connect(file) as connection:
-        connection.execute("UPDATE features SET day = day - 2")
+    execute(file, "UPDATE features SET day = day - 2")
     read(store, range(5))  # Used today
     store.flush()
     monkeypatch.setattr(feature_store, "MAX_BYTES", 300_000)
@@ -96,60 +100,32 @@ def test_the_photos_that_were_not_used_for_the_longest_time_are_removed(
     assert file.stat().st_size < 600_000
 
 
-def damage(file: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[:100] + os.urandom(len(content) - 100))
-
-
-def make_foreign(file: Path) -> None:
-    file.unlink()
-    with sqlite3.connect(file) as connection:
-        connection.execute("CREATE TABLE mine (id INTEGER)")
-
-
-def make_newer(file: Path) -> None:
-    with sqlite3.connect(file) as connection:
-        connection.execute("PRAGMA user_version=2")
-
-
-def make_link(file: Path) -> None:
-    file.symlink_to(file.rename(file.with_name("elsewhere")))
-
-
 def make_pipe(file: Path) -> None:
     file.unlink()
     os.mkfifo(file)
 
 
-def make_shared(file: Path) -> None:
-    file.chmod(0o602)
-
-
-def make_text(file: Path) -> None:
-    file.write_text("no database, but a text that is long enough to be one" * 100)
-
-
 def replace_folder(file: Path) -> None:
-    file.unlink()
-    file.parent.rmdir()
+    shutil.rmtree(file.parent)
     file.parent.write_text("no folder")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        damage,
-        make_foreign,
-        make_newer,
-        make_link,
+        lambda file: file.write_bytes(file.read_bytes()[:100] + os.urandom(30_000)),
+        lambda file: file.write_text("no database, but a text that is long enough to be one" * 100),
+        lambda file: execute(file, "PRAGMA application_id=0"),
+        lambda file: execute(file, f"PRAGMA user_version={feature_store.FORMAT + 1}"),
+        lambda file: file.symlink_to(file.rename(file.with_name("elsewhere"))),
+        lambda file: file.chmod(0o602),
         make_pipe,
-        make_shared,
-        make_text,
         replace_folder,
     ],
+    ids=["damaged", "text", "foreign", "newer", "link", "shared", "pipe", "no folder"],
 )
 def test_an_unusual_file_is_not_used_and_said_in_one_line(
-    change: Callable[[Path], None],
+    change: Callable[[Path], Any],
     file: Path,
     store: FeatureStore,
     caplog: pytest.LogCaptureFixture,

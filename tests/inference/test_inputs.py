@@ -21,6 +21,10 @@ from modeling_vitcls.inference.inputs import (
 from modeling_vitcls.inference.options import PredictOptions
 
 
+def open_paths(*paths: Path | str) -> Any:
+    return open_input(PredictOptions(model="model", paths=tuple(map(str, paths))))
+
+
 def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -29,44 +33,35 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
     for module in (inputs, image_folder):
         monkeypatch.setattr(module, "IMAGE_SUFFIXES", suffixes)
     write_files(tmp_path, "a.heic", "inner/b.HEIC", "notes.txt")
-    options = PredictOptions(model="model", paths=(str(tmp_path),))
     with raises_one_line("there are no images", "notes.txt", "to JPEG"):
-        open_input(options)
+        open_paths(tmp_path)
 
     (tmp_path / "c.png").touch()
-    assert len(open_input(options)[0]) == 1
+    assert len(open_paths(tmp_path)[0]) == 1
     (message,) = caplog.messages
     assert "skipped files that are no images (3): " in message
     assert ". To read HEIC" in message
 
 
-def test_figures_of_a_training_run_are_not_predicted(
+def test_images_of_folders_are_sorted_without_hidden_ones_and_those_of_training_runs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_files(tmp_path, "photo.png", "run/config.resolved.yaml", "run/images/figure.png")
-
-    source, left_out = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
-
-    assert [record.name for record in source] == [str(tmp_path / "photo.png")]
-    assert left_out == [str(tmp_path / "run")]
-    (message,) = caplog.messages
-    assert left_out[0] in message
-
-
-def test_images_of_folders_are_sorted(tmp_path: Path) -> None:
-    hidden = (".c/4.png", "a/.5.png", "a/6.txt")
-    write_files(tmp_path, "b/2.PNG", "b/1.png", "a/3.jpg", "0.png", *hidden)
-    source, left_out = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
+    write_files(
+        tmp_path, "b/2.PNG", "b/1.png", "a/3.jpg", "0.png", ".c/4.png", "a/.5.png", "a/6.txt"
+    )
+    write_files(tmp_path, "run/config.resolved.yaml", "run/images/figure.png")
+    source, left_out = open_paths(tmp_path)
     names = [record.name for record in source]
     assert names == [str(tmp_path / name) for name in ("0.png", "a/3.jpg", "b/1.png", "b/2.PNG")]
-    assert left_out == [str(tmp_path / ".c (images: 1)")]
+    assert left_out == [str(tmp_path / name) for name in (".c (images: 1)", "run")]
+    assert left_out[1] in caplog.messages[0]
 
 
 def test_photos_in_several_paths_are_said_to_count_each_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_files(tmp_path, "b/1.png", "0.png")
-    open_input(PredictOptions(model="model", paths=(str(tmp_path), f"{tmp_path}/b")))
+    open_paths(tmp_path, tmp_path / "b")
     assert "several of these paths (1)" in caplog.text
 
 
@@ -89,7 +84,7 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
 def test_an_address_is_refused_before_any_request(tmp_path: Path) -> None:
     address = "https://a.org/1.png"
     with raises_one_line(f"`curl -O {address}`"):
-        open_input(PredictOptions(model="model", paths=(address,)))
+        open_paths(address)
     _, content = build_record(0, address, tmp_path)
     assert f"`curl -O {address}`" in prepare_image(None, content, 0)  # type: ignore
 
@@ -104,11 +99,12 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         ({"dataset": table, "image_column": "c"}, "has no column 'c'. Choose one of a, b"),
         ({"dataset": table, "split": "test"}, "`split`"),
         ({"dataset": empty}, "empty is empty"),
-        ({"paths": (str(tmp_path / "no.jpg"),)}, "no.jpg' does not exist"),
     ]
     for options, words in wrong:
         with raises_one_line(words):
             open_input(PredictOptions(model="model", **options))
+    with raises_one_line("no.jpg' does not exist"):
+        open_paths(tmp_path / "no.jpg")
 
 
 def test_large_images_are_decoded_one_at_a_time(
@@ -116,21 +112,20 @@ def test_large_images_are_decoded_one_at_a_time(
 ) -> None:
     """Each thread would need gigabytes for a scan of 169 megapixels."""
     monkeypatch.setattr(inputs, "MAX_SHARED_PIXELS", 100)
-    running: list[int] = []
-    most: dict[int, int] = {}
+    running: list[str] = []
+    most: dict[str, int] = {}
 
-    def process(content: str, **_: Any) -> dict[str, list[int]]:
-        side = int(Path(content).stem)
-        running.append(side)
+    def process(file: str, **_: Any) -> dict[str, list[int]]:
+        running.append(file)
         time.sleep(0.05)
-        most[side] = max(most.get(side, 0), running.count(side))
-        running.remove(side)
-        return {"pixel_values": [side]}
+        most[file] = max(most.get(file, 0), running.count(file))
+        running.remove(file)
+        return {"pixel_values": [0]}
 
-    files = [str(tmp_path / f"{side}.png") for side in (20, 10)]
-    for file in files:
-        Image.new("1", (int(Path(file).stem),) * 2).save(file)
+    small, large = (str(tmp_path / f"{side}.png") for side in (10, 20))
+    Image.new("1", (10, 10)).save(small)
+    Image.new("1", (20, 20)).save(large)
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda file: prepare_image(process, file, 0), files * 4))  # type: ignore
-    assert most[20] == 1
-    assert most[10] > 1
+        list(threads.map(lambda file: prepare_image(process, file, 0), [small, large] * 4))  # type: ignore
+    assert most[large] == 1
+    assert most[small] > 1

@@ -21,16 +21,18 @@ from PIL import Image
 from modeling_vitcls import ViTCLSImageProcessor, evaluate
 from modeling_vitcls.frozen.scenes import NUM_MIRRORED
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.inference import features, inputs
+from modeling_vitcls.inference import features, inputs, predictor
 from modeling_vitcls.inference.features import FrozenEncoder
 from modeling_vitcls.inference.inputs import compute_checksum
 from modeling_vitcls.inference.load_model import load_model
 
 
+Command = Callable[..., Any]
+
+
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITCLS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -88,46 +90,49 @@ def test_all_commands_share_what_has_passed_an_encoder(
     assert not passed
 
 
-@pytest.mark.parametrize("names", [None, ("cls", "mean@1")])
+@pytest.fixture
+def label(model: Path, tmp_path: Path, cache: None) -> Command:
+    """Write the table of a folder, and return it."""
+
+    def label(folder: Path, **flags: Any) -> pd.DataFrame:
+        write_predictions(model, folder, tmp_path / "table.parquet", **flags)
+        return pd.read_parquet(tmp_path / "table.parquet")
+
+    return label
+
+
+@pytest.mark.parametrize("flags", [{}, {"features": ("cls", "mean@1")}])
 def test_kept_rows_equal_computed_ones(
-    names: Any, cache: Path, model: Path, photos: Path, tmp_path: Path, passed: list[int]
+    flags: Any, label: Command, photos: Path, passed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of them were kept by an earlier command, in other batches."""
-    flags = {"features": names} if names else {}
-    tables = [tmp_path / f"{name}.parquet" for name in ("half", "kept", "again", "computed")]
-    write_predictions(model, photos / "inner", tables[0], batch_size=4, **flags)
+    label(photos / "inner", batch_size=4, **flags)
     passed.clear()
-    write_predictions(model, photos, tables[1], **flags)
+    kept = label(photos, **flags)
+    pd.testing.assert_frame_equal(label(photos, **flags), kept)
     assert sum(passed) == 3
-    write_predictions(model, photos, tables[2], **flags)
-    assert sum(passed) == 3
-    os.environ["VITCLS_CACHE"] = "none"
-    write_predictions(model, photos, tables[3], **flags)
-    kept, again, computed = (pd.read_parquet(table) for table in tables[1:])
-    pd.testing.assert_frame_equal(again, kept)
-    pd.testing.assert_frame_equal(computed, kept, rtol=1e-5)
+    monkeypatch.setenv("VITCLS_CACHE", "none")
+    pd.testing.assert_frame_equal(label(photos, **flags), kept, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("cache")
-def test_a_photo_is_known_by_its_content(model: Path, tmp_path: Path, passed: list[int]) -> None:
+def test_a_photo_is_known_by_its_content(label: Command, tmp_path: Path, passed: list[int]) -> None:
     """Photos of one size and time exchange their names, one gets another content and one a new name."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number in range(4):
-        Image.fromarray(draw_pixels(20, 20, 3, seed=number)).save(folder / f"{number}.bmp")
-        os.utime(folder / f"{number}.bmp", (10**9, 10**9))
-    write_predictions(model, folder, tmp_path / "table.csv")
-    before = pd.read_csv(tmp_path / "table.csv").set_index("checksum")
-    passed.clear()
 
-    (folder / "0.bmp").rename(folder / "x.bmp")
-    (folder / "1.bmp").rename(folder / "0.bmp")
-    (folder / "x.bmp").rename(folder / "1.bmp")
+    def draw(number: int, seed: int) -> None:
+        Image.fromarray(draw_pixels(20, 20, 3, seed=seed)).save(folder / f"{number}.bmp")
+        os.utime(folder / f"{number}.bmp", (10**9, 10**9))
+
+    for number in range(4):
+        draw(number, number)
+    before = label(folder).set_index("checksum")
+    passed.clear()
+    draw(0, 1)
+    draw(1, 0)
     (folder / "2.bmp").rename(folder / "other.bmp")
-    Image.fromarray(draw_pixels(20, 20, 3, seed=9)).save(folder / "3.bmp")
-    os.utime(folder / "3.bmp", (10**9, 10**9))
-    write_predictions(model, folder, tmp_path / "table.csv")
-    after = pd.read_csv(tmp_path / "table.csv")
+    draw(3, 9)
+    after = label(folder)
     assert passed == [1]
     assert after["checksum"].tolist() == [compute_checksum(image) for image in after["image"]]
     known = after[after["checksum"].isin(before.index)].set_index("checksum")
@@ -135,150 +140,93 @@ def test_a_photo_is_known_by_its_content(model: Path, tmp_path: Path, passed: li
     assert (known["probability"] == before.loc[known.index, "probability"]).all()
 
 
-@pytest.mark.usefixtures("cache")
 def test_a_file_that_changes_while_it_is_read_is_kept_as_what_was_read(
-    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    label: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(photos / "inner", tmp_path / "photos"))
-    other = (photos / "a.jpg").read_bytes()
-    read_photo = inputs.read_photo
 
     def change(*arguments: Any) -> Any:
-        photo = read_photo(*arguments)
-        (folder / "d.jpg").write_bytes(other)
+        photo = inputs.read_photo(*arguments)
+        shutil.copy(photos / "a.jpg", folder / "d.jpg")
         return photo
 
-    original = (folder / "d.jpg").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_vitcls.inference.predictor.read_photo", change)
-        write_predictions(model, folder, tmp_path / "table.csv")
-    (folder / "d.jpg").write_bytes(original)
-    write_predictions(model, folder, tmp_path / "after.csv")
-    os.environ["VITCLS_CACHE"] = "none"
-    write_predictions(model, folder, tmp_path / "computed.csv")
-    after, computed = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("after", "computed"))
-    pd.testing.assert_frame_equal(after, computed, rtol=1e-5)
+        patch.setattr(predictor, "read_photo", change)
+        label(folder)
+    shutil.copy(photos / "inner/d.jpg", folder / "d.jpg")
+    after = label(folder)
+    monkeypatch.setenv("VITCLS_CACHE", "none")
+    pd.testing.assert_frame_equal(label(folder), after, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("cache")
 def test_an_interrupted_command_goes_on_where_it_stopped(
-    model: Path, photos: Path, tmp_path: Path, passed: list[int], monkeypatch: pytest.MonkeyPatch
+    label: Command,
+    photos: Path,
+    tmp_path: Path,
+    passed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read_photo = inputs.read_photo
     read: list[Any] = []
 
     def interrupt(*arguments: Any) -> Any:
         read.append(arguments)
         if len(read) == 6:
             raise KeyboardInterrupt
-        return read_photo(*arguments)
+        return inputs.read_photo(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_vitcls.inference.predictor.read_photo", interrupt)
+        patch.setattr(predictor, "read_photo", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            write_predictions(model, photos, tmp_path / "table.csv")
-    assert not (tmp_path / "table.csv").exists()
-    number = sum(passed)
-    assert number == 4
-    write_predictions(model, photos, tmp_path / "table.csv")
+            label(photos)
+    assert not (tmp_path / "table.parquet").exists()
+    assert sum(passed) == 4
+    label(photos)
     assert sum(passed) == 9
 
 
-# The key of a pass --------------------------------------------------------------------------------
-
-
-def compute_key(folder: Path, change: Callable[[Any, Any], Any] = lambda *parts: None) -> bytes:
-    """Compute the key of a model and its processor after a change, which may return a precision."""
-    model = load_model(ModelFolder(folder))
-    processor = ViTCLSImageProcessor.from_pretrained(folder)
-    precision = change(model, processor) or "no"
-    kept = FrozenEncoder(model).open_kept(processor, precision)
-    assert kept is not None
-    return kept.key
-
-
 @torch.no_grad()
-def change_weight(model: Any, processor: Any) -> None:
-    model.vitcls.layers[0].mlp.fc1.weight[0, 0] += 1e-3
-
-
-def change_config(model: Any, processor: Any) -> None:
-    model.config.layer_norm_eps = 1e-3
-
-
-def change_size(model: Any, processor: Any) -> None:
-    processor.size = {"height": 40, "width": 40}
-
-
-def change_mean(model: Any, processor: Any) -> None:
-    processor.image_mean = (0.4, 0.5, 0.5)
-
-
-def change_depth(model: Any, processor: Any) -> None:
-    processor.bit_depth = 12
-
-
-def change_layers(model: Any, processor: Any) -> None:
-    model.vitcls.layers = model.vitcls.layers[:1]
-
-
-def change_precision(model: Any, processor: Any) -> str:
-    return "bf16"
-
-
-def change_type(model: Any, processor: Any) -> None:
-    model.half()
-
-
-def change_attention(model: Any, processor: Any) -> None:
-    model.set_attn_implementation("eager")
-
-
-@pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_weight,
-        change_config,
-        change_size,
-        change_mean,
-        change_depth,
-        change_layers,
-        change_precision,
-        change_type,
-        change_attention,
-    ],
-)
-def test_a_pass_with_other_features_has_another_key(
-    change: Callable[[Any, Any], Any], model: Path
-) -> None:
-    assert compute_key(model, change) != compute_key(model)
-
-
-@pytest.mark.usefixtures("cache")
-def test_another_version_of_the_pass_and_plain_kernels_have_other_keys(
+def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {compute_key(model)}
+    classifier = load_model(ModelFolder(model))
+    processor = ViTCLSImageProcessor.from_pretrained(model)
+    keys: list[bytes] = []
+
+    def add_key(precision: str = "no") -> None:
+        keys.append(FrozenEncoder(classifier).compute_pass_key(processor, precision))
+
+    add_key()
+    classifier.classifier.weight.add_(1)
+    classifier.config.id2label = {0: "a", 1: "b", 2: "c"}
+    classifier.config.pooling = "mean"
+    classifier.config.distance_threshold = 2.0
+    add_key()
+    assert keys[0] == keys.pop()  # Another classifier on the same encoder
+
+    classifier.vitcls.layers[0].mlp.fc1.weight[0, 0] += 1e-3
+    add_key()
+    classifier.config.layer_norm_eps = 1e-3
+    add_key()
+    classifier.vitcls.layers = classifier.vitcls.layers[:1]
+    add_key()
+    classifier.half()
+    add_key()
+    classifier.set_attn_implementation("eager")
+    add_key()
+    processor.size = {"height": 40, "width": 40}
+    add_key()
+    processor.image_mean = (0.4, 0.5, 0.5)
+    add_key()
+    processor.bit_depth = 12
+    add_key()
+    add_key("bf16")
     monkeypatch.setattr(features, "PASS_VERSION", 0)
-    keys.add(compute_key(model))
+    add_key()
     monkeypatch.setattr(features, "can_use_cpu_kernels", lambda: "other")
-    keys.add(compute_key(model))
-    assert len(keys) == 3
-
-
-@torch.no_grad()
-def change_head(model: Any, processor: Any) -> None:
-    model.classifier.weight.add_(1)
-    model.config.id2label = {0: "a", 1: "b", 2: "c"}
-    model.config.pooling = "mean"
-    model.config.distance_threshold = 2.0
+    add_key()
+    assert len({*keys}) == len(keys)
 
 
 @pytest.mark.usefixtures("cache")
-def test_another_classifier_on_the_same_encoder_has_the_same_key(model: Path) -> None:
-    assert compute_key(model, change_head) == compute_key(model)
-
-
-def test_nothing_is_kept_without_a_place(model: Path, tmp_path: Path) -> None:
+def test_nothing_is_kept_for_a_function_instead_of_a_processor(model: Path) -> None:
     assert FrozenEncoder(load_model(ModelFolder(model))).open_kept(object(), "no") is None
