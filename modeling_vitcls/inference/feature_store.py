@@ -76,17 +76,17 @@ class FeatureStore:
     Args:
         file: the file, which is created if it is missing.
         key: of the pass.
-        fields: type and shape of each tensor that a photo leaves.
+        dtype: of the row of a photo, with a field for each tensor.
 
     Attributes:
         num_read: number of photos that were there.
     """
 
-    def __init__(self, file: Path, key: bytes, fields: Mapping[str, np.dtype]) -> None:
+    def __init__(self, file: Path, key: bytes, dtype: np.dtype) -> None:
         self.file = file
         self.key = key
-        self.fields = fields
-        self.dtype = np.dtype(list(fields.items()))
+        self.dtype = dtype
+        self.names = dtype.names or ()
         self.num_read = 0
         self.connection: sqlite3.Connection | None = None
         self.lock = Lock()
@@ -160,15 +160,15 @@ class FeatureStore:
     def restore(self, photos: Sequence[Photo], device: torch.device) -> dict[str, torch.Tensor]:
         """Restore what photos have left from their rows."""
         rows = np.concatenate([photo.row for photo in photos])
-        return {name: torch.tensor(rows[name], device=device) for name in self.fields}
+        return {name: torch.tensor(rows[name], device=device) for name in self.names}
 
     def write(self, photos: Sequence[Photo], states: Mapping[str, torch.Tensor]) -> None:
         """Keep what photos with a key have left, soon, unless it is not finite."""
         rows = np.zeros(len(photos), self.dtype)
-        for name in self.fields:
+        for name in self.names:
             rows[name] = states[name][: len(photos)].cpu().numpy()
         for photo, row in zip(photos, rows, strict=True):
-            if photo.key is not None and all(np.isfinite(row[name]).all() for name in self.fields):
+            if photo.key is not None and all(np.isfinite(row[name]).all() for name in self.names):
                 content = row.tobytes()
                 digest = self.compute_digest(photo.key, content)
                 self.waiting.append((self.key, photo.key, self.today, digest, content))

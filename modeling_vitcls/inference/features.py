@@ -159,13 +159,13 @@ class FrozenEncoder:
         config = self.encoder.config
         width, num_layers = config.hidden_size, len(self.layers)
         num_tokens = config.num_cls_tokens + bool(config.num_distillation_tokens) + 1
-        fields = {
-            "tokens": np.dtype((np.float32, (num_layers, num_tokens, width))),
-            "rings": np.dtype((np.float16, (len(RING_WIDTHS), num_layers, width))),
-        }
+        fields: list[Any] = [
+            ("tokens", np.float32, (num_layers, num_tokens, width)),
+            ("rings", np.float16, (len(RING_WIDTHS), num_layers, width)),
+        ]
         if self.has_own_pooling:
-            fields["own"] = np.dtype((np.float32, (config.pooled_size,)))
-        return FeatureStore(file, self.compute_pass_key(processor, precision), fields)
+            fields.append(("own", np.float32, config.pooled_size))
+        return FeatureStore(file, self.compute_pass_key(processor, precision), np.dtype(fields))
 
     def compute_pass_key(self, processor: Any, precision: str) -> bytes:
         """Compute the key of all that the features of a photo depend on, besides its content.

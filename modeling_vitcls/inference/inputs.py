@@ -312,13 +312,15 @@ class Photo(NamedTuple):
     row: Any = None
 
 
-def read_photo(processor: Any, encoded_image: dict[str, Any], kept: Any) -> Photo | None:
+def read_photo(processor: Any, image: Any, kept: Any) -> Photo | None:
     """Read an encoded image once, so that the key is that of these pixels; None if it is no usual one.
 
-    `kept` is what earlier passes have kept (features.py).
+    `kept` is what earlier passes have kept (feature_store.py); without it, nothing is read.
     """
+    if kept is None or not isinstance(image, str | bytes | dict):
+        return None
     try:
-        with open_encoded_image(encoded_image) as stream:
+        with open_encoded_image(to_encoded_image(image, Path())) as stream:
             content = stream.read()
         key = compute_content_key(BytesIO(content))
         row = kept.read(key)

@@ -83,12 +83,12 @@ class OutputTable:
                 self.remove_parts()
         with suppress(OSError):
             self.parts.rmdir()
-        for remainder in self.file.parent.glob(f".{escape(self.file.name)}.*{UNFINISHED_SUFFIX}"):
-            remainder.unlink(missing_ok=True)  # Of a run that was killed while it wrote the table
 
     def remove_parts(self) -> None:
-        for part in self.parts.glob("*.arrow"):
-            part.unlink()
+        """Remove rows, and tables of runs that were killed while they wrote them."""
+        tables = self.file.parent.glob(f".{escape(self.file.name)}.*{UNFINISHED_SUFFIX}")
+        for file in (*self.parts.glob("*.arrow"), *tables):
+            file.unlink(missing_ok=True)
 
     # Rows -------------------------------------------------------------------------------------
 

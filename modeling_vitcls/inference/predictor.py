@@ -23,7 +23,6 @@ from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
 from ..conversion.open_model import compute_cache_name, is_preset, open_model
-from ..data.images import to_encoded_image
 from ..data.labels import get_heads
 from ..hub.loading import pin_revision
 from ..model.image_processing_vitcls import SOURCE_TYPES
@@ -243,9 +242,7 @@ class Predictor:
         def prepare(index: int) -> Photo | torch.Tensor | str:
             name, content = records[index]
             decode = partial(prepare_image, self.processor, content, index)
-            photo: Any = None
-            if kept is not None and isinstance(content, str | bytes):
-                photo = read_photo(self.processor, to_encoded_image(content, Path()), kept)
+            photo: Any = read_photo(self.processor, content, kept)
             if photo is None:
                 photo = pixels = decode()
                 checksum = compute_checksum(content)

@@ -26,7 +26,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def open_store(file: Path, key: bytes = KEY) -> FeatureStore:
-    return FeatureStore(file, key, {"tokens": np.dtype((np.float32, (SIZE,)))})
+    return FeatureStore(file, key, np.dtype([("tokens", np.float32, SIZE)]))
 
 
 def write(store: FeatureStore, values: dict[int, float]) -> None:
