@@ -42,6 +42,11 @@ TABLE = f"""
     PRAGMA application_id={APPLICATION_ID};
     PRAGMA user_version={FORMAT}
 """
+# Of the pages that hold something
+COUNT_BYTES = """
+    SELECT (page_count - freelist_count) * page_size
+    FROM pragma_page_count, pragma_freelist_count, pragma_page_size
+"""
 # Fields of a configuration that change nothing in the tokens of the encoder
 LABEL_FIELDS = {
     *("architectures", "auto_map", "transformers_version", "_name_or_path", "dtype", "torch_dtype"),
@@ -56,16 +61,6 @@ POOLER_FIELDS = {
     *("pooled_activation", "attention_pool_tokens", "attention_pool_heads"),
     *("attention_pool_intermediate_size", "attention_pool_mlp"),
 }
-
-
-def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash names, types, shapes and values of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        values = tensor.detach().cpu().contiguous().flatten()
-        digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class FeatureStore:
@@ -194,19 +189,11 @@ class FeatureStore:
                 connection.executemany(
                     "UPDATE features SET day = ? WHERE pass = ? AND photo = ?", used
                 )
-                while count_bytes(connection) > MAX_BYTES:
+                while connection.execute(COUNT_BYTES).fetchone()[0] > MAX_BYTES:
                     connection.execute(
                         "DELETE FROM features WHERE rowid IN (SELECT rowid FROM features ORDER BY day, "
                         "rowid LIMIT (SELECT count(*) / 10 + 1 FROM features))"
                     )
-
-
-def count_bytes(connection: sqlite3.Connection) -> int:
-    """Count the bytes of the pages that hold something."""
-    return connection.execute(  # type: ignore[no-any-return]
-        "SELECT (page_count - freelist_count) * page_size "
-        "FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
-    ).fetchone()[0]
 
 
 def find_store_file() -> Path | None:

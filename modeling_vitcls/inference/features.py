@@ -32,7 +32,6 @@ from .feature_store import (
     POOLER_FIELDS,
     FeatureStore,
     find_store_file,
-    hash_tensors,
 )
 from .image_pass import ImageOutputs, ImagePass
 
@@ -198,12 +197,13 @@ class FrozenEncoder:
 
     @cached_property
     def weights_hash(self) -> str:
-        tensors = self.encoder.state_dict()
-        if not self.has_own_pooling:
-            tensors = {
-                name: each for name, each in tensors.items() if not name.startswith("pooler.")
-            }
-        return hash_tensors(tensors)
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.encoder.state_dict().items()):
+            if self.has_own_pooling or not name.startswith("pooler."):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                values = tensor.detach().cpu().contiguous().flatten()
+                digest.update(values.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def get_rings(self, grid_size: Size) -> Tensor:
         """Get the weights [rings, patches] of the patches of each ring at the border."""

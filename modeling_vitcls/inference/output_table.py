@@ -51,10 +51,9 @@ class OutputTable:
 
     def read_digests(self) -> list[str]:
         """Read the digests of the tables that were written here; none if the file is unusual."""
-        if self.digest_file.is_symlink():
-            return []
         with suppress(OSError, ValueError):
-            return read_text(self.digest_file).split()
+            if not self.digest_file.is_symlink():
+                return read_text(self.digest_file).split()
         return []
 
     @property
