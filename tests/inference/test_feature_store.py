@@ -60,6 +60,8 @@ def test_photos_are_found_by_their_key_and_that_of_the_pass(
     write(store, {2**63 - 1: 30})
     assert read(open_store(file), [1, 3, 2**63 - 1]) == {1: 10, 2**63 - 1: 30}
     assert read(open_store(file, b"j" * 16)) == {}
+    assert file.stat().st_mode & 0o777 == 0o600  # Only for the user
+    assert file.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_two_commands_write_at_a_time_and_what_is_written_again_replaces(
@@ -152,11 +154,6 @@ def test_a_full_disk_ends_the_keeping_and_nothing_else(
     (message,) = caplog.messages
     assert "full" in message
     assert read(open_store(file)) == {1: 10, 2: 20}
-
-
-def test_only_the_user_can_read_the_file(file: Path, store: FeatureStore) -> None:
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert file.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_variable_names_the_folder_or_turns_it_off(

@@ -46,23 +46,15 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
 def test_images_of_folders_are_sorted_without_hidden_ones_and_those_of_training_runs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_files(
-        tmp_path, "b/2.PNG", "b/1.png", "a/3.jpg", "0.png", ".c/4.png", "a/.5.png", "a/6.txt"
-    )
-    write_files(tmp_path, "run/config.resolved.yaml", "run/images/figure.png")
-    source, left_out = open_paths(tmp_path)
-    names = [record.name for record in source]
-    assert names == [str(tmp_path / name) for name in ("0.png", "a/3.jpg", "b/1.png", "b/2.PNG")]
+    """Those in several paths count each time."""
+    write_files(tmp_path, "b/2.PNG", "b/1.png", "a/3.jpg", "0.png", ".c/4.png", "a/.5.png")
+    write_files(tmp_path, "a/6.txt", "run/config.resolved.yaml", "run/images/figure.png")
+    source, left_out = open_paths(tmp_path, tmp_path / "b")
+    names = ["0.png", "a/3.jpg", "b/1.png", "b/2.PNG", "b/1.png", "b/2.PNG"]
+    assert [record.name for record in source] == [str(tmp_path / name) for name in names]
     assert left_out == [str(tmp_path / name) for name in (".c (images: 1)", "run")]
     assert left_out[1] in caplog.messages[0]
-
-
-def test_photos_in_several_paths_are_said_to_count_each_time(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_files(tmp_path, "b/1.png", "0.png")
-    open_paths(tmp_path, tmp_path / "b")
-    assert "several of these paths (1)" in caplog.text
+    assert "several of these paths (2)" in caplog.text
 
 
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
@@ -81,17 +73,22 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
         assert build_record(7, value, tmp_path) == (name, content)
 
 
-def test_an_address_is_refused_before_any_request() -> None:
-    address = "https://a.org/1.png"
-    with raises_one_line(f"`curl -O {address}`"):
-        open_paths(address)
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("https://a.org/1.png", "`curl -O https://a.org/1.png`"),
+        ("no.jpg", "no.jpg' does not exist"),
+    ],
+)
+def test_an_address_and_a_missing_file_are_refused(path: str, words: str) -> None:
+    with raises_one_line(words):
+        open_paths(path)
 
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     table, empty = str(tmp_path / "table.csv"), str(tmp_path / "empty")
     Path(table).write_text("a,b\n1,2\n", encoding="utf-8")
-    rows = datasets.Dataset.from_dict({"image": ["a.png"]})
-    rows.filter(lambda row: False).save_to_disk(empty)
+    datasets.Dataset.from_dict({"image": []}).save_to_disk(empty)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"dataset": table}, "cannot identify the image column"),
         ({"dataset": table, "image_column": "c"}, "has no column 'c'. Choose one of a, b"),
@@ -101,8 +98,6 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     for options, words in wrong:
         with raises_one_line(words):
             open_input(PredictOptions(model="model", **options))
-    with raises_one_line("no.jpg' does not exist"):
-        open_paths(tmp_path / "no.jpg")
 
 
 def test_large_images_are_decoded_one_at_a_time(

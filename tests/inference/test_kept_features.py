@@ -184,6 +184,7 @@ def test_an_interrupted_command_goes_on_where_it_stopped(
     assert sum(passed) == 9
 
 
+@pytest.mark.usefixtures("cache")
 @torch.no_grad()
 def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
     model: Path, monkeypatch: pytest.MonkeyPatch
@@ -225,8 +226,5 @@ def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
     monkeypatch.setattr(features, "can_use_cpu_kernels", lambda: "other")
     add_key()
     assert len({*keys}) == len(keys)
-
-
-@pytest.mark.usefixtures("cache")
-def test_nothing_is_kept_for_a_function_instead_of_a_processor(model: Path) -> None:
-    assert FrozenEncoder(load_model(ModelFolder(model))).open_kept(object(), "no") is None
+    # A function instead of a processor has no settings
+    assert FrozenEncoder(classifier).open_kept(object(), "no") is None

@@ -106,15 +106,11 @@ def test_a_table_that_cannot_be_replaced_is_known_afterwards(
     assert "label_2" in table.read_text()
 
 
-def test_a_digest_that_is_a_link_is_not_believed(table: Path, repeat: Command) -> None:
-    written = table.with_name(".table.csv.written")
-    written.symlink_to(written.rename(written.with_name("elsewhere")))
+def test_links_are_not_followed(table: Path, repeat: Command) -> None:
+    written, theirs = table.with_name(".table.csv.written"), table.with_name("theirs")
+    written.symlink_to(written.rename(table.with_name("elsewhere")))
     with raises_one_line("table.csv exists"):
         repeat()
-
-
-def test_a_folder_of_rows_that_is_a_link_is_not_followed(table: Path, repeat: Command) -> None:
-    theirs = table.with_name("theirs")
     theirs.mkdir()
     (theirs / "keep.arrow").touch()
     table.with_name(".table.csv.unfinished").symlink_to(theirs)
