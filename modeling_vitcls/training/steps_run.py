@@ -378,7 +378,7 @@ def build_loop(
         state.step - bool(state.pending_record), num_steps, inputs.selection_metric
     )
     used_flags = run_metadata["flags"] | run_metadata["chosen_flags"]
-    # Flags are formatted as text, because TensorBoard does not accept lists.
+    # TensorBoard accepts no lists.
     reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
 
     images = TrainingImages(

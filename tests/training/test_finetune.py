@@ -375,7 +375,7 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())
-    assert flags["learning_rate"] == "0.003"
+    assert flags["learning_rate"] == 0.003
     assert flags["log_with"] == "tensorboard"
     assert flags["group_column"] == "unset"
 
