@@ -172,11 +172,11 @@ class Evaluator(ImagePass):
 
 
 def select_logits(label_space: LabelSpace, outputs: Any) -> Tensor:
-    """Select the logits [B, L] that `measure` expects, with those of both heads beside them."""
+    """Select the logits [B, L] that `measure` expects; the logits of both heads are appended."""
     if isinstance(outputs.logits, dict):
         return torch.cat(list(outputs.logits.values()), dim=1)
     heads = [outputs.cls_logits, outputs.distillation_logits]
-    # Only one label per image has metrics of both heads, and added classes are in neither.
+    # Both heads are measured only for one label per image, and neither has added classes.
     has_one_label = isinstance(label_space, OneLabel)
     if heads[1] is None or not has_one_label or heads[1].shape != outputs.logits.shape:
         return outputs.logits  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@
     targets.py           one label per image, or several
     confidence.py        calibrated probabilities
     heads.py             the classifier of each task, in the model
-    findings.py          what a run notices beside its result: a table of what is measured, judged and shown where
+    findings.py          possible problems of a result: how each is measured and judged, and where it is shown
     border.py            does the classifier read the border?
     camera.py            can it recognize who took the photo?
     curve.py             would more photos help?

@@ -1,4 +1,4 @@
-"""What a run notices beside its result: each finding is a row of `FINDINGS`.
+"""Possible problems of a result, such as a border that decides: each finding is a row of `FINDINGS`.
 
     a fitted classifier -> examine -> name of each finding -> record     `findings` of the classifier in results.json
     records -> describe_findings -> name -> one sentence                 printed by the run, and on its page and card

@@ -112,7 +112,7 @@ class FittedHeads:
     in_trained_scenes: list[str]
 
     def examine(self, data: TrainingData, is_result: bool) -> None:
-        """Record what the run notices beside its result (findings.py).
+        """Record the findings of each classifier (findings.py).
 
         `data` are the images of the run; `is_result` is whether the run saves these classifiers.
         """

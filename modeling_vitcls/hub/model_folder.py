@@ -66,7 +66,7 @@ HEADS = {
     "decoder",
 }
 
-MAX_PARAMETERS_PER_BYTE = 10  # Of a model, and of the file of its weights
+MAX_PARAMETERS_PER_BYTE = 10  # No format of weights stores more
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # Flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run
 # was started

@@ -58,7 +58,7 @@ def try_read_jpeg(source: Any) -> Any:
         # The bytes are a `bytearray`, because PyTorch warns about memory that it must not write to.
         encoded_bytes = torch.frombuffer(jpeg_bytes, dtype=torch.uint8)
         pixels: Tensor = decode_jpeg(encoded_bytes, mode=ImageReadMode.UNCHANGED)
-    except Exception:  # Of any type for damaged metadata
+    except Exception:  # Damaged metadata raises errors of any type
         return source
 
     if orientation in range(2, 9):

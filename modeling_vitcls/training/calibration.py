@@ -66,8 +66,8 @@ def calibrate(
 ) -> MeasuredClassifier:
     """Calibrate a trained classifier, and measure the held-out images with it.
 
-    Of two heads, it returns what is best on the selection images. The temperature becomes a part of the weights of the
-    heads.
+    A classifier with two heads returns the one, or their mean, that is best on the selection images. The
+    temperature becomes a part of the weights of the heads.
 
     Args:
         classifier: the classifier without wrappers.
