@@ -20,7 +20,6 @@ from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, read_splits
 from ..evaluation.evaluator import build_predictions, build_rows
 from ..frozen.class_statistics import ClassStatistics
-from ..frozen.heads import find_nearest_images
 from ..frozen.linear_probe import Folds, describe_layers, split_folds, stack_tokens
 from ..frozen.scenes import TrainedScenes
 from ..hub.local_paths import strip_folders
@@ -107,8 +106,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         )
         predictions = build_predictions(get_label_space(extended.config), left_out)
         record["result"] = build_result("recall", predictions, len(folds))
-        wrong = predictions.list_wrong()
-        rows = build_rows(predictions, find_nearest_images(wrong, features, statistics.tokens))
+        rows = build_rows(predictions)
         if threshold is not None:
             record["num_unknown"] = int((distances[measured] > threshold).sum())
         if unmeasured := np.setdiff1d(features.labels, features.labels[measured]).tolist():

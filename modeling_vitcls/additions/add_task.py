@@ -69,7 +69,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     predictions = measure_left_out(head)
     rows = None
     if predictions is not None:
-        rows = build_rows(predictions, head.find_nearest_images(predictions.list_wrong()))
+        rows = build_rows(predictions)
         num_folds = probe.num_folds_ if held_out is None else 0
         record["result"] = build_result("accuracy", predictions, num_folds)
         if num_seen := data.count_seen(list_encoder_rows(old.folder)):

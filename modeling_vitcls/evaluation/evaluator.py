@@ -194,25 +194,14 @@ def select_logits(label_space: LabelSpace, outputs: Any) -> Tensor:
 # prediction      name                                    list of names whose probability is at least the threshold
 # probabilities   list, in the order of the model's labels (calibrated if the model has a temperature)
 # loss            cross-entropy                           binary cross-entropy, mean over the labels
-# nearest_images  of a wrong prediction: the training images  same
-#                 with the most similar features
 #
 # `finetune` writes the same file for its held-out images, predictions.parquet; `add-task` and
-# `add-class` write it for the images that were left out. If there are features of a frozen encoder, it
-# has `nearest_images`, too. Several tasks are not supported. The metadata of the file contains the hash
-# of the model's weights, because predictions of other weights must not be used.
+# `add-class` write it for the images that were left out. Several tasks are not supported. The metadata of the
+# file contains the hash of the model's weights, because predictions of other weights must not be used.
 
 
-def build_rows(
-    predictions: Predictions, nearest_images: Mapping[int, list[str]] | None = None
-) -> pd.DataFrame:
-    """Build the columns above.
-
-    Args:
-        predictions: logits of all images.
-        nearest_images: names of the nearest training images, the nearest first, by the index of the
-            image.
-    """
+def build_rows(predictions: Predictions) -> pd.DataFrame:
+    """Build the columns above from the logits of all images."""
     names = predictions.label_space.names
     outputs = predictions.outputs
     target = predictions.target
@@ -224,10 +213,6 @@ def build_rows(
         "probabilities": list(target.to_probabilities(outputs.logits)),
         "loss": compute_losses(outputs.logits, outputs.labels),
     }
-    if nearest_images is not None:
-        columns["nearest_images"] = [
-            nearest_images.get(index, []) for index in outputs.indices.tolist()
-        ]
     return pd.DataFrame(columns)
 
 

@@ -6,21 +6,20 @@ The choice is made in frozen/linear_probe.py. Each of several tasks has a classi
 the same features.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.preprocessing import normalize
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..data.labels import LabelSpace, PerTask
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
-from ..inference.features import Features, Token, Tokens
+from ..inference.features import Features, Tokens
 from ..inference.stated_result import format_percent
 from ..model.field_checks_vitcls import Size
 from .class_statistics import expand_rows
@@ -31,9 +30,6 @@ from .linear_probe import (
     describe_candidate,
     stack_tokens,
 )
-
-
-NUM_NEAREST_IMAGES = 3
 
 
 def find_read(probes: Collection[LinearProbe]) -> Candidate:
@@ -162,16 +158,6 @@ class FrozenHead:
             logits.append(nn.functional.linear(inputs, weight, bias).numpy())
         return replace(features, logits=candidate.join(logits))
 
-    def find_nearest_images(self, images: np.ndarray) -> dict[int, list[str]]:
-        """Find the training images that explain predictions: the nearest ones, by image index.
-
-        Args:
-            images: indices of the held-out images or, without those, of the training images.
-        """
-        return find_nearest_images(
-            images, self.features, self.probe.candidate_.tokens, self.held_out
-        )
-
     def copy_to(self, model: Any) -> None:
         """Set the weights of the heads, and which of them the model returns."""
         layer = model.classifiers[f"task_{self.task}"] if self.task else model.classifier
@@ -188,41 +174,6 @@ class FrozenHead:
                 model.distillation_classifier, *self.probe.build_linear(layer.out_features, head=1)
             )
             model.config.distillation_inference = self.probe.candidate_.inference
-
-
-def find_nearest_images(
-    images: np.ndarray,
-    features: Features,
-    tokens: Sequence[Token],
-    held_out: Features | None = None,
-) -> dict[int, list[str]]:
-    """Find the training images that explain predictions: the nearest ones, by image index.
-
-    The similarity is the cosine of the features that the classifier reads.
-
-    Args:
-        images: indices of the predicted images. They are held out or, without those, training images.
-        features: of the training images.
-        tokens: that the classifier reads.
-        held_out: features of the held-out images.
-
-    Returns:
-        The names of the nearest images, the nearest first.
-    """
-    if not len(images):
-        return {}
-    own = normalize(stack_tokens(features.get_tokens(), tokens))
-    others = features if held_out is None else held_out
-    others = others.take(np.isin(others.indices, images))
-    vectors = normalize(stack_tokens(others.get_tokens(), tokens))
-    found = {}
-    for index, group, vector in zip(others.indices.tolist(), others.groups, vectors, strict=True):
-        similarities = own @ vector
-        if held_out is None:  # The classifier that predicted it saw no image of its group
-            similarities[features.groups == group] = -np.inf
-        nearest = np.argsort(-similarities)[:NUM_NEAREST_IMAGES]
-        found[index] = features.names[nearest[similarities[nearest] > -1]].tolist()
-    return found
 
 
 @torch.no_grad()

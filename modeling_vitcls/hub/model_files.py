@@ -34,7 +34,6 @@ RECIPE_FILE = "config.resolved.yaml"  # The flags of a run
 SPLITS_FILE = "splits.parquet"  # Content key and split of each image that a run saw
 SCENES_FILE = "trained_scenes.npz"  # Recognizes photos of the scenes that trained the model
 PREDICTIONS_FILE = "predictions.parquet"  # Predictions of the held-out images
-WRONG_PHOTOS_FILE = "wrong_photos.csv"  # The wrong ones of these predictions, as a table
 METRICS_FILE = "metrics.jsonl"
 PARITY_REPORT_FILE = "parity_report.json"  # Parity report of a conversion
 ADDITION_FLAGS_FILE = "addition.resolved.yaml"  # The flags of the last addition; not published
@@ -92,7 +91,6 @@ FINAL_FILE_PATTERNS = (
     SCENES_FILE,
     *MODEL_PATTERNS,
     PREDICTIONS_FILE,
-    WRONG_PHOTOS_FILE,
     ADDITION_FLAGS_FILE,
     CARD_FILE,
     *LICENSE_FILES,

@@ -23,7 +23,7 @@ from ..data.options import read_data_options
 from ..data.splits import load_run_data, load_undivided_images
 from ..evaluation.evaluator import read_predictions
 from ..hub.connection import silence_transformers
-from ..hub.model_files import CARD_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE, WRONG_PHOTOS_FILE
+from ..hub.model_files import CARD_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
 from ..inference.stated_result import (
@@ -41,7 +41,6 @@ from .wrong_photos import (
     draw_pictures,
     find_photos,
     summarize_predictions,
-    write_wrong_photos,
 )
 
 
@@ -144,7 +143,6 @@ def draw_page(
     predictions = None
     # Without one label per image, there are no wrong photos to show, but results per label.
     if rows is not None:
-        write_wrong_photos(folder.path / WRONG_PHOTOS_FILE, rows)
         predictions = summarize_predictions(measured, record, rows)
         predictions |= draw_pictures(predictions, photos, photo_labels.names, processor.bit_depth)
         # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.

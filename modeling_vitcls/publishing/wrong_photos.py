@@ -1,35 +1,28 @@
 """The wrong predictions of a run or an addition for its report, from predictions.parquet.
 
-    write_wrong_photos(file, rows)                              all of them, as a table
     summary = summarize_predictions(measured, results, rows)    result, record, counts, and the wrong images
                                                                 with the largest losses
-    draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with the images
+    draw_pictures(summary, find_photos(data), ...)              these, and pairs of one scene, with pictures
 
 These results exist only for classifiers with one label per image. `read_predictions`
 (evaluation/evaluator.py) makes the rows; their images are found in the data of the run by name.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
 from ..frozen.findings import PAGE, describe_findings
-from ..inference.outputs import write_csv
 from ..inference.stated_result import Measurement, describe_classes
-from ..runtime.files import write_atomically
 
 
-MAX_WRONG_IMAGES = 60
-NUM_WITH_NEAREST = 12  # The others are drawn alone, because photos of phones take long to decode
-THUMBNAIL_SIDE = 240  # Longer side of a wrong image, in pixels
-NEAREST_SIDE = 120  # Longer side of a nearest training image
+MAX_WRONG_IMAGES = 6  # As many fit on the first screen
+THUMBNAIL_SIDE = 240  # Longer side of a picture, in pixels
 
 Photos = Mapping[str, tuple[LabeledImages, int]]  # Name -> images of a split, and position there
 ChosenPhotos = list[tuple[Image.Image, dict[str, Any]]]  # Images and the texts next to them
@@ -88,57 +81,25 @@ def summarize_predictions(
     }
 
 
-def write_wrong_photos(file: Path, rows: Any) -> None:
-    """Write all wrong photos of the rows of `read_predictions` as CSV, the largest loss first."""
-    wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
-    table = wrong[["image", "label", "prediction"]].assign(
-        label_probability=np.exp(-wrong["loss"]), prediction_probability=wrong["confidence"]
-    )
-    if "nearest_images" in wrong:
-        table["nearest_image"] = wrong["nearest_images"].str[0]
-    columns = pa.Table.from_pandas(table, preserve_index=False)
-    with write_atomically(file) as temporary_file:
-        write_csv([columns], columns.schema, temporary_file)
+def draw_pictures(
+    predictions: dict[str, Any], photos: Photos, class_names: Sequence[str], bit_depth: int
+) -> dict[str, Any]:
+    """Draw the wrong photos and the pairs of a summary. 16-bit images use `bit_depth` bits.
 
-
-def draw_wrong_photos(
-    rows: Sequence[dict[str, Any]], photos: Photos, class_names: Sequence[str], bit_depth: int
-) -> list[dict[str, Any]]:
-    """Draw the wrong photos, each with its nearest training images.
-
-    16-bit images use `bit_depth` bits.
+    Photos that are not in the dataset any more or cannot be read have no picture.
     """
 
-    def draw(name: str, side: int) -> Image.Image | None:
-        if name not in photos:  # The dataset has changed since
-            return None
-        images, index = photos[name]
-        try:
-            image = to_upright_rgb(images.images[index], bit_depth)
-        except ValueError:  # The image cannot be read
-            return None
-        image.thumbnail((side, side))
-        return image
+    def draw(name: str) -> dict[str, Any]:
+        label = picture = None
+        if name in photos:
+            images, index = photos[name]
+            label = class_names[images.labels[index]]
+            with suppress(ValueError):
+                picture = to_upright_rgb(images.images[index], bit_depth)
+                picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        return {"image": name, "label": label, "picture": picture}
 
-    drawn = []
-    for number, row in enumerate(rows):
-        nearest = []
-        for name in row.get("nearest_images", ()):
-            if name in photos and number < NUM_WITH_NEAREST:
-                images, index = photos[name]
-                label = class_names[images.labels[index]]
-                nearest.append({"image": name, "label": label, "picture": draw(name, NEAREST_SIDE)})
-        drawn.append(row | {"picture": draw(row["image"], THUMBNAIL_SIDE), "nearest": nearest})
-    return drawn
-
-
-def draw_pictures(predictions: dict[str, Any], *arguments: Any) -> dict[str, Any]:
-    """Draw the wrong photos of a summary and the pairs, each as a photo with two nearest ones.
-
-    The other arguments are as in `draw_wrong_photos`.
-    """
-    pairs = [{"image": pair[0], "nearest_images": pair} for pair in predictions["pairs"]]
     return {
-        name: draw_wrong_photos(rows, *arguments)
-        for name, rows in (("wrong", predictions["wrong"]), ("pairs", pairs))
+        "wrong": [draw(row["image"]) | row for row in predictions["wrong"]],
+        "pairs": [list(map(draw, pair)) for pair in predictions["pairs"]],
     }

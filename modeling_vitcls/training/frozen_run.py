@@ -93,7 +93,7 @@ def run_frozen(
         {task: each.calibration.text for task, each in by_task.items()}
     )
     results: dict[str, Any] = {"frozen": record}
-    calibration = predictions = nearest_images = None  # Several tasks have no common ones
+    calibration = predictions = None  # Several tasks have no common ones
     only = by_task.get("")
     if only is None:
         metrics = join_task_metrics(by_task, data)
@@ -101,8 +101,6 @@ def run_frozen(
         metrics = only.metrics
         calibration = only.calibration.record
         predictions = only.predictions
-        if predictions is not None:
-            nearest_images = only.head.find_nearest_images(predictions.list_wrong())
         if data.train.is_stratified:
             warn_about_unreadable_classes(data, only.head.features.labels, reporter.warn)
 
@@ -118,7 +116,6 @@ def run_frozen(
         calibration=calibration,
         predictions=predictions,
         seconds=record["seconds"],
-        nearest_images=nearest_images,
         num_unreadable=num_unreadable,
         trained_scenes=fitted.trained_scenes,
         in_trained_scenes=fitted.in_trained_scenes,

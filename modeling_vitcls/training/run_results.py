@@ -62,7 +62,6 @@ class Outcome:
         num_training_images: number of images that the model was fitted to.
         predictions: content of predictions.parquet, if the images have no several tasks.
         seconds: duration of the fit or of the steps.
-        nearest_images: names of the nearest training images of each wrong prediction, by its index.
         num_unreadable: number of training images that could not be read.
         trained_scenes: recognizes photos of the scenes that trained the model, if the encoder can.
         in_trained_scenes: names of the held-out photos that do.
@@ -79,7 +78,6 @@ class Outcome:
     calibration: dict[str, Any] | None
     predictions: Predictions | None
     seconds: float
-    nearest_images: dict[int, list[str]] | None
     num_unreadable: int
     trained_scenes: TrainedScenes | None
     in_trained_scenes: Sequence[str]

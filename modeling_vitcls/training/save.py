@@ -91,7 +91,7 @@ def save_output(
                 if outcome.trained_scenes is not None:
                     write_scenes({"": outcome.trained_scenes}, folder, weights_hash)
                 if outcome.predictions is not None:
-                    rows = build_rows(outcome.predictions, outcome.nearest_images)
+                    rows = build_rows(outcome.predictions)
                     write_rows(folder / PREDICTIONS_FILE, rows, weights_hash)
         except WRITE_ERRORS as error:
             raise OSError(describe_error(error)) from error

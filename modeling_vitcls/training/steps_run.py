@@ -122,10 +122,6 @@ def run_steps(
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
         statistics = store_statistics(inputs, data)
         trained_scenes, unknown_text = statistics.trained_scenes, statistics.unknown_text
-    nearest_images = None
-    if "nearest_images" in start and predictions is not None:
-        nearest = dict(start["nearest_images"])
-        nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
 
     seconds = loop.get_training_seconds()
     num_unreadable = len(loop.unreadable_images)
@@ -141,7 +137,6 @@ def run_steps(
         num_training_images=len(data.train) - num_unreadable,
         calibration=calibration.record,
         predictions=predictions,
-        nearest_images=nearest_images,
         seconds=seconds,
         num_unreadable=num_unreadable,
         trained_scenes=trained_scenes,
@@ -240,8 +235,8 @@ def start_steps(
     Returns:
         What only the start can say, for checkpoints: what `measure_initial_classifier` returns and, of
         the frozen model, the groups of the images with their scenes ("groups"), the record of what was
-        chosen ("frozen"), the metric of the held-out images ("before_steps"), their photos of a scene that
-        trains ("in_trained_scenes"), and the nearest training images of each ("nearest_images").
+        chosen ("frozen"), the metric of the held-out images ("before_steps"), and their photos of a scene
+        that trains ("in_trained_scenes").
     """
     search = inputs.head_search
     if checkpoint is not None:
@@ -272,11 +267,6 @@ def start_steps(
         ]
         if values:
             start["before_steps"] = {metric: compute_mean(values)}
-        only = fitted.by_task.get("")
-        if only is not None and only.held_out is not None:
-            # Pairs, because the keys of JSON are texts
-            nearest = only.find_nearest_images(np.arange(len(data.held_out)))
-            start["nearest_images"] = list(nearest.items())
     return start
 
 

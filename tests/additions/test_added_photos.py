@@ -146,7 +146,6 @@ def test_the_page_of_an_addition_is_written_again_from_its_folder(
     num_wrong = record["result"]["num_images"] - record["result"]["num_right"]
     text = (tmp_path / "task/report.html").read_text()
     assert f"{num_wrong} of 80 predictions are wrong" in text
-    assert 'aria-label="nearest training images"' in text
 
 
 def test_a_task_is_measured_by_photos_left_out_and_corrected_for_the_choice_of_its_classifier(
@@ -160,7 +159,6 @@ def test_a_task_is_measured_by_photos_left_out_and_corrected_for_the_choice_of_i
     rows = pd.read_parquet(folder / "predictions.parquet")
     is_right = rows["label"] == rows["prediction"]
     assert is_right.sum() == result["num_right"]
-    assert set(rows["nearest_images"].map(len)[~is_right]) == {3}
 
 
 def test_private_photos_of_an_addition_stay_on_the_machine(

@@ -23,7 +23,6 @@ from PIL import Image
 from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.neighbors import NearestNeighbors
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import (
@@ -188,40 +187,6 @@ def test_most_training_images_are_known_and_noise_is_unknown(
     unknown = [row["unknown"] for row in rows]
     assert np.mean(unknown[:40]) <= 0.15
     assert np.mean(unknown[40:]) >= 0.8
-
-
-def check_nearest_images(options: Any, frozen: Path) -> Any:
-    """Compare the nearest images of wrong predictions with those of a frozen model.
-
-    Returns the nearest images of the other predictions.
-    """
-    data = prepare_setup(options).data
-    rows = pd.read_parquet(options.output_dir / "predictions.parquet")
-    is_wrong = rows["label"] != rows["prediction"]
-    held_out = compute_features(frozen, data.held_out.images)[is_wrong]
-    train = compute_features(frozen, data.train.images)
-    neighbors = NearestNeighbors(n_neighbors=3, metric="cosine").fit(train)
-    nearest = neighbors.kneighbors(held_out, return_distance=False)
-    expected = np.array(data.train.images.get_names())[nearest]
-    assert np.stack(rows["nearest_images"][is_wrong]).tolist() == expected.tolist()
-    return rows["nearest_images"][~is_wrong]
-
-
-def test_the_nearest_images_of_a_wrong_prediction_have_the_most_similar_features(
-    frozen_run: Any,
-) -> None:
-    options, *_ = frozen_run
-    assert not check_nearest_images(options, options.output_dir).map(len).any()
-
-
-def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
-    encoder: Path, tmp_path: Path
-) -> None:
-    frozen = {"pooled_layers": (-1,), "pooling": "cls", "held_out_fraction": 0.2}
-    trained = frozen | {"max_steps": 4, "learning_rate": 0.1}
-    options = build_options(tmp_path / "trained", encoder, **trained)
-    run_training(options)
-    check_nearest_images(options, encoder)
 
 
 def test_a_frozen_run_is_fitted_to_the_validation_split_and_measured_on_the_test_split(

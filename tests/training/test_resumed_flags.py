@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_unequal_photos
@@ -101,20 +100,6 @@ def test_an_interrupted_and_a_finished_run_resume_with_the_same_command(
     for more_flags in ([], flags):
         main([*arguments, *more_flags])
         assert capsys.readouterr().out.startswith("finished ")
-
-
-def test_predictions_of_an_interrupted_run_have_the_nearest_images(
-    command: list[str], interrupted: Path, tmp_path: Path
-) -> None:
-    """They are found with the features of the frozen encoder, which the resumed run no longer has."""
-    main([*command, "--output-dir", str(interrupted), "--resume"])
-    main([*command, "--output-dir", str(tmp_path / "whole")])
-    rows, expected = (
-        pd.read_parquet(folder / "predictions.parquet")
-        for folder in (interrupted, tmp_path / "whole")
-    )
-    assert "nearest_images" in expected
-    pd.testing.assert_frame_equal(rows, expected)
 
 
 @pytest.mark.parametrize("name", FLAGS)

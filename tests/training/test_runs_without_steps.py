@@ -280,9 +280,6 @@ def test_shots_of_one_object_do_not_measure_each_other(of_bursts: Any) -> None:
     assert {Path(first).parent.name, Path(second).parent.name} == {"cups", "pens"}
     assert "pens/WhatsApp.png" in (first, second)
     assert f"have two labels, such as {first} and {second}" in printed
-    rows = pd.read_parquet(of_bursts["folder"] / "predictions.parquet")
-    wrong = rows.explode("nearest_images").dropna()
-    assert (wrong["image"].str[5:-5] != wrong["nearest_images"].str[5:-5]).all()
 
 
 @pytest.mark.parametrize(
