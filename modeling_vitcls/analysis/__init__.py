@@ -1,11 +1,10 @@
 """What the special tokens of a model do: attention, effects and faults.
 
-photo -> sheet -> page; many images -> effects, faults -> page
+photo -> sheet -> page; many images -> effects (evaluation/token_effects.py), faults -> page
 
 options.py              flags of `vitcls inspect` and `vitcls look`
 token_use.py            which tokens the outputs of a model read, and in how many layers
 maps.py                 attention to patches as maps, and as pictures over the photo
-ablation.py             effects of tokens on the outputs for many images, with null distributions
 inspection.py           all measurements for a model and images: what a page shows; faults of tokens
 report.py               the HTML report
 pages.py                HTML of the report and of sheets, from templates

@@ -1,4 +1,4 @@
-"""Inspect a saved model on images, write the report, and print its table: `vitcls inspect`.
+"""Inspect a saved model on images, write the report or its numbers, and print a table: `vitcls inspect`.
 
 PATHS       photographs: files and folders, without labels
 --dataset   a dataset, loaded as in `vitcls evaluate`
@@ -25,8 +25,8 @@ from ..inference.load_model import load_for_inference
 from ..runtime.distributed import resolve_precision
 from ..runtime.progress import build_console, print_warning, track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
-from .options import InspectOptions
-from .report import list_effects, write_page
+from .options import PAGE_SUFFIXES, InspectOptions
+from .report import list_effects, write_page, write_table
 from .token_use import find_token_use
 
 
@@ -54,22 +54,27 @@ def write_inspection(options: InspectOptions) -> Inspection:
         parents=True, exist_ok=True
     )  # An error comes before the measurements
 
+    is_page = options.output.suffix.lower() in PAGE_SUFFIXES
     inspection, photos = inspect_images(
         model,
         processor,
         data.images.draw(options.max_images),
         data.label_space,
         batch_size=batch_size,
-        num_shown=options.num_images,
+        num_shown=options.num_images if is_page else 0,
+        layers=options.layers,
         token_movement=folder.results_of_any_weights.get("token_movement"),
         uses_bfloat16=precision == "bf16",
         watch=partial(track, console=error_console, unit=""),
     )
     for message in inspection.error_messages:
         print_warning(error_console, f"skipped an image: {message}")
-    title = get_title(options.model)
-    commit = get_cached_commit(str(folder.path))
-    write_page(options.output, title, inspection, photos, data.description, commit)
+    if is_page:
+        title = get_title(options.model)
+        commit = get_cached_commit(str(folder.path))
+        write_page(options.output, title, inspection, photos, data.description, commit)
+    else:
+        write_table(options.output, inspection)
     print_inspection(inspection, console)
     console.print(f"{inspection.num_images:,} images, {len(photos)} shown")
     console.print(f"saved {options.output}", markup=False)

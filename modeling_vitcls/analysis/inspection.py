@@ -1,7 +1,7 @@
 """What a page shows (report.py): effects of the special tokens, faults, patches, and photos.
 
-images -> batches in random order (inference/image_pass.py) -> one pass: outputs, states (ablation.py)
-       -> ablation.py, faults, and the images to show -> photo.py, one by one
+images -> batches in random order -> one pass: outputs, states
+       -> effects (evaluation/token_effects.py), faults, and the images to show -> photo.py, one by one
 
 The images of `vitcls inspect` are opened in inspect_tokens.py.
 
@@ -16,7 +16,6 @@ A token's output in a layer counts only if an output of the model depends on it 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,20 @@ from torch import Tensor
 
 from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, LabelSpace
-from ..inference.image_pass import ImageBatch, prepare_batches, read_pixels
-from ..inference.token_names import read_gates
-from ..model.heads_vitcls import IGNORED_LABEL
-from .ablation import (
-    Ablations,
-    Effect,
+from ..evaluation.token_effects import (
     Outputs,
     Watch,
     collect_labels,
-    compute_ablations,
+    get_target,
+    list_token_sets,
+    measure_effects,
     measure_states,
-    predict_labels,
+    read_batches,
 )
+from ..frozen.targets import Target
+from ..inference.interventions import LayerRange
+from ..inference.token_names import read_gates
+from ..model.heads_vitcls import IGNORED_LABEL
 from .photo import measure_photo
 from .sheet import ShownPhoto
 from .token_use import TokenUse, find_token_use
@@ -48,6 +48,7 @@ from .token_use import TokenUse, find_token_use
 MAX_BATCH_SIZE = 32  # On GPUs, unless the person sets one
 MIN_OUTLIER_SHARE = 1e-4  # Below it, a sentence about outlier patches says nothing
 
+Layers = Mapping[int, Tensor] | Tensor  # Layer -> states [images, S, D] of the special tokens
 ChosenPhotos = Sequence[tuple[Any, dict[str, Any]]]  # Images, and other fields of `ShownPhoto`
 
 
@@ -60,8 +61,7 @@ class Inspection:
         model_class: class name of the model.
         num_parameters: number of parameters of the model.
         num_images: number of images that were measured.
-        ablations: effects of each special token and each group, with null distributions
-            (`compute_ablations`); empty if the effects were not measured.
+        effects: records of each special token and each group (`measure_effects`).
         gates: gate of each gated token, by its name: 0 hides the token, 1 makes it ordinary.
         faults: one sentence per identical token, and per token that training did not move.
         outlier_share: fraction of the patches with outlier norms after `outlier_layer`, the last
@@ -73,21 +73,12 @@ class Inspection:
     model_class: str
     num_parameters: int
     num_images: int
-    ablations: Ablations
+    effects: list[dict[str, Any]]
     gates: dict[str, float]
     faults: list[str]
     outlier_share: float
     outlier_layer: int
     error_messages: list[str]
-
-    @property
-    def effects(self) -> list[tuple[str, str, Effect]]:
-        """Rows of the table: name of the token or group, name of the output, and effect."""
-        return [
-            (name, output, effect)
-            for name, by_output in self.ablations.items()
-            for output, effect in by_output.items()
-        ]
 
     @property
     def lines(self) -> list[str]:
@@ -110,7 +101,8 @@ def inspect_images(
     batch_size: int,
     chosen: ChosenPhotos = (),
     num_shown: int = 6,
-    has_ablations: bool = True,
+    effects: Sequence[dict[str, Any]] | None = None,
+    layers: LayerRange = None,
     token_movement: Mapping[str, float] | None = None,
     uses_bfloat16: bool = False,
     watch: Watch = lambda items, description: items,
@@ -126,15 +118,17 @@ def inspect_images(
         batch_size: number of images per forward pass.
         chosen: photos to show. Default: the most instructive images.
         num_shown: number of images to show if none is chosen.
-        has_ablations: whether to measure the effect of each token, which takes up to 9 passes per
-            token and image (`compute_ablations`).
+        effects: records of effects that were measured. Default: they are measured, which takes two
+            passes per token and image (`measure_effects`).
+        layers: the first and the last layer in which tokens are hidden and replaced. Default: all.
         token_movement: distance by which training moved each token (`token_movement` in
             results.json).
         uses_bfloat16: whether the values over all images are computed in bfloat16.
         watch: function that returns the same items and shows the progress.
 
     Raises:
-        ValueError: if no image can be read, or the hidden states of the model are not finite.
+        ValueError: if no image can be read, the hidden states of the model are not finite, or it has no
+            such layers.
     """
     batches, error_messages = read_batches(model, processor, images, label_space, batch_size, watch)
     use = find_token_use(model)
@@ -142,11 +136,13 @@ def inspect_images(
     measured_model = model if use.has_head else model.base_model
 
     with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bfloat16):
-        outputs, states, patch_norms = measure_states(measured_model, use, batches, watch)
+        outputs, states, patch_norms = measure_states(
+            measured_model, watch(batches, "measuring tokens"), use.num_layers[-1]
+        )
         labels = collect_labels(batches, use.config)
-        ablations = {}
-        if has_ablations:
-            ablations = compute_ablations(measured_model, use, batches, watch)
+        if effects is None:
+            token_sets = list_token_sets(use.config)
+            effects = measure_effects(measured_model, batches, token_sets, layers, watch)
 
     indices = [index for batch in batches for index in batch.indices]
     outliers = [is_outlier(norms).flatten() for norms in patch_norms]
@@ -155,7 +151,7 @@ def inspect_images(
         model_class=type(model).__name__,
         num_parameters=model.num_parameters(),
         num_images=len(indices),
-        ablations=ablations,
+        effects=list(effects),
         faults=list_faults(use, states, token_movement or {}),
         gates=read_gates(model.base_model),
         outlier_share=torch.cat(outliers).float().mean().item(),
@@ -183,39 +179,6 @@ def inspect_images(
     return inspection, photos
 
 
-def read_batches(
-    model: Any,
-    processor: Any,
-    images: LabeledImages,
-    label_space: LabelSpace,
-    batch_size: int,
-    watch: Watch,
-) -> tuple[list[ImageBatch], list[str]]:
-    """Preprocess images in random order, because datasets are often sorted by class.
-
-    Return the batches of readable images, and one message per unreadable image.
-    """
-    order = np.random.default_rng(0).permutation(len(images)).tolist()
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    prepare = partial(read_pixels, images.images, processor, model.config.num_channels)
-    batches = []
-    error_messages: list[str] = []
-    for part in watch(parts, "reading images"):
-        for batch in prepare_batches(prepare, [part]):
-            error_messages += batch.error_messages.values()
-            if label_space.columns:
-                batch.labels = label_space.collate([images.labels[each] for each in batch.indices])
-            if batch.indices:
-                batches.append(batch)
-    if not batches:
-        first_error = f" ({error_messages[0]})" if error_messages else ""
-        raise ValueError(
-            f"An inspection requires at least one image, but none of {len(images)} images can be "
-            f"read{first_error}. Check the images."
-        )
-    return batches, error_messages
-
-
 # Images to show -----------------------------------------------------------------------------------
 
 
@@ -233,7 +196,7 @@ def choose_images(
     """
     if not use.has_head:
         return dict.fromkeys(indices[:num_shown])
-    target = use.target
+    target = get_target(use.config)
     predicted = {task: predict_labels(rows, target) for task, rows in outputs.items()}
     confidences = [
         target.compute_confidences(torch.stack(rows).numpy()) for rows in outputs.values()
@@ -245,6 +208,15 @@ def choose_images(
     lowest = np.min(confidences, axis=0)
     selected = select_images(lowest.tolist(), is_wrong.tolist(), classes[:, 0].tolist(), num_shown)
     return {indices[position]: kind for position, kind in selected.items()}
+
+
+def predict_labels(rows: list[Tensor], target: Target) -> Tensor:
+    """Predict the class [images, 1] from the logits [labels] of each image.
+
+    With several labels per image, the prediction is a mask [images, labels].
+    """
+    answers = torch.from_numpy(target.predict(torch.stack(rows).numpy()))
+    return answers.view(len(rows), -1)
 
 
 def select_images(
@@ -289,9 +261,7 @@ ROUNDING_ERROR = 1e-6  # The error of a state, as a fraction of its norm
 OUTLIER_RATIO = 3.0
 
 
-def list_faults(
-    use: TokenUse, states: Mapping[int, Tensor], movement: Mapping[str, float]
-) -> list[str]:
+def list_faults(use: TokenUse, states: Layers, movement: Mapping[str, float]) -> list[str]:
     """Write one sentence per identical token, and per token that training did not move.
 
     `states` has the form in which `measure_states` returns it.
@@ -309,16 +279,14 @@ def list_faults(
     ]
 
 
-def find_identical_tokens(
-    states: Mapping[int, Tensor], used_layers: Sequence[int]
-) -> dict[int, tuple[int, int]]:
+def find_identical_tokens(states: Layers, used_layers: Sequence[int]) -> dict[int, tuple[int, int]]:
     """Find tokens with the same state as another token: token -> nearest such token, and layer.
 
     Two tokens are compared after the last layer in which both are used, because a head may ignore
     a difference that arises later.
 
     Args:
-        states: states [images, S, D] of the special tokens after the layers `used_layers`.
+        states: [images, S, D] of the special tokens, before the first layer and after each layer.
         used_layers: [S], last layer in which each token is used.
     """
     identical = {}

@@ -9,6 +9,9 @@ from ..inference.options import ImageOptions, Paths
 from ..runtime.flags import Options, check_minimum, check_suffix
 
 
+PAGE_SUFFIXES = (".html", ".htm")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(ImageOptions):
     """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
@@ -26,13 +29,15 @@ class InspectOptions(ImageOptions):
     label_separator: str | None = None
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     output: Path = Path("report.html")
-    """HTML file for the report."""
+    """HTML file for the report; or a .csv or .parquet file for its numbers."""
+    layers: tuple[int, int] | None = None
+    """First and last layer, from 1, in which tokens are hidden and replaced. Default: all."""
     num_images: int = 8
     """Number of images in the report: wrong predictions, then the least confident predictions, then
     typical images."""
-    max_images: int = 256
-    """Maximum number of images for the statistics. The images are drawn at random and stored in
-    memory."""
+    max_images: int = 128
+    """Maximum number of images for the statistics, drawn at random and stored in memory. Each token
+    takes two passes over them."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Precision of the forward pass. `auto`: `bf16` on GPUs and CPUs with bf16 instructions (on
     CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
@@ -42,7 +47,7 @@ class InspectOptions(ImageOptions):
         check_minimum(self, 1, "num_images", "max_images")
         self.check_images()
         check_output_files(output=self.output)
-        check_suffix(self, "output", ".html", ".htm")
+        check_suffix(self, "output", *PAGE_SUFFIXES, ".csv", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)

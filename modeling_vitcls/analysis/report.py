@@ -13,7 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..inference.intervals import compute_proportion_interval
+import pandas as pd
+
+from ..evaluation.token_effects import EFFECT_TITLES, describe_change
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .inspection import Inspection
@@ -66,32 +68,33 @@ def write_page(
 
 def list_effects(inspection: Inspection) -> list[dict[str, str]]:
     """Format the table of effects, for the page and the terminal, with gates if the model has any."""
+    kinds = {kind for effect in inspection.effects for kind in effect}
     rows = []
-    for token, output, effect in inspection.effects:
-        changed = without = "–"
-        if effect.changed is not None:
-            num_changed = round(effect.changed * effect.num_images)
-            low, high = compute_proportion_interval(num_changed, effect.num_images)
-            changed = f"{effect.changed:.0%} ({low:.0%} to {high:.0%})"
-        if effect.accuracies is not None and effect.drop is not None:
-            low, high = effect.drop
-            without = "{:.0%} to {:.0%} right".format(*effect.accuracies)
-            if effect.changed:  # Otherwise, the interval has no width
-                without += f" ({100 * low:.0f} to {100 * high:.0f} points lost)"
-        low, high = effect.interval
-        row = {"token": token}
+    for effect in inspection.effects:
+        row = {"token": effect["token"]}
         if inspection.gates:
-            gate = inspection.gates.get(token)
+            gate = inspection.gates.get(effect["token"])
             row["gate"] = "–" if gate is None else f"{gate:.3f}"
-        rows.append(
-            row
-            | {
-                "output": output or "predictions",
-                "changed predictions": changed,
-                "without it": without,
-                "effect (95% interval)": f"{effect.size:.2g} ({low:.2g} to {high:.2g})",
-                "limit": "–" if effect.limit is None else f"{effect.limit:.2g}",
-                "than a random token": effect.comparison,
-            }
-        )
+        row |= {"output": effect["output"] or "predictions", "verdict": effect["verdict"]}
+        for kind, title in EFFECT_TITLES.items():
+            if kind in kinds:
+                row[title] = describe_change(effect[kind]) if kind in effect else "–"
+        rows.append(row)
     return rows
+
+
+def write_table(file: Path, inspection: Inspection) -> None:
+    """Write the effects as numbers to a CSV or Parquet file.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    columns = ["token", "group", "output", "verdict"]
+    table = (
+        pd.json_normalize(inspection.effects, sep="_")
+        if inspection.effects
+        else pd.DataFrame(columns=columns)
+    )
+    write = table.to_csv if file.suffix.lower() == ".csv" else table.to_parquet
+    with write_atomically(file) as partial_file:
+        write(partial_file, index=False)

@@ -5,8 +5,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from ..data.labels import is_multi_label
-from ..frozen.targets import OneLabelTarget, SeveralLabelsTarget, Target
+from ..evaluation.token_effects import list_groups
 from ..inference.token_names import get_token_names
 from ..model.configuration_vitcls import ViTCLSConfig
 
@@ -27,11 +26,6 @@ class TokenUse:
     config: ViTCLSConfig
     has_head: bool = True
 
-    @property
-    def target(self) -> Target:
-        """What the head predicts: one label per image, or several."""
-        return SeveralLabelsTarget if is_multi_label(self.config) else OneLabelTarget
-
     @cached_property
     def names(self) -> list[str]:
         """The name of each special token, such as "register 2"."""
@@ -40,17 +34,14 @@ class TokenUse:
     @cached_property
     def groups(self) -> dict[str, list[int]]:
         """Map each group of special tokens that is not empty to their sequence indices."""
-        layout = self.config.token_layout
-        special_indices = range(layout.num_prefix_tokens)
-        indices = {group: list(special_indices[tokens]) for group, tokens in layout.items()}
-        return {group: members for group, members in indices.items() if members}
+        return list_groups(self.config)
 
     @cached_property
     def readers(self) -> dict[str, set[int]]:
         """Map each output to the sequence indices of the tokens that it reads.
 
         These are the special tokens from which the output is computed directly, and PATCHES.
-        Outputs are named as in ablation.py; the distillation head is "distillation".
+        Outputs are named as in token_effects.py; the distillation head is "distillation".
         """
         config = self.config
         cls = self.groups.get("cls", [])

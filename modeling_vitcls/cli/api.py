@@ -165,8 +165,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     Examples:
         >>> from modeling_vitcls import inspect_tokens
         >>> inspection = inspect_tokens("runs/photos", dataset="photos", output="report.html")
-        >>> for token, output, effect in inspection.effects:
-        ...     print(token, effect.changed, effect.comparison)
+        >>> for effect in inspection.effects:
+        ...     print(effect["token"], effect["verdict"])
     """
     from ..analysis.inspect_tokens import write_inspection
     from ..inference.inputs import list_sources

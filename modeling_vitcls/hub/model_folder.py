@@ -292,15 +292,6 @@ class ModelFolder:
         """The names of the weight files that the model loads, also of missing ones."""
         return list_weight_files(self.path)
 
-    @property
-    def has_trained_tokens(self) -> bool:
-        """Whether there are several special tokens, and steps may have changed them."""
-        return (
-            self.config is not None
-            and self.config.token_layout.num_prefix_tokens > 1
-            and self.results.get("steps") != 0
-        )
-
     @cached_property
     def num_parameters(self) -> int:
         """The number of values in the weight files, without class statistics."""

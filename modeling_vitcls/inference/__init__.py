@@ -16,6 +16,7 @@
     intervals.py        confidence intervals
     stated_result.py    a result in words, and metrics as tables
     speed.py            speed and FLOPs of a model
+    interventions.py    special tokens are hidden, or replaced with those of other photos
     token_names.py      names of special tokens in tables, reports and figures
 
 The files in this folder are not pushed to the Hub.

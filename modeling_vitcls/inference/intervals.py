@@ -4,10 +4,8 @@ compute_proportion_interval(num_successes, num_trials, groups)    accuracy, frac
 compute_bootstrap_interval(values)                        mean over images
 estimate_after_choice(losses, is_right, ...)              accuracy of the best of several candidates
 estimate_average_precision(scores, labels, groups)        mean average precision of several labels
-compute_prediction_limit(values)                          limit of a null distribution
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,19 +150,3 @@ def number_groups(groups: np.ndarray | None, num_images: int) -> tuple[np.ndarra
         np.arange(num_images) if groups is None else groups, return_inverse=True
     )
     return numbers, len(unique)
-
-
-def compute_prediction_limit(values: Sequence[float], level: float) -> float:
-    """Compute the value below which one further draw lies with probability `level`.
-
-    The draw is from the distribution of `values` (normal with unknown variance). The limit is at
-    least the largest of the values.
-    """
-    if len(values) < 2:
-        return max(values)
-    margin = (
-        stats.t.ppf(level, len(values) - 1)
-        * np.std(values, ddof=1)
-        * math.sqrt(1 + 1 / len(values))
-    )
-    return max(*values, float(np.mean(values) + margin))

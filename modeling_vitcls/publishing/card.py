@@ -22,6 +22,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from ..evaluation.token_effects import describe_change
 from ..frozen.findings import CARD, describe_findings
 from ..frozen.linear_probe import describe_candidate
 from ..hub.model_files import (
@@ -126,7 +127,6 @@ def render_card(
                 "certificate",
                 "config",
                 "exports",
-                "has_trained_tokens",
                 "is_native",
                 "num_parameters",
                 "parity_report",
@@ -261,6 +261,7 @@ TEMPLATES.filters |= {
         format_name_list(list(map(format_name, names)), MAX_LISTED_CLASSES)
     ),
     "candidate": describe_candidate,
+    "change": describe_change,
     "addition_result": state_addition,
     "token_counts": count_tokens,
 }

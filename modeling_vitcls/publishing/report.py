@@ -5,7 +5,7 @@
 
 The images are read again from the dataset of the run or addition, so the folder does not have to
 contain them. Their predictions are read from predictions.parquet. The report measures fewer images
-and effects than `vitcls inspect`.
+than `vitcls inspect`, and shows the effects of tokens that the run has measured.
 """
 
 from dataclasses import replace
@@ -163,8 +163,8 @@ def draw_page(
         batch_size=BATCH_SIZE,
         chosen=chosen,
         num_shown=NUM_SHOWN_IMAGES,
-        # Effects are worth a table only if there are several tokens, and training changed them.
-        has_ablations=folder.has_trained_tokens,
+        # The page shows what the run has measured.
+        effects=list(folder.results.get("tokens", {}).values()),
         token_movement=folder.results.get("token_movement"),
         uses_bfloat16=folder.results.get("mixed_precision") == "bf16",
         watch=partial(track, unit="", has_bar=False),

@@ -17,7 +17,7 @@
     checkpoints.py      checkpoints on disk, written completely or not at all
     distributed_state.py    the training state as named full tensors, for one process, DDP and FSDP2
     calibration.py      the temperature of the trained classifier
-    new_tokens.py       what the new tokens of a run with steps are worth
+    new_tokens.py       what the special tokens of a run with steps hold, and what their places are worth
     statistics.py       class statistics of a model that was trained with steps
     run_folder.py       the output folder before a run: what is in it, and what is removed
     resume.py           what a resumed run takes from its start, and what it compares with it

@@ -1,72 +1,61 @@
-"""What the new tokens of a run with steps are worth, measured on the held-out images."""
+"""What the special tokens of a run with steps hold, and what their places are worth, on held-out images."""
 
-from itertools import compress
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from ..evaluation.evaluator import Evaluator, Predictions
-from ..inference.token_names import SINGLE_TOKEN_NAMES
-from ..model.attention_masks_vitcls import list_gated_tokens
-from .distributed_state import distribute_like, reshard
-from .plan import RunPlan
+from ..data.images import LabeledImages
+from ..evaluation.evaluator import Predictions
+from ..evaluation.token_effects import (
+    EFFECT_TITLES,
+    describe_change,
+    list_token_sets,
+    measure_effects,
+    read_batches,
+)
+from .run_inputs import RunInputs
+
+
+MAX_IMAGES = 500
 
 
 @torch.no_grad()
 def measure_tokens(
-    model: Any,
-    prepared_model: nn.Module,
-    held_out: Evaluator,
-    predictions: Predictions | None,
-    plan: RunPlan,
+    inputs: RunInputs, images: LabeledImages, predictions: Predictions | None
 ) -> tuple[dict[str, Any], str | None]:
-    """Measure what the new tokens of each group are worth: the same images with their gates closed.
+    """Measure each group of special tokens, in float32. Every process measures the same images.
 
     An open gate is no evidence: noise at the rate of new tokens opens gates, too.
 
     Args:
-        model, prepared_model: the trained model, and the same as Accelerate prepared it.
-        held_out: images that did not train it.
+        inputs: of the run, with the trained model.
+        images: that did not train it.
         predictions: of these images; None without any, or for several tasks.
-        plan: of the run.
 
     Returns:
-        The field "tokens" of results.json, and a line for each group; neither without new gated
-        tokens or predictions.
+        The field "tokens" of results.json, and a line for each group; neither without predictions,
+        for fewer than two special tokens, or for a sharded model.
     """
-    if predictions is None or "vitcls.gates.gates" not in plan.new_tokens:
+    model = inputs.model
+    has_several_tokens = model.config.token_layout.num_prefix_tokens > 1
+    if predictions is None or not has_several_tokens or isinstance(model, FSDPModule):
         return {}, None
-    groups = [group for group, _ in list_gated_tokens(model.config)]
-    are_new = plan.new_tokens["vitcls.gates.gates"]
-    gates = model.vitcls.gates.gates
-    trained = gates.clone()
-    record = {}
+    batches, _ = read_batches(
+        model,
+        inputs.pass_arguments["processor"],
+        images.draw(MAX_IMAGES),
+        inputs.pass_arguments["label_space"],
+        inputs.pass_arguments["batch_size"],
+    )
+    token_sets = list_token_sets(model.config, has_members=False)
+    records = measure_effects(model, batches, token_sets)
     lines = []
-    for group in dict.fromkeys(compress(groups, are_new)):
-        is_closed = (np.array(groups) == group) & are_new
-        gates.mul_(distribute_like(torch.tensor(~is_closed, dtype=gates.dtype), gates))
-        without = held_out.predict(prepared_model)
-        reshard(prepared_model)
-        gates.copy_(trained)
-
-        is_right, is_right_without = (
-            ~np.isin(each.outputs.indices, each.list_wrong()) for each in (predictions, without)
-        )
-        number = len(is_right)
-        loss, loss_without = predictions.metrics["loss"], without.metrics["loss"]
-        record[group] = {
-            "num_images": number,
-            "accuracy": float(is_right.mean()),
-            "accuracy_without": float(is_right_without.mean()),
-            "loss": loss,
-            "loss_without": loss_without,
-        }
-        # An interval of the difference would have no width if no prediction differs.
-        lines.append(
-            f"the new {SINGLE_TOKEN_NAMES[group]} tokens: {is_right_without.sum()} of {number} right, with "
-            f"them {is_right.sum()} ({(is_right & ~is_right_without).sum()} gained, "
-            f"{(is_right_without & ~is_right).sum()} lost); log loss {loss_without:.3f}, with them {loss:.3f}"
-        )
-    return {"tokens": record}, "\n".join(lines)
+    for record in records:
+        texts = [
+            f"{title} {describe_change(record[kind])}"
+            for kind, title in EFFECT_TITLES.items()
+            if kind in record
+        ]
+        lines.append(f"{record['token']}: {record['verdict']} ({'; '.join(texts)})")
+    return {"tokens": {record["group"]: record for record in records}}, "\n".join(lines)

@@ -116,7 +116,7 @@ def run_steps(
     if data.label_space.kind == "multi_task":
         predictions = None
     reshard(model)
-    tokens, tokens_text = measure_tokens(inputs.model, model, held_out, predictions, plan)
+    tokens, tokens_text = measure_tokens(inputs, data.held_out, predictions)
     # After the measurement, which a distance to the classes would only slow down.
     trained_scenes = unknown_text = None
     if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
@@ -146,7 +146,7 @@ def run_steps(
         lines={
             "heads": heads_text,
             "calibration": calibration.text,
-            "without": tokens_text,
+            "tokens": tokens_text,
             "unknown": unknown_text,
         },
     )

@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from helpers.local_hub import LocalHub, read_files
 from helpers.photo_folders import draw_noise
@@ -53,13 +54,28 @@ def test_terminal_page_and_the_function_have_the_same_values(
     assert "broken [old].png" in errors
 
     text = page.read_text()
-    for _, _, effect in found.effects:
-        assert f"{effect.changed:.0%} (" in text
+    for effect in found.effects:
+        assert f"log loss {effect['content']['loss_change']:+.3f} (" in text
     assert found.gates == {"register 2": pytest.approx(0.031)}
     assert "<td>0.031</td>" in text
     assert "0.031" in printed
     assert str(image_folder) not in text
     assert model not in text  # local folders are not in the page
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_table_has_the_numbers_of_each_token_and_group(
+    suffix: str, model: str, image_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / f"tokens.{suffix}"
+    found = inspect_tokens(model, image_folder, output=file, layers=(1, 2))
+    table = getattr(pd, f"read_{suffix}")(file)
+    assert set(table["verdict"]) == {"not shown"}  # of eleven photos
+    for row, effect in zip(table.to_dict("records"), found.effects, strict=True):
+        assert row["group"] == effect["group"]
+        assert row["hidden_loss_change"] == pytest.approx(effect["hidden"]["loss_change"])
+    with raises_one_line("layers 2 to 9", "1 to 2"):
+        inspect_tokens(model, image_folder, output=file, layers=(2, 9))
 
 
 def test_the_page_names_the_commit_of_a_model_on_the_hub(

@@ -12,9 +12,10 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.analysis.inspection import inspect_images, read_batches, select_images
+from modeling_vitcls.analysis.inspection import inspect_images, select_images
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import OneLabel
+from modeling_vitcls.evaluation.token_effects import read_batches
 
 
 NUM_IMAGES = 18
@@ -33,7 +34,7 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 def read(model: Any, images: Any, labels: Any, processor: Any = PROCESSOR) -> Any:
     label_space = OneLabel({"label": list("abcdefgh")})
     labeled = LabeledImages(images, labels)
-    return read_batches(model, processor, labeled, label_space, 4, lambda items, _: items)[0]
+    return read_batches(model, processor, labeled, label_space, 4)[0]
 
 
 def inspect(model: Any, count: int = NUM_IMAGES, **settings: Any) -> Any:
@@ -76,13 +77,12 @@ def test_planted_faults_are_named() -> None:
     registers[:, 2] = registers[:, 0]
     model.vitcls.embeddings.position_embeddings.patches.data[:, 5] = 1e4
     movement = {"cls[0]": 1.0, "registers[0]": 1.0, "registers[1]": 0.0, "registers[2]": 1.0}
-    found, _ = inspect(model, has_ablations=False, token_movement=movement)
+    found, _ = inspect(model, effects=[], token_movement=movement)
     assert [fault.partition(" ")[0] for fault in found.faults] == ["register"] * 3
     assert "register 1: identical to register 3 after layer 1" in found.faults
     assert found.faults[-1].startswith("register 2: not moved")
     assert found.outlier_share == 1 / 16
     assert found.outlier_layer == 1  # the classifier reads CLS of the last layer
-    assert found.effects == []
 
 
 def test_hidden_states_that_are_not_finite_are_errors() -> None:

@@ -141,7 +141,7 @@ def test_every_token_has_an_effect_and_a_report_is_written(
     inspection = inspect_tokens(
         folder, dataset=build_photos(), output=tmp_path / "report.html", max_images=8, num_images=1
     )
-    tokens = {token for token, _, _ in inspection.effects}
+    tokens = {effect["token"] for effect in inspection.effects}
     assert tokens == {"CLS", "register 1", "register 2", "all register tokens"}
     assert (tmp_path / "report.html").exists()
 

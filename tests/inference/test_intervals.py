@@ -6,7 +6,6 @@ from sklearn.metrics import average_precision_score
 
 from modeling_vitcls.inference.intervals import (
     compute_bootstrap_interval,
-    compute_prediction_limit,
     estimate_after_choice,
     estimate_average_precision,
 )
@@ -23,16 +22,6 @@ def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
     assert compute_bootstrap_interval([2.0]) == (2.0, 2.0)
     # quantiles of a binomial variable
     assert compute_bootstrap_interval([0.0] * 9 + [1.0]) == pytest.approx((0, 0.3))
-
-
-def test_the_limit_of_a_null_distribution_is_a_prediction_bound_or_the_maximum() -> None:
-    """The limit is the upper bound of the prediction interval, or the maximum.
-
-    The bound is 2.5 + 3.182 * 1.291 * 1.25 ** 0.5.
-    """
-    assert compute_prediction_limit([1.0, 2.0, 3.0, 4.0], 0.975) == pytest.approx(7.093, abs=1e-3)
-    assert compute_prediction_limit([0.2], 0.975) == 0.2
-    assert compute_prediction_limit([0.0] * 20 + [9.0], 0.975) == 9
 
 
 def test_the_interval_of_images_that_are_all_right_is_not_empty() -> None:

@@ -12,6 +12,8 @@ from helpers.tiny_options import build_tiny_options, forget_end, run_to_folder
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification, evaluate
+from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.publishing.report import finish_run
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.run_results import describe_gates
 
@@ -115,17 +117,37 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
 
     results = read_json(folder / "results.json")
     found = results["tokens"]["registers"]
-    assert found["loss"] == results["loss"]
     # The same images, with the same model without these tokens
     without = shutil.copytree(folder, tmp_path / "without")
     model = ViTCLSForImageClassification.from_pretrained(folder)
     model.adapt(num_register_tokens=0).save_pretrained(without)
     reset_accelerate()
     measured = evaluate(without, "digits")
-    assert found["num_images"] == measured["num_images"]
-    assert found["accuracy_without"] == pytest.approx(measured["accuracy"], abs=1e-6)
-    assert found["loss_without"] == pytest.approx(measured["loss"], abs=1e-5)
-    assert found["loss_without"] != pytest.approx(found["loss"], abs=1e-4)
+    hidden = found["hidden"]
+    assert hidden["num_images"] == measured["num_images"]
+    assert hidden["accuracy"] == pytest.approx(measured["accuracy"], abs=1e-6)
+    assert hidden["loss"] == pytest.approx(measured["loss"], abs=1e-5)
+    assert hidden["loss_change"] == pytest.approx(hidden["loss"] - results["loss"], abs=1e-5)
+
+    finish_run(ModelFolder(folder))
+    for file in ("report.html", "README.md"):
+        text = (folder / file).read_text()
+        assert f"log loss {hidden['loss_change']:+.3f}" in text
+        assert found["verdict"] in text
+
+
+def test_without_distillation_tokens_the_model_is_that_of_adapt(
+    encoder: Path, tmp_path: Path
+) -> None:
+    flags = {"num_distillation_tokens": 1, "model_config": {"distillation_inference": "mean"}}
+    folder = train(tmp_path, encoder, **flags)
+    found = read_json(folder / "results.json")["tokens"]["distillation"]
+    without = shutil.copytree(folder, tmp_path / "without")
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    model.adapt(num_distillation_tokens=0).save_pretrained(without)
+    reset_accelerate()
+    assert found["without"]["loss"] == pytest.approx(evaluate(without, "digits")["loss"], abs=1e-5)
+    assert found["without"]["loss"] != pytest.approx(found["hidden"]["loss"], abs=1e-4)
 
 
 def test_gates_that_stayed_closed_are_named_with_what_opens_them() -> None:
