@@ -72,28 +72,19 @@ def fit_line(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return slope, regression.intercept_.item()
 
 
-def extrapolate_temperature(
-    temperature: float, fewer_temperature: float | None, spread: float, fold_spread: float
-) -> float:
-    """Estimate the temperature of the final classifier from the temperatures of fold classifiers.
+def extrapolate_temperature(temperature: float, spread: float, fold_spread: float) -> float:
+    """Estimate the temperature of the final classifier from that of fold classifiers.
 
     The rule was found on photographs with few labels (model_cards/studies/first_answer.md).
 
     Args:
-        temperature: of ten folds, whose classifiers were fitted to 90 % of the images.
-        fewer_temperature: of five folds; None if there are no ten.
+        temperature: of the folds, whose classifiers were fitted to a part of the images.
         spread: of the logits of the classifier of all images (`measure_spread`).
         fold_spread: mean spread of the logits of the classifiers of the folds.
     """
     # With a handful of images per class, the logits of the final classifier are much smaller than in
     # the folds, to which the temperature was fitted. Constant features have no spread.
-    factor = min(1.0, spread / fold_spread) if spread > 1e-6 else 1.0
-    if fewer_temperature is not None:
-        # By this quotient, the temperature fell from classifiers of 80 % of the images to classifiers
-        # of 90 %. The same step again leads to all of them. It is limited, because the quotient of
-        # two temperatures from few images is mostly noise.
-        factor = min(factor, float(np.clip(temperature / fewer_temperature, 0.5, 1.0)))
-    return temperature * factor
+    return temperature * min(1.0, spread / fold_spread) if spread > 1e-6 else temperature
 
 
 def measure_spread(logits: np.ndarray) -> float:

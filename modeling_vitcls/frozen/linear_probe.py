@@ -15,8 +15,8 @@ labels per class it is as accurate as logistic regression with the best regulari
 better with 200 and 450 (CIFAR-10 at 112 pixels).
 
 The temperature comes from out-of-fold logits. Classifiers of fewer labels are less certain, and the
-final one has them all: with ten folds, the temperature is therefore extrapolated to all images,
-from five and ten folds (confidence.py).
+final one has them all: with ten folds, the temperature is therefore extrapolated to all images, by
+how much smaller its logits are (confidence.py).
 """
 
 import warnings
@@ -324,7 +324,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         logits, distances, spreads = self.cross_validate(features, targets, candidates, folds)
         self.choose(logits, targets, groups)
         self.refit(features, labels)
-        self.calibrate(spreads[self.candidate_], features, targets, groups)
+        self.calibrate(spreads[self.candidate_], features, targets)
         self.distance_threshold_: float | None = None
         # Pairs have no covariance, in which a photo of another class would be far.
         if self.has_covariance(targets):
@@ -467,7 +467,6 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fold_spreads: Sequence[float],
         features: TokenFeatures,
         labels: np.ndarray,
-        groups: np.ndarray | None,
     ) -> None:
         """Extrapolate the temperature from the fold classifiers, with their spreads, to the final one."""
         if self.lines_ is not None or (self.num_folds_ and len(labels) > FEW_IMAGES):
@@ -479,19 +478,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             self.temperature_ = max(spread, 1.0)
             return
 
-        fewer_temperature = None
-        if self.num_folds_ == NUM_FOLDS_OF_FEW:
-            read = {token: features[token] for token in chain(*self.candidate_.heads)}
-            folds = split_folds(labels, groups, NUM_FOLDS)
-            fewer, *_ = self.cross_validate(read, labels, [self.candidate_], folds)
-            fewer_temperature = Score.of(
-                self.candidate_, fewer[self.candidate_], labels, self.weigh(labels)
-            ).temperature
         self.temperature_ = extrapolate_temperature(
-            self.temperature_,
-            fewer_temperature,
-            spread=spread,
-            fold_spread=float(np.mean(fold_spreads)),
+            self.temperature_, spread, float(np.mean(fold_spreads))
         )
 
     def set_threshold(
