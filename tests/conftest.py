@@ -40,6 +40,7 @@ INTEGRATION = re.compile(
 PAGE_TIMEOUT = 60_000
 
 
+os.environ["VITCLS_CACHE"] = "none"  # Nothing is kept, except in tests of what is
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # scripts import their siblings
 
 gc.disable()  # while the libraries are imported

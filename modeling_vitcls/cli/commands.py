@@ -280,15 +280,16 @@ def run_push(options: PushOptions) -> None:
 
 
 class EnvOptions(Options):
-    """Print versions, the device and CPU kernels, for bug reports."""
+    """Print versions, the device, CPU kernels and where features are kept, for bug reports."""
 
 
 def run_env(options: EnvOptions) -> None:
-    """Print versions, the device and CPU kernels, for bug reports."""
+    """Print versions, the device, CPU kernels and where features are kept, for bug reports."""
     import platform
 
     import torch
 
+    from ..inference.feature_store import describe_store
     from ..runtime.system import format_device_name, get_processor_name, get_versions
     from ..speed import cpu_kernels as kernels
 
@@ -303,6 +304,7 @@ def run_env(options: EnvOptions) -> None:
         ),
         "device": format_device_name(accelerator or torch.device("cpu")),
         "CPU kernels": "on" if kernels.can_use_cpu_kernels() else "off",
+        "kept features": describe_store(),
     }
     for name, value in environment.items():
         print(f"{name:<16}  {value}")

@@ -174,13 +174,11 @@ class DatasetImages(Sequence):
 
     def compute_content_keys(self) -> np.ndarray:
         """Compute a key of the content of each image. Several threads read the files."""
-        keys: list[int] = []
+        keys: list[Any] = []
         with ThreadPoolExecutor() as pool:
             for rows in self.dataset.select(self.rows).iter(ROWS_PER_READ):
                 images = [to_encoded_image(value, self.folder) for value in rows[self.column]]
-                keys += pool.map(
-                    lambda image: compute_content_key(open_encoded_image(image)), images
-                )
+                keys += pool.map(compute_key, images)
         return np.array(keys, np.uint64)
 
 
@@ -224,6 +222,15 @@ def compute_content_key(stream: BinaryIO) -> int:
     with stream:
         digest = hashlib.file_digest(stream, partial(hashlib.blake2b, digest_size=8))  # type: ignore[arg-type]
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def compute_key(image: Any) -> int | None:
+    """Compute the key of an encoded image or a path; None for arrays and PIL images."""
+    if isinstance(image, Path):
+        image = str(image)
+    if not isinstance(image, dict | str | bytes):
+        return None
+    return compute_content_key(open_encoded_image(to_encoded_image(image, Path())))
 
 
 NO_CONTENT_KEY = compute_content_key(io.BytesIO())  # Key of missing images and of empty files

@@ -8,7 +8,8 @@
     cuda_graphs.py      passes of one shape, repeated by a GPU without Python
     inputs.py           images for prediction, decoded in advance by threads; whether they trained the model
     prediction_rows.py  pixels -> rows of labels, probabilities or features
-    journal.py          rows that are kept while they are computed, and the images that they are of
+    feature_store.py    features that are kept by the content of the photo, for all commands
+    output_table.py     a written table, which a person may edit
     outputs.py          rows -> table, CSV, JSON, Parquet; progress
     predictor.py        Predictor: a loaded model, for servers, Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`

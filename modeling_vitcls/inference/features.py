@@ -3,12 +3,15 @@
     images -> encode: special tokens and mean of the patches of the last layers, after the final norm
            -> pool          vectors that classifiers, class statistics and scenes read -> Features
            -> apply_heads   what the model returns: logits and distance
+           -> FeatureStore  keeps it: a photo passes an encoder once (feature_store.py)
 
 The features of a layer are what a classifier with `config.pooled_layers` reads, so a linear
 classifier of them is the model's classifier.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,23 +22,36 @@ from rich.console import Console
 from torch import Tensor
 
 from ..data.images import LabeledImages
+from ..model.class_distance_vitcls import sum_weights
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size
 from ..model.heads_vitcls import ALL_TOKENS, TokenPooler
+from ..speed.cpu_kernels import can_use_cpu_kernels
 from ..speed.lean_layers import use_fast_modules
+from .feature_store import FeatureStore, find_store_file
 from .image_pass import ImageOutputs, ImagePass
 
 
 Token = tuple[int, str]  # Negative index of a layer, and "cls" or "mean" (of the patches)
 Tokens = tuple[Token, ...]  # In the order in which a classifier reads them
-# What a pass says about images [B]: "tokens" [B, layers, CLS + distillation + mean, D], the parts of the
-# mean at the border, "rings" [B, rings, layers, D], and "own" [B, P] of a pooler that reads more than those
-States = Mapping[str, Tensor]
+# What images leave in a pass, [B, F]: for each layer the tokens that are read (CLS, the mean of the
+# distillation tokens, the mean of the patches) and the parts of the latter mean at the border (rings), then
+# the output of a pooler that reads other tokens
+States = Tensor
 
+PASS_VERSION = 1  # Increased when `encode` computes something else for the same weights and pixels
 NUM_LAST_LAYERS = 4  # Classifiers and class statistics read as many
 OWN_POOLING = "own"  # Tokens of a candidate that reads the output of the model's pooler
 # Widths of the rings at the border of an image, as fractions of its sides; at least one patch
 RING_WIDTHS = (0, 1 / 8)
+
+# Fields of a configuration on which the tokens of the encoder do not depend
+HEAD_FIELDS = {
+    *("architectures", "auto_map", "transformers_version", "_name_or_path", "dtype"),
+    *("id2label", "label2id", "problem_type", "tasks", "head_type", "distillation_inference"),
+    *("extra_heads", "class_statistics", "distance_threshold", "compute_all_tokens"),
+    *("pooling", "pooled_layers"),
+}
 
 
 @dataclass(frozen=True)
@@ -107,27 +123,35 @@ class FrozenEncoder:
             read |= {*model.extra_heads.layers, *getattr(model, "distance_layers", ())}
         self.layers = list(range(min(read - {ALL_TOKENS}), last + 1))
 
-    def encode(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Compute what heads, class statistics and scenes read of images [B, C, H, W]."""
+    def encode(self, values: Tensor) -> States:
+        """Compute what heads, class statistics and scenes read of images [B, C, H, W].
+
+        What is kept of earlier images, [B, F], is returned as it is.
+        """
+        if values.ndim == 2:
+            return values
         config = self.encoder.config
         layout = config.token_layout
-        outputs = self.encoder(pixel_values, output_layers=self.layers)
+        outputs = self.encoder(values, output_layers=self.layers)
         masks = self.get_rings(outputs.grid_size)
-        tokens = []
-        rings = []
+        states = []
         for layer in self.layers:
-            states = outputs.layer_tokens[layer]
-            patches = states[:, layout.patches]
-            parts = [states[:, layout.cls], patches.mean(dim=1, keepdim=True)]
+            tokens = outputs.layer_tokens[layer]
+            patches = tokens[:, layout.patches]
+            parts = [tokens[:, layout.cls], patches.mean(dim=1, keepdim=True)]
             if config.num_distillation_tokens:
-                parts.insert(1, states[:, layout.distillation].mean(dim=1, keepdim=True))
-            tokens.append(torch.cat(parts, dim=1).float())
+                parts.insert(1, tokens[:, layout.distillation].mean(dim=1, keepdim=True))
             with torch.autocast(patches.device.type, enabled=False):
-                rings.append(masks @ patches.float())
-        computed = {"tokens": torch.stack(tokens, dim=1), "rings": torch.stack(rings, dim=2)}
-        if self.encoder.pooler is not None and not has_searchable_pooling(config):
-            computed["own"] = outputs.pooler_output.float()
-        return computed
+                parts.append(masks @ patches.float())
+            states += [part.float().flatten(1) for part in parts]
+        if self.has_own_pooling:
+            states.append(outputs.pooler_output.float())
+        return torch.cat(states, dim=1)
+
+    @property
+    def has_own_pooling(self) -> bool:
+        """Whether the pooler reads other tokens than those of `States`."""
+        return self.encoder.pooler is not None and not has_searchable_pooling(self.encoder.config)
 
     def get_rings(self, grid_size: Size) -> Tensor:
         """Get the weights [rings, patches] of the patches of each ring at the border."""
@@ -136,10 +160,18 @@ class FrozenEncoder:
             self.rings[grid_size] = (marks / marks.shape[1]).to(self.encoder.device)
         return self.rings[grid_size]
 
+    def divide(self, states: States) -> tuple[Tensor, Tensor]:
+        """Divide states into the tokens and the rings of each layer, [B, layers, tokens or rings, D]."""
+        config = self.encoder.config
+        if self.has_own_pooling:
+            states = states[:, : -config.pooled_size]
+        tokens = states.unflatten(1, (len(self.layers), -1, config.hidden_size))
+        return tokens.tensor_split([-len(RING_WIDTHS)], dim=2)
+
     def get_layer_tokens(self, states: States) -> dict[int, Tensor]:
         """Put the tokens of layers in their places: registers are 0, and their mean is the only patch."""
         config = self.encoder.config
-        tokens = states["tokens"].to(self.encoder.dtype)
+        tokens = self.divide(states)[0].to(self.encoder.dtype)
         cls, others = tokens.tensor_split([config.num_cls_tokens], dim=2)
         registers = torch.zeros_like(tokens[:, :, :1]).expand(
             -1, -1, config.num_register_tokens, -1
@@ -152,7 +184,7 @@ class FrozenEncoder:
     def pool(self, states: States, layout: FeatureLayout) -> Tensor:
         """Pool each layer that a classifier may read, side by side: [B, all]."""
         if OWN_POOLING in layout.widths:
-            return states["own"]
+            return states[:, -self.encoder.config.pooled_size :]
         tokens = self.get_layer_tokens(states)
         poolers = [TokenPooler(self.encoder.config, kind) for kind in layout.widths]
         layers = self.layers[-layout.num_layers :]
@@ -163,11 +195,54 @@ class FrozenEncoder:
     def apply_heads(self, states: States) -> Any:
         """Compute what the model returns for images that have passed its encoder: logits, distance."""
         tokens = self.get_layer_tokens(states)
-        pooled = states.get("own")
-        if pooled is None:
-            pooled = self.encoder.pool(tokens)
+        pooled = (
+            states[:, -self.encoder.config.pooled_size :]
+            if self.has_own_pooling
+            else self.encoder.pool(tokens)
+        )
         has_distance = bool(getattr(self.model, "distance_layers", ()))
         return SimpleNamespace(**self.model.apply_heads(tokens, pooled, has_distance))
+
+    def open_store(self, processor: Any, precision: str) -> FeatureStore | None:
+        """Open what photos have left in earlier passes; None if nothing is kept.
+
+        Nothing is without a file, for a function instead of an image processor, and for sharded weights.
+        """
+        file = find_store_file()
+        sums = sum_weights(self.encoder)
+        if file is None or sums is None or not hasattr(processor, "to_dict"):
+            return None
+        return FeatureStore(file, self.compute_pass_key(sums[0], processor, precision))
+
+    def compute_pass_key(self, sums: Tensor, processor: Any, precision: str) -> bytes:
+        """Compute the key of all that the states of a photo depend on, besides its content.
+
+        Nothing else is in the key:
+
+            version      of `encode`, `PASS_VERSION`
+            weights      fingerprint of the encoder (class_distance_vitcls.py), without heads: models that
+                         were trained on a frozen encoder share what is kept
+            config       settings of the encoder, without `HEAD_FIELDS`; of its own pooling, those too
+            processor    class and settings of the image processor. There is one decoder
+            layers       whose tokens are kept
+            precision    of `torch.autocast` in the pass, and the type of the weights
+            kernels      the type of the device, the attention function and whether CPU kernels are on
+        """
+        encoder, config = self.encoder, self.encoder.config
+        parts = [
+            PASS_VERSION,
+            [
+                f"{value:.10g}" for value in sums.tolist()
+            ],  # The order of a sum changes its last digits
+            {name: value for name, value in config.to_dict().items() if name not in HEAD_FIELDS},
+            [config.pooling, config.pooled_layers] if self.has_own_pooling else None,
+            processor.to_dict(),
+            self.layers,
+            [precision, encoder.dtype],
+            [encoder.device.type, config._attn_implementation, can_use_cpu_kernels()],
+        ]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
     def compute_features(
         self,
@@ -196,11 +271,17 @@ class FrozenEncoder:
             if select_logits is not None:
                 computed["logits"] = select_logits(self.apply_heads(states))
             if has_rings:
-                computed["rings"] = states["rings"]
+                computed["rings"] = self.divide(states)[1].transpose(1, 2)
+            if image_pass.store is not None:
+                computed["row"] = states
             return computed
 
         use_fast_modules(self.encoder, packed=True)  # Each time: training in between ends it
-        image_pass = ImagePass(images, **self.arguments | arguments)
+        arguments = self.arguments | arguments
+        precision = arguments["accelerator"].mixed_precision
+        image_pass = ImagePass(
+            images, **arguments, store=self.open_store(arguments["processor"], precision)
+        )
         outputs = image_pass.collect(self.encoder, self.encode, console, read)
         return Features(layout=layout, **vars(outputs))
 

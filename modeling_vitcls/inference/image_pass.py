@@ -29,11 +29,12 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from ..data.images import LabeledImages, check_channels, count_unreadable
+from ..data.images import DatasetImages, LabeledImages, check_channels, count_unreadable
 from ..data.labels import LabelSpace
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.progress import track
 from .cuda_graphs import GraphedFunction
+from .feature_store import FeatureStore
 
 
 Source = TypeVar("Source")
@@ -44,7 +45,8 @@ Prepared = TypeVar("Prepared")
 class ImageBatch:
     """Preprocessed images of one shape, and the error messages for unreadable images."""
 
-    pixel_values: Tensor | None  # [G, C, H, W]; None if there is no readable image
+    # [G, C, H, W], or [G, F] kept features; None if there is no readable image
+    pixel_values: Tensor | None
     labels: Any = None  # Labels of the G readable images; the type depends on the kind of labels
     indices: list[int] = field(default_factory=list)  # Indices of the G readable images
     # Index of each unreadable image -> error message
@@ -84,7 +86,7 @@ class ImageOutputs:
 
 # Function of images [B, C, H, W] on the device of the model
 Compute = Callable[[Tensor], Any]
-# Function of the index of an image: its pixels [C, H, W], or why it is unreadable
+# Function of the index of an image: its pixels [C, H, W], what is kept of it [F], or why it is unreadable
 Prepare = Callable[[int], Tensor | str]
 
 
@@ -217,6 +219,8 @@ class ImagePass:
             channels are counted as unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable
             image.
+        store: has what photos have left in earlier passes, and keeps the `row` that `read` returns in
+            `collect`.
     """
 
     pass_name = "features"  # What a pass over the images does, for the progress
@@ -232,6 +236,7 @@ class ImagePass:
         num_workers: int,
         num_channels: int,
         warn: Callable[[str], None],
+        store: FeatureStore | None = None,
     ) -> None:
         self.images = images
         self.processor = processor
@@ -239,6 +244,8 @@ class ImagePass:
         self.batch_size = batch_size
         self.accelerator = accelerator
         self.warn = accelerator.on_main_process(warn)
+        # Without encoded images, none has a key
+        self.store = store if isinstance(images.images, DatasetImages) else None
         self.unreadable: set[int] = set()  # Images that were named already
 
         # Each process takes one batch per round; the last round may have empty batches
@@ -246,7 +253,13 @@ class ImagePass:
         stop = math.ceil(len(images) / round_size) * round_size
         starts = range(accelerator.process_index * batch_size, stop, round_size)
         indices = [range(start, min(start + batch_size, len(images))) for start in starts]
-        prepare = partial(read_pixels, images.images, processor, num_channels)
+
+        def prepare(index: int) -> Tensor | str:
+            decode = partial(read_pixels, images.images, processor, num_channels, index)
+            if self.store is None:
+                return decode()
+            return self.store.prepare(index, images.images.get_encoded_image(index), decode)
+
         self.prepare_batches = partial(prepare_batches, prepare, indices, num_workers)
         self.cache: list[ImageBatch] | None = None
 
@@ -261,7 +274,7 @@ class ImagePass:
 
         Args:
             model: the model that `compute` runs, on the device and in evaluation mode.
-            compute: function of images [B, C, H, W].
+            compute: function of images [B, C, H, W], or of the rows [B, F] that are kept of them.
             console: console for the progress (runtime/progress.py).
             read: function of what `compute` returns, which returns a tensor [B, ...] for each field
                 of `ImageOutputs` that it computes.
@@ -294,12 +307,16 @@ class ImagePass:
             accelerator.autocast,
         ):
             error_messages |= batch.error_messages
+            if self.store is not None:
+                self.store.write(batch.indices, outputs.pop("row"))
             arrays = {
                 # Further rows are padding.
                 name: values[: len(batch.indices)].float().cpu().numpy()
                 for name, values in outputs.items()
             }
             parts.append(arrays | {"indices": np.array(batch.indices, np.int64)})
+        if self.store is not None:
+            self.store.flush()
 
         # Errors are raised after the last batch, by all processes together. A process that stopped
         # in the middle would leave the others waiting for its part of a sharded model.

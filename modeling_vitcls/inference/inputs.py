@@ -10,7 +10,7 @@ image_pass.py).
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
@@ -35,7 +35,7 @@ from ..data.image_folder import (
 from ..data.images import (
     DatasetImages,
     check_is_no_address,
-    compute_content_key,
+    compute_key,
     decode_base64,
     open_encoded_image,
     resolve_path,
@@ -262,12 +262,8 @@ def open_input(options: PredictOptions) -> tuple[Sequence[ImageRecord], list[str
 
 def compute_checksum(content: Any) -> str | None:
     """Compute the checksum of a path or an encoded image; None for arrays and PIL images."""
-    if isinstance(content, Path):
-        content = str(content)
-    if not isinstance(content, str | bytes):
-        return None
-    key = compute_content_key(open_encoded_image(to_encoded_image(content, Path())))
-    return f"{key:016x}"
+    key = compute_key(content)
+    return None if key is None else f"{key:016x}"
 
 
 # Preprocessing ------------------------------------------------------------------------------------
@@ -308,13 +304,15 @@ def is_large(content: Any) -> bool:
     return False
 
 
-def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str | None:
+def find_note(
+    processor: ViTCLSImageProcessor, content: Any, decode: Callable[[], Any]
+) -> str | None:
     """Note what a prediction of a scan does not see: other pages, or anything in nearly black pixels.
 
     Args:
         processor: The image processor of the model.
         content: The content of the record.
-        pixels: What `prepare_image` returns for it.
+        decode: Returns what `prepare_image` returns for it.
     """
     with (
         suppress(Exception),  # Other formats, images in memory, and unreadable ones
@@ -326,7 +324,7 @@ def find_note(processor: ViTCLSImageProcessor, content: Any, pixels: Any) -> str
             return "page 1 of several"
         if image.mode.startswith("I") and processor.do_normalize:
             mean, std = np.ravel(processor.image_mean)[0], np.ravel(processor.image_std)[0]
-            if pixels[0].max() * std + mean < MAX_DARK_VALUE:
+            if decode()[0].max() * std + mean < MAX_DARK_VALUE:
                 return "nearly black: the 16-bit values are below a quarter of white"
     return None
 

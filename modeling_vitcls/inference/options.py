@@ -114,12 +114,11 @@ class PredictOptions(ImageOptions, EngineOptions):
     split: str | None = None
     """Dataset split with the images. Default: the only split."""
     output: Path | None = None
-    """Output file (.csv, .json, .jsonl or .parquet). Rows are kept as they are computed: if the
+    """Output file (.csv, .json, .jsonl or .parquet). The features of the images are kept: if the
     command is interrupted, or there are new images, the same command computes only what is missing.
     Default: print a table."""
     overwrite: bool = False
-    """Replace a file in --output that is of another model, other settings or other images, or that is
-    not as this command has written it."""
+    """Replace a file in --output that is not as this command has written it, and keep it beside."""
     top_k: int | None = None
     """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all
     labels with a probability of at least --threshold."""

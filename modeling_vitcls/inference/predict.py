@@ -1,31 +1,28 @@
 """The command `vitcls predict`: labels or features of any number of images, from options to rows.
 
-    options -> records -> rows -> journal -> table or file
-               inputs.py  predictor.py  journal.py  outputs.py
+    options -> records -> rows -> table or file
+               inputs.py  predictor.py  outputs.py, output_table.py
 
-The batches of `Predictor` are assigned to the processes in turn. Rows for a file are kept in a journal
-while they are computed (journal.py); the file is written from it.
+The batches of `Predictor` are assigned to the processes in turn. The features of the photos are kept
+(feature_store.py), so the same command goes on where it stopped, and rows are computed again each time.
 """
 
 import os
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 
 from ..data.sources import load_on_main
-from ..hub.model_files import hash_settings, hash_weights
 from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.errors import format_name_list, warn_on_first_process
 from ..runtime.progress import track
-from ..runtime.staging import lock_folder
 from .inputs import ImageRecord, open_input
-from .journal import FileState, Journal, Known
 from .options import PredictOptions
+from .output_table import OutputTable
 from .outputs import WRITERS, get_output_columns, print_table, write_csv
 from .prediction_rows import Row
 from .predictor import Predictor, build_predictor
@@ -44,17 +41,18 @@ def predict_images(options: PredictOptions) -> None:
     with accelerator.main_process_first():  # The main process downloads the files
         predictor = build_predictor(options)
     columns = get_output_columns(predictor.columns.columns)
+    rows = compute_rows(accelerator, predictor, records)
     if options.output is None:
-        rows = compute_rows(accelerator, predictor, records, range(len(records)))
-        summary = sorted(gather_object(list(rows)), key=lambda row: row["index"])
+        summary = list(rows)
         if accelerator.is_main_process:
             print_table(summary, columns)
     else:
         write = WRITERS[options.output.suffix.lower()]
         if write is write_csv:
             write = partial(write_csv, delimiter=options.delimiter)
-        journal = Journal(options.output, columns, write)
-        summary = write_rows(accelerator, predictor, records, journal, options)
+        table = OutputTable(options.output, columns, write)
+        run_on_main(partial(table.check, options.overwrite))
+        summary = table.write(rows) if accelerator.is_main_process else [*rows]
 
     num_images = len(records)
     failed = [row["index"] for row in summary if row["error"] is not None]
@@ -87,68 +85,24 @@ def predict_images(options: PredictOptions) -> None:
 
 
 def compute_rows(
-    accelerator: Accelerator,
-    predictor: Predictor,
-    records: Sequence[ImageRecord],
-    indices: Sequence[int],
+    accelerator: Accelerator, predictor: Predictor, records: Sequence[ImageRecord]
 ) -> Iterator[Row]:
-    """Compute the rows of this process, while the iterator is read."""
-    batches = predictor.divide(indices)[accelerator.process_index :: accelerator.num_processes]
-    return track(
-        predictor.iterate_rows(records, batches),
+    """Yield the rows of all processes in order, on each process, while they are computed."""
+    index, number = accelerator.process_index, accelerator.num_processes
+    batches = predictor.divide(range(len(records)))
+    store = predictor.open_store()
+    rows = track(
+        predictor.iterate_rows(records, batches[index::number], store),
         "predicting",
-        len(indices),
-        count=lambda row: accelerator.num_processes,
+        len(records),
+        count=lambda row: number,
         console=Console(stderr=True, quiet=not accelerator.is_main_process),
     )
-
-
-def write_rows(
-    accelerator: Accelerator,
-    predictor: Predictor,
-    records: Sequence[ImageRecord],
-    journal: Journal,
-    options: PredictOptions,
-) -> list[Row]:
-    """Compute the rows that the journal lacks, and write the table of all images.
-
-    Returns:
-        The index, `trained` and `error` of each image; on other processes, nothing.
-    """
-    settings = {
-        "model": hash_weights(predictor.folder.path) | hash_settings(predictor.folder.path),
-        "features": options.features and list(options.features),
-        "feature_dtype": options.feature_dtype,
-        "top_k": options.top_k,
-        "threshold": options.threshold,
-        "mixed_precision": predictor.precision,
-    }
-
-    known = Known({}, {}, [], [])
-    summary: list[Row] = []
-    stack = ExitStack()
-
-    def start() -> tuple[dict[int, FileState], str]:
-        """Find the rows that are there, and return the images without one and a name of this run."""
-        nonlocal known
-        stack.enter_context(lock_folder(journal.folder, "output"))
-        journal.start(settings, options.overwrite)
-        known = journal.find(records)
-        if not options.overwrite:
-            journal.check_is_complete(known)
-        if known.rows:
-            print(
-                f"continuing {journal.table}: {len(known.rows):,} of {len(records):,} images are there"
-            )
-        return known.missing, str(time.time_ns())
-
-    def finish() -> None:
-        summary.extend(journal.write_table(records, known, run).to_pylist())
-
-    with stack:
-        missing, run = run_on_main(start)
-        rows = compute_rows(accelerator, predictor, records, list(missing))
-        journal.append(f"{run}-{accelerator.process_index}", missing, rows, predictor.batch_size)
-        accelerator.wait_for_everyone()
-        run_on_main(finish)
-    return summary
+    for start in range(0, len(batches), number):
+        size = sum(map(len, batches[start : start + number][index : index + 1]))
+        yield from gather_object(list(islice(rows, size)))
+    if store is not None:
+        store.flush()
+        num_found = sum(gather_object([len(store.found)]))
+        if num_found and accelerator.is_main_process:
+            print(f"{num_found:,} of {len(records):,} images had passed this encoder before")

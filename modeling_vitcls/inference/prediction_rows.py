@@ -15,7 +15,7 @@ column types. The method `predict` returns a dict of `float32` outputs [B, ...] 
 W], and `build_rows` converts the outputs to rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,6 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.extra_heads_vitcls import ExtraHead
+from ..model.token_layout_vitcls import TokenLayout
+from .features import FrozenEncoder, States
 from .image_pass import find_finite
 from .token_names import count_tokens
 
@@ -197,7 +199,14 @@ class LabelColumns:
 
     def predict(self, pixel_values: Tensor) -> Outputs:
         """Compute the logits [B, num_labels] of each task."""
-        outputs: Any = self.model(pixel_values)
+        return self.select(self.model(pixel_values))
+
+    def read(self, encoder: FrozenEncoder, states: States) -> Outputs:
+        """Compute what `predict` does, of images that have passed the encoder."""
+        return self.select(encoder.apply_heads(states))
+
+    def select(self, outputs: Any) -> Outputs:
+        """Select the logits of each task, and the distance."""
         logits = get_logits_by_task(outputs)
         tensors = {task: logits[task].float() for task in self.tasks}
         if DISTANCE in self.columns:
@@ -254,14 +263,16 @@ class Feature:
             )
         return cls(name, group, int(layer) if layer else None, token_counts[group])
 
-    def select(self, encoder: Any, outputs: Any) -> Tensor:
-        """Select the feature [B, D], or [B, n, D] if there are n > 1 tokens."""
-        tokens = outputs.last_hidden_state
-        if self.layer is not None:
-            tokens = outputs.hidden_states[self.layer]
-            tokens = tokens if encoder.layernorm is None else encoder.layernorm(tokens)
+    def select(self, layout: TokenLayout, layer_tokens: Mapping[int, Tensor]) -> Tensor:
+        """Select the feature [B, D], or [B, n, D] if there are n > 1 tokens.
+
+        Args:
+            layout: of the tokens.
+            layer_tokens: layer -> tokens [B, N, D] after the final norm.
+        """
+        tokens = layer_tokens[self.layer or max(layer_tokens)]
         group = "patches" if self.group == "mean" else self.group
-        tokens = tokens[:, getattr(encoder.config.token_layout, group)]
+        tokens = tokens[:, getattr(layout, group)]
         if self.group == "mean":
             return tokens.mean(dim=1)
         return tokens[:, 0] if self.num_tokens == 1 else tokens
@@ -291,13 +302,23 @@ class FeatureColumns:
 
     def predict(self, pixel_values: Tensor) -> Outputs:
         """Compute each feature as [B, D], or [B, n, D] if there are n > 1 tokens."""
-        has_layers = any(feature.layer is not None for feature in self.features.values())
-        num_tokens = None if has_layers else self.count_special_tokens()
+        layers = {feature.layer for feature in self.features.values()} - {None}
         outputs = self.encoder(
-            pixel_values, output_hidden_states=has_layers, num_output_tokens=num_tokens
+            pixel_values,
+            output_layers=layers,
+            num_output_tokens=None if layers else self.count_special_tokens(),
         )
+        return self.select(outputs.layer_tokens)
+
+    def read(self, encoder: FrozenEncoder, states: States) -> Outputs:
+        """Compute what `predict` does, of images that have passed the encoder."""
+        return self.select(encoder.get_layer_tokens(states))
+
+    def select(self, layer_tokens: Mapping[int, Tensor]) -> Outputs:
+        """Select each feature, in the type of the output."""
+        config: Any = self.encoder.config
         return {
-            name: feature.select(self.encoder, outputs).to(getattr(torch, self.dtype))
+            name: feature.select(config.token_layout, layer_tokens).to(getattr(torch, self.dtype))
             for name, feature in self.features.items()
         }
 
@@ -352,13 +373,13 @@ def build_rows(values: Mapping[str, Sequence[Any]]) -> list[Row]:
 
 
 @torch.inference_mode()
-def try_predict(columns: PredictionColumns, pixel_values: Tensor) -> Outputs | str:
+def try_predict(predict: Callable[[Tensor], Outputs], pixel_values: Tensor) -> Outputs | str:
     """Compute the outputs [B, ...] for images [B, C, H, W].
 
     If the model does not support the images, return the reason.
     """
     try:
-        return columns.predict(pixel_values)
+        return predict(pixel_values)
     except ValueError as error:  # Sizes or channels that the model does not support
         return str(error)
 

@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..conversion.open_model import compute_cache_name, is_preset, open_model
 from ..data.labels import get_heads
@@ -31,6 +32,8 @@ from ..runtime.distributed import build_autocast, resolve_precision
 from ..runtime.flags import check_types
 from ..runtime.own_state import own_state
 from .cuda_graphs import GraphedFunction
+from .feature_store import FeatureStore
+from .features import FrozenEncoder
 from .image_pass import pass_over_images, prepare_batches
 from .inputs import (
     ImageRecord,
@@ -46,6 +49,7 @@ from .options import PredictOptions
 from .prediction_rows import (
     FeatureColumns,
     LabelColumns,
+    Outputs,
     PredictionColumns,
     Row,
     build_checked_rows,
@@ -140,6 +144,7 @@ class Predictor:
         else:
             self.columns = FeatureColumns(self.model, options.features, options.feature_dtype)
 
+        self.encoder = FrozenEncoder(self.model)
         config = self.model.config
         self.precision = resolve_precision(options.mixed_precision, device, config)
         self.autocast = build_autocast(self.precision, device, config)
@@ -217,6 +222,7 @@ class Predictor:
         self,
         records: Sequence[ImageRecord],
         batches: Sequence[Sequence[int]] | None = None,
+        store: FeatureStore | None = None,
     ) -> Iterator[Row]:
         """Yield a row for each image, in the order of the batches.
 
@@ -226,6 +232,7 @@ class Predictor:
         Args:
             records: All images.
             batches: Indices of the images of each batch (`divide`). Default: all images.
+            store: Has what photos have left in earlier passes, and keeps what they leave in this one.
         """
         if os.getpid() != self.process_id:
             # Threads do not survive a fork: computing with several would wait for them forever
@@ -235,7 +242,8 @@ class Predictor:
         def prepare(index: int) -> Tensor | str:
             name, content = records[index]
             checksum = compute_checksum(content)
-            pixels = prepare_image(self.processor, content, index)
+            decode = partial(prepare_image, self.processor, content, index)
+            pixels = decode() if store is None else store.prepare(index, content, decode)
             is_trained = None
             if self.trained_checksums and checksum is not None:
                 # The list also has the images that the run could not read
@@ -244,13 +252,14 @@ class Predictor:
                 "image": name,
                 "checksum": checksum,
                 "trained": is_trained,
-                "note": find_note(self.processor, content, pixels),
+                "note": find_note(self.processor, content, decode),
             }
             return pixels
 
         if batches is None:
             batches = self.divide(range(len(records)))
-        compute = GraphedFunction(partial(try_predict, self.columns), self.model.device)
+        predict = self.columns.predict if store is None else self.predict_kept
+        compute = GraphedFunction(partial(try_predict, predict), self.model.device)
         prepared = prepare_batches(prepare, batches, self.num_workers)
         computed = pass_over_images(compute, prepared, self.model.device, self.autocast)
         empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
@@ -259,11 +268,31 @@ class Predictor:
             while not found.keys() >= set(indices):  # One batch per shape
                 batch, outputs = next(computed)
                 found |= {index: {"error": text} for index, text in batch.error_messages.items()}
+                if store is not None and isinstance(outputs, dict):
+                    store.write(batch.indices, outputs.pop("row"))
                 rows = build_checked_rows(self.columns, outputs, len(batch.indices))
                 found |= dict(zip(batch.indices, rows, strict=True))
             # In the order of the input, not of the shapes.
             for index in indices:
                 yield {"index": index, **known.pop(index), **empty_row, **found.pop(index)}
+
+    def predict_kept(self, values: Tensor) -> Outputs:
+        """Compute outputs of images [B, C, H, W] or of kept rows [B, F], and the rows as `row`.
+
+        What follows the encoder always has as many images: which ones come together changes no bit.
+        """
+        row = self.encoder.encode(values)
+        padded = F.pad(row, (0, 0, 0, max(0, self.batch_size - len(row))))
+        outputs = self.columns.read(self.encoder, padded)
+        return {"row": row} | {name: each[: len(row)] for name, each in outputs.items()}
+
+    def open_store(self) -> FeatureStore | None:
+        """Open what photos have left in earlier passes; None if it has not what the columns read."""
+        layers = self.encoder.layers
+        for feature in getattr(self.columns, "features", {}).values():
+            if feature.group not in ("cls", "mean") or (feature.layer or layers[-1]) not in layers:
+                return None
+        return self.encoder.open_store(self.processor, self.precision)
 
     def divide(self, indices: Sequence[int]) -> list[Sequence[int]]:
         """Divide images into batches.

@@ -22,7 +22,7 @@ from modeling_vitcls.inference.prediction_rows import (
 
 def predict(columns: Any, pixels: torch.Tensor) -> list[dict[str, Any]]:
     """Return the rows of a batch of images."""
-    return build_checked_rows(columns, try_predict(columns, pixels), len(pixels))
+    return build_checked_rows(columns, try_predict(columns.predict, pixels), len(pixels))
 
 
 @pytest.mark.parametrize(

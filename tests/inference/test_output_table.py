@@ -1,0 +1,97 @@
+"""A table of predictions that is written again, and changed by a person."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from helpers.prediction_photos import write_predictions
+from helpers.tiny_models import raises_one_line, save_classifier
+
+from modeling_vitcls.inference import predict
+
+
+Command = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def model(module_path: Path) -> Path:
+    return save_classifier(module_path)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return tmp_path / "table.csv"
+
+
+@pytest.fixture
+def repeat(model: Path, photos: Path, table: Path) -> Command:
+    """The command that has written a table of six photographs, with other flags."""
+    command = partial(write_predictions, model, photos / "inner", table)
+    command()
+    return command
+
+
+def test_the_same_command_writes_the_same_table(table: Path, repeat: Command) -> None:
+    expected = table.read_bytes()
+    remainder = table.with_name(".table.csv.0a1b.unfinished")
+    remainder.touch()  # As a run that is killed while the table is written leaves it
+    repeat()
+    assert table.read_bytes() == expected
+    assert not remainder.exists()
+
+
+def test_a_table_that_a_person_has_changed_stays(table: Path, repeat: Command) -> None:
+    table.write_text("my corrections")
+    with raises_one_line("table.csv exists", "`overwrite`"):
+        repeat()
+    assert table.read_text() == "my corrections"
+    repeat(overwrite=True)
+    assert len(table.read_text().splitlines()) == 7
+    table.write_text("more corrections")
+    repeat(overwrite=True)
+    assert table.with_name("table.edited.csv").read_text() == "my corrections"
+    assert table.with_name("table.edited.edited.csv").read_text() == "more corrections"
+
+
+def test_a_table_that_changes_while_it_is_computed_is_kept_beside(
+    table: Path, repeat: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = predict.compute_rows
+
+    def edit(*arguments: object) -> object:
+        yield from compute(*arguments)  # type: ignore[arg-type]
+        table.write_text("my corrections")
+
+    monkeypatch.setattr(predict, "compute_rows", edit)
+    repeat()
+    assert table.with_name("table.edited.csv").read_text() == "my corrections"
+
+
+def test_a_table_that_cannot_be_replaced_is_known_afterwards(
+    table: Path, repeat: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spreadsheet on Windows locks it."""
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target == table:
+            raise PermissionError(13, "Permission denied")
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        for _ in range(3):
+            with pytest.raises(OSError, match="Permission denied"):
+                repeat(top_k=2)
+    repeat(top_k=2)
+    assert "label_2" in table.read_text()
+
+
+def test_left_out_folders_are_named_again_at_the_end(
+    model: Path, photos: Path, table: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(photos, table.with_name("photos"))  # A line is said once
+    write_predictions(model, folder, table)
+    assert f"left out: {folder / '.hidden'} (images: 1)" in caplog.messages[-1]
