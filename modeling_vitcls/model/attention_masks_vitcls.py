@@ -249,6 +249,8 @@ class TokenGates(nn.Module):
     - g is at most 1. A gate that reaches 1 stays open: the token is then an ordinary token. If all
       gates of a checkpoint are open, `from_pretrained` removes them, and attention runs without a
       bias.
+
+    A closed gate hides a token from other tokens, not from a head that reads it.
     """
 
     SCALE = 50.0

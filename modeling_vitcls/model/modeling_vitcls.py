@@ -241,8 +241,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         Args:
             pixel_values: [B, C, H, W].
             tokens: one or more of "cls", "distillation" and "registers".
-            layers: "all", or a list of indices, starting from 0; negative indices count from the
-                last layer.
+            layers: "all", or a list of layers, from 1 as in `config.pooled_layers`; negative ones count
+                from the last layer.
             attention_mask: as in `forward`.
 
         Returns:
@@ -251,8 +251,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             contains two consecutive maps per head.
 
         Raises:
-            KeyError, IndexError: if a token group or layer does not exist.
-            ValueError: if the images have an unsupported shape.
+            KeyError: if a token group does not exist.
+            ValueError: if the images have an unsupported shape, or a layer does not exist, such as 0.
         """
         return compute_token_attention(self, pixel_values, attention_mask, tokens, layers)
 

@@ -35,13 +35,14 @@ def compute_token_attention(
     encoder = model.base_model
     layout = encoder.config.token_layout
     indices = range(layout.num_prefix_tokens)
-    all_layers = range(len(encoder.layers))
+    layer_numbers = range(1, 1 + len(encoder.layers))
+    if layers == "all":
+        layers = layer_numbers
 
-    indices_by_group = {
-        name: indices[group] for name, group in layout.items() if name in COUNT_FIELDS
-    }
+    indices_by_group = {name: indices[getattr(layout, name)] for name in COUNT_FIELDS}
     token_indices = sorted(index for group in set(tokens) for index in indices_by_group[group])
-    layer_indices = list(all_layers) if layers == "all" else [all_layers[index] for index in layers]
+    chosen = encoder.config.resolve_layers(layers, len(layer_numbers))
+    layer_indices = [layer_numbers.index(layer) for layer in chosen]
     rows: dict[int, Tensor] = {}  # Layer -> [B, heads, special tokens, N]
 
     def record(layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
@@ -69,16 +70,10 @@ def record_attention(
     """
     encoder = model.base_model
     attention_modules = {index: encoder.layers[index].attention for index in layers}
-    previous_recorders = {
-        index: attention.recorder for index, attention in attention_modules.items()
-    }
+    previous_recorders = {each: each.recorder for each in attention_modules.values()}
 
     # Not `torch.compiler.set_stance`, which holds for all threads
-    compiled_calls = {
-        module: module._compiled_call_impl
-        for module in model.modules()
-        if module._compiled_call_impl is not None
-    }
+    compiled_calls = {module: module._compiled_call_impl for module in model.modules()}
 
     try:
         for index, attention in attention_modules.items():
@@ -89,15 +84,16 @@ def record_attention(
     finally:
         for module, call in compiled_calls.items():
             module._compiled_call_impl = call
-        for index, attention in attention_modules.items():
-            attention.recorder = previous_recorders[index]
+        for attention, recorder in previous_recorders.items():
+            attention.recorder = recorder
 
 
 def compute_attention_rows(query: Tensor, key: Tensor, mask: Any, scaling: float) -> Tensor:
     """Compute the attention weights [B, heads, n, N] of the first n queries and N keys."""
-    mask = select_mask_rows(mask, query, key)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    return apply_mask(scores, mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    scores = apply_mask(
+        torch.matmul(query, key.transpose(2, 3)) * scaling, select_mask_rows(mask, query, key)
+    )
+    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 
 def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
