@@ -1,10 +1,12 @@
-"""HTML from the templates of this folder, without a script.
+"""HTML from the templates of this folder.
 
     report.html.j2      the report (report.py)
     look.html.j2        the sheet of one photo, for `vitcls look`
     demo.html.j2        the same as a part of the page of `vitcls demo`
+    labels.html.j2      the page on which a person says what photos show (publishing/labels_page.py)
 
-All three show sheet.html.j2 in the style of sheet.css; page.css is the style of the pages.
+The first three show sheet.html.j2 in the style of sheet.css; page.css is the style of the pages. Only
+the last one has a script.
 """
 
 import base64

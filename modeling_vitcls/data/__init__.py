@@ -7,6 +7,7 @@ sources.py, image_folder.py, in_memory.py    datasets -> splits by name
 folder_layout.py                             folders of splits and of classes, by their names
 tables.py, columns.py                        tables as text; their columns: images, labels, splits, groups
 cells.py, labels.py                          cells -> names of labels -> indices
+answers.py                                   labels that a person gave on a page of photos
 splits.py                                    images that a run trains on and holds out
 splits_table.py, evaluation_data.py          splits.parquet, their list; images to evaluate
 images.py                                    images decoded on demand

@@ -84,4 +84,6 @@ def load_evaluation_data(
     drawn = images.draw(max_images)
     if len(drawn) < len(images):
         description = f"drawn at random from {description}"
+    if text := loaded.facts.get("answers"):
+        description += f"; answers: {text}"
     return EvaluationData(loaded.label_space, drawn, name, num_trained, description)

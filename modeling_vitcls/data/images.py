@@ -60,6 +60,8 @@ class LabeledImages:
     labels: Sequence[Any]
     groups: np.ndarray | None = None  # [N]; images of one group stay together
     keys: np.ndarray | None = None  # [N] uint64; checksums of the content, if they were computed
+    # [N] why a person was asked about each image, "" if none was (answers.py); None without answers
+    chosen: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,11 +82,12 @@ class LabeledImages:
     def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Select the images and labels at `indices`, in the given order."""
         indices = list(indices)
-        groups, keys = (
-            None if values is None else values[indices] for values in (self.groups, self.keys)
+        arrays = (
+            None if values is None else values[indices]
+            for values in (self.groups, self.keys, self.chosen)
         )
         labels = [self.labels[index] for index in indices]
-        return LabeledImages(self.images.select(indices), labels, groups, keys)
+        return LabeledImages(self.images.select(indices), labels, *arrays)
 
     def divide(self, is_second: np.ndarray) -> tuple["LabeledImages", "LabeledImages"]:
         """Split the images by a mask [N]: False goes to the first part, True to the second."""
@@ -102,6 +105,7 @@ class LabeledImages:
             labels=[*self.labels, *other.labels],
             groups=np.concatenate([each.groups for each in parts]),
             keys=np.concatenate([each.keys for each in parts]),
+            chosen=None if self.chosen is None else np.concatenate([each.chosen for each in parts]),
         )
 
     def draw(self, num_images: int | None) -> "LabeledImages":

@@ -19,6 +19,9 @@ class DataOptions(Options):
     dataset: str
     """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet
     file, a folder written by `save_to_disk`, or a dataset id on the Hub."""
+    answers: tuple[str, ...] = ()
+    """Files with the labels that a person gave on pages of photos (labels.html of a run). They replace
+    the labels of the dataset, and belong to the content of a photo, whatever its name is."""
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     label_column: tuple[str, ...] | None = None

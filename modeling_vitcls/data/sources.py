@@ -171,11 +171,15 @@ def load_splits(
     label_space, labels = read_labels(
         tables, columns, dataset, options.label_separator, options.label_names
     )
+    parts = {split: LabeledImages(images[split], labels[split]) for split in tables}
+    if options.answers:
+        from .answers import apply_answers, read_answers  # imports pandas
+
+        parts, lines = apply_answers(parts, label_space, read_answers(options.answers))
+        facts |= lines
     labeled = {
-        split: drop_unlabeled_images(
-            LabeledImages(images[split], labels[split]), f"{dataset}, split {split!r}", columns
-        )
-        for split in tables
+        split: drop_unlabeled_images(part, f"{dataset}, split {split!r}", columns)
+        for split, part in parts.items()
     }
     tables = {split: table.select(labeled[split].images.rows) for split, table in tables.items()}
     groups, fact, reason = choose_groups(

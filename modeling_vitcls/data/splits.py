@@ -219,7 +219,7 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
 def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
     """Make copies recognizable: add the keys of the images, and groups that contain all copies."""
     # Over all splits at once: a copy of a training image in the test split has the same group.
-    parts = {name: part.images.compute_content_keys() for name, part in splits.items()}
+    parts = {name: get_keys(part) for name, part in splits.items()}
     _, copies = np.unique(np.concatenate(list(parts.values())), return_inverse=True)
     known = [part.groups for part in splits.values() if part.groups is not None]
     groups = join_groups(copies, np.concatenate(known)) if known else copies

@@ -194,6 +194,8 @@ def select_logits(label_space: LabelSpace, outputs: Any) -> Tensor:
 # prediction      name                                    list of names whose probability is at least the threshold
 # probabilities   list, in the order of the model's labels (calibrated if the model has a temperature)
 # loss            cross-entropy                           binary cross-entropy, mean over the labels
+# group           number of its group: its copies, shots of its scene,    same
+#                 and what the person has named
 #
 # `finetune` writes the same file for its held-out images, predictions.parquet; `add-task` and
 # `add-class` write it for the images that were left out. Several tasks are not supported. The metadata of the
@@ -212,6 +214,7 @@ def build_rows(predictions: Predictions) -> pd.DataFrame:
         "prediction": target.get_names(names, predictions.answers),
         "probabilities": list(target.to_probabilities(outputs.logits)),
         "loss": compute_losses(outputs.logits, outputs.labels),
+        "group": outputs.groups,
     }
     return pd.DataFrame(columns)
 

@@ -66,6 +66,7 @@ def measure_learning_curve(_: TrainingData, head: FrozenHead) -> dict[str, Any] 
 
     if not sizes:  # No group can be left out
         return None
+    is_right[:, ~probe.is_counted_] = np.nan  # Photos that are harder than others
     gains = pd.DataFrame({"gain": is_right[-1] - is_right[1], "label": labels, "group": groups})
     by_group = gains.dropna().groupby(["label", "group"])["gain"].mean()
     num_trained = np.reshape(sizes, (-1, len(SHARES))).mean(axis=0)

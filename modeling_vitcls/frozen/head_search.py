@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from threadpoolctl import threadpool_limits
 
+from ..data.answers import HARD
 from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
@@ -77,6 +78,7 @@ class EncodedImages:
         max_distance: of photos of a scene, from `measure_limit`.
         processor: image processor with the chosen geometry.
         record: of the choice of the geometry, the scenes (frozen/scenes.py) and the duration in seconds.
+        is_counted: [N] whether each of all images measures a classifier (data/answers.py).
     """
 
     indices: np.ndarray
@@ -86,6 +88,7 @@ class EncodedImages:
     max_distance: float
     processor: Any
     record: dict[str, Any]
+    is_counted: np.ndarray
 
     def select(self, indices: np.ndarray) -> Features:
         """Select the features of some images; the images of the choice come first."""
@@ -253,6 +256,8 @@ class HeadSearch:
             max_distance=limit,
             processor=processor,
             record=geometry | {"scenes": scenes, "seconds": time.perf_counter() - start_time},
+            # Without answers, nothing was chosen
+            is_counted=np.broadcast_to(~np.isin(images.chosen, HARD), len(images)),  # type: ignore[arg-type]
         )
 
     def compute_features(
@@ -352,7 +357,7 @@ class HeadSearch:
         start_time = time.perf_counter()
         train = images.select(data.train_indices)
         # On one process for all: rounding on another CPU could turn a close choice.
-        probes = run_on_main(partial(self.fit_probes, train))
+        probes = run_on_main(partial(self.fit_probes, train, images.is_counted))
 
         places = data.held_out_indices
         held_out = images.select(places)
@@ -383,7 +388,9 @@ class HeadSearch:
         record["seconds"] = round(record["seconds"] + time.perf_counter() - start_time, 1)
         return FittedHeads(heads, record, trained_scenes, trained_scenes.recognize(held_out))
 
-    def fit_probes(self, features: Features) -> dict[str, LinearProbe]:
+    def fit_probes(
+        self, features: Features, is_counted: np.ndarray | None = None
+    ) -> dict[str, LinearProbe]:
         """Choose and fit the classifier of each task, with the settings of the user.
 
         The images of the choice are the first ones.
@@ -396,7 +403,8 @@ class HeadSearch:
                 probe = LinearProbe(
                     self.layers, self.read_pooling, self.class_weight, self.inference
                 )
-                probes[task] = probe.fit(own.get_tokens(), own.labels, own.groups)
+                own_counted = None if is_counted is None else is_counted[own.indices]
+                probes[task] = probe.fit(own.get_tokens(), own.labels, own.groups, own_counted)
         # The other images are kept out of the choice, whose time grows with their number, but not of
         # the fit.
         if len(features.labels) > MAX_CHOICE_IMAGES:

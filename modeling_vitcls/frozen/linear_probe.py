@@ -274,6 +274,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         features: TokenFeatures | np.ndarray,
         labels: np.ndarray,
         groups: np.ndarray | None = None,
+        is_counted: np.ndarray | None = None,
     ) -> "LinearProbe":
         """Choose a candidate and fit it to all images.
 
@@ -282,6 +283,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             labels: [N], or as a column [N, 1]; for several labels per image, [N, L] of 0 and 1 (a single
                 one of them in floats).
             groups: [N]; images of a group are in one fold. Those without one are one group.
+            is_counted: [N] whether an image measures the classifier, too: images that were chosen because
+                a model was unsure are harder than others, and only train it. Default: all images.
 
         Raises:
             ValueError: if there are fewer than two images, features are not finite, labels are no
@@ -319,6 +322,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.target_ = find_target(labels)
         self.classes_, targets = self.target_.encode(labels)
         folds = split_folds(targets, groups)
+        self.is_counted_ = np.ones(len(labels), bool) if is_counted is None else is_counted
+        if not self.is_counted_.any():
+            folds = []
         self.num_folds_ = len(folds)
         candidates = list_candidates(features, self.layers, self.pooling, self.inference)
         logits, distances, spreads = self.cross_validate(features, targets, candidates, folds)
@@ -354,10 +360,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for train, test in track(folds, "cross-validation", unit="folds"):
             in_fold = {token: values[train] for token, values in features.items()}
             classifiers, statistics = self.fit_tokens(in_fold, labels[train], has_covariance)
-            known = test
+            known = test[self.is_counted_[test]]
             if statistics is not None:
                 # Groups may keep all images of a class in one fold
-                known = test[statistics.counts[labels[test]] > 0]
+                known = known[statistics.counts[labels[known]] > 0]
             left_out = {token: values[known] for token, values in features.items()}
             token_logits = {
                 token: left_out[token] @ weight.T + bias

@@ -34,6 +34,7 @@ RECIPE_FILE = "config.resolved.yaml"  # The flags of a run
 SPLITS_FILE = "splits.parquet"  # Content key and split of each image that a run saw
 SCENES_FILE = "trained_scenes.npz"  # Recognizes photos of the scenes that trained the model
 PREDICTIONS_FILE = "predictions.parquet"  # Predictions of the held-out images
+LABELS_FILE = "labels.html"  # Page that asks a person about labels; never published
 METRICS_FILE = "metrics.jsonl"
 PARITY_REPORT_FILE = "parity_report.json"  # Parity report of a conversion
 ADDITION_FLAGS_FILE = "addition.resolved.yaml"  # The flags of the last addition; not published
@@ -91,6 +92,7 @@ FINAL_FILE_PATTERNS = (
     SCENES_FILE,
     *MODEL_PATTERNS,
     PREDICTIONS_FILE,
+    LABELS_FILE,
     ADDITION_FLAGS_FILE,
     CARD_FILE,
     *LICENSE_FILES,

@@ -70,7 +70,7 @@ MAX_PARAMETERS_PER_BYTE = 10  # No format of weights stores more
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # Flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run
 # was started
-PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite")
+PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite", "answers")
 
 
 def build_processor(config: ViTCLSConfig) -> ViTCLSImageProcessor:

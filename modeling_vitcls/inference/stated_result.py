@@ -3,6 +3,7 @@
     66 of 80 right; about 83% of new photos (72 to 93)      with a 95% interval
     20 of 24 right (95%: 64 to 93%)                         fewer than 30 images: no estimate
     66 of 80 right (82%)                                    no interval: they trained the encoder
+    57 of 80 right. No estimate: ...                        a person believes the model (data/answers.py)
 
 The count is what was seen. The estimate of a cross-validation is corrected for the choice among
 candidates, so it may differ from the count. Percentages have decimals from 1,000 images on.
@@ -56,7 +57,9 @@ class Measurement:
         text = f"Measured on {self.metrics['num_images']:,} held-out images"
         if self.num_folds:
             text = f"Estimated by {self.num_folds}-fold cross-validation"
-        if f"{self.metric}_interval" not in self.metrics:
+        if number := self.metrics.get("num_uncounted"):
+            text += f" of the others: {number:,} that a model was unsure about only train it"
+        if f"{self.metric}_interval" not in self.metrics or self.metrics.get("no_estimate"):
             return f"{text}, without an interval"
         if self.metrics["num_images"] < MIN_CORRECTED_IMAGES:
             return text
@@ -93,7 +96,9 @@ def state_result(
     # The value may be corrected for the choice of a classifier
     num_right = metrics.get("num_right", round(value * num_images))
     count = f"{num_right:,} of {num_images:,} {METRICS[name].count_text}"
-    if num_images < MIN_CORRECTED_IMAGES:
+    if reason := metrics.get("no_estimate"):
+        text = f"{count}. No estimate: {reason}"
+    elif num_images < MIN_CORRECTED_IMAGES:
         text = count if bounds is None else f"{count} (95%: {bounds}%)"
     elif bounds is None:
         text = f"{count} ({text})"

@@ -1,6 +1,7 @@
 """The report of a model folder, and the image of its card.
 
-    write_report(ModelFolder(Path("runs/mine")))    report.html and images/attention.png
+    write_report(ModelFolder(Path("runs/mine")))    report.html, images/attention.png and, after cross-validation,
+                                                    labels.html (labels_page.py)
     finish_run(ModelFolder(Path("runs/mine")))      the same, and the card (card.py)
 
 The images are read again from the dataset of the run or addition, so the folder does not have to
@@ -23,7 +24,7 @@ from ..data.options import read_data_options
 from ..data.splits import load_run_data, load_undivided_images
 from ..evaluation.evaluator import read_predictions
 from ..hub.connection import silence_transformers
-from ..hub.model_files import CARD_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
+from ..hub.model_files import CARD_FILE, LABELS_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
 from ..inference.stated_result import (
@@ -35,6 +36,7 @@ from ..inference.stated_result import (
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.progress import track
 from .card import write_card
+from .labels_page import choose_doubtful, write_labels_page
 from .wrong_photos import (
     Photos,
     choose_photos,
@@ -144,7 +146,12 @@ def draw_page(
     # Without one label per image, there are no wrong photos to show, but results per label.
     if rows is not None:
         predictions = summarize_predictions(measured, record, rows)
+        # A photo that measures later models must not be chosen by this one. An addition has few labels.
+        if measured.num_folds and label_space.columns:
+            predictions["doubtful"] = choose_doubtful(rows, photos)
         predictions |= draw_pictures(predictions, photos, photo_labels.names, processor.bit_depth)
+        if doubtful := predictions["doubtful"]:
+            write_labels_page(folder.path / LABELS_FILE, doubtful, photo_labels.names)
         # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.
         if measured.num_folds:
             rows = rows[rows["label"] == rows["prediction"]]

@@ -22,7 +22,7 @@ from ..inference.stated_result import Measurement, describe_classes
 
 
 MAX_WRONG_IMAGES = 6  # As many fit on the first screen
-THUMBNAIL_SIDE = 240  # Longer side of a picture, in pixels
+PICTURE_SIDE = 448  # Longer side of a photo, in pixels: a hundred of them are at most 8 MB
 
 Photos = Mapping[str, tuple[LabeledImages, int]]  # Name -> images of a split, and position there
 ChosenPhotos = list[tuple[Image.Image, dict[str, Any]]]  # Images and the texts next to them
@@ -78,13 +78,14 @@ def summarize_predictions(
         "num_images": len(rows),
         "num_wrong": len(wrong),
         "wrong": wrong.nlargest(MAX_WRONG_IMAGES, "loss").to_dict("records"),
+        "doubtful": [],  # For the page of labels (labels_page.py)
     }
 
 
 def draw_pictures(
     predictions: dict[str, Any], photos: Photos, class_names: Sequence[str], bit_depth: int
 ) -> dict[str, Any]:
-    """Draw the wrong photos and the pairs of a summary. 16-bit images use `bit_depth` bits.
+    """Draw the wrong and the doubtful photos, and the pairs of a summary. 16-bit images use `bit_depth` bits.
 
     Photos that are not in the dataset any more or cannot be read have no picture.
     """
@@ -96,10 +97,13 @@ def draw_pictures(
             label = class_names[images.labels[index]]
             with suppress(ValueError):
                 picture = to_upright_rgb(images.images[index], bit_depth)
-                picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+                picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         return {"image": name, "label": label, "picture": picture}
 
     return {
-        "wrong": [draw(row["image"]) | row for row in predictions["wrong"]],
         "pairs": [list(map(draw, pair)) for pair in predictions["pairs"]],
+        **{
+            name: [draw(row["image"]) | row for row in predictions[name]]
+            for name in ("wrong", "doubtful")
+        },
     }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.answers import BELIEVED
 from ..data.splits import TrainingData
 from ..evaluation.evaluator import Predictions, measure_left_out
 from ..frozen.head_search import (
@@ -17,7 +18,12 @@ from ..frozen.head_search import (
 )
 from ..frozen.heads import FrozenHead
 from ..frozen.scenes import describe_scenes
-from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks, round_floats
+from ..inference.metrics import (
+    NOTHING_MEASURED,
+    MetricValues,
+    join_tasks,
+    round_floats,
+)
 from .calibration import Calibration, describe_fold_calibration, measure_errors
 from .plan import RunPlan
 from .reporter import Reporter
@@ -77,6 +83,10 @@ def run_frozen(
     fitted = search.fit(images, data, reporter.warn)
     search.set_heads(fitted.by_task)
     by_task = {task: measure_head(head) for task, head in fitted.by_task.items()}
+    only = by_task.get("")  # Several tasks have no common results
+    if inputs.options.answers and only is not None and only.num_folds:
+        only.metrics["num_uncounted"] = int((~only.head.probe.is_counted_).sum())
+        only.metrics["no_estimate"] = inputs.images.facts.get(BELIEVED)
     measured = []
     for task, each in by_task.items():
         measured += list_measurements(
@@ -93,8 +103,7 @@ def run_frozen(
         {task: each.calibration.text for task, each in by_task.items()}
     )
     results: dict[str, Any] = {"frozen": record}
-    calibration = predictions = None  # Several tasks have no common ones
-    only = by_task.get("")
+    calibration = predictions = None
     if only is None:
         metrics = join_task_metrics(by_task, data)
     else:

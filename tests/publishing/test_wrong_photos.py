@@ -1,5 +1,6 @@
 """The wrong predictions of a run in the report and the card, from predictions.parquet."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from helpers.model_folders import write_predictions, write_results, write_run_fo
 from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import save_classifier
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.evaluation.evaluator import read_predictions
@@ -26,7 +27,7 @@ from modeling_vitcls.publishing.wrong_photos import (
 
 
 NAMES = ["dusk", "noon", "x"]
-WRONG = {"pants and trousers, predicted as skirt", "x, predicted as skirt"}
+WRONG = {"pants and trousers, predicted as skirt", "=x, predicted as skirt"}
 MEASURED = Measurement("", "accuracy", {"accuracy": 0.8, "num_images": 400})
 
 
@@ -125,7 +126,7 @@ def test_predictions_before_the_weights_were_replaced_are_not_read(folder: Path)
 @pytest.fixture(scope="module")
 def report(module_path: Path) -> Path:
     """Write the report of a cross-validated run with names of 60 characters; every second photo is wrong."""
-    kinds = ["pants and trousers", "skirt", "x"]
+    kinds = ["pants and trousers", "skirt", "=x"]
     names = []
     for kind in kinds:
         for number in range(8):
@@ -156,6 +157,7 @@ def report(module_path: Path) -> Path:
         "prediction": [kinds[prediction] for prediction in predictions],
         "probabilities": [[0.1, 0.9, 0.0]] * len(names),
         "loss": [-np.log(0.1)] * len(names),
+        "group": [*range(8), 0, *range(9, 24)],
     }
     write_predictions(run, pd.DataFrame(rows))
     with pytest.MonkeyPatch.context() as patch:
@@ -210,11 +212,53 @@ def test_the_page_shows_pairs_of_photos_that_nearly_repeat_each_other(page: Page
     assert pairs == [["pants and trousers", "skirt"], ["pants and trousers"] * 2]
 
 
+@pytest.fixture
+def labels(page: Page) -> Page:
+    """Open the page that asks about labels."""
+    page.locator("header a").click()
+    return page
+
+
+def test_labels_are_asked_about_those_of_one_scene_first(labels: Page) -> None:
+    questions = labels.evaluate("questions")
+    doubtful = [each["image"] for each in questions if each["chosen"] == "contradicted"]
+    assert {Path(image).parent.name for image in doubtful[:2]} == {"pants and trousers", "skirt"}
+    assert (len(doubtful), len(questions)) == (10, 13)
+
+
+def test_a_photo_is_answered_before_its_label_and_the_models_answer_are_shown(
+    labels: Page,
+) -> None:
+    photo = labels.locator("figure[data-checksum]:visible")
+    checksum = photo.get_attribute("data-checksum")
+    assert photo.locator("img").get_attribute("alt") == "Photo 1 of 13"
+    expect(labels.locator("#said")).to_be_empty()
+    assert "WhatsApp" not in labels.locator("body").inner_text()
+    labels.locator('button[data-label=""]').click()
+    said = re.compile("Photo 1: label .+, model .+, you: none of these. Changed.")
+    expect(labels.locator("#said")).to_have_text(said)
+    assert photo.get_attribute("data-checksum") != checksum
+
+
+def test_saved_answers_survive_a_reload(labels: Page) -> None:
+    labels.locator('button[data-label="=x"]').click()
+    labels.keyboard.press("0")
+    labels.reload()
+    labels.locator("#keep").click()
+    with labels.expect_download() as download:
+        labels.locator("button#save").click()
+    rows = pd.read_csv(download.value.path(), keep_default_na=False)
+    assert list(rows) == "checksum image label before chosen time".split()
+    # A formula as spreadsheets must see it; none of the classes; a kept label
+    assert rows["label"].tolist() == ["'=x", "", rows["before"][2]]
+    assert rows["time"].is_monotonic_increasing
+
+
 def test_the_model_that_knows_a_photo_does_not_explain_a_mistake_about_it(page: Page) -> None:
     captions = page.locator("#photos summary strong").all_inner_texts()
     assert len(captions) == 4
     pairs = {tuple(caption.removeprefix("▸ ").split(" → ")) for caption in captions}
-    assert pairs == {(kind, kind) for kind in ("pants and trousers", "skirt", "x")}
+    assert pairs == {(kind, kind) for kind in ("pants and trousers", "skirt", "=x")}
     assert "cannot explain the mistakes" in page.locator("#photos").inner_text()
     # A model without outliers has no sentence about them.
     assert "outlier norms" not in page.locator("main").inner_text()

@@ -1,0 +1,75 @@
+"""Labels that a person gave on a page of photos, for the photos of a dataset."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from helpers.photo_folders import draw_noise
+from helpers.tiny_models import raises_one_line
+
+from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.splits import load_undivided_images
+from modeling_vitcls.inference.inputs import compute_checksum
+
+
+@pytest.fixture(autouse=True)
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write five photos of two classes, of which one has no label, and their table."""
+    monkeypatch.chdir(tmp_path)
+    for number, image in enumerate(draw_noise(*[(8, 8)] * 5)):
+        image.save(f"{number}.png")
+    names = [f"{number}.png" for number in range(5)]
+    write("photos.csv", file_name=names, label=["", "cat", "cat", "cat", "Äpfel"])
+
+
+def write(file: str, **columns: Any) -> None:
+    pd.DataFrame(columns).to_csv(file, index=False)
+
+
+def answer(file: str, *labels: str, chosen: Any = "unsure", time: str = "2026-12-01") -> None:
+    """Write answers about the first photos."""
+    checksums = [compute_checksum(Path(f"{number}.png")) for number in range(len(labels))]
+    write(file, checksum=checksums, label=labels, chosen=chosen, time=time)
+
+
+def read(*files: str) -> Any:
+    """Read the label of each photo, and the line about the answers."""
+    loaded = load_undivided_images(DataOptions(dataset="photos.csv", answers=files))
+    labels = map(loaded.label_space.format, loaded.train.labels)
+    return dict(zip(loaded.train.images.get_names(), labels, strict=True)), loaded.facts["answers"]
+
+
+def test_answers_replace_labels_and_are_counted() -> None:
+    chosen = ["unsure", "contradicted", "contradicted", "random", "random"]
+    answer("answers.csv", "cat", "Äpfel", "cat", "", "Äpfel", chosen=chosen)
+    write("others.csv", checksum=["0" * 16], label="cat", chosen="", time="")
+    labels, text = read("answers.csv", "others.csv")
+    assert labels == {"0.png": "cat", "1.png": "Äpfel", "2.png": "cat", "4.png": "Äpfel"}
+    assert text == (
+        "1 labels changed, 2 confirmed, 1 photos without a label got one, 1 show none of the classes; "
+        "1 answers are about other photos; of 2 labels that no classifier disputed, 1 were changed"
+    )
+
+
+def test_an_answer_belongs_to_the_content_of_a_photo() -> None:
+    answer("answers.csv", "Äpfel", "Äpfel")
+    Path("1.png").rename("new.png")
+    write("photos.csv", file_name=["new.png", "2.png", "4.png"], label=["cat", "cat", "Äpfel"])
+    assert read("answers.csv")[0]["new.png"] == "Äpfel"
+
+
+def test_the_latest_answer_counts_in_a_table_that_a_spreadsheet_has_changed() -> None:
+    answer("1.csv", "cat", time="2026-12-01T10:00:00Z")
+    answer("2.csv", "Äpfel", time="2026-12-02T09:00:00Z")
+    table = pd.concat(map(pd.read_csv, ("2.csv", "1.csv"))).iloc[:, ::-1]
+    table.to_csv("answers.csv", index=False, encoding="utf-8-sig", sep=";")
+    assert read("answers.csv")[0]["0.png"] == "Äpfel"
+
+
+def test_answers_that_cannot_be_used_are_an_error() -> None:
+    answer("answers.csv", "dog")
+    with raises_one_line("has the labels dog, but the classes are cat, Äpfel"):
+        read("answers.csv")
+    with raises_one_line("photos.csv has no column checksum"):
+        read("photos.csv")

@@ -1,0 +1,52 @@
+"""Runs with the labels that a person gave on a page, from the first page to the second."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from helpers.command_in_process import finetune
+from helpers.photo_folders import write_photos
+from helpers.source_checkpoints import save_converted_encoder
+
+from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.publishing.report import write_report
+
+
+@pytest.fixture(scope="module")
+def run(module_path: Path) -> Any:
+    """Return a function that trains on noise of two classes, and reads the questions of its page."""
+    encoder = save_converted_encoder(module_path, num_layers=5)
+    photos = write_photos(module_path / "photos", range(30))
+
+    def run_once(name: str, *flags: str) -> tuple[dict[str, Any], pd.DataFrame]:
+        results = finetune(encoder, photos, module_path / name, *flags)
+        assert write_report(ModelFolder(results["folder"])) is not None
+        page = results["folder"] / "labels.html"
+        text = page.read_text(encoding="utf-8") if page.exists() else ""
+        questions = re.findall(r"^ *(\{.*\}),$", text, re.MULTILINE)
+        return results, pd.DataFrame(map(json.loads, questions))
+
+    return run_once
+
+
+def test_who_believes_the_model_gets_no_estimate_and_unsure_photos_only_train(
+    run: Any, module_path: Path
+) -> None:
+    results, questions = run("first")
+    answers = questions.assign(label=questions["answer"], time="")
+    answers["chosen"] = answers["chosen"].replace("random", "unsure")
+    answers.to_csv(module_path / "answers.csv")
+    second, others = run("second", "--answers", str(module_path / "answers.csv"))
+    num_unsure = (answers["chosen"] == "unsure").sum()
+    assert second["num_uncounted"] == num_unsure
+    assert second["num_images"] == results["num_images"] - num_unsure
+    assert re.search(r"\d right\. No estimate: (\d+) of \1 labels", second["printed"])
+    assert not {*questions["checksum"]} & {*others["checksum"]}
+
+
+def test_photos_that_are_held_out_are_never_on_a_page(run: Any) -> None:
+    _, questions = run("held out", "--held-out-fraction", "0.2")
+    assert questions.empty
