@@ -14,7 +14,7 @@ from helpers.additions import add_class, add_task
 from helpers.command_in_process import run_here
 from helpers.digits_models import DIGITS, LABELS, PIXELS, STRIPED, STRIPES, train_digits_model
 from helpers.photo_folders import draw_pixels, get_unicode_forms
-from helpers.read_datasets import load_training_data
+from helpers.read_datasets import read_training_data
 from helpers.tiny_models import (
     build_images,
     edit_config,
@@ -35,7 +35,6 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.additions.certificate import load_tensors
 from modeling_vitcls.data.in_memory import add_dataset
-from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits_table import build_splits_table, write_splits
 from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_weights
@@ -333,7 +332,7 @@ def test_photos_that_trained_the_model_are_counted(
     folder = tmp_path / "model"
     shutil.copytree(digits, folder)
     dataset = build_dataset(TASKS["parity"])
-    data = load_training_data(DataOptions(dataset=add_dataset(dataset), held_out_fraction=0.0))
+    data = read_training_data(add_dataset(dataset), held_out_fraction=0.0)
     write_splits(build_splits_table({"train": data.train}), folder)
     results = {"steps": 3, "label_column": ["label"], "weights_sha256": hash_weights(folder)}
     write_json(folder / "results.json", results)

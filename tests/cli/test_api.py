@@ -63,34 +63,33 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def trained(module_path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the folder and the results of a run with torch's defaults."""
-    folder = module_path / "run"
-    return folder, finetune(dataset=build_photos(), output_dir=folder, **FLAGS)
+def trained(module_path: Path) -> Path:
+    """Return the folder of a run with torch's defaults."""
+    finetune(dataset=build_photos(), output_dir=module_path / "run", **FLAGS)
+    return module_path / "run"
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_finetune_trains_the_same_weights_under_any_torch_default(
-    setting: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+    setting: str, trained: Path, tmp_path: Path
 ) -> None:
-    _, results = trained
     with SETTINGS[setting]():
         again = finetune(dataset=build_photos(), output_dir=tmp_path / "run", **FLAGS)
-    assert again["weights_sha256"] == results["weights_sha256"]
+    assert again == read_json(tmp_path / "run/results.json")
+    assert again["weights_sha256"] == read_json(trained / "results.json")["weights_sha256"]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_predict_and_evaluate_answer_the_same_under_any_torch_default(
-    setting: str, trained: tuple[Path, dict[str, Any]]
+    setting: str, trained: Path
 ) -> None:
-    folder, _ = trained
     images = [image for image, _ in build_photos()]
-    expected = predict(folder, images)
-    loss = evaluate(folder, build_photos(), split="train", num_workers=0)["loss"]
+    expected = predict(trained, images)
+    loss = evaluate(trained, build_photos(), split="train", num_workers=0)["loss"]
 
     with SETTINGS[setting]():
-        assert predict(folder, images) == expected
-        assert evaluate(folder, build_photos(), split="train", num_workers=0)["loss"] == loss
+        assert predict(trained, images) == expected
+        assert evaluate(trained, build_photos(), split="train", num_workers=0)["loss"] == loss
 
 
 def read_random_states() -> tuple[Any, ...]:
@@ -114,13 +113,9 @@ def test_a_run_leaves_the_random_numbers_of_its_caller(tmp_path: Path) -> None:
 # Functions ----------------------------------------------------------------------------------------
 
 
-def test_data_in_memory_is_evaluated_on_its_held_out_images(
-    trained: tuple[Path, dict[str, Any]],
-) -> None:
-    folder, results = trained
-    assert results == read_json(folder / "results.json")
-
-    evaluated = evaluate(folder, build_photos(), num_workers=0)
+def test_data_in_memory_is_evaluated_on_its_held_out_images(trained: Path) -> None:
+    results = read_json(trained / "results.json")
+    evaluated = evaluate(trained, build_photos(), num_workers=0)
     assert evaluated["accuracy"] == results["accuracy"]
     assert evaluated["dataset"] == results["dataset"]
     assert evaluated["mixed_precision"] == "no"
@@ -134,12 +129,9 @@ def test_inspection_requires_paths(image: Any) -> None:
         inspect_tokens("m", image)
 
 
-def test_every_token_has_an_effect_and_a_report_is_written(
-    trained: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    folder, _ = trained
+def test_every_token_has_an_effect_and_a_report_is_written(trained: Path, tmp_path: Path) -> None:
     inspection = inspect_tokens(
-        folder, dataset=build_photos(), output=tmp_path / "report.html", max_images=8, num_images=1
+        trained, dataset=build_photos(), output=tmp_path / "report.html", max_images=8, num_images=1
     )
     tokens = {effect["token"] for effect in inspection.effects}
     assert tokens == {"CLS", "register 1", "register 2", "all register tokens"}

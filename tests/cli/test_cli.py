@@ -133,7 +133,7 @@ def test_numbers_of_threads_that_the_person_sets_stay(monkeypatch: pytest.Monkey
     assert {name: os.environ[name] for name in chosen} == chosen
 
 
-def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> None:
     for name in ("--version", "-V"):
         assert run_here(name) == 0
         assert capsys.readouterr().out == f"vitcls {__version__}\n"
@@ -164,7 +164,7 @@ def test_too_few_files_and_too_little_memory_are_one_line(
 
 @pytest.mark.parametrize("missing", ["tyro", "yaml"])
 def test_a_missing_extra_is_named(
-    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for name in ("predict", "parsing", "recipes"):
         monkeypatch.delitem(sys.modules, f"modeling_vitcls.cli.{name}", raising=False)
@@ -201,7 +201,7 @@ def test_an_error_is_one_line_in_which_parameters_are_flags(
     status: int,
     printed: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setenv("RANK", str(rank))
     with pytest.raises(SystemExit, match=f"^{status}$"), exit_on_error(FinetuneOptions):
@@ -210,7 +210,7 @@ def test_an_error_is_one_line_in_which_parameters_are_flags(
 
 
 def test_an_error_of_all_processes_is_printed_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     with (
@@ -224,7 +224,7 @@ def test_an_error_of_all_processes_is_printed_once(
 
 @pytest.mark.parametrize(("command", "script"), WRAPPERS.items())
 def test_scripts_run_the_same_programs(
-    command: str, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert {*WRAPPERS, *WITHOUT_SCRIPT} == set(COMMANDS)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])

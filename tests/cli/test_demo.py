@@ -97,7 +97,7 @@ def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def address(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> Iterator[str]:
     """Serve the page of a classifier to the network while the test runs; return its address."""
     import gradio

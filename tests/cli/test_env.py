@@ -7,7 +7,7 @@ from modeling_vitcls.version import __version__
 
 
 def test_the_environment_names_versions_and_the_machine_but_no_secrets(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")

@@ -259,7 +259,7 @@ def test_names_that_the_terminal_cannot_encode_are_escaped(monkeypatch: pytest.M
     ],
 )
 def test_a_pointer_of_git_lfs_is_named_with_the_command_that_replaces_it(
-    file: str, command: str, capsys: pytest.CaptureFixture[str]
+    file: str, command: str, capsys: pytest.CaptureFixture
 ) -> None:
     ViTConfig().save_pretrained("vit")
     digest = "0" * 64
@@ -328,7 +328,7 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(
 
 
 def test_a_limit_of_threads_is_named(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         # what Python raises at the limit of `ulimit -u`
@@ -344,7 +344,7 @@ def interrupt(*_: Any, **__: Any) -> None:
 
 
 def test_an_interrupted_prediction_ends_with_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.inference.predictor.prepare_image", interrupt)
     capsys.readouterr()

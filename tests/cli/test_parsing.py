@@ -182,7 +182,7 @@ def test_an_unsupported_architecture_is_named_before_any_download(
 
 
 def test_the_help_of_training_fits_on_a_screen(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run_here("finetune", "--help") == 0
@@ -191,7 +191,7 @@ def test_the_help_of_training_fits_on_a_screen(
     assert max(map(len, lines)) <= 80
 
 
-def test_the_whole_help_of_training_shows_all_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_help_of_training_shows_all_flags(capsys: pytest.CaptureFixture) -> None:
     assert run_here("finetune", "--help-all") == 0
     text = capsys.readouterr().out
     names = get_flag_fields(FinetuneOptions)
@@ -214,7 +214,7 @@ def test_every_flag_has_a_help_text(command: str) -> None:
 
 
 def test_commands_do_not_print_transformers_reports_about_weights(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
 ) -> None:
     save_classifier(tmp_path)
     silence_libraries()
@@ -227,7 +227,7 @@ def test_commands_do_not_print_transformers_reports_about_weights(
     assert "Loading weights" not in printed
 
 
-def test_lines_of_the_log_name_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_the_log_name_flags(capsys: pytest.CaptureFixture) -> None:
     silence_libraries()
     record = logging.makeLogRecord({"msg": "set `%s=%d`", "args": ("num_workers", 0)})
     with exit_on_error(DataOptions):

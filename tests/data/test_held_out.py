@@ -14,14 +14,13 @@ from helpers.read_datasets import read_training_data
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
+from modeling_vitcls import evaluate
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import describe_divided_groups, describe_leaks
 from modeling_vitcls.data.splits_table import read_splits, select_task
-from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
 
 
@@ -39,13 +38,6 @@ def write_rows(folder: Path, *rows: str) -> Path:
 def run(output: Path, dataset: Path, **flags: Any) -> dict[str, Any]:
     """Fine-tune for two steps and return the contents of results.json."""
     return run_training(build_tiny_options(output, dataset, max_steps=2, batch_size=8, **flags))
-
-
-def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) -> dict[str, Any]:
-    reset_accelerate()
-    return evaluate_checkpoint(
-        EvaluateOptions(model=str(model), dataset=str(dataset), num_workers=0, split=split, **data)
-    )
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.95])
@@ -198,7 +190,7 @@ def test_empty_parts_are_errors(tmp_path: Path) -> None:
 
 
 def test_the_label_columns_of_a_run_are_used_in_its_evaluation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A model has the names of its tasks; results.json has the column and the separator of tags."""
     paths = sorted(write_photos(tmp_path / "photos", range(10)).glob("*/*.png"))
@@ -215,7 +207,8 @@ def test_the_label_columns_of_a_run_are_used_in_its_evaluation(
         reset_accelerate()
         results = run(tmp_path / name, table, **flags)
         metric = results["selection_metric"]
-        assert evaluate(tmp_path / name, table)[metric] == pytest.approx(results[metric], abs=1e-5)
+        evaluated = evaluate(tmp_path / name, table, num_workers=0)
+        assert evaluated[metric] == pytest.approx(results[metric], abs=1e-5)
     assert re.search(r"age: \d of \d right .*\s+tags: \d of \d right", capsys.readouterr().out)
     with raises_one_line("`label_column`"):  # the flags are used as a whole
         evaluate(tmp_path / "tags", table, label_separator="|")

@@ -10,7 +10,7 @@ import datasets
 import pandas
 import pytest
 from helpers.photo_folders import write_files, write_photos
-from helpers.read_datasets import read_splits_of, read_training_data
+from helpers.read_datasets import read_splits_of, read_training_data, read_undivided
 from helpers.tiny_models import raises_one_line
 from huggingface_hub import constants
 from PIL import Image
@@ -22,7 +22,7 @@ from modeling_vitcls.data.image_folder import (
     scan_folder,
 )
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import divide_images, load_undivided_images
+from modeling_vitcls.data.splits import divide_images
 from modeling_vitcls.model.image_processing_vitcls import get_image_formats
 
 
@@ -140,7 +140,7 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     data = read_training_data(tmp_path)
 
     assert len(data.train) + len(data.held_out) == 18
-    assert [record.getMessage() for record in caplog.records] == [
+    assert caplog.messages == [
         f"{tmp_path}: skipped files that are no images (3): cat/notes.txt, cat/\ufffd.png, labels.csv"
         f". {NAME_REMEDY}",
         f"{tmp_path}: skipped images outside of class folders (1): stray.png",
@@ -244,7 +244,7 @@ def test_the_images_of_a_folder_below_a_class_are_on_one_side(
     for index, name in enumerate(objects):
         write_classes(tmp_path, {f"{'ab'[index // 2]}/all/{name}/may": 5})
     write_images(tmp_path, "b/all/alone.png")
-    images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
+    images = read_undivided(tmp_path)
     assert images.label_space.names == ["a", "b"]
     groups = images.facts["groups"]
     assert groups.startswith("5, one for each folder below a class")
@@ -257,7 +257,7 @@ def test_the_images_of_a_folder_below_a_class_are_on_one_side(
     assert len(held_out) > 1
     assert not train & held_out
 
-    ungrouped = load_undivided_images(DataOptions(dataset=str(tmp_path), group_column="none"))
+    ungrouped = read_undivided(tmp_path, group_column="none")
     assert len(set(ungrouped.train.groups.tolist())) == 21
 
 
@@ -268,10 +268,10 @@ def test_similar_class_folders_are_named_once(
     write_photos(tmp_path / "photos", range(3), "Ameise", "ameise")
     monkeypatch.chdir(tmp_path)
     for name in ("photos", f"../{tmp_path.name}/photos"):
-        load_undivided_images(DataOptions(dataset=name))
-    (record,) = caplog.records
-    assert "the class folders: separate names differ only in case" in record.getMessage()
-    assert "'Ameise' and 'ameise'. Merge them" in record.getMessage()
+        read_undivided(name)
+    (line,) = caplog.messages
+    assert "the class folders: separate names differ only in case" in line
+    assert "'Ameise' and 'ameise'. Merge them" in line
 
 
 def test_what_is_there_instead_of_a_missing_folder_is_named(
@@ -286,7 +286,7 @@ def test_what_is_there_instead_of_a_missing_folder_is_named(
 
 def test_a_single_folder_below_a_class_is_no_group(tmp_path: Path) -> None:
     write_classes(tmp_path, {"cat/images": 3, "dog": 2, "dog/more": 2})
-    images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
+    images = read_undivided(tmp_path)
     assert "groups" not in images.facts
 
 
@@ -313,11 +313,11 @@ def test_folders_of_the_system_are_no_classes_and_are_named(
     found = read(tmp_path)["train"]
 
     assert {name: len(files) for name, files in found.items()} == {"cat": 2, "dog": 2}
-    (record,) = caplog.records
+    (line,) = caplog.messages
     skipped = (
         "hidden ones (7): #recycle (images: 1), $RECYCLE.BIN (images: 1), . thumbs (images: 1)"
     )
-    assert skipped in record.getMessage()
+    assert skipped in line
 
 
 @pytest.mark.parametrize("name", ["{}.json", "{}.png.json", "{}.txt", "{}.csv", "{}.tar"])

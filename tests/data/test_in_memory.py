@@ -131,7 +131,7 @@ def test_paths_are_relative_to_the_working_folder(
 
 
 def test_a_table_has_paths_as_objects_and_is_named_as_in_python(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     files = [path for path, _ in build("paths", tmp_path)][:3]
     table = pd.DataFrame({"image": [*files[:2], None], "label": list("aba")}, index=[5, 1, 3])

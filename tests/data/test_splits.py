@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 from helpers.photo_folders import write_photos
-from helpers.read_datasets import load_training_data, read_training_data
+from helpers.read_datasets import read_training_data, read_undivided
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
 from PIL import Image
@@ -23,7 +23,6 @@ from modeling_vitcls.data.splits import (
     choose_training_splits,
     describe_missing_classes,
     divide_images,
-    load_undivided_images,
 )
 from modeling_vitcls.training.summary import describe_class_sizes, describe_splits
 
@@ -90,9 +89,8 @@ def get_names(part: Any) -> set[str]:
 
 def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(40))
-    options = DataOptions(dataset=str(photos), held_out_fraction=0.25)
-    plain = load_training_data(options)
-    data = load_training_data(options, use_selection_split=True)
+    plain = read_training_data(photos, held_out_fraction=0.25)
+    data = read_training_data(photos, use_selection_split=True, held_out_fraction=0.25)
 
     assert get_names(data.held_out) == get_names(plain.held_out)
 
@@ -107,9 +105,7 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
 def test_selection_without_images_for_it_is_an_error(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(10))
     with raises_one_line("`select='best'`", "`held_out_fraction` above 0"):
-        load_training_data(
-            DataOptions(dataset=str(photos), held_out_fraction=0.0), use_selection_split=True
-        )
+        read_training_data(photos, use_selection_split=True, held_out_fraction=0.0)
 
 
 def test_labels_of_all_images_or_of_at_most_one_are_named(tmp_path: Path) -> None:
@@ -118,8 +114,7 @@ def test_labels_of_all_images_or_of_at_most_one_are_named(tmp_path: Path) -> Non
     rows = [f"x/{index}.png,{each}" for index, each in enumerate(tags)]
     (photos / "table.csv").write_text("\n".join(["file_name,label", *rows]))
     names = ("all", "cat", "none", "once")
-    options = DataOptions(dataset=str(photos / "table.csv"), label_names=names, held_out_fraction=0)
-    data = load_training_data(options)
+    data = read_training_data(photos / "table.csv", label_names=names, held_out_fraction=0)
     assert [data.label_space.format(each) for each in data.train.labels][2] == "all"
     (warning,) = describe_missing_classes(data)
     assert "4 of the 4 labels are on at most one training image, or on all but" in warning
@@ -131,7 +126,7 @@ def test_classes_without_training_images_and_without_held_out_images_have_a_line
 ) -> None:
     for split, names in (("train", ("ant", "bee")), ("test", ("bee", "cow"))):
         write_photos(tmp_path / split, range(len(split), 9), *names)
-    images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
+    images = read_undivided(tmp_path)
     data = divide_images(images, 0.2)
     # Test photos do not count, and their folder is no split of that name
     assert describe_class_sizes(images) == "ant: 4, bee: 4, cow: 0"
@@ -159,7 +154,7 @@ def test_declared_classes_without_images_are_named(tmp_path: Path) -> None:
 def test_a_small_class_beside_large_ones_is_named_with_what_would_help(tmp_path: Path) -> None:
     write_photos(tmp_path, range(20), "ant", "bee")
     write_photos(tmp_path, range(3), "cow")
-    data = load_training_data(DataOptions(dataset=str(tmp_path), held_out_fraction=0))
+    data = read_training_data(tmp_path, held_out_fraction=0)
     (line,) = describe_missing_classes(data)
     assert line.startswith("1 of the 3 classes have fewer than 5 images")
     assert ": cow. Add images" in line

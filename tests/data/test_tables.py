@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.photo_folders import draw_noise, encode_image, get_unicode_forms, write_files
-from helpers.read_datasets import read_splits_of, read_training_data
+from helpers.read_datasets import read_splits_of, read_training_data, read_undivided
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
@@ -33,9 +33,9 @@ def photos(module_path: Path) -> Path:
     return module_path
 
 
-def write_csv(photos: Path, labels: list[str], name: str = "table.csv", **columns: Any) -> str:
+def write_csv(photos: Path, labels: list[str], **columns: Any) -> str:
     """Write a table of the first images and their labels, with more columns."""
-    file = photos / name
+    file = photos / "table.csv"
     table = pd.DataFrame({"file_name": FILES[: len(labels)], "label": labels, **columns})
     table.to_csv(file, index=False)
     return str(file)
@@ -133,7 +133,7 @@ def test_a_split_without_labels_is_named(photos: Path, tmp_path: Path) -> None:
 def test_truth_values_are_names_and_never_indices(photos: Path) -> None:
     values = [True, False, True]
     file = write_table(photos / "truth.parquet", file_name=FILES[:3], label=values)
-    texts = write_csv(photos, [str(value) for value in values], "truth.csv")
+    texts = write_csv(photos, [str(value) for value in values])
     pairs = [(str(photos / name), value) for name, value in zip(FILES, values, strict=False)]
     for dataset in (file, texts, add_dataset(pairs)):
         assert read_labels(dataset) == ["True", "False", "True"]
@@ -143,18 +143,18 @@ def test_truth_values_are_names_and_never_indices(photos: Path) -> None:
 
 
 def test_a_label_name_that_is_given_twice_is_refused(photos: Path) -> None:
-    table = write_csv(photos, ["0", "1", "2"], "indices.csv")
+    table = write_csv(photos, ["0", "1", "2"])
     with raises_one_line("`label_names=", "twice"):
         read_labels(table, label_names=("cat", "cat", "dog"))
 
 
 def test_the_unicode_forms_of_a_name_are_one_class(photos: Path) -> None:
     forms = get_unicode_forms("café")
-    assert read_labels(write_csv(photos, [*forms, "tea"], "unicode.csv")) == ["café", "café", "tea"]
+    assert read_labels(write_csv(photos, [*forms, "tea"])) == ["café", "café", "tea"]
 
 
 def test_labels_that_look_alike_are_named(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
-    table = write_csv(photos, ["cat", "cat\u200b", "Dog", "dog ", "owl"], "alike.csv")
+    table = write_csv(photos, ["cat", "cat\u200b", "Dog", "dog ", "owl"])
     assert len(set(read_labels(table))) == 5
     for name in ("'cat\\u200b'", "'dog '", "separate names"):
         assert name in caplog.text
@@ -216,7 +216,7 @@ def test_dialects_of_spreadsheets_are_read(content: bytes, photos: Path) -> None
 def test_tables_that_cannot_be_used_are_named(content: str, words: list[str], photos: Path) -> None:
     (photos / "damaged.csv").write_text(content)
     with raises_one_line("damaged.csv", *words):
-        load_undivided_images(DataOptions(dataset=str(photos / "damaged.csv")))
+        read_undivided(photos / "damaged.csv")
 
 
 def test_names_of_predict_are_read_from_the_working_folder(
@@ -239,7 +239,7 @@ def test_names_of_predict_are_read_from_the_working_folder(
 def test_labels_and_groups_that_may_be_a_mistake_are_asked_about(
     labels: list[str], flags: Any, words: str, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read_splits_of(write_csv(photos, labels, "odd.csv", patient=labels), **flags)
+    read_splits_of(write_csv(photos, labels, patient=labels), **flags)
     assert words in caplog.text
 
 
@@ -307,14 +307,14 @@ def test_vectors_of_a_declared_or_torch_dataset_have_its_names(photos: Path) -> 
 @pytest.mark.parametrize("bits", [["0", "1"], ["False", "True"], ["0.0", "1.0"]])
 def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Path) -> None:
     no, yes = bits
-    table = write_csv(photos, [no, yes, no], "bits.csv", dog=[no, yes, yes])
+    table = write_csv(photos, [no, yes, no], dog=[no, yes, yes])
     splits = read_splits_of(table, label_column=("label", "dog"))
     assert splits.label_space == SeveralLabels({"labels": ["label", "dog"]})
     assert list(splits.train.labels) == [[], [0, 1], [1]]
-    gaps = write_csv(photos, [no, "", no], "gaps.csv", dog=[no, yes, yes])
+    gaps = write_csv(photos, [no, "", no], dog=[no, yes, yes])
     assert read_labels(gaps, label_column=("label", "dog")) == ["no label", "dog"]
     for mark in (yes, "x"):
-        marks = write_csv(photos, ["", mark, ""], "marks.csv", dog=["", mark, mark])
+        marks = write_csv(photos, ["", mark, ""], dog=["", mark, mark])
         labels = read_labels(marks, label_column=("label", "dog"))
         assert labels == ["no label", "label, dog", "dog"]
 
@@ -401,7 +401,7 @@ def test_a_field_with_the_name_of_a_label_is_found(photos: Path) -> None:
 def test_a_column_of_splits_is_used(
     name: str, spellings: list[str], flags: Any, photos: Path
 ) -> None:
-    table = write_csv(photos, ["a", "b", "a", "b"] * 3, "split.csv", **{name: spellings * 4})
+    table = write_csv(photos, ["a", "b", "a", "b"] * 3, **{name: spellings * 4})
     images = load_undivided_images(DataOptions(dataset=table, **flags), reads_all=True)
     for split, first in (("train", 0), ("test", 1), ("validation", 2)):
         assert images.images_by_split[split].images.get_names() == FILES[first::3]
@@ -410,11 +410,11 @@ def test_a_column_of_splits_is_used(
 
 def test_a_column_with_other_values_than_splits_is_named(photos: Path) -> None:
     colors = ["red", "blue"] * 6
-    table = write_csv(photos, ["a", "b", "b", "a"] * 3, "set.csv", set=colors)
-    assert "'set' is not used" in load_undivided_images(DataOptions(dataset=table)).facts["splits"]
+    table = write_csv(photos, ["a", "b", "b", "a"] * 3, set=colors)
+    assert "'set' is not used" in read_undivided(table).facts["splits"]
     with raises_one_line("'set' contains 'blue', 'red'"):
         read_training_data(table, split_column="set")
-    some = write_csv(photos, ["a", "b", "b", "a"] * 3, "some.csv", split=["train", ""] * 6)
+    some = write_csv(photos, ["a", "b", "b", "a"] * 3, split=["train", ""] * 6)
     with raises_one_line("'split' contains ''", "train, validation or test"):
         read_training_data(some)
 
@@ -422,7 +422,7 @@ def test_a_column_with_other_values_than_splits_is_named(photos: Path) -> None:
 def test_the_images_of_a_group_are_on_one_side(photos: Path) -> None:
     patients = [f"p{index // 2}" for index in range(NUM_IMAGES)]
     labels = ["a", "b"] * 5 + ["", ""]  # Rows without a label are skipped, also the last patient
-    table = write_csv(photos, labels, "patients.csv", patient=patients)
+    table = write_csv(photos, labels, patient=patients)
     data = read_training_data(table, group_column="patient")
     held_out, train = (
         {patients[FILES.index(name)] for name in part.images.get_names()}
@@ -439,32 +439,32 @@ def test_a_column_with_the_shape_of_groups_is_named(name: str, photos: Path) -> 
     weather = ["sun", "rain", "fog", "sun"] * 3
     objects = [f"{label}{index // 2}" for index, label in enumerate(labels)]
     columns = {"note": range(12), "weather": weather, "shape": [*"xxxxxxyyyyyy"], name: objects}
-    table = write_csv(photos, labels, "shape.csv", **columns)
-    fact = load_undivided_images(DataOptions(dataset=table)).facts["groups"]
+    table = write_csv(photos, labels, **columns)
+    fact = read_undivided(table).facts["groups"]
     assert f"`group_column={name!r}`" in fact
 
 
 def test_the_largest_group_is_named(photos: Path) -> None:
     """Unknown patients that a table calls NA are one group."""
-    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", patient=["p", "NA", "NA"] * 4)
-    fact = load_undivided_images(DataOptions(dataset=table, group_column="patient")).facts["groups"]
+    table = write_csv(photos, ["a", "b"] * 6, patient=["p", "NA", "NA"] * 4)
+    fact = read_undivided(table, group_column="patient").facts["groups"]
     assert fact.endswith("2 groups; the largest is 'NA' with 8 images")
 
 
 @pytest.mark.parametrize("camera", ["Canon", None])
 def test_a_column_of_one_group_or_none_is_an_error(camera: str | None, photos: Path) -> None:
-    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", camera=camera)
+    table = write_csv(photos, ["a", "b"] * 6, camera=camera)
     with raises_one_line(f"'camera' has {camera!r} in all 12 rows", "`group_column`"):
-        load_undivided_images(DataOptions(dataset=table, group_column="camera"))
+        read_undivided(table, group_column="camera")
 
 
 @pytest.mark.parametrize("name", ["patient", "Patient_ID", "camera", "video id"])
 def test_a_column_of_groups_that_is_not_used_is_named(name: str, photos: Path) -> None:
-    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: ["p", "q", "q"] * 4})
-    fact = load_undivided_images(DataOptions(dataset=table)).facts["groups"]
+    table = write_csv(photos, ["a", "b"] * 6, **{name: ["p", "q", "q"] * 4})
+    fact = read_undivided(table).facts["groups"]
     assert fact.startswith(f"the column {name!r} is not used")
-    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: range(NUM_IMAGES)}, note="")
-    assert "groups" not in load_undivided_images(DataOptions(dataset=table)).facts
+    table = write_csv(photos, ["a", "b"] * 6, **{name: range(NUM_IMAGES)}, note="")
+    assert "groups" not in read_undivided(table).facts
 
 
 def test_a_table_of_windows_names_files_with_backslashes(photos: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.photo_folders import get_file_names
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import (
     build_images,
@@ -27,6 +28,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.export import onnx_file
 from modeling_vitcls.export.exporter import export_model, fit_processor
@@ -34,6 +36,7 @@ from modeling_vitcls.export.onnx_file import OnnxGraph
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.tracing import GraphShape, NamedOutputsModel, get_smallest_size
 from modeling_vitcls.hub.model_files import hash_files, hash_weights
+from modeling_vitcls.runtime.files import read_json
 
 
 LIMIT = 1e-4
@@ -42,7 +45,7 @@ NAMES = {0: "cow", 1: "ant", 2: "bee"}
 
 # Models that together have every token, position, pooling, mask and block type: class, fields,
 # names of the outputs.
-MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
+MODELS: dict[str, tuple[type, Fields, list[str]]] = {
     "tokens": (
         ViTCLSForImageClassification,
         {
@@ -188,7 +191,7 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
     monkeypatch.setitem(onnx_file.LIMITS, "float32", (-1.0, 0.0))
     with raises_one_line("differs", "logits", "limit"):
         export(tmp_path / "model", tmp_path / "not/a.onnx", dynamic=False)
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert get_file_names(tmp_path) == {"model"}
 
 
 # The script
@@ -215,17 +218,17 @@ def test_the_exported_file_has_the_outputs_of_the_model(exported: tuple[Any, Pat
     model, file = exported
     check_sizes(file, model)
 
-    files = ["mine.onnx", "mine.onnx.data", "mine.onnx.json"]
-    assert sorted(path.name for path in file.parent.iterdir()) == files
+    files = {"mine.onnx", "mine.onnx.data", "mine.onnx.json"}
+    assert get_file_names(file.parent) == files
     # no temporary folder is left
-    assert sorted(path.name for path in file.parents[2].iterdir()) == ["model", "new"]
+    assert get_file_names(file.parents[2]) == {"model", "new"}
     assert str(file.parents[2]).encode() not in file.read_bytes()
 
 
 @pytest.fixture
 def report(exported: tuple[Any, Path]) -> dict[str, Any]:
     _, file = exported
-    return json.loads(file.with_name("mine.onnx.json").read_text())
+    return read_json(file.with_name("mine.onnx.json"))
 
 
 def test_the_report_describes_inputs_and_outputs(
@@ -309,7 +312,7 @@ def test_a_file_name_of_another_format_is_an_error(tmp_path: Path) -> None:
 def test_a_preset_is_exported_to_a_folder(tmp_path: Path) -> None:
     flags = ("--model", "vitcls-tiny", "--output", tmp_path / "new")
     assert run_in_process("export.py", *flags) == 0
-    files = {file.name for file in (tmp_path / "new").iterdir()}
+    files = get_file_names(tmp_path / "new")
     assert files == {"config.json", "model.onnx", "model.onnx.json"}
 
 

@@ -1,13 +1,13 @@
 """`torch.onnx.export` called on a model directly, as users of the code on the Hub do."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import LAYOUTS, build_images, build_random
+from helpers.tiny_models import IMAGES, LAYOUTS, build_images, build_random
 
 from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.conversion.weight_rules import Fields
 
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -30,7 +30,7 @@ GATED = [
     ids=str,
 )
 def test_the_batch_is_dynamic_and_no_output_is_repeated(
-    tmp_path: Path, layout: dict[str, Any], added: dict[str, Any]
+    tmp_path: Path, layout: Fields, added: Fields
 ) -> None:
     """The example has one image; docs/exporting.md."""
     model = build_random(ViTCLSForImageClassification, **layout).adapt(**added).eval()
@@ -51,5 +51,5 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(
 
 
 def test_outside_of_an_export_the_logits_have_both_names() -> None:
-    outputs = build_random(ViTCLSForImageClassification)(build_images())
+    outputs = build_random(ViTCLSForImageClassification)(IMAGES)
     assert outputs.cls_logits is outputs.logits

@@ -1,12 +1,11 @@
 """Graphs in memory: fused attention, dynamic and fixed sizes, and example images."""
 
-from typing import Any
-
 import pytest
 import torch
 from helpers.tiny_models import build_images, build_random, build_tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.export.tracing import (
     GraphShape,
     get_smallest_size,
@@ -61,7 +60,7 @@ def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
     ],
 )
 def test_positions_that_cannot_be_resampled_in_a_graph_fix_its_size(
-    fields: dict[str, Any], word: str
+    fields: Fields, word: str
 ) -> None:
     model = ViTCLSModel(build_tiny_config(**fields))
     shape = select_graph_shape(model, None, dynamic=True)

@@ -9,7 +9,7 @@ import torch
 from modeling_vitcls import ViTCLSForImageClassification, use_fast_modules
 from modeling_vitcls.speed import cpu_kernels
 
-from .tiny_models import build_tiny_config, randomize
+from .tiny_models import IMAGE_LABELS, build_tiny_config, randomize
 
 
 Tensors = dict[str, torch.Tensor]
@@ -49,7 +49,7 @@ def run_step(model: Any, images: torch.Tensor, forward: Any = None) -> Tensors:
     """
     model.zero_grad()
     # A compiled model has no truth value
-    output = (model if forward is None else forward)(images, labels=torch.tensor([0, 2]))
+    output = (model if forward is None else forward)(images, labels=IMAGE_LABELS)
     output.loss.backward()
     gradients = {
         name: weight.grad.clone()

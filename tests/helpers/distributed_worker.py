@@ -28,6 +28,7 @@ sys.path.extend(map(str, Path(__file__).parents[1:3]))
 import modeling_vitcls as vitcls
 from helpers.batch_plans import build_plan
 from helpers.tiny_models import build_tiny_config
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.checkpoints import CheckpointStore
@@ -41,7 +42,7 @@ from modeling_vitcls.training.signals import SignalHandler
 NUM_PROCESSES = 2
 # Name -> model class and configuration fields. Each model must train on several processes without
 # changes.
-LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
+LAYOUTS: dict[str, tuple[Any, Fields]] = {
     "one CLS": (vitcls.ViTCLSForImageClassification, {"use_mask_token": True}),
     "distillation and registers": (
         vitcls.ViTCLSForImageClassification,

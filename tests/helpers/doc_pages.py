@@ -68,6 +68,12 @@ def read_blocks(page: Path) -> list[Block]:
     ]
 
 
+def read_program(name: str) -> str:
+    """Read a program of docs/serving.md, which begins with its name."""
+    blocks = read_blocks(ROOT / "docs/serving.md")
+    return next(block.text for block in blocks if block.text.startswith(f"# {name}\n"))
+
+
 def read_prose(page: Path) -> str:
     """Return a page without its fenced blocks."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))

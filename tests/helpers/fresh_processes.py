@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from helpers.doc_pages import ROOT
+
 
 SECONDS = 1800  # timeout of a process
 # Environment variables for scripts: import this repository; one thread, no GPU, no Hub, a wide
 # terminal, and processes that reach each other on this machine.
 SCRIPT_ENVIRONMENT = {
-    "PYTHONPATH": str(Path(__file__).parents[2]),
+    "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",

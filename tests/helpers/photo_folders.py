@@ -87,6 +87,11 @@ def write_files(root: Path, *names: str, content: bytes = b"") -> None:
         (root / name).write_bytes(content)
 
 
+def get_file_names(folder: Path) -> set[str]:
+    """Return the names of the files and folders in a folder."""
+    return {file.name for file in folder.iterdir()}
+
+
 def write_unequal_photos(root: Path) -> Path:
     """Write 15 dark and 9 brighter photos of 40 x 24 pixels, and return the folder."""
     noise = np.random.default_rng(0)

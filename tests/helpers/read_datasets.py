@@ -12,18 +12,21 @@ from modeling_vitcls.data.splits import (
 )
 
 
-def load_training_data(options: DataOptions, use_selection_split: bool = False) -> TrainingData:
+def read_undivided(dataset: object, **options: Any) -> Splits:
+    """Read the images of a dataset as a run does, and hold nothing out."""
+    return load_undivided_images(DataOptions(dataset=str(dataset), **options))
+
+
+def read_training_data(
+    dataset: object, use_selection_split: bool = False, **flags: Any
+) -> TrainingData:
     """Read a dataset, and divide its images as a run with steps does."""
+    options = DataOptions(dataset=str(dataset), **flags)
     images = load_undivided_images(options, use_selection_split)
     check_can_divide(images, options.held_out_part, use_selection_split)
     return divide_images(images, options.held_out_part, use_selection_split)
 
 
-def read_training_data(dataset: object, **options: Any) -> TrainingData:
-    """Read a dataset, and hold images out."""
-    return load_training_data(DataOptions(dataset=str(dataset), **options))
-
-
 def read_splits_of(dataset: object, **options: Any) -> Splits:
-    """Read the labels of a dataset by split, and hold nothing out."""
+    """Read the labels of a dataset by split, without its groups."""
     return load_splits(DataOptions(dataset=str(dataset), **options))

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import modeling_vitcls as vitcls
 from helpers.load_without_package import flatten
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.version import __version__
 from scripts.tools.random_weights import randomize_weights
 
@@ -25,7 +26,7 @@ from scripts.tools.random_weights import randomize_weights
 RELEASED = Path(__file__).parents[1] / "fixtures/released"
 ANSWERS = "answers.safetensors"
 
-SIZES: dict[str, Any] = {
+SIZES: Fields = {
     "image_size": [16, 24],
     "patch_size": 8,
     "hidden_size": 8,
@@ -34,7 +35,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 12,
 }
 # Kind -> model class, configuration fields and processor settings.
-KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+KINDS: dict[str, tuple[type, Fields, dict[str, Any]]] = {
     "classifier": (
         vitcls.ViTCLSForImageClassification,
         {

@@ -2,12 +2,13 @@
 
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
+from helpers.doc_pages import ROOT
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+SCRIPTS = ROOT / "scripts"
 
 
 def run_in_process(script: str, *flags: object) -> int:

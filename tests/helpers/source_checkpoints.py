@@ -1,6 +1,7 @@
 """Small models of other projects in folders, for tests of conversion."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,24 @@ import torch
 import transformers
 from timm.models import save_for_hf
 
+from helpers.tiny_models import raises_one_line
 from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.weight_rules import ConversionError
 from scripts.tools.random_weights import randomize_weights
 
 
-WIDTHS = {
+# Expect a ConversionError of one line with these words
+refuses_conversion = partial(raises_one_line, error=ConversionError)
+
+SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
 }
 NAMES = {0: "ant", 1: "bee", 2: "cow"}
-SIZES = WIDTHS | {"image_size": 32, "patch_size": 8}
 
 
 def save_checkpoint(model: transformers.PreTrainedModel, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,10 +20,11 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
-SIZES: dict[str, Any] = {
+SIZES: Fields = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -33,7 +35,7 @@ SIZES: dict[str, Any] = {
 }
 
 # Name -> fields of the token layouts with which all model classes are tested.
-LAYOUTS: dict[str, dict[str, Any]] = {
+LAYOUTS: dict[str, Fields] = {
     "one_cls": {},
     "cls_distillation_registers": {"num_distillation_tokens": 1, "num_register_tokens": 4},
     "no_cls": {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"},
@@ -50,7 +52,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 # Two CLS, one distillation and three register tokens.
-TOKENS: dict[str, Any] = {
+TOKENS: Fields = {
     "num_cls_tokens": 2,
     "num_distillation_tokens": 1,
     "num_register_tokens": 3,
@@ -62,12 +64,14 @@ MASK[1, 10:14] = 0
 
 TASKS = {"species": 4, "age": 2}
 
+IMAGE_LABELS = torch.tensor([0, 2])  # of `IMAGES`
+
 
 class Kind(NamedTuple):
     """A class of models, the fields that it requires, and inputs in addition to the images."""
 
     model_class: type
-    fields: dict[str, Any]
+    fields: Fields
     inputs: dict[str, Any]
 
     def build(self, **fields: Any) -> Any:
@@ -80,7 +84,7 @@ KINDS = {
     "classifier": Kind(
         ViTCLSForImageClassification,
         {"num_distillation_tokens": 1},
-        {"labels": torch.tensor([0, 2])},
+        {"labels": IMAGE_LABELS},
     ),
     "multi_task": Kind(
         ViTCLSForMultiTaskClassification,
@@ -97,7 +101,7 @@ KINDS = {
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 # Name -> fields that change the blocks.
-BLOCKS: dict[str, dict[str, Any]] = {
+BLOCKS: dict[str, Fields] = {
     "layer_scale": {"layer_scale_init_value": 1e-5},
     "drop_path": {"drop_path_rate": 0.5},
     "dropout": {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3},
@@ -198,6 +202,9 @@ def build_images(
     )
 
 
+IMAGES = build_images()  # [2, 3, 32, 32]; no test changes them
+
+
 def record_outputs(module: torch.nn.Module) -> list[Any]:
     """Return a list that collects the outputs of a module.
 
@@ -246,6 +253,10 @@ def assert_same_outputs(first: Any, second: Any, tolerance: float = 0.0) -> None
     assert first_values
     for one, other in zip(first_values, second_values, strict=True):
         assert get_largest_difference(one, other) <= tolerance
+
+
+# Names, and values to the bit
+assert_same_bits = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from helpers.accelerate_state import reset_accelerate
-from helpers.tiny_models import save_both
+from helpers.tiny_models import assert_same_bits, save_both
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
@@ -138,4 +137,4 @@ def assert_equal_runs(folder: Path, expected: Path) -> None:
     assert read_compared_values(folder) == read_compared_values(expected)
     weights = load_file(folder / "model.safetensors")
     expected_weights = load_file(expected / "model.safetensors")
-    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
+    assert_same_bits(weights, expected_weights)

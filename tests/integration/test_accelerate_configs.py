@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from helpers.doc_pages import ROOT
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.tiny_options import forget_end, read_metrics
 from safetensors.torch import load_file
@@ -21,8 +22,7 @@ from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.runtime.files import read_json
 
 
-REPOSITORY = Path(__file__).parents[2]
-CONFIGS = REPOSITORY / "scripts/accelerate"
+CONFIGS = ROOT / "scripts/accelerate"
 FILES = sorted(CONFIGS.glob("*.yaml"))
 NUM_HELD_OUT_DIGITS = 359
 RUN = (
@@ -40,7 +40,7 @@ STEPS = (
 def launch(config: str, folder: Path, *flags: object) -> str:
     """Train with a configuration, and return the output."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
-    program = [REPOSITORY / "scripts/finetune.py", *RUN, "--output-dir", folder, *flags]
+    program = [ROOT / "scripts/finetune.py", *RUN, "--output-dir", folder, *flags]
     # FSDP2 shards plain layers. Lean ones round differently, and AdamW enlarges that in each step.
     ran = run_python(
         *launcher,

@@ -17,7 +17,7 @@ import torch
 import transformers
 from fastapi.testclient import TestClient
 from helpers.demo_page import open_page
-from helpers.doc_pages import ROOT, read_blocks
+from helpers.doc_pages import ROOT, read_program
 from helpers.fresh_processes import run_python
 from helpers.odd_photos import REFUSED, encode_turned, write_odd_photos
 from helpers.photo_folders import encode_image
@@ -242,12 +242,6 @@ def test_the_lines_without_torch(
         )
 
 
-def read_program(name: str) -> str:
-    """Read a program of docs/serving.md."""
-    blocks = read_blocks(ROOT / "docs/serving.md")
-    return next(block.text for block in blocks if block.text.startswith(f"# {name}\n"))
-
-
 def test_the_server(model: Path, photos: Photos, rows: Rows) -> None:
     program: dict[str, Any] = {}
     source = read_program("serve.py").replace("runs/photos", str(model))
@@ -265,19 +259,25 @@ def test_the_server(model: Path, photos: Photos, rows: Rows) -> None:
     check_answers(found, rows)
 
 
+def read_evaluated(model: Path, file: Path) -> dict[str, Answer]:
+    """Read the answers in a table of evaluated photos, by name of the photo."""
+    labels = list(ViTCLSForImageClassification.from_pretrained(model).config.label2id)
+    return {
+        Path(row["image"]).name: dict(zip(labels, row["probabilities"], strict=True))
+        for row in pq.read_table(file).to_pylist()
+    }
+
+
 def test_evaluation(model: Path, photos: Photos, rows: Rows) -> None:
     """The images that trained the model are left out."""
     labeled = [(str(photos[name]), row["label"]) for name, row in rows.items() if row["label"]]
     file = model.parent / "rows.parquet"
     results = evaluate(model, labeled, per_image=file, mixed_precision="no", num_workers=0)
     assert results["accuracy"] == 1
-    labels = list(ViTCLSForImageClassification.from_pretrained(model).config.label2id)
-    table = pq.read_table(file).to_pylist()
-    assert len(table) >= 15
-    for row in table:
-        name = Path(row["image"]).name
-        probabilities = dict(zip(labels, row["probabilities"], strict=True))
-        assert probabilities == pytest.approx(read_answer(rows[name]), abs=TOLERANCE), name
+    answers = read_evaluated(model, file)
+    assert len(answers) >= 15
+    for name, answer in answers.items():
+        assert answer == pytest.approx(read_answer(rows[name]), abs=TOLERANCE), name
 
 
 def test_the_page_of_the_demo(model: Path, photos: Photos, rows: Rows) -> None:
@@ -339,11 +339,7 @@ def test_every_door_shows_a_turned_photo_upright(model: Path) -> None:
     table = model.parent / "turned.parquet"
     labeled = [(str(path), NAMES[0]) for path in paths.values()]
     evaluate(model, labeled, per_image=table, mixed_precision="no", num_workers=0)
-    labels = list(ViTCLSForImageClassification.from_pretrained(model).config.label2id)
-    evaluated = {
-        Path(row["image"]).name: dict(zip(labels, row["probabilities"], strict=True))
-        for row in pq.read_table(table).to_pylist()
-    }
+    evaluated = read_evaluated(model, table)
     answers["evaluate"] = [evaluated[name] for name in paths]
     for door, answers_of_door in answers.items():
         for name, answer, wanted in zip(paths, answers_of_door, expected, strict=True):

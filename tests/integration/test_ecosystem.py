@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers.photo_folders import draw_noise
-from helpers.tiny_models import build_images, build_tiny_config
+from helpers.tiny_models import IMAGE_LABELS, IMAGES, build_images, build_tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForImageClassification,
@@ -29,13 +29,14 @@ from modeling_vitcls import (
     ViTCLSImageProcessorPil,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_weights
 
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 PHOTO = draw_noise((20, 30))[0]
-FIELDS: dict[str, Any] = {
+FIELDS: Fields = {
     "id2label": LABELS,
     "num_distillation_tokens": 1,
     "num_register_tokens": 2,
@@ -50,8 +51,8 @@ def build_tiny_classifier(**overrides: Any) -> ViTCLSForImageClassification:
 
 def assert_same_logits(model: Any, wanted: Any = None, **tolerance: float) -> None:
     """Check that a model has the logits of another model, by default of the tiny classifier."""
-    wanted = (wanted or build_tiny_classifier()).eval()(build_images()).logits
-    torch.testing.assert_close(model.eval()(build_images()).logits, wanted, **tolerance)
+    wanted = (wanted or build_tiny_classifier()).eval()(IMAGES).logits
+    torch.testing.assert_close(model.eval()(IMAGES).logits, wanted, **tolerance)
 
 
 @pytest.fixture(params=[ViTCLSImageProcessor, ViTCLSImageProcessorPil])
@@ -142,19 +143,19 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     model = get_peft_model(build_tiny_classifier(), lora)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for _ in range(2):
-        model(pixel_values=build_images(), labels=torch.tensor([0, 2])).loss.backward()
+        model(pixel_values=IMAGES, labels=IMAGE_LABELS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(tmp_path)
     model.eval()
     with torch.no_grad():
-        wanted = model(pixel_values=build_images()).logits
+        wanted = model(pixel_values=IMAGES).logits
         again = PeftModel.from_pretrained(build_tiny_classifier(), tmp_path).eval()
-        torch.testing.assert_close(again(pixel_values=build_images()).logits, wanted)
+        torch.testing.assert_close(again(pixel_values=IMAGES).logits, wanted)
         merged = again.merge_and_unload()
         assert type(merged) is ViTCLSForImageClassification
-        torch.testing.assert_close(merged(build_images()).logits, wanted, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(build_tiny_classifier().eval()(build_images()).logits, wanted)
+        torch.testing.assert_close(merged(IMAGES).logits, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(build_tiny_classifier().eval()(IMAGES).logits, wanted)
 
 
 # With a text model --------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def test_a_dual_encoder_of_images_and_text_trains_saves_and_loads(
     inputs = {
         "input_ids": torch.tensor([[2, 7, 9, 3], [2, 8, 5, 3]]),
         "attention_mask": torch.ones(2, 4, dtype=torch.long),
-        "pixel_values": build_images(),
+        "pixel_values": IMAGES,
     }
     outputs = model(**inputs, return_loss=True)
     outputs.loss.backward()
@@ -202,8 +203,8 @@ def test_a_dual_encoder_of_images_and_text_trains_saves_and_loads(
         torch.testing.assert_close(
             again(**inputs).logits_per_image, model(**inputs).logits_per_image
         )
-        cls_token = ViTCLSModel.from_pretrained(encoder)(build_images()).tokens["cls"][:, 0]
-        features = model.get_image_features(pixel_values=build_images()).pooler_output
+        cls_token = ViTCLSModel.from_pretrained(encoder)(IMAGES).tokens["cls"][:, 0]
+        features = model.get_image_features(pixel_values=IMAGES).pooler_output
         torch.testing.assert_close(features, model.visual_projection(cls_token))
 
 
@@ -228,7 +229,7 @@ def test_a_checkpoint_in_a_subfolder_is_loaded_and_adapted(tmp_path: Path) -> No
         tmp_path, subfolder="vision", num_register_tokens=3
     )
     assert adapted.config.num_register_tokens == 3
-    assert adapted(build_images()).logits.shape == (2, 3)
+    assert adapted(IMAGES).logits.shape == (2, 3)
 
 
 def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
@@ -247,7 +248,7 @@ def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
     ],
     ids=["learned", "rotary"],
 )
-def test_offloaded_weights_have_equal_outputs(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_offloaded_weights_have_equal_outputs(fields: Fields, tmp_path: Path) -> None:
     model = build_tiny_classifier(**fields)
     model.save_pretrained(tmp_path)
     on_disk = AutoModelForImageClassification.from_pretrained(

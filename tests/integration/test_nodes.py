@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.utils.other import get_free_port
+from helpers.doc_pages import ROOT
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 from helpers.photo_folders import write_photos
 from helpers.tiny_options import assert_equal_runs
@@ -20,7 +21,6 @@ from helpers.warm_processes import run_together, wait_for_step
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
 SRUN = """#!/usr/bin/env bash
 # Start the command once per node; pass SIGUSR1 on, as srun does.
 while [[ $1 == -* ]]; do shift; done
@@ -64,13 +64,13 @@ def test_the_slurm_script_continues_after_the_time_limit(tmp_path: Path) -> None
         "SLURM_JOB_NODELIST": "a[1-2]",
     }
     environment = ENVIRONMENT | slurm | {"PATH": path, "SCONTROL_LOG": str(log)}
-    script = REPOSITORY / "scripts/slurm/finetune.sbatch"
+    script = ROOT / "scripts/slurm/finetune.sbatch"
 
     def submit() -> subprocess.Popen[str]:
         command = ["bash", str(script), *flags, "--output-dir", str(folder)]
         output = (tmp_path / "output").open("a")
         return subprocess.Popen(
-            command, env=environment, text=True, stdout=output, stderr=output, cwd=REPOSITORY
+            command, env=environment, text=True, stdout=output, stderr=output, cwd=ROOT
         )
 
     job = submit()

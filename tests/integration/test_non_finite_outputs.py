@@ -43,7 +43,7 @@ def encoder(module_path: Path) -> Path:
 
 
 def test_evaluate_reports_no_accuracy(
-    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     model = ["--model", classifier, "--dataset", photos, "--num-workers", "0"]
     rows = ["--per-image", tmp_path / "rows.parquet"]
@@ -53,7 +53,7 @@ def test_evaluate_reports_no_accuracy(
 
 
 def test_finetune_does_not_learn_from_a_teacher(
-    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     flags = ["--dataset", photos, "--output-dir", tmp_path / "run"]
     assert run_here("finetune", *flags, *TRAINING, "--teacher", classifier) == 1
@@ -62,7 +62,7 @@ def test_finetune_does_not_learn_from_a_teacher(
 
 
 def test_finetune_fits_no_probe(
-    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     flags = ["--dataset", photos, "--output-dir", tmp_path / "run"]
     flags += "--batch-size 4 --num-workers 0 --trainable head".split()

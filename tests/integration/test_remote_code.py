@@ -6,23 +6,25 @@ outputs must be equal to the bit.
 """
 
 import ast
-import json
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.doc_pages import ROOT
 from helpers.fresh_processes import run_python
 from helpers.load_without_package import AUTO_CLASSES, SEED, compute_outputs, main
+from helpers.photo_folders import get_file_names
 from helpers.released_models import KINDS, SIZES
+from helpers.tiny_models import assert_same_bits
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -35,10 +37,10 @@ ALLOWED_LIBRARIES = {
     "PIL",
     "numpy",
 } | sys.stdlib_module_names
-CHILD = Path(__file__).parents[1] / "helpers/load_without_package.py"
+CHILD = ROOT / "tests/helpers/load_without_package.py"
 
 # Name of the checkpoint -> its class and configuration fields.
-CHECKPOINTS: dict[str, tuple[Any, dict[str, Any]]] = {
+CHECKPOINTS: dict[str, tuple[Any, Fields]] = {
     name: (model_class, fields) for name, (model_class, fields, _) in KINDS.items()
 }
 CHECKPOINTS["backbone"] = (vitcls.ViTCLSBackbone, {"out_features": ["stage1", "stage2"]})
@@ -156,9 +158,6 @@ def read_answers(target: Path) -> LoadedCheckpoints:
     return LoadedCheckpoints(target, report, load_file(target / "answers.safetensors"))
 
 
-assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)  # names, and values to the bit
-
-
 @each_checkpoint
 @each_auto_class
 def test_every_auto_class_loads_every_checkpoint_without_the_package(
@@ -175,7 +174,7 @@ def test_every_auto_class_loads_every_checkpoint_without_the_package(
     assert not missing & stored
     assert not (found["class"] == CHECKPOINTS[name][0].__name__ and missing)
     prefix = f"{name}/{auto_class}"
-    assert_same(child.get_outputs(prefix), package.get_outputs(prefix))
+    assert_same_bits(child.get_outputs(prefix), package.get_outputs(prefix))
 
 
 @each_checkpoint
@@ -186,7 +185,7 @@ def test_a_checkpoint_is_saved_and_adapted_without_the_package(
     # Not equal to the bit: weights of a memory-mapped file are aligned differently, and kernels
     # depend on alignment.
     torch.testing.assert_close(child.get_outputs(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
-    assert_same(child.get_outputs(f"{name}/larger"), package.get_outputs(f"{name}/larger"))
+    assert_same_bits(child.get_outputs(f"{name}/larger"), package.get_outputs(f"{name}/larger"))
 
 
 @each_checkpoint
@@ -202,13 +201,13 @@ def test_configuration_and_image_processor_load_without_the_package(
         "pil": "ViTCLSImageProcessorPil",
     }
     prefix = f"{name}/processor"
-    assert_same(child.get_outputs(prefix), package.get_outputs(prefix))
+    assert_same_bits(child.get_outputs(prefix), package.get_outputs(prefix))
 
 
 @each_checkpoint
 def test_a_checkpoint_contains_all_its_code_and_no_pickle(name: str, saved: Path) -> None:
     code = {file.name for file in SHIPPED_FILES}
-    assert {file.name for file in (saved / name).iterdir()} == code | {
+    assert get_file_names(saved / name) == code | {
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -222,14 +221,10 @@ def test_saving_without_the_package_writes_the_same_files(
     child: LoadedCheckpoints, name: str, saved: Path
 ) -> None:
     folder = child.folder / name
-    assert {file.name for file in folder.iterdir()} == {
-        file.name for file in (saved / name).iterdir()
-    }
+    assert get_file_names(folder) == get_file_names(saved / name)
     for file in SHIPPED_FILES:
         assert (folder / file.name).read_bytes() == file.read_bytes()
-    assert read_json(folder / "config.json") == json.loads(
-        (saved / name / "config.json").read_text()
-    )
+    assert read_json(folder / "config.json") == read_json(saved / name / "config.json")
 
     settings = read_json(folder / "preprocessor_config.json")
     assert settings["auto_map"] == read_json(saved / name / "preprocessor_config.json")["auto_map"]

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from accelerate.utils.other import get_free_port
 from fastapi.testclient import TestClient
-from helpers.doc_pages import ROOT, read_blocks
+from helpers.doc_pages import ROOT, read_program
 from helpers.fresh_processes import run_program
 from helpers.photo_folders import draw_noise, encode_image
 from helpers.tiny_models import save_classifier
@@ -30,9 +30,7 @@ SIZES = ((40, 30), (24, 56), (32, 32), (8, 90))
 @pytest.fixture(scope="module")
 def folder(module_path: Path) -> Path:
     """Return a folder with the page's program and a model."""
-    blocks = read_blocks(ROOT / "docs/serving.md")
-    source = next(block.text for block in blocks if block.language == "python")
-    (module_path / "serve.py").write_text(source)
+    (module_path / "serve.py").write_text(read_program("serve.py"))
     save_classifier(module_path / "runs/photos")
     return module_path
 
@@ -121,11 +119,9 @@ def test_a_queue_that_is_full_says_so(folder: Path, monkeypatch: pytest.MonkeyPa
     reason="no Docker daemon runs",
 )
 def test_the_images_are_built(name: str, tmp_path: Path) -> None:
-    blocks = read_blocks(ROOT / "docs/serving.md")
-    text = next(block.text for block in blocks if block.text.startswith(f"# {name}\n"))
     shutil.copytree(ROOT, tmp_path / "modeling_vitcls", ignore=shutil.ignore_patterns(".*", "runs"))
     (tmp_path / "runs/photos").mkdir(parents=True)
     for file in ("serve.py", "answer.py", "model.onnx"):
         (tmp_path / file).touch()
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(read_program(name))
     run_program("docker", "build", "-f", tmp_path / name, tmp_path)

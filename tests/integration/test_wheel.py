@@ -6,10 +6,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.doc_pages import ROOT
 from helpers.fresh_processes import run_program
+from helpers.photo_folders import get_file_names
 
 
-REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -30,11 +31,11 @@ def run(*command: object, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(module_path: Path) -> Path:
     """Build the wheel of a copy of the tracked files."""
-    files = run("git", "ls-files", "-z", cwd=REPOSITORY).split("\0")
+    files = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
     for name in filter(None, files):
-        if not name.startswith("tests/") and (REPOSITORY / name).is_file():
+        if not name.startswith("tests/") and (ROOT / name).is_file():
             (module_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            (module_path / "source" / name).write_bytes((REPOSITORY / name).read_bytes())
+            (module_path / "source" / name).write_bytes((ROOT / name).read_bytes())
     # as a release does
     run(
         "make",
@@ -50,7 +51,7 @@ def wheel(module_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_wheel_has_all_modules_and_data_files(wheel: Path) -> None:
     contents = set(zipfile.ZipFile(wheel).namelist())
-    tracked = run("git", "ls-files", "modeling_vitcls", cwd=REPOSITORY).split()
+    tracked = run("git", "ls-files", "modeling_vitcls", cwd=ROOT).split()
     assert set(tracked) <= contents
     assert {f"modeling_vitcls/{name}" for name in DATA_FILES} <= contents
 
@@ -74,9 +75,9 @@ def test_the_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: 
 
     flags = ("--dataset", "digits", "--max-steps", 5, "--output-dir", "out")
     run(vitcls, "finetune", "--config", "digits", *flags, cwd=tmp_path)
-    assert {"model.safetensors", "README.md", "report.html", "results.json"} <= {
-        file.name for file in (tmp_path / "out").iterdir()
-    }
+    assert {"model.safetensors", "README.md", "report.html", "results.json"} <= get_file_names(
+        tmp_path / "out"
+    )
     assert "accuracy" in run(
         vitcls, "evaluate", "--model", "out", "--dataset", "digits", cwd=tmp_path
     )

@@ -16,6 +16,8 @@ import pytest
 import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.tiny_models import (
+    IMAGES,
+    assert_same_bits,
     build_images,
     build_random,
     build_tiny_config,
@@ -35,6 +37,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.model.positions_vitcls import resize_patch_kernel
 from modeling_vitcls.model.token_layout_vitcls import COUNT_FIELDS
 
@@ -52,7 +55,7 @@ LOADERS = {
 
 # Changes of a checkpoint with 2 CLS, 1 distillation and 2 register tokens, images of 32 x 48 and
 # patches of 8 x 8.
-CHANGES: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, Fields] = {
     "registers": {"num_register_tokens": 6},
     "none_left": {"num_cls_tokens": 1, "num_distillation_tokens": 0, "num_register_tokens": 0},
     "image": {"image_size": [24, 64]},
@@ -66,7 +69,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 COUNTS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 2}
-FIELDS: dict[str, Any] = {**COUNTS, "image_size": [32, 48], "position_embedding_tokens": "all"}
+FIELDS_THAT_ADAPT: Fields = {**COUNTS, "image_size": [32, 48]}
+FIELDS = FIELDS_THAT_ADAPT | {"position_embedding_tokens": "all"}
 
 GROUPS = {"cls": "cls_token", "distillation": "distillation_token", "registers": "register_tokens"}
 
@@ -77,7 +81,7 @@ GROUPS = {"cls": "cls_token", "distillation": "distillation_token", "registers":
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids=LOADERS)
 def test_adapted_models_keep_their_tokens_and_resample_their_patches(
-    saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path
+    saver: Any, loader: Any, change: Fields, tmp_path: Path
 ) -> None:
     old = build_random(saver, **FIELDS)
     new = adapt_with_loader(old, loader, tmp_path, gate_new_tokens=False, **change)
@@ -141,7 +145,7 @@ def assert_adapted(old: Any, new: Any) -> None:
             for name, weight in expected.items()
             if "distillation_classifier" not in name
         }
-    torch.testing.assert_close(after, expected, rtol=0, atol=0)
+    assert_same_bits(after, expected)
 
 
 def resample(
@@ -163,7 +167,7 @@ def test_the_source_model_is_unchanged() -> None:
     for parameter in changed.parameters():
         parameter.add_(1)
 
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert_same_bits(model.state_dict(), before)
     assert model.config.to_dict() == config
 
 
@@ -173,16 +177,8 @@ def test_nothing_changes_without_a_change(caplog: pytest.LogCaptureFixture, tmp_
     model.save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         again = loader.from_pretrained(tmp_path, **FIELDS_THAT_ADAPT)
-        assert all(
-            torch.equal(weight, model.state_dict()[name])
-            for name, weight in again.state_dict().items()
-        )
+        assert_same_bits(again.state_dict(), model.state_dict())
     assert not get_logged_lines(caplog)
-
-
-FIELDS_THAT_ADAPT = {
-    name: value for name, value in FIELDS.items() if name != "position_embedding_tokens"
-}
 
 
 def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
@@ -219,17 +215,14 @@ def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
     larger = model.adapt(
         num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1, gate_new_tokens=False
     )
-    wanted = model(build_images(), output_hidden_states=True)
-    between = larger(build_images()).cls_logits
+    wanted = model(IMAGES, output_hidden_states=True)
+    between = larger(IMAGES).cls_logits
     found = larger.adapt(**{field: getattr(model.config, field) for field in COUNTS})(
-        build_images(), output_hidden_states=True
+        IMAGES, output_hidden_states=True
     )
 
     assert torch.equal(found.logits, wanted.logits)
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True)
-    )
+    assert_same_bits(found.hidden_states, wanted.hidden_states)
     assert get_largest_difference(between, wanted.logits) > 1e-3
 
 
@@ -237,9 +230,7 @@ def test_distillation_tokens_are_multiplied_so_that_their_mean_stays() -> None:
     model = build_random(ViTCLSForImageClassification, num_distillation_tokens=2)
     with raises_one_line("num_distillation_tokens=3", "mean of the 2", "Choose 4"):
         model.adapt(num_distillation_tokens=3)
-    logits = [
-        each(build_images()).logits for each in (model, model.adapt(num_distillation_tokens=4))
-    ]
+    logits = [each(IMAGES).logits for each in (model, model.adapt(num_distillation_tokens=4))]
     assert get_largest_difference(*logits) < 1e-5
 
 
@@ -249,9 +240,7 @@ def test_a_new_distillation_head_starts_as_the_classifier() -> None:
             num_distillation_tokens=1
         )
         classifier = model.classifier.state_dict()
-        head = model.distillation_classifier.state_dict()
-        assert classifier.keys() == head.keys()
-        assert all(torch.equal(weight, head[name]) for name, weight in classifier.items())
+        assert_same_bits(model.distillation_classifier.state_dict(), classifier)
     # 32 inputs
     wide = build_random(ViTCLSForImageClassification, pooling="cls_mean")
     assert wide.adapt(num_distillation_tokens=1).distillation_classifier.weight.shape == (3, 16)
@@ -265,12 +254,12 @@ def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None
     gained = loader.from_pretrained(tmp_path / "without", num_cls_tokens=1, pooling="cls")
 
     assert torch.equal(gained.classifier.weight, without.classifier.weight)
-    assert gained(build_images()).logits.isfinite().all()
+    assert gained(IMAGES).logits.isfinite().all()
 
     gained.save_pretrained(tmp_path / "with")
     lost = loader.from_pretrained(tmp_path / "with", num_cls_tokens=0, pooling="mean")
 
-    assert torch.equal(lost(build_images()).logits, without(build_images()).logits)
+    assert torch.equal(lost(IMAGES).logits, without(IMAGES).logits)
 
 
 # Configurations
@@ -340,7 +329,7 @@ def test_impossible_changes_are_errors_with_a_remedy_that_works(tmp_path: Path) 
     ],
     ids=str,
 )
-def test_adapting_equals_running_with_larger_images(fields: dict[str, Any]) -> None:
+def test_adapting_equals_running_with_larger_images(fields: Fields) -> None:
     """The tests of conversions compare images of other sizes with the authors' code."""
     model = build_random(ViTCLSModel, image_size=[32, 48], **fields)
     wanted = model(build_images(2, 48, 24)).last_hidden_state
@@ -402,33 +391,32 @@ ADDED = [
 
 
 @pytest.mark.parametrize("fields", CLASSIFIERS.values(), ids=CLASSIFIERS.keys())
-def test_added_tokens_of_every_kind_leave_the_logits_as_they_are(fields: dict[str, Any]) -> None:
+def test_added_tokens_of_every_kind_leave_the_logits_as_they_are(fields: Fields) -> None:
     model = build_random(ViTCLSForImageClassification, num_hidden_layers=3, num_labels=5, **fields)
-    pixel_values = build_images()
-    logits = model(pixel_values).logits
+    logits = model(IMAGES).logits
     for added in ADDED:
         adapted = model.adapt(**added).eval()
-        assert get_largest_difference(adapted(pixel_values).logits, logits) <= 1e-5, added
+        assert get_largest_difference(adapted(IMAGES).logits, logits) <= 1e-5, added
 
 
 def test_a_distillation_token_is_a_twin_of_cls_until_a_teacher_trains_it() -> None:
     model = build_random(ViTCLSForImageClassification, num_labels=5, pooled_layers=[-2, -1])
     adapted = model.adapt(num_distillation_tokens=1).eval()
-    outputs = adapted(build_images())
+    outputs = adapted(IMAGES)
     assert get_largest_difference(outputs.distillation_logits, outputs.cls_logits) <= 1e-5
     assert adapted.config.distillation_inference == "mean"
 
 
 @pytest.mark.parametrize("fields", [{"pooling": "mean"}, {"cls_scopes": [[2, 2, 0, 1]]}], ids=str)
 def test_a_distillation_head_that_cannot_be_a_copy_is_random_and_not_read(
-    fields: dict[str, Any], caplog: pytest.LogCaptureFixture
+    fields: Fields, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The head of the patches has another input, and a token with a scope sees a part of the image."""
     model = build_random(ViTCLSForImageClassification, **fields)
     adapted = model.adapt(num_distillation_tokens=1)
     assert adapted.config.distillation_inference == "cls"
-    assert sum("distillation_inference" in line for line in caplog.messages) == 1
-    logits = [each(build_images()).logits for each in (model, adapted)]
+    assert caplog.text.count("distillation_inference") == 1
+    logits = [each(IMAGES).logits for each in (model, adapted)]
     assert get_largest_difference(*logits) < 1e-5
 
 
@@ -439,8 +427,8 @@ def test_the_token_of_a_second_task_is_a_twin_of_cls(tmp_path: Path) -> None:
     model = ViTCLSForMultiTaskClassification.from_pretrained(
         tmp_path, tasks={"age": 2, "kind": 3}, num_cls_tokens=2
     )
-    expected = saved.vitcls(build_images()).last_hidden_state[:, 0]
-    states = model.vitcls(build_images()).last_hidden_state
+    expected = saved.vitcls(IMAGES).last_hidden_state[:, 0]
+    states = model.vitcls(IMAGES).last_hidden_state
     for index in range(2):
         assert get_largest_difference(states[:, index], expected) <= 1e-5
 
@@ -466,9 +454,9 @@ def test_gradient_checkpointing_stays_and_lost_hooks_are_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = ViTCLSModel(build_tiny_config())
-    assert not any("hooks" in line for line in get_logged_lines(caplog))
+    assert not caplog.text
     model.gradient_checkpointing_enable()
     model.layers[0].register_forward_hook(lambda *_: None)
     adapted = model.adapt(num_register_tokens=2)
     assert all(layer.gradient_checkpointing for layer in adapted.layers)
-    assert any("hooks: not carried over" in message for message in caplog.messages)
+    assert "hooks: not carried over" in caplog.text

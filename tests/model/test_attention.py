@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.tiny_models import (
-    build_images,
+    IMAGES,
     build_random,
     build_tiny_config,
     get_largest_difference,
@@ -16,9 +16,9 @@ from modeling_vitcls import ViTCLSModel
 def test_differential_attention_is_equal_in_eager_and_fused_attention() -> None:
     """peers/test_from_timm.py compares it with that of timm."""
     model = build_random(ViTCLSModel, attention_type="differential", qk_norm=True)
-    expected = model(build_images()).last_hidden_state
+    expected = model(IMAGES).last_hidden_state
     model.set_attn_implementation("eager")
-    outputs = model(build_images(), output_attentions=True)
+    outputs = model(IMAGES, output_attentions=True)
     assert get_largest_difference(outputs.last_hidden_state, expected) <= 1e-5
     assert outputs.attentions[0].shape == (2, 2 * model.config.num_attention_heads, 17, 17)
 

@@ -5,16 +5,18 @@ tests gates.
 """
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, randomize
 
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.model.attention_masks_vitcls import RelativePositionBias, TokenGates
 
 
-FIELDS: dict[str, Any] = {
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+FIELDS: Fields = {
     "num_cls_tokens": 1,
     "num_register_tokens": 2,
     "attn_implementation": "sdpa",
@@ -24,7 +26,6 @@ GRID = (3, 5)  # rows and columns of patches of the tables
 
 
 @pytest.mark.parametrize("sharing", ["shared", "layer"])
-@torch.no_grad()
 def test_the_bias_depends_on_the_distance_of_two_patches_and_special_tokens_have_one(
     sharing: str,
 ) -> None:
@@ -48,7 +49,6 @@ def test_the_bias_depends_on_the_distance_of_two_patches_and_special_tokens_have
         assert len(pairs[0].unique()) == 5 * 9  # distances
 
 
-@torch.no_grad()
 def test_tables_are_resampled_along_their_own_axes() -> None:
     """A bias that depends on the rows only does so for another grid."""
     sizes = {"image_size": [8 * size for size in GRID], "relative_position_bias": "shared"}
@@ -60,7 +60,6 @@ def test_tables_are_resampled_along_their_own_axes() -> None:
     assert pairs.std() > 0.1
 
 
-@torch.no_grad()
 def test_masks_hide_tokens_whatever_their_bias_is() -> None:
     """A boolean mask and an additive mask have the same effect on the softmax."""
     config = build_tiny_config(

@@ -30,6 +30,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.model.configuration_vitcls import AUTO_MAP
 from modeling_vitcls.runtime.files import read_json
 from scripts.tools.make_field_tables import PAGE, build_tables, replace_tables
@@ -38,7 +39,7 @@ from scripts.tools.make_field_tables import PAGE, build_tables, replace_tables
 NAN = float("nan")
 
 # Contradictory fields; the error names the first of them.
-CONTRADICTIONS: list[dict[str, Any]] = [
+CONTRADICTIONS: list[Fields] = [
     {"num_cls_tokens": 0},
     {"num_attention_heads": 4, "hidden_size": 18},
     {"image_size": [32, 20]},
@@ -114,8 +115,8 @@ WRONG_VALUES: list[tuple[str, Any]] = [
 ]
 
 # class variables, and fields of transformers
-UNDOCUMENTED = {"_skip_validation", "keys_to_ignore_at_inference"} | {
-    "base_model_fsdp_plan",
+UNDOCUMENTED = {
+    *("_skip_validation", "keys_to_ignore_at_inference", "base_model_fsdp_plan"),
     *("architectures", "id2label", "label2id", "problem_type"),
 }
 
@@ -166,7 +167,7 @@ def test_fields_are_documented_in_their_order() -> None:
     ids=str,
 )
 def test_too_large_values_are_errors_before_a_list_of_their_length_is_built(
-    fields: dict[str, Any],
+    fields: Fields,
 ) -> None:
     tracemalloc.start()
     try:
@@ -178,7 +179,7 @@ def test_too_large_values_are_errors_before_a_list_of_their_length_is_built(
 
 
 @pytest.mark.parametrize("fields", CONTRADICTIONS, ids=lambda value: str(value)[:60])
-def test_contradictions_are_errors(fields: dict[str, Any]) -> None:
+def test_contradictions_are_errors(fields: Fields) -> None:
     with raises_one_line(next(iter(fields))):
         build_tiny_config(**fields)
 
@@ -303,7 +304,7 @@ SAVED_CONFIGS = [
 
 
 @pytest.mark.parametrize("fields", SAVED_CONFIGS, ids=str)
-def test_saved_and_loaded_configs_are_equal(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_saved_and_loaded_configs_are_equal(fields: Fields, tmp_path: Path) -> None:
     config = build_tiny_config(**fields) if "id2label" not in fields else ViTCLSConfig(**fields)
     config.save_pretrained(tmp_path)
     for loaded in (ViTCLSConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.tiny_models import (
+    IMAGES,
     SIZES,
     build_images,
     build_random,
@@ -104,7 +105,7 @@ def test_masked_image_modeling_equals_simmim() -> None:
         {"weight": decoder.weight.flatten(1), "bias": decoder.bias}
     )
     mask = torch.arange(32).view(2, 16) % 3 == 0
-    got, expected = (model(build_images(), bool_masked_pos=mask) for model in (ours, peer))
+    got, expected = (model(IMAGES, bool_masked_pos=mask) for model in (ours, peer))
 
     assert all(
         get_largest_difference(got[name], expected[name]) <= TOLERANCE
@@ -119,9 +120,9 @@ def test_squared_pixel_loss_equals_mae(normalised: bool) -> None:
             transformers.ViTMAEConfig(**SIZES, norm_pix_loss=normalised)
         )
     )
-    expected = peer(build_images(), noise=torch.rand(2, 16))
+    expected = peer(IMAGES, noise=torch.rand(2, 16))
     config = build_tiny_config(mim_loss="l2", norm_pixel_target=normalised)
     reconstruction = peer.unpatchify(expected.logits)
-    loss = compute_masked_pixel_loss(reconstruction, build_images(), expected.mask, config)
+    loss = compute_masked_pixel_loss(reconstruction, IMAGES, expected.mask, config)
 
     assert loss.item() == pytest.approx(expected.loss.item(), rel=TOLERANCE)

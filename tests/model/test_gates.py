@@ -12,7 +12,8 @@ import pytest
 import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.tiny_models import (
-    build_images,
+    IMAGE_LABELS,
+    IMAGES,
     build_random,
     each_dtype,
     get_largest_difference,
@@ -21,6 +22,7 @@ from helpers.tiny_models import (
 from transformers import AutoModel, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.model.attention_masks_vitcls import TokenGates
 
 
@@ -36,24 +38,23 @@ GATED = {
 @pytest.mark.parametrize("fields", GATED.values(), ids=GATED)
 @torch.no_grad()
 def test_gated_tokens_change_nothing_at_first(
-    fields: dict[str, Any], implementation: str, tmp_path: Path
+    fields: Fields, implementation: str, tmp_path: Path
 ) -> None:
     saved = build_random(ViTCLSForImageClassification, **fields)
     saved.save_pretrained(tmp_path)
-    images = build_images()
-    logits = saved(images).logits
-    tokens = saved.vitcls(images).tokens
+    logits = saved(IMAGES).logits
+    tokens = saved.vitcls(IMAGES).tokens
 
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         options = {"num_register_tokens": 4, "attn_implementation": implementation}
         gated = loader.from_pretrained(tmp_path, **options)
-        assert get_largest_difference(gated(images).logits, logits) < 1e-5
-        found = gated.vitcls(images).tokens
+        assert get_largest_difference(gated(IMAGES).logits, logits) < 1e-5
+        found = gated.vitcls(IMAGES).tokens
         for group in ("cls", "patches"):
             assert get_largest_difference(found[group], tokens[group]) < 1e-5
         # otherwise, the test could not detect unused tokens
         open_tokens = loader.from_pretrained(tmp_path, gate_new_tokens=False, **options)
-        assert get_largest_difference(open_tokens(images).logits, logits) > 1e-3
+        assert get_largest_difference(open_tokens(IMAGES).logits, logits) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_a_closed_gate_holds_against_the_largest_scores(added: dict[str, int]) -
     for layer in model.vitcls.layers:
         layer.attention.k_proj.weight *= 60
     model = model.double()  # The exact effect, without rounding
-    images = torch.ones_like(build_images()).double()
+    images = torch.ones_like(IMAGES).double()
     adapted = model.adapt(**added)
     assert get_largest_difference(adapted(images).logits, model(images).logits) < 1e-5
 
@@ -83,23 +84,22 @@ def gated() -> ViTCLSForImageClassification:
 def test_gradient_reaches_gates_in_float16(gated: ViTCLSForImageClassification) -> None:
     """float16 has no numbers as small as the attention to a closed gate."""
     with torch.autocast("cpu", dtype=torch.float16):
-        loss = gated(build_images(), labels=torch.tensor([0, 2])).loss
+        loss = gated(IMAGES, labels=IMAGE_LABELS).loss
     (loss * 2**16).backward()  # As a gradient scaler does
     found = gated.vitcls.gates.gates.grad / 2**16
 
     gated.zero_grad()
-    gated(build_images(), labels=torch.tensor([0, 2])).loss.backward()
+    gated(IMAGES, labels=IMAGE_LABELS).loss.backward()
     assert found.tolist() == pytest.approx(gated.vitcls.gates.gates.grad.tolist(), rel=0.05)
 
 
 def test_gradient_reaches_gates_and_new_tokens(gated: ViTCLSForImageClassification) -> None:
     """The gradient is as large as that of an open gate, and points to a lower loss."""
     gated.double()  # for a finite difference
-    pixels = build_images().double()
-    labels = torch.tensor([0, 2])
+    pixels = IMAGES.double()
 
     def loss(of: ViTCLSForImageClassification) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(of(pixels).logits, labels)
+        return torch.nn.functional.cross_entropy(of(pixels).logits, IMAGE_LABELS)
 
     loss(gated).backward()
     gradient = gated.vitcls.gates.gates.grad
@@ -121,7 +121,7 @@ def test_a_gate_at_zero_or_below_still_learns(
 ) -> None:
     """Adam's first step is the learning rate, so half of all gates become negative."""
     torch.nn.init.constant_(gated.vitcls.gates.gates, value)
-    gated(build_images(), labels=torch.tensor([0, 2])).loss.backward()
+    gated(IMAGES, labels=IMAGE_LABELS).loss.backward()
     assert gated.vitcls.gates.gates.grad.abs().min() > 1e-5
 
 
@@ -129,14 +129,12 @@ def test_a_gate_at_zero_or_below_still_learns(
     "fields", [{"gated_tokens": {"cls": 1}}, {"relative_position_bias": "layer"}], ids=str
 )
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
-def test_attention_without_bias_support_is_an_error(
-    implementation: str, fields: dict[str, Any]
-) -> None:
+def test_attention_without_bias_support_is_an_error(implementation: str, fields: Fields) -> None:
     model = build_random(ViTCLSModel, **fields)
     # the package of flash attention need not be installed
     model.config._attn_implementation_internal = implementation
     with raises_one_line(*fields, implementation, "sdpa"), torch.no_grad():
-        model(build_images())
+        model(IMAGES)
 
 
 @torch.no_grad()
@@ -154,7 +152,7 @@ def test_open_gates_are_removed_when_a_checkpoint_is_loaded(
     assert loaded.config.gated_tokens is None
 
     ungated = model.adapt(gated_tokens=None)
-    images = build_images().to(dtype)
+    images = IMAGES.to(dtype)
 
     assert torch.equal(loaded(images).last_hidden_state, ungated(images).last_hidden_state)
     if dtype == torch.float32:
@@ -174,9 +172,7 @@ def test_gates_that_are_not_all_open_are_kept(tmp_path: Path) -> None:
     loaded = ViTCLSModel.from_pretrained(tmp_path)
     assert loaded.config.gated_tokens == {"registers": 2}
     assert loaded.gates.get_gate_values().tolist() == pytest.approx([1.0, 0.9])
-    assert torch.equal(
-        loaded(build_images()).last_hidden_state, model(build_images()).last_hidden_state
-    )
+    assert torch.equal(loaded(IMAGES).last_hidden_state, model(IMAGES).last_hidden_state)
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])

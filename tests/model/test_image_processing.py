@@ -17,7 +17,7 @@ import PIL.ImageOps
 import pytest
 import torch
 from helpers.local_hub import LocalHub
-from helpers.photo_folders import draw_pixels, encode_image
+from helpers.photo_folders import draw_pixels, encode_image, get_file_names
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import raises_one_line
 from PIL.ExifTags import Base
@@ -524,7 +524,7 @@ SETTINGS = {
 
 def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> None:
     backend(**SETTINGS).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert get_file_names(tmp_path) == {
         "preprocessor_config.json",
         "image_processing_vitcls.py",
         "fast_image_processing_vitcls.py",

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
+    IMAGE_LABELS,
+    IMAGES,
     MASK,
     TASKS,
     TOKENS,
     assert_same_outputs,
-    build_images,
     build_random,
     build_tiny_config,
     get_largest_difference,
@@ -27,12 +28,13 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 # Fields, and the number of tokens that the classifiers read; None means all.
-NUM_READ: list[tuple[dict[str, Any], int | None]] = [
+NUM_READ: list[tuple[Fields, int | None]] = [
     ({"num_hidden_layers": 1, "num_register_tokens": 3}, 1),
     ({"position_embedding_type": "rope_2d"}, 1),
     (TOKENS, 3),
@@ -51,11 +53,11 @@ NUM_READ: list[tuple[dict[str, Any], int | None]] = [
 def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
     """Return the outputs, and the gradients of a loss on both heads for every parameter."""
     model.zero_grad()
-    output = model(build_images(), **inputs)
+    output = model(IMAGES, **inputs)
     heads = [
         logits for logits in (output.cls_logits, output.distillation_logits) if logits is not None
     ]
-    torch.stack([cross_entropy(logits, torch.tensor([0, 2])) for logits in heads]).sum().backward()
+    torch.stack([cross_entropy(logits, IMAGE_LABELS) for logits in heads]).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     # DDP waits for the gradients of all parameters
     assert all(gradient is not None for gradient in gradients)
@@ -65,7 +67,7 @@ def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[t
 @pytest.mark.parametrize(("fields", "num_read"), NUM_READ, ids=str)
 @torch.enable_grad()
 def test_outputs_and_gradients_equal_those_of_all_tokens(
-    fields: dict[str, Any], num_read: int | None
+    fields: Fields, num_read: int | None
 ) -> None:
     model = build_random(ViTCLSForImageClassification, **fields)
 
@@ -90,9 +92,9 @@ def test_only_the_tokens_that_the_tasks_read_are_computed(pooling: str, num_read
     fields = {"num_cls_tokens": 2, "tasks": TASKS, "pooling": pooling}
     model = build_random(ViTCLSForMultiTaskClassification, **fields)
     assert count_computed_tokens(model) == num_read
-    found = model(build_images()).logits
+    found = model(IMAGES).logits
     model.config.compute_all_tokens = True
-    for task, expected in model(build_images()).logits.items():
+    for task, expected in model(IMAGES).logits.items():
         assert get_largest_difference(found[task], expected) <= 1e-5 * expected.abs().max().item()
 
 
@@ -108,7 +110,7 @@ def count_computed_tokens(model: Any, **inputs: Any) -> int:
         return output
 
     last_layer.__class__ = type(layer_class.__name__, (layer_class,), {"forward": count})
-    model(build_images(), **inputs)
+    model(IMAGES, **inputs)
     last_layer.__class__ = layer_class
     return counts[0]
 
@@ -134,9 +136,9 @@ def test_other_attention_implementations_require_all_tokens(implementation: str)
 def test_another_pooling_set_in_the_configuration_leaves_the_logits(pooling: str) -> None:
     """The pooler was built for the first one, so the last layer must compute what it reads."""
     model = build_random(ViTCLSForImageClassification, pooling=pooling)
-    expected = model(build_images()).logits
+    expected = model(IMAGES).logits
     model.config.pooling = "cls"
-    assert torch.equal(model(build_images()).logits, expected)
+    assert torch.equal(model(IMAGES).logits, expected)
 
 
 # Hooks --------------------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def test_another_pooling_set_in_the_configuration_leaves_the_logits(pooling: str
     ids=str,
 )
 @torch.enable_grad()
-def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
+def test_hooks_receive_all_tokens(fields: Fields) -> None:
     """Forward and backward hooks on the last layer and each of its modules."""
     model = build_random(ViTCLSForImageClassification, **TOKENS, **fields)
     counts: list[int] = []
@@ -169,7 +171,7 @@ def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
     for module in modules:
         module.register_forward_hook(see)
         module.register_full_backward_hook(see)
-    model(build_images()).logits.sum().backward()
+    model(IMAGES).logits.sum().backward()
     assert set(counts) == {22}
     assert len(counts) >= len(modules)
 
@@ -190,7 +192,7 @@ class Logged(torch.nn.Module):
 
 def test_a_global_hook_a_patched_forward_and_a_wrapped_layer_see_all_tokens() -> None:
     model = build_random(ViTCLSForImageClassification, **TOKENS)
-    expected = model(build_images()).logits
+    expected = model(IMAGES).logits
     last_layer = model.vitcls.layers[-1]
     seen: list[int] = []
 
@@ -199,7 +201,7 @@ def test_a_global_hook_a_patched_forward_and_a_wrapped_layer_see_all_tokens() ->
             seen.append(output.shape[1])
 
     handle = torch.nn.modules.module.register_module_forward_hook(see)
-    model(build_images())
+    model(IMAGES)
     handle.remove()
 
     forward = last_layer.forward
@@ -210,13 +212,13 @@ def test_a_global_hook_a_patched_forward_and_a_wrapped_layer_see_all_tokens() ->
         return output
 
     last_layer.forward = see_output
-    model(build_images())
+    model(IMAGES)
     del last_layer.forward
     assert seen == [22, 22]
 
     logged = Logged(last_layer)
     model.vitcls.layers[-1] = logged
-    assert_same_outputs(model(build_images()).logits, expected, 1e-5)
+    assert_same_outputs(model(IMAGES).logits, expected, 1e-5)
     assert logged.num_tokens == 22
 
 
@@ -227,29 +229,29 @@ def test_a_model_with_fewer_layers_reads_the_last_ones(pooled_layers: list[int] 
     short = build_random(ViTCLSForImageClassification, **fields | {"num_hidden_layers": 2})
     short.load_state_dict(model.state_dict(), strict=False)
     model.vitcls.layers = model.vitcls.layers[:2]
-    assert torch.equal(model(build_images()).logits, short(build_images()).logits)
+    assert torch.equal(model(IMAGES).logits, short(IMAGES).logits)
 
 
 def test_a_head_of_a_layer_that_was_removed_is_an_error() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=3, pooled_layers=[3]))
     model.vitcls.layers = model.vitcls.layers[:2]
     with pytest.raises(ValueError, match="the heads read layer 3, but the model has 2 layers"):
-        model(build_images())
+        model(IMAGES)
 
 
 def test_a_backbone_with_fewer_layers_has_the_maps_of_these_layers() -> None:
     backbone = build_random(ViTCLSBackbone, num_hidden_layers=3, out_features=["stage1"])
-    (expected,) = backbone(build_images()).feature_maps
+    (expected,) = backbone(IMAGES).feature_maps
     backbone.layers = backbone.layers[:2]
-    assert torch.equal(backbone(build_images()).feature_maps[0], expected)
+    assert torch.equal(backbone(IMAGES).feature_maps[0], expected)
     backbone.out_features = ["stage1", "stage3"]
     with raises_one_line("stage3", "2 layers"):
-        backbone(build_images())
+        backbone(IMAGES)
 
 
 def test_an_output_with_all_tokens_of_the_last_layer_can_be_pickled() -> None:
     model = build_random(ViTCLSModel)
-    expected = model(build_images(), num_output_tokens=1, output_layers=[-1])
+    expected = model(IMAGES, num_output_tokens=1, output_layers=[-1])
     assert expected.last_hidden_state.shape[1] == 1
     loaded = pickle.loads(pickle.dumps(expected))
-    assert torch.equal(loaded.layer_tokens[-1], model(build_images()).last_hidden_state)
+    assert torch.equal(loaded.layer_tokens[-1], model(IMAGES).last_hidden_state)

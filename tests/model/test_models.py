@@ -12,6 +12,8 @@ import pytest
 import torch
 from helpers.tiny_models import (
     BLOCKS,
+    IMAGE_LABELS,
+    IMAGES,
     TASKS,
     Kind,
     assert_same_outputs,
@@ -32,6 +34,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 
 
 # Shapes
@@ -50,14 +53,14 @@ def test_the_mlp_head_is_two_linear_layers_with_a_gelu_between(
     assert second.out_features == 3
     assert isinstance(activation, nn.GELU)
 
-    pooled = model.vitcls(build_images()).pooler_output
-    assert torch.equal(model(build_images()).logits, second(nn.functional.gelu(first(pooled))))
+    pooled = model.vitcls(IMAGES).pooler_output
+    assert torch.equal(model(IMAGES).logits, second(nn.functional.gelu(first(pooled))))
 
 
 def test_the_pooled_vector_is_normalized_before_the_pooled_layer() -> None:
     fields = {"pooling": "cls_mean", "pooled_norm": True, "pooled_activation": "tanh"}
     model = build_random(ViTCLSModel, **fields, layer_norm_eps=0.1)
-    output = model(build_images())
+    output = model(IMAGES)
     assert output.pooler_output.shape == (2, 32)
     pooler = model.pooler
     pooled = torch.cat([output.tokens["cls"][:, 0], output.tokens["patches"].mean(dim=1)], dim=-1)
@@ -107,7 +110,7 @@ def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> 
     [
         (ViTCLSForImageClassification, BLOCKS["tokens"], {"labels": torch.tensor([0, -100])}),
         *(
-            (ViTCLSForImageClassification, fields, {"labels": torch.tensor([0, 2])})
+            (ViTCLSForImageClassification, fields, {"labels": IMAGE_LABELS})
             for fields in ({"use_mask_token": True}, {"pooled_layers": [1, -1]})
         ),
         (
@@ -136,11 +139,11 @@ def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> 
     ],
 )
 def test_every_parameter_has_a_gradient_in_every_step(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+    model_class: type, fields: Fields, inputs: dict[str, Any]
 ) -> None:
     """Otherwise, distributed training stops with an error about unused parameters."""
     model = build_random(model_class, **fields).train()
-    model(build_images(), **inputs).loss.backward()
+    model(IMAGES, **inputs).loss.backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
@@ -183,14 +186,14 @@ def test_drop_path_drops_whole_branches_of_single_images(layer_type: str, num_ki
     "fields", [{}, {"layer_type": "post"}, {"layer_type": "parallel"}], ids=str
 )
 def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(
-    fields: dict[str, Any],
+    fields: Fields,
 ) -> None:
     torch.manual_seed(0)
     model = build_random(ViTCLSModel, hidden_dropout_prob=0.5, **fields).train()
     branches: list[torch.Tensor] = []
     for layer in model.layers:
         layer.dropout.register_forward_hook(lambda module, inputs, output: branches.append(output))
-    embedded = model(build_images(), output_hidden_states=True).hidden_states[0]
+    embedded = model(IMAGES, output_hidden_states=True).hidden_states[0]
     assert len(branches) == 4
     assert all(branch.shape == embedded.shape for branch in branches)
     for dropped in (embedded, *branches):
@@ -206,7 +209,7 @@ def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(
 @each_layout
 @pytest.mark.parametrize("size", [(16, 32), (24, 20)], ids=str)
 def test_masked_image_modeling_reconstructs_each_patch_from_its_token(
-    layout: dict[str, Any], size: tuple[int, int]
+    layout: Fields, size: tuple[int, int]
 ) -> None:
     model = build_random(ViTCLSForMaskedImageModeling, **layout, patch_size=[8, 4])
     images = build_images(2, *size)
@@ -259,10 +262,10 @@ def test_wrong_inputs_are_errors() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(num_labels=0))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"pixel_values": build_images(0)}, "(0, 3, 32, 32)"),
-        ({"pixel_values": build_images()[0]}, "(3, 32, 32)"),
+        ({"pixel_values": IMAGES[0]}, "(3, 32, 32)"),
         ({"pixel_values": [0.5]}, "list"),
-        ({"pixel_values": build_images(), "labels": torch.tensor([0, 0])}, "num_labels"),
-        ({"pixel_values": build_images(), "bool_masked_pos": torch.ones(2, 16)}, "use_mask_token"),
+        ({"pixel_values": IMAGES, "labels": torch.tensor([0, 0])}, "num_labels"),
+        ({"pixel_values": IMAGES, "bool_masked_pos": torch.ones(2, 16)}, "use_mask_token"),
     ]
 
     for inputs, word in cases:
@@ -273,4 +276,4 @@ def test_wrong_inputs_are_errors() -> None:
 @each_kind
 def test_an_unknown_argument_is_an_error(kind: Kind) -> None:
     with raises_one_line("pixel_value", error=TypeError):
-        kind.build()(build_images(), pixel_value=build_images())
+        kind.build()(IMAGES, pixel_value=IMAGES)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, list_tensors
+from helpers.tiny_models import assert_same_bits, build_images, list_tensors
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers.activations import ACT2FN
@@ -26,6 +26,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     ViTCLSPreTrainedModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 
 
 SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -63,7 +64,7 @@ def cls_scopes(draw: st.DrawFn, grid: tuple[int, int]) -> Any:
 
 
 @st.composite
-def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
+def valid_fields(draw: st.DrawFn) -> Fields:
     """Draw fields of a valid configuration of a tiny model."""
 
     def one_of(*values: Any) -> Any:
@@ -82,7 +83,7 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
         f"num_{kind}_tokens": draw(st.integers(0, 3))
         for kind in ("cls", "distillation", "register")
     }
-    fields: dict[str, Any] = {
+    fields: Fields = {
         **counts,
         "image_size": [rows * patch[0], columns * patch[1]],
         "patch_size": list(patch),
@@ -183,7 +184,7 @@ def run_training_step(model: ViTCLSPreTrainedModel) -> None:
     more=st.tuples(st.integers(0, 9), st.integers(0, 9)),
 )
 def test_valid_configurations_train_and_can_be_saved(
-    fields: dict[str, Any], model_class: type[ViTCLSPreTrainedModel], more: tuple[int, int]
+    fields: Fields, model_class: type[ViTCLSPreTrainedModel], more: tuple[int, int]
 ) -> None:
     config = ViTCLSConfig(**fields)
     # Without a CLS token, this combination is an error; tests/model/test_models.py checks the
@@ -203,7 +204,7 @@ def test_valid_configurations_train_and_can_be_saved(
         model.eval().save_pretrained(folder)
         loaded = model_class.from_pretrained(folder)
     assert loaded.config.token_layout == config.token_layout
-    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert_same_bits(loaded.state_dict(), model.state_dict())
     # Native size and a larger one. Values may differ in the last bits: kernels depend on memory
     # alignment.
     native_height, native_width = config.image_height_width

@@ -9,6 +9,7 @@ import torch
 from helpers.compare import run_step
 from helpers.tiny_models import (
     BLOCKS,
+    IMAGES,
     MASK,
     POSITIONS,
     Kind,
@@ -23,6 +24,7 @@ from helpers.tiny_models import (
 )
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.conversion.weight_rules import Fields
 
 
 # Gradient checkpointing and precision
@@ -40,9 +42,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
     ],
     ids=str,
 )
-def test_gradient_checkpointing_changes_no_gradient(
-    fields: dict[str, Any], use_reentrant: bool
-) -> None:
+def test_gradient_checkpointing_changes_no_gradient(fields: Fields, use_reentrant: bool) -> None:
     steps = []
     calls = []
     for checkpointing in (False, True):
@@ -55,7 +55,7 @@ def test_gradient_checkpointing_changes_no_gradient(
             lambda *_, counted=counted: counted.append(1)
         )
         torch.manual_seed(1)
-        steps.append(run_step(model, build_images()))
+        steps.append(run_step(model, IMAGES))
         calls.append(len(counted))
 
     assert calls == [1, 2]  # computed again for the backward pass
@@ -69,9 +69,9 @@ def test_half_precision_is_close_to_float32_for_float32_images(
 ) -> None:
     """Images may be float32; positions are resampled in float32 for other image sizes."""
     model: Any = kind.model_class(build_tiny_config(**kind.fields)).eval()
-    expected = model(build_images(), **kind.inputs)
+    expected = model(IMAGES, **kind.inputs)
     model.to(dtype)
-    output = model(build_images(), **kind.inputs)
+    output = model(IMAGES, **kind.inputs)
 
     for name, value in output.items():
         if name != "loss" and isinstance(value, torch.Tensor):
@@ -89,9 +89,9 @@ def test_autocast_is_close_to_float32_and_has_finite_gradients(kind: Kind) -> No
 
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        expected = model(build_images(), **kind.inputs)
+        expected = model(IMAGES, **kind.inputs)
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(build_images(), **kind.inputs)
+            output = model(IMAGES, **kind.inputs)
         for got, exact in zip(list_tensors(output), list_tensors(expected), strict=True):
             assert get_largest_difference(got.float(), exact) < 0.1 * exact.abs().max().clamp(
                 min=1.0
@@ -111,7 +111,7 @@ def test_autocast_is_close_to_float32_and_has_finite_gradients(kind: Kind) -> No
     [{}, {"cls_scopes": ["image", [2, 2, 0, 1]]}, BLOCKS["rope"] | BLOCKS["qk_norm"]],
     ids=str,
 )
-def test_attention_implementations_agree(fields: dict[str, Any], mask: torch.Tensor | None) -> None:
+def test_attention_implementations_agree(fields: Fields, mask: torch.Tensor | None) -> None:
     """Flex attention is not compiled here, which is mathematically equal."""
     config = build_tiny_config(**BLOCKS["tokens"] | fields)
     outputs = []
@@ -119,7 +119,7 @@ def test_attention_implementations_agree(fields: dict[str, Any], mask: torch.Ten
         model = randomize(ViTCLSModel(config))
         model.set_attn_implementation(implementation)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            outputs.append(model(build_images(), attention_mask=mask).last_hidden_state)
+            outputs.append(model(IMAGES, attention_mask=mask).last_hidden_state)
     assert outputs[0].isfinite().all()
     assert get_largest_difference(outputs[0], outputs[1]) < 1e-5
     assert get_largest_difference(outputs[0], outputs[2]) < 1e-5
@@ -145,7 +145,7 @@ TOGETHER = {
 SLOW_TO_TRACE = [name for name in TOGETHER if name != "bare"]
 
 
-def merge_blocks(name: str) -> dict[str, Any]:
+def merge_blocks(name: str) -> Fields:
     """Return the fields of all of these blocks."""
     return {field: value for block in TOGETHER[name] for field, value in BLOCKS[block].items()}
 
@@ -157,7 +157,7 @@ def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
     model = build_random(ViTCLSForImageClassification, **merge_blocks(name))
     model.train(name != "random")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    expected, found = (run_step(model, build_images(), forward=run) for run in (model, compiled))
+    expected, found = (run_step(model, IMAGES, forward=run) for run in (model, compiled))
     assert_same_outputs(found, expected, 1e-6)
 
 

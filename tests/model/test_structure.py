@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-import torch
-from helpers.tiny_models import build_images, build_tiny_config
+from helpers.tiny_models import IMAGE_LABELS, IMAGES, build_tiny_config
 
 import modeling_vitcls
 from modeling_vitcls import ViTCLSForImageClassification
@@ -32,8 +31,8 @@ def test_a_forward_pass_executes_at_most_6_files_that_are_shipped() -> None:
             paths.add(frame.f_code.co_filename)
 
     sys.setprofile(record)
-    model.eval()(build_images())
-    model.train()(build_images(), labels=torch.tensor([0, 2]))
+    model.eval()(IMAGES)
+    model.train()(IMAGES, labels=IMAGE_LABELS)
     sys.setprofile(None)
     executed = {file.name for file in map(Path, paths) if file.parent == SHIPPED_FILES[0].parent}
     assert {"modeling_vitcls.py", "blocks_vitcls.py"} <= executed

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
+    IMAGES,
     MASK,
     TOKENS,
     Kind,
@@ -19,6 +20,7 @@ from helpers.tiny_models import (
 )
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.model.token_attention_vitcls import record_attention
 
 
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 NUM_SPECIAL, NUM_PATCHES, NUM_LAYERS = 6, 16, 2
 
 # Fields that change attention scores or masks.
-ATTENTIONS: dict[str, dict[str, Any]] = {
+ATTENTIONS: dict[str, Fields] = {
     "scopes": {"cls_scopes": ["image", [2, 2, 0, 1]]},
     "gates": {"gated_tokens": {"registers": 2}},
     "scopes and gates": {"cls_scopes": [[2, 1, 1, 0], "image"], "gated_tokens": {"cls": 1}},
@@ -56,10 +58,10 @@ def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Ten
 
 @each_layout
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementation: str) -> None:
+def test_every_layout_equals_eager_attention(layout: Fields, implementation: str) -> None:
     model = build_random(ViTCLSModel, **layout)
     model.set_attn_implementation(implementation)
-    for pixels in (build_images(), build_images(2, 24, 56)):
+    for pixels in (IMAGES, build_images(2, 24, 56)):
         with torch.compiler.set_stance("force_eager"):  # Compiling flex attention takes 50 CPU s
             rows = model.token_attention(pixels)
         assert get_largest_difference(rows, get_eager_rows(model, pixels)) <= 1e-5
@@ -78,14 +80,14 @@ def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementat
     ids=str,
 )
 def test_every_attention_equals_eager_attention(
-    fields: dict[str, Any], implementation: str, is_masked: bool
+    fields: Fields, implementation: str, is_masked: bool
 ) -> None:
     model = build_random(ViTCLSForImageClassification, **TOKENS | fields)
     model.set_attn_implementation(implementation)
     mask = MASK if is_masked else None
     with torch.compiler.set_stance("force_eager"):
-        rows = model.token_attention(build_images(), attention_mask=mask)
-    assert_same_outputs(rows, get_eager_rows(model, build_images(), attention_mask=mask), 1e-5)
+        rows = model.token_attention(IMAGES, attention_mask=mask)
+    assert_same_outputs(rows, get_eager_rows(model, IMAGES, attention_mask=mask), 1e-5)
     assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
 
 
@@ -93,16 +95,16 @@ def test_every_attention_equals_eager_attention(
 @pytest.mark.parametrize(
     "fields", [{}, {"position_embedding_type": "rope_2d"}], ids=["learned", "rotary"]
 )
-def test_padding_masks_of_flash_attention_equal_eager_attention(fields: dict[str, Any]) -> None:
+def test_padding_masks_of_flash_attention_equal_eager_attention(fields: Fields) -> None:
     """The model and its token attention mask the same tokens as eager attention."""
     model = build_random(ViTCLSModel, **TOKENS | fields)
-    eager = get_eager_rows(model, build_images(), attention_mask=MASK)
-    wanted = model(build_images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
-    unmasked = model(build_images()).last_hidden_state[MASK.bool()]
+    eager = get_eager_rows(model, IMAGES, attention_mask=MASK)
+    wanted = model(IMAGES, attention_mask=MASK).last_hidden_state[MASK.bool()]
+    unmasked = model(IMAGES).last_hidden_state[MASK.bool()]
     model.config._attn_implementation = "flash_attention_2"
-    found = model(build_images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
+    found = model(IMAGES, attention_mask=MASK).last_hidden_state[MASK.bool()]
     assert get_largest_difference(found, wanted) <= 1e-5 < get_largest_difference(unmasked, wanted)
-    rows = model.token_attention(build_images(), attention_mask=MASK)
+    rows = model.token_attention(IMAGES, attention_mask=MASK)
     assert get_largest_difference(rows, eager) <= 1e-5
     assert rows[1, ..., 10:14].abs().max() == 0 < rows[0, ..., 10:14].min()
 
@@ -110,14 +112,12 @@ def test_padding_masks_of_flash_attention_equal_eager_attention(fields: dict[str
 @each_kind
 def test_every_class_has_the_rows_of_eager_attention(kind: Kind) -> None:
     model = kind.build()
-    assert_same_outputs(
-        model.token_attention(build_images()), get_eager_rows(model, build_images()), 1e-5
-    )
+    assert_same_outputs(model.token_attention(IMAGES), get_eager_rows(model, IMAGES), 1e-5)
 
 
 def test_groups_and_layers_can_be_selected() -> None:
     model = build_random(ViTCLSModel, **TOKENS, num_hidden_layers=3)
-    everything = model.token_attention(build_images())
+    everything = model.token_attention(IMAGES)
 
     for tokens, places in {
         ("cls",): [0, 1],
@@ -126,21 +126,21 @@ def test_groups_and_layers_can_be_selected() -> None:
         (): [],
     }.items():
         assert torch.equal(
-            model.token_attention(build_images(), tokens=tokens), everything[:, :, :, places]
+            model.token_attention(IMAGES, tokens=tokens), everything[:, :, :, places]
         )
     for layers, indices in {(2,): [1], (-1,): [2], (-3,): [0], (3, 1, 3): [2, 0, 2]}.items():
         assert torch.equal(
-            model.token_attention(build_images(), layers=list(layers)), everything[:, indices]
+            model.token_attention(IMAGES, layers=list(layers)), everything[:, indices]
         )
 
 
 def test_unknown_groups_and_layers_are_errors() -> None:
     model = build_random(ViTCLSModel)
     with pytest.raises(KeyError):
-        model.token_attention(build_images(), tokens=("cls", "patches"))
+        model.token_attention(IMAGES, tokens=("cls", "patches"))
     for layer in (3, -3, 0):
         with pytest.raises(ValueError, match="not in range"):
-            model.token_attention(build_images(), layers=[1, layer])
+            model.token_attention(IMAGES, layers=[1, layer])
     assert_no_recording(model)
 
 
@@ -151,8 +151,8 @@ def test_recorders_are_restored() -> None:
         torch.no_grad(),
         record_attention(model.vitcls, [0, 1], lambda layer, *_: recorded.append(layer)),
     ):
-        model.token_attention(build_images(), layers=[1])
-        model(build_images())
+        model.token_attention(IMAGES, layers=[1])
+        model(IMAGES)
     assert recorded == [1, 0, 1]  # the recorder of the outer context is back after the inner one
     assert_no_recording(model)
 
@@ -170,7 +170,7 @@ def test_gradients_equal_those_of_eager_attention() -> None:
 
 def test_compiled_models_have_the_same_rows_and_those_of_other_threads_stay_compiled() -> None:
     model = build_random(ViTCLSModel)
-    expected = model.token_attention(build_images())
+    expected = model.token_attention(IMAGES)
     num_calls = 0
 
     def count_calls(graph: Any, inputs: Any) -> Any:
@@ -182,9 +182,9 @@ def test_compiled_models_have_the_same_rows_and_those_of_other_threads_stay_comp
         return call
 
     model.compile(backend="eager", fullgraph=True)
-    model(build_images())
-    assert torch.equal(model.token_attention(build_images()), expected)
-    model(build_images())
+    model(IMAGES)
+    assert torch.equal(model.token_attention(IMAGES), expected)
+    model(IMAGES)
     assert model._compiled_call_impl is not None
 
     other = torch.compile(torch.nn.Linear(2, 2), backend=count_calls)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
+    IMAGE_LABELS,
+    IMAGES,
     LAYOUTS,
     assert_same_outputs,
     build_images,
@@ -21,6 +23,7 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 
 
 PARAMETERS = {
@@ -34,18 +37,17 @@ PARAMETERS = {
 
 
 @each_layout
-def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
+def test_embeddings_follow_the_layout(layout: Fields) -> None:
     """Each group of rows is its own parameter; the patches are the projection."""
     config = build_tiny_config(**layout, position_embedding_type="none")
     embeddings = randomize(ViTCLSModel(config)).embeddings
-    pixels = build_images()
-    sequence = embeddings(pixels, (4, 4))
+    sequence = embeddings(IMAGES, (4, 4))
 
     assert sequence.shape == (2, config.token_layout.num_prefix_tokens + 16, 16)
 
     for name, group in config.token_layout.items():
         if name == "patches":
-            expected = embeddings.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2)
+            expected = embeddings.patch_embeddings.projection(IMAGES).flatten(2).transpose(1, 2)
         elif group.stop > group.start:
             expected = getattr(embeddings, PARAMETERS[name]).expand(2, -1, -1)
         else:
@@ -78,10 +80,10 @@ def test_random_token_inits_have_their_standard_deviation(token_init: str, std: 
     ],
     ids=str,
 )
-def test_every_special_token_gets_gradient(layout: dict[str, Any], token_init: str) -> None:
+def test_every_special_token_gets_gradient(layout: Fields, token_init: str) -> None:
     torch.manual_seed(0)
     model = ViTCLSForImageClassification(build_tiny_config(**layout, token_init=token_init)).train()
-    model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
+    model(IMAGES, labels=IMAGE_LABELS).loss.backward()
     for name in PARAMETERS.values():
         token = getattr(model.vitcls.embeddings, name)
         assert token is None or (token.grad.norm(dim=-1) > 0).all(), name
@@ -95,7 +97,7 @@ def _mean_of_patches(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 # Name -> fields, and the pooled vector as a function of the tokens.
-POOLED: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
+POOLED: dict[str, tuple[Fields, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
     "cls": ({}, lambda tokens: tokens["cls"][:, 0]),
     "first": ({"num_cls_tokens": 3}, lambda tokens: tokens["cls"][:, 0]),
     "mean_of_cls": (
@@ -116,11 +118,11 @@ POOLED: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], torc
 
 
 @pytest.mark.parametrize(("fields", "expected"), POOLED.values(), ids=POOLED)
-def test_both_heads_read_only_their_tokens(fields: dict[str, Any], expected: Callable) -> None:
+def test_both_heads_read_only_their_tokens(fields: Fields, expected: Callable) -> None:
     config = build_tiny_config(**fields, num_register_tokens=2, num_distillation_tokens=2)
     model = randomize(ViTCLSForImageClassification(config))
-    encoded = model.vitcls(build_images())
-    output = model(build_images())
+    encoded = model.vitcls(IMAGES)
+    output = model(IMAGES)
     assert encoded.pooler_output.shape == (2, config.pooled_size)
     assert get_largest_difference(encoded.pooler_output, expected(encoded.tokens)) < 1e-6
     assert get_largest_difference(output.cls_logits, model.classifier(encoded.pooler_output)) < 1e-6
@@ -187,11 +189,9 @@ def test_a_4d_mask_is_used_without_changes() -> None:
     mask = torch.ones(2, 17, dtype=torch.long)
     mask[:, -1] = 0
     full_mask = mask.bool()[:, None, None].expand(2, 1, 17, 17)
-    outputs = [
-        model(build_images(), attention_mask=each).last_hidden_state for each in (mask, full_mask)
-    ]
+    outputs = [model(IMAGES, attention_mask=each).last_hidden_state for each in (mask, full_mask)]
     assert_same_outputs(*outputs, 1e-6)
-    assert get_largest_difference(outputs[0], model(build_images()).last_hidden_state) > 1e-3
+    assert get_largest_difference(outputs[0], model(IMAGES).last_hidden_state) > 1e-3
 
 
 def test_cells_cover_an_uneven_grid_without_gap_or_overlap() -> None:
@@ -233,4 +233,4 @@ def test_masks_of_a_wrong_shape_are_errors(scopes: list | None, shape: tuple[int
     mask = torch.ones(shape, dtype=torch.long)
     mask[..., -1] = 0
     with raises_one_line("attention_mask", "17"):
-        model(build_images(), attention_mask=mask)
+        model(IMAGES, attention_mask=mask)

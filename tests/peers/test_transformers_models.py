@@ -24,6 +24,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 from peers.transformers_suite import load
 
 
@@ -58,7 +59,7 @@ class SmallModel:
     is_training = True
     batch_size = 2
 
-    def __init__(self, layout: dict[str, Any]) -> None:
+    def __init__(self, layout: Fields) -> None:
         self.layout = layout
         for name, size in SIZES.items():
             setattr(self, name, size)
@@ -89,7 +90,7 @@ class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
     # header.
     test_can_init_all_missing_weights_before_2023 = True
     test_resize_embeddings = False
-    layout: ClassVar[dict[str, Any]]
+    layout: ClassVar[Fields]
 
     def setUp(self) -> None:
         # commands that earlier tests ran in this process are silent
@@ -170,7 +171,7 @@ class ViTCLSBackboneTests(backbone_tests.BackboneTesterMixin):
 
     all_model_classes = (ViTCLSBackbone,)
     config_class = ViTCLSConfig
-    layout: ClassVar[dict[str, Any]]
+    layout: ClassVar[Fields]
 
     def setUp(self) -> None:
         # commands that earlier tests ran in this process are silent

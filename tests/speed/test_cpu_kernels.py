@@ -15,12 +15,13 @@ from helpers.compare import (
     run_step,
     stack_models,
 )
-from helpers.tiny_models import assert_same_outputs, build_images, each_dtype
+from helpers.tiny_models import IMAGES, assert_same_outputs, each_dtype
 from torch import nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.speed import cpu_kernels
 from modeling_vitcls.speed.cpu_kernels import attend_in_chunks
 
@@ -61,7 +62,7 @@ def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:
 
 def run(model: Any, dtype: torch.dtype, has_gradients: bool, uses_autocast: bool) -> Tensors:
     """Return the logits of a model in a dtype, and its gradients or not."""
-    images = build_images()
+    images = IMAGES
     if not uses_autocast:
         model, images = model.to(dtype), images.to(dtype)
     is_enabled = uses_autocast and dtype != torch.float32
@@ -85,7 +86,7 @@ def run(model: Any, dtype: torch.dtype, has_gradients: bool, uses_autocast: bool
 )
 @pytest.mark.usefixtures("reorder_bfloat16")
 def test_half_precision_is_as_exact_as_plain_pytorch(
-    dtype: torch.dtype, has_gradients: bool, uses_autocast: bool, fields: dict[str, Any]
+    dtype: torch.dtype, has_gradients: bool, uses_autocast: bool, fields: Fields
 ) -> None:
     """Errors against float32 are as large as in plain PyTorch."""
     results: list[list[Tensors]] = [[], [], []]
@@ -172,35 +173,34 @@ def test_chunked_attention_in_bfloat16_is_as_exact_as_in_pytorch(
 @torch.no_grad()
 def test_sdpa_computes_what_chunks_do_not(
     dtype: torch.dtype,
-    fields: dict[str, Any],
+    fields: Fields,
     has_mask: bool,
     request: pytest.FixtureRequest,
 ) -> None:
     model = build_models(**fields)[0].to(dtype).train()
     mask = torch.arange(34).view(2, 17) < 33 if has_mask else None
-    operators = list_operators(partial(model, attention_mask=mask), build_images().to(dtype))
+    operators = list_operators(partial(model, attention_mask=mask), IMAGES.to(dtype))
     assert (SDPA in operators) == (request.node.callspec.id != "chunks")
 
 
 @pytest.mark.usefixtures("reorder_float32")
 def test_packed_weights_compute_where_they_apply() -> None:
     model, plain = build_models(packed=True)
-    images = build_images()
     with torch.no_grad():
-        assert ONEDNN in list_operators(model, images)
-        assert "aten::gelu" not in list_operators(model, images)
+        assert ONEDNN in list_operators(model, IMAGES)
+        assert "aten::gelu" not in list_operators(model, IMAGES)
         with torch.backends.mkldnn.flags(enabled=False):
-            assert ONEDNN not in list_operators(model, images)
-            assert_same_outputs(model(images), plain(images))
+            assert ONEDNN not in list_operators(model, IMAGES)
+            assert_same_outputs(model(IMAGES), plain(IMAGES))
         with torch.autocast("cpu", dtype=torch.float16):
-            assert ONEDNN not in list_operators(model, images)
+            assert ONEDNN not in list_operators(model, IMAGES)
         counts = []
         for each in (model, plain):
             with FlopCounterMode(display=False) as counter:
-                each(images)
+                each(IMAGES)
             counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
-    assert ONEDNN not in list_operators(model, images)  # with gradients
+    assert ONEDNN not in list_operators(model, IMAGES)  # with gradients
 
 
 @pytest.mark.usefixtures("reorder_float32")
@@ -208,7 +208,7 @@ def test_packed_weights_compute_where_they_apply() -> None:
 def test_weights_of_narrow_layers_are_not_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_models(packed=True)[0]
     monkeypatch.setattr(cpu_kernels, "MIN_REORDERED_WIDTH", 1 + model.config.hidden_size)
-    assert ONEDNN not in list_operators(model, build_images())
+    assert ONEDNN not in list_operators(model, IMAGES)
 
 
 @each_dtype
@@ -216,8 +216,8 @@ def test_weights_of_narrow_layers_are_not_reordered(monkeypatch: pytest.MonkeyPa
 def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
     """An exported program may run on another machine: it is that of plain PyTorch."""
     fast, plain = (model.to(dtype) for model in build_models(packed=True, num_register_tokens=2))
-    fast(build_images().to(dtype))
-    programs = [torch.export.export(model, (build_images().to(dtype),)) for model in (fast, plain)]
+    fast(IMAGES.to(dtype))
+    programs = [torch.export.export(model, (IMAGES.to(dtype),)) for model in (fast, plain)]
     operators = [[str(node.target) for node in program.graph.nodes] for program in programs]
     assert operators[0] == operators[1]
     assert not any("mkldnn" in name for name in operators[0])

@@ -17,10 +17,11 @@ from helpers.compare import (
     run_step,
     stack_models,
 )
-from helpers.tiny_models import build_images, randomize, record_outputs
+from helpers.tiny_models import IMAGES, randomize, record_outputs
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.model.blocks_vitcls import (
     ViTCLSAttention,
     ViTCLSLayer,
@@ -31,7 +32,7 @@ from modeling_vitcls.speed.lean_layers import find_plan
 from scripts.benchmark import build_timm_vit, count_kernels
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, Fields] = {
     "default": {},
     "all_tokens": {"compute_all_tokens": True},
     "no_biases": {"qkv_bias": False, "projection_bias": False, "mlp_bias": False},
@@ -57,6 +58,9 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
+only_packed = pytest.mark.parametrize("mode", ["packed"], indirect=True)
+
+
 @pytest.fixture
 def build_models(mode: str) -> Callable[..., tuple[Any, Any]]:
     """Return a function that builds two classifiers with equal weights, a lean and a plain one."""
@@ -71,18 +75,18 @@ def is_lean(model: Any) -> bool:
 @torch.no_grad()
 def infer(*models: Any) -> list[Tensors]:
     """Compute the logits of models, which uses packed weights."""
-    return [{"logits": model(build_images()).logits} for model in models]
+    return [{"logits": model(IMAGES).logits} for model in models]
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_outputs_and_gradients_equal_those_of_plain_layers(
-    build_models: Any, fields: dict[str, Any]
+    build_models: Any, fields: Fields
 ) -> None:
     results = []
     models = build_models(**fields)
     for model, evaluated in zip(models, infer(*models), strict=True):
         torch.manual_seed(0)  # drop path and dropout
-        results.append(run_step(model.train(), build_images()))
+        results.append(run_step(model.train(), IMAGES))
         results[-1]["evaluated"] = evaluated["logits"]
     assert_equal_in_float32(*results)
 
@@ -174,7 +178,7 @@ def test_changed_parts_are_used_at_once_and_trained(
         change(model.vitcls.layers[0])
     changed = infer(*models)
 
-    assert_equal_in_float32(*(run_step(model, build_images()) for model in models))
+    assert_equal_in_float32(*(run_step(model, IMAGES) for model in models))
     for model in models:
         # It does not count its edits of the weights
         torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
@@ -243,14 +247,14 @@ def test_copied_and_changed_models_stay_lean(
     changed = change(model)
     assert_equal_in_float32(*infer(changed, plain))
     assert bool(changed.vitcls.layers.packed_weights) == (mode != "lean")
-    assert_equal_in_float32(run_step(changed, build_images()), run_step(plain, build_images()))
+    assert_equal_in_float32(run_step(changed, IMAGES), run_step(plain, IMAGES))
     assert is_lean(changed)
 
 
 # Hooks and replaced functions ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["packed"], indirect=True)
+@only_packed
 @pytest.mark.parametrize(
     "name",
     [
@@ -279,7 +283,7 @@ def test_hooks_and_replaced_forwards_inside_a_layer_are_called(
         for each, calls in zip((model, plain), seen, strict=True)
     ]
     assert_equal_in_float32(*infer(model, plain))
-    steps = [run_step(each.train(), build_images()) for each in (model, plain)]
+    steps = [run_step(each.train(), IMAGES) for each in (model, plain)]
     assert_equal_in_float32(*steps)
     assert len(seen[0]) == len(seen[1]) > 1
     handles[0].remove()
@@ -296,7 +300,7 @@ def test_hooks_of_the_backward_pass_are_called(build_models: Any) -> None:
     model, _ = build_models()
     seen: list[Any] = []
     model.vitcls.layers[0].mlp.fc2.register_full_backward_hook(lambda *each: seen.append(each))
-    run_step(model, build_images())
+    run_step(model, IMAGES)
     assert len(seen) == 1
 
 
@@ -314,7 +318,7 @@ def test_hooks_of_all_modules_are_called(build_models: Any) -> None:
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("mode", ["packed"], indirect=True)
+@only_packed
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
@@ -360,7 +364,7 @@ def test_functions_that_a_person_replaces_are_called(
 def test_hidden_states_of_all_layers_are_recorded(build_models: Any) -> None:
     model, plain = build_models()
     states, expected = (
-        each(build_images(), output_hidden_states=True).hidden_states for each in (model, plain)
+        each(IMAGES, output_hidden_states=True).hidden_states for each in (model, plain)
     )
     assert is_lean(model)
     assert len(states) == len(expected) == 3
@@ -384,14 +388,14 @@ def test_gradients_of_lora_equal_plain_pytorch(build_models: Any) -> None:
             for name, weight in adapter.named_parameters():
                 if "lora_" in name:
                     nn.init.normal_(weight, std=0.3, generator=generator)
-            results.append(run_step(adapter, build_images()))
+            results.append(run_step(adapter, IMAGES))
 
     assert all("lora_" in name for name in steps[0][0] if name != "logits")
     assert len(steps[0][0]) > 1
     assert_equal_in_float32(*map(stack_models, steps))
 
 
-@pytest.mark.parametrize("mode", ["packed"], indirect=True)
+@only_packed
 def test_gradients_per_image_with_torch_func_equal_plain_pytorch(build_models: Any) -> None:
     def compute_gradients(model: Any) -> Tensors:
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
@@ -399,22 +403,18 @@ def test_gradients_per_image_with_torch_func_equal_plain_pytorch(build_models: A
         def compute_loss(weights: Tensors, image: torch.Tensor) -> torch.Tensor:
             return torch.func.functional_call(model, weights, (image[None],)).logits.square().sum()
 
-        return torch.func.vmap(torch.func.grad(compute_loss), in_dims=(None, 0))(
-            weights, build_images()
-        )
+        return torch.func.vmap(torch.func.grad(compute_loss), in_dims=(None, 0))(weights, IMAGES)
 
     assert_equal_in_float32(*map(compute_gradients, build_models()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["packed"], indirect=True)
+@only_packed
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_models_equal_plain_pytorch(build_models: Any, backend: str) -> None:
     lean, plain = build_models(num_register_tokens=2)
     compiled = torch.compile(lean, backend=backend, fullgraph=True)
-    assert_equal_in_float32(
-        run_step(lean, build_images(), forward=compiled), run_step(plain, build_images())
-    )
+    assert_equal_in_float32(run_step(lean, IMAGES, forward=compiled), run_step(plain, IMAGES))
     assert_equal_in_float32(*infer(compiled, plain))
 
 
@@ -430,5 +430,5 @@ def test_a_forward_pass_starts_two_kernels_per_layer_more_than_in_timm(build_mod
     """
     model, _ = build_models(num_hidden_layers=12)
     timm_model = build_timm_vit(model.config).eval()
-    ours, theirs = (count_kernels(partial(each, build_images())) for each in (model, timm_model))
+    ours, theirs = (count_kernels(partial(each, IMAGES)) for each in (model, timm_model))
     assert ours - theirs == 25

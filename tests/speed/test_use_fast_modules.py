@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.compare import assert_equal_in_float32, run_step
-from helpers.tiny_models import build_images, build_random
+from helpers.tiny_models import IMAGES, assert_same_bits, build_random
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,7 +33,7 @@ def has_fast_modules(model: nn.Module) -> bool:
 def build_packed_model() -> Any:
     """Build a model whose weights a pass has packed."""
     model = use_fast_modules(build_model(), packed=True)
-    model(build_images())
+    model(IMAGES)
     assert model.vitcls.layers.packed_weights
     return model
 
@@ -49,8 +49,7 @@ def test_models_are_plain_when_built_and_loaded_and_those_of_the_commands_are_fa
     assert not has_fast_modules(loaded)
     assert has_fast_modules(ModelFolder(tmp_path).load(ViTCLSForImageClassification))
     assert list(loaded.state_dict()) == list(weights) == list(build_model().state_dict())
-    for name, weight in loaded.state_dict().items():
-        assert torch.equal(weight, weights[name]), name
+    assert_same_bits(loaded.state_dict(), weights)
 
 
 def test_plain_modules_come_back() -> None:
@@ -77,9 +76,9 @@ def test_packed_weights_are_made_once_for_each_precision() -> None:
     packed = model.vitcls.layers.packed_weights
     first = packed[torch.float32]
     with torch.no_grad():
-        model(build_images())
+        model(IMAGES)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(build_images())
+            model(IMAGES)
     assert packed[torch.float32] is first
     assert {weight.dtype for weight, _ in packed[torch.bfloat16][-1]} == {torch.bfloat16}
     assert len(packed) == 2
@@ -116,7 +115,7 @@ def test_layers_of_a_person_are_computed_as_they_are(replaces_list: bool) -> Non
         plain.vitcls.layers = nn.ModuleList(layers[:1])
     fast = use_fast_modules(copy.deepcopy(plain), packed=True)
     assert list_classes(fast.vitcls.layers[0]) == list_classes(layers[0])
-    assert_equal_in_float32(run_step(fast, build_images()), run_step(plain, build_images()))
+    assert_equal_in_float32(run_step(fast, IMAGES), run_step(plain, IMAGES))
 
 
 @torch.no_grad()
@@ -129,18 +128,18 @@ def test_another_function_for_sdpa_is_called(monkeypatch: pytest.MonkeyPatch) ->
         return original(module, *args, **kwargs)
 
     model = build_packed_model()
-    expected = model(build_images()).logits
+    expected = model(IMAGES).logits
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
-    torch.testing.assert_close(model(build_images()).logits, expected)
+    torch.testing.assert_close(model(IMAGES).logits, expected)
     assert len(seen) == model.config.num_hidden_layers
 
 
 @torch.no_grad()
 def test_eager_attention_and_recorders_are_used() -> None:
     model = build_packed_model()
-    expected = model.token_attention(build_images())
+    expected = model.token_attention(IMAGES)
     model.set_attn_implementation("eager")
-    maps = model(build_images(), output_attentions=True).attentions
+    maps = model(IMAGES, output_attentions=True).attentions
     assert len(maps) == model.config.num_hidden_layers
     torch.testing.assert_close(torch.stack(maps, dim=1)[..., :1, :], expected)
 

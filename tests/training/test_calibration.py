@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.read_datasets import load_training_data
+from helpers.read_datasets import read_training_data
 from helpers.tiny_options import build_tiny_options, run_to_folder
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.frozen.confidence import fit_temperature
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.runtime.files import read_json
@@ -48,7 +47,7 @@ def test_calibration_uses_images_that_are_not_reported(
     select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With just enough images."""
-    data = load_training_data(DataOptions(dataset="digits"), use_selection_split=select == "best")
+    data = read_training_data("digits", use_selection_split=select == "best")
     fitted = (
         data.held_out.select(range(0, len(data.held_out), 2))
         if select == "last"

@@ -18,6 +18,7 @@ from scipy.special import softmax
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.frozen.linear_probe import LinearProbe
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -50,14 +51,14 @@ def frozen(encoder: Path, module_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def taught(frozen: Path, module_path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the folder and the results of the frozen model, continued with itself as teacher."""
-    folder = module_path / "taught"
-    return folder, run_training(build_options(folder, frozen, teacher=str(frozen), **TEACHING))
+def taught(frozen: Path, module_path: Path) -> Path:
+    """Return the folder of the frozen model, continued with itself as teacher."""
+    options = build_options(module_path / "taught", frozen, teacher=str(frozen), **TEACHING)
+    return run_to_folder(options)
 
 
-def test_a_teacher_continues_from_the_frozen_model(taught: tuple[Path, dict[str, Any]]) -> None:
-    _, results = taught
+def test_a_teacher_continues_from_the_frozen_model(taught: Path) -> None:
+    results = read_json(taught / "results.json")
     start = results["before_steps"]["accuracy"]
     assert results["steps"] == 12
     assert results["accuracy"] >= start - 0.02
@@ -68,17 +69,17 @@ def test_a_teacher_continues_from_the_frozen_model(taught: tuple[Path, dict[str,
     assert results["chosen_flags"]["learning_rate"][0] <= 4e-4
 
 
-def test_the_returned_head_has_the_lowest_loss(taught: tuple[Path, dict[str, Any]]) -> None:
-    folder, results = taught
+def test_the_returned_head_has_the_lowest_loss(taught: Path) -> None:
+    results = read_json(taught / "results.json")
     losses = {name: results[f"{name}_loss"] for name in ("cls", "distillation", "mean")}
-    model = ViTCLSForImageClassification.from_pretrained(folder)
+    model = ViTCLSForImageClassification.from_pretrained(taught)
     assert model.config.distillation_inference == min(losses, key=lambda name: losses[name])
     assert results["loss"] == pytest.approx(min(losses.values()), abs=1e-5)
 
 
 @pytest.mark.parametrize("is_trained", [True, False])
 def test_the_run_measures_the_teacher_before_the_steps(
-    is_trained: bool, frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    is_trained: bool, frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Without a token, the teacher trains the only head, which a useless teacher cannot replace."""
     teacher = frozen

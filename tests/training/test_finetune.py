@@ -20,7 +20,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.full_disk import limited_file_size
 from helpers.photo_folders import write_two_colors, write_unequal_photos
-from helpers.scripts_in_process import run_in_process
+from helpers.scripts_in_process import SCRIPTS, run_in_process
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
     build_tiny_options,
@@ -52,8 +52,6 @@ from modeling_vitcls.training.options import FinetuneOptions
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes/digits.yaml"
 NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
 SHORT_RUN_FLAGS = (

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from helpers.accelerate_state import reset_accelerate
 from helpers.batch_plans import build_plan
-from helpers.read_datasets import load_training_data
-from helpers.tiny_models import build_random
+from helpers.read_datasets import read_training_data
+from helpers.tiny_models import assert_same_bits, build_random
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
 from helpers.warm_processes import SECONDS
 
@@ -33,7 +33,6 @@ from modeling_vitcls.data.batches import (
     TrainingImages,
     iterate_training_batches,
 )
-from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.loop import (
     TrainingLoop,
@@ -55,7 +54,7 @@ from modeling_vitcls.training.signals import (
 )
 
 
-DIGITS = load_training_data(DataOptions(dataset="digits"))
+DIGITS = read_training_data("digits")
 DIGITS = replace(DIGITS, train=DIGITS.train.draw(360))
 
 
@@ -247,9 +246,7 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any
 
     with pytest.raises(RunStopped, match=r"not finite in step 2\. Set a lower `learning_rate`"):
         bench.loop.run_step(batches)
-    assert all(
-        torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items()
-    )
+    assert_same_bits(copy_weights(bench.model), before)
     assert all(parameter.grad is None for parameter in bench.model.parameters())
     assert bench.state.step == 1
 

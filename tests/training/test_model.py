@@ -11,7 +11,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers.tiny_models import (
-    build_images,
+    IMAGES,
+    assert_same_bits,
     build_random,
     build_tiny_config,
     get_largest_difference,
@@ -27,6 +28,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.data.labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.training.defaults import choose_image_size
 from modeling_vitcls.training.model import (
@@ -137,16 +139,13 @@ def test_a_classifier_of_other_layers_or_pooling_is_replaced(
 
 
 @pytest.mark.parametrize("stored", [{}, {"pooled_norm": True}, {"pooling": "mean"}])
-def test_a_new_classifier_keeps_the_pooling_of_the_encoder(
-    stored: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_new_classifier_keeps_the_pooling_of_the_encoder(stored: Fields, tmp_path: Path) -> None:
     encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
     save_with_processor(encoder, tmp_path)
     labels = OneLabel({"label": ["ant", "bee"]})
     model, _, _ = build_initial_model(ModelOptions(model=str(tmp_path)), labels)
     assert model.config.pooling == encoder.config.pooling
-    weights = model.vitcls.state_dict()
-    assert all(torch.equal(weights[name], weight) for name, weight in encoder.state_dict().items())
+    assert_same_bits(model.vitcls.state_dict(), encoder.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -205,9 +204,9 @@ def test_contradictory_flags_are_errors() -> None:
     check_model_flags("some/checkpoint", (), "head", True)
 
 
-LAYOUT: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 2}
-TASKS: dict[str, Any] = {"num_cls_tokens": 2, "tasks": {"species": 4, "age": 2}}
-MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+LAYOUT: Fields = {"num_distillation_tokens": 1, "num_register_tokens": 2}
+TASKS: Fields = {"num_cls_tokens": 2, "tasks": {"species": 4, "age": 2}}
+MODELS: dict[str, tuple[Any, Fields]] = {
     "two heads": (ViTCLSForImageClassification, LAYOUT),
     "attention pooling": (
         ViTCLSForImageClassification,
@@ -244,7 +243,7 @@ def group_trainable(model: torch.nn.Module) -> set[str]:
 
 def compute_loss(model: Any) -> torch.Tensor:
     """Return a loss that depends on all outputs of the model."""
-    outputs = model(build_images())
+    outputs = model(IMAGES)
     if isinstance(outputs.logits, dict):
         heads = list(outputs.logits.values())
     else:
@@ -310,7 +309,7 @@ def test_only_the_new_tokens_of_a_group_that_grew_are_trained() -> None:
         [each for each in model.parameters() if each.requires_grad], lr=0.1, weight_decay=0.0
     )
     before = copy.deepcopy(model.vitcls.embeddings)
-    model(build_images(), labels=torch.tensor([0, 1])).loss.backward()
+    model(IMAGES, labels=torch.tensor([0, 1])).loss.backward()
     keep_old_tokens(model, find_new_tokens(InitialModel("old", Mock(), old.config), model))
     optimizer.step()
     after = model.vitcls.embeddings
@@ -371,10 +370,10 @@ def test_a_frozen_encoder_has_no_dropout() -> None:
     )
     set_trainable_parameters(model, "head")
     set_train_mode(torch.nn.Sequential(model))  # as wrapped by other code
-    first, second = (model(build_images()).logits for _ in range(2))
+    first, second = (model(IMAGES).logits for _ in range(2))
     assert torch.equal(first, second)
     model.train()
-    assert not torch.equal(model(build_images()).logits, second)
+    assert not torch.equal(model(IMAGES).logits, second)
 
 
 # LoRA ---------------------------------------------------------------------------------------------
@@ -384,8 +383,8 @@ def test_a_merged_model_has_equal_outputs_and_plain_modules() -> None:
     model = randomize(set_trainable_parameters(build_random_model(**LAYOUT), "lora"))
     plain = ViTCLSForImageClassification(build_tiny_config(**LAYOUT)).eval()
     plain.load_state_dict(merge_lora(model.state_dict()))
-    expected = model(build_images()).logits
-    assert get_largest_difference(plain(build_images()).logits, expected) <= 1e-5
+    expected = model(IMAGES).logits
+    assert get_largest_difference(plain(IMAGES).logits, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(

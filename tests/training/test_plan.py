@@ -153,7 +153,7 @@ def test_the_last_weights_are_averaged_with_trained_ones_only(
 
 
 def test_a_model_is_continued_with_all_of_its_few_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """To fewer images, its classifier would be fitted anew, and would be worse than before."""
     encoder = save_encoder(tmp_path / "encoder")

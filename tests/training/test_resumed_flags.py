@@ -85,7 +85,7 @@ def resume(folder: Path, command: list[str]) -> FinetuneOptions:
 
 
 def test_an_interrupted_and_a_finished_run_resume_with_the_same_command(
-    command: list[str], interrupted: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], interrupted: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Also if it spells flags; the next test resumes without."""
     flags = ["--image-size", "224", "--epochs", "2.0"]

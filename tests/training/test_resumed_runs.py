@@ -71,7 +71,7 @@ def change_metadata(folder: Path, **changes: Any) -> None:
 
 
 def test_a_resumed_run_has_the_same_results(
-    whole: Path, killed: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, killed: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Flags that affect the result only by rounding may change.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.photo_folders import write_files, write_photos
+from helpers.photo_folders import get_file_names, write_files, write_photos
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
@@ -75,7 +75,7 @@ def test_a_run_is_refused_while_another_uses_the_folder(
                 f"{folder} is in use by another command", "a different `output_dir`"
             ):
                 run(folder, **changes)
-        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+        assert get_file_names(folder) == {LOCK_FILE}
 
 
 def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:

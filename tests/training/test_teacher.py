@@ -304,8 +304,8 @@ def test_a_checkpoint_of_timms_training_teaches_the_classes_of_its_file(tmp_path
 # Losses -------------------------------------------------------------------------------------------
 
 
-def build_logits(batch: int = 6, seed: int = 0) -> torch.Tensor:
-    return torch.randn(batch, 4, generator=torch.Generator().manual_seed(seed)).mul(3).bfloat16()
+def build_logits(seed: int) -> torch.Tensor:
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)).mul(3).bfloat16()
 
 
 def test_hard_loss_is_the_mean_negative_log_likelihood_of_the_teacher_label() -> None:
