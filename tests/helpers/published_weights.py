@@ -1,156 +1,73 @@
-"""Random weights of published checkpoints, and the authors' forward passes.
+"""Random weights of published checkpoints, and models of timm that compute with them.
 
-    build_vit_weights(...)         DINO, DINOv2, DeiT, MAE, ...; by default, two layers
-    build_dinov3_weights(...)      DINOv3
-    run_authors_vit(...)           tokens after the last norm, written as in the authors' code
-
-The forward passes use neither timm nor this package.
+build_timm_vit(...)            DINO, DINOv2, DeiT, MAE, ...; by default, two layers
+resample_positions(...)        the same model for another grid, with its authors' positions
+build_dinov3_weights(...)      DINOv3
 """
 
-import math
+import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
+import timm
 import torch
-from torch.nn import functional
+
+from scripts.tools.random_weights import randomize_weights
 
 
 Weights = dict[str, torch.Tensor]
-Shapes = dict[str, tuple[int, ...]]
 Resample = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
 PATCH, GRID, LABELS, NEURONS = 8, 4, 7, 96
-HEAD_SIZE = 64  # width of one head in the published models
 
 
-def fill(shapes: Shapes) -> Weights:
-    """Return random values that keep activations close to 1, in every parameter."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, shape in shapes.items():
-        is_scale = len(shape) == 1 and any(part in name for part in ("weight", "gamma", "scale"))
-        std = 0.2 if len(shape) == 1 else 0.5
-        if len(shape) > 1 and name.endswith(("weight", "kernel")):
-            std = math.prod(shape[1:] if name.endswith("weight") else shape[:-1]) ** -0.5
-        weights[name] = std * torch.randn(shape, generator=generator) + is_scale
-    return weights
+def build_timm_vit(name: str, width: int = 192, **options: Any) -> Any:
+    """Build a timm model with random weights for GRID x GRID patches, by default an encoder.
 
-
-def build_vit_shapes(
-    num_positions: int,
-    scales: str = "",
-    width: int = 192,
-    depth: int = 2,
-    mlp: str = "plain",
-    extra: Shapes | None = None,
-) -> Shapes:
-    """Return the shapes of an encoder with a CLS token.
-
-    Without positions, it has no position embeddings. `scales` is the name of LayerScale, such as
-    `ls{}.gamma`.
+    timm's names of the weights are those of most authors.
     """
-    mlps: dict[str, Shapes] = {
-        "plain": {"mlp.fc1": (NEURONS, width), "mlp.fc2": (width, NEURONS)},
-        "fused": {"mlp.w12": (2 * NEURONS, width), "mlp.w3": (width, NEURONS)},
-        "gated": {
-            "mlp.w1": (NEURONS, width),
-            "mlp.w2": (NEURONS, width),
-            "mlp.w3": (width, NEURONS),
-        },
-    }
-    layers: dict[str, tuple[int, ...]] = {"norm1": (width,), "norm2": (width,)}
-    layers |= {"attn.qkv": (3 * width, width), "attn.proj": (width, width)} | mlps[mlp]
-    shapes: Shapes = {"pos_embed": (1, num_positions, width)} if num_positions else {}
-    shapes |= {"cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, PATCH, PATCH)}
-    shapes |= {"patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,)}
-    for index in range(depth):
-        for name, shape in layers.items():
-            shapes[f"blocks.{index}.{name}.weight"] = shape
-            shapes[f"blocks.{index}.{name}.bias"] = shape[:1]
-        for number in (1, 2) if scales else ():
-            shapes[f"blocks.{index}.{scales.format(number)}"] = (width,)
-    return shapes | (extra or {})
+    sizes = {"img_size": GRID * PATCH, "patch_size": PATCH, "embed_dim": width, "depth": 2}
+    sizes |= {"mlp_ratio": (NEURONS + 0.5) / width}  # timm rounds down
+    heads = {"num_heads": width // 64, "num_classes": 0}
+    return randomize_weights(timm.create_model(name, **sizes | heads | options))
 
 
-def build_vit_weights(num_prefix_positions: int = 1, scales: str = "", **arguments: Any) -> Weights:
-    """Return the weights of an encoder."""
-    return fill(build_vit_shapes(num_prefix_positions + GRID**2, scales, **arguments))
+def resample_positions(source: Any, grid: tuple[int, int], resample: Resample) -> Any:
+    """Return a model for another grid, whose positions [1, D, rows, columns] are resampled."""
+    resized = copy.deepcopy(source)
+    resized.set_input_size(img_size=[PATCH * side for side in grid])
+    num_special = source.pos_embed.shape[1] - GRID**2
+    special, patches = source.pos_embed.split([num_special, GRID**2], dim=1)
+    maps = resample(patches.mT.unflatten(2, (GRID, GRID)), grid)
+    resized.pos_embed.data = torch.cat([special, maps.flatten(2).mT], dim=1)
+    return resized
 
 
-def build_dinov3_weights(mlp: str = "plain", bias: bool = True) -> Weights:
+def rename(weights: Weights, names: dict[str, str]) -> Weights:
+    """Replace patterns in the names of weights."""
+    renamed = {}
+    for name, weight in weights.items():
+        for pattern, new in names.items():
+            name = re.sub(pattern, new, name)
+        renamed[name] = weight
+    return renamed
+
+
+def build_dinov3_weights(is_gated: bool = False, has_bias: bool = True) -> Weights:
     """Return the weights of a DINOv3 model of width 384, with periods rounded to bfloat16."""
-    extra: Shapes = {
-        "storage_tokens": (1, 4, 384),
-        "mask_token": (1, 384),
-        "local_cls_norm.weight": (384,),
+    size = "small_plus" if is_gated else "small"
+    model = build_timm_vit(f"vit_{size}_patch16_dinov3{'_qkvb' * has_bias}", width=384)
+    names = {"reg_token": "storage_tokens", r"gamma_(\d)": r"ls\1.gamma"}
+    if is_gated:
+        names |= {"fc1_g": "w1", "fc1_x": "w2", "fc2": "w3"}
+    weights = rename(model.state_dict(), names)
+    for attention in ("blocks.0.attn", "blocks.1.attn") if has_bias else ():
+        queries, values = (weights.pop(f"{attention}.{name}_bias") for name in "qv")
+        weights[f"{attention}.qkv.bias"] = torch.cat([queries, torch.ones(384), values])
+        mask = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(384)
+        weights[f"{attention}.qkv.bias_mask"] = mask
+    return weights | {
+        "mask_token": torch.ones(1, 384),
+        "local_cls_norm.weight": torch.ones(384),
+        "rope_embed.periods": (100.0 ** (torch.arange(16) / 16)).bfloat16(),
     }
-    weights = fill(build_vit_shapes(0, "ls{}.gamma", 384, mlp=mlp, extra=extra))
-    for name in [name for name in weights if name.endswith("qkv.bias")]:
-        weights[f"{name}_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(384)
-        if not bias:
-            del weights[name], weights[f"{name}_mask"]
-    return weights | {"rope_embed.periods": (100.0 ** (torch.arange(16) / 16)).bfloat16()}
-
-
-@torch.no_grad()
-def run_authors_vit(
-    weights: Weights, images: torch.Tensor, resample: Resample | None = None
-) -> torch.Tensor:
-    """Return the normalized tokens [B, N, D] of DINO, DINOv2, DeiT, DeiT III or MAE.
-
-    `resample` maps position embeddings [1, D, rows, columns] to the patch grid of the images.
-    """
-    kernel, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
-    width = len(bias)
-    maps = functional.conv2d(images, kernel, bias, kernel.shape[2:])
-    grid = maps.shape[-2:]
-    tokens = maps.flatten(2).transpose(1, 2)
-    prefix = [
-        weights[name].expand(len(images), -1, -1)
-        for name in ("cls_token", "dist_token")
-        if name in weights
-    ]
-    positions = weights["pos_embed"]
-    num_prefix = positions.shape[1] - GRID**2
-    position_maps = positions[:, num_prefix:].transpose(1, 2).unflatten(2, (GRID, GRID))
-    if tuple(grid) != (GRID, GRID):
-        assert resample is not None
-        position_maps = resample(position_maps, tuple(grid))  # type: ignore[arg-type]
-    tokens = torch.cat([*prefix, tokens + position_maps.flatten(2).transpose(1, 2)], dim=1)
-    tokens[:, :num_prefix] += positions[:, :num_prefix]
-    if "register_tokens" in weights:
-        registers = weights["register_tokens"].expand(len(images), -1, -1)
-        tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
-
-    def norm(name: str) -> torch.Tensor:
-        return functional.layer_norm(
-            tokens, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6
-        )
-
-    def linear(name: str, values: torch.Tensor) -> torch.Tensor:
-        return functional.linear(values, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    for index in range(depth):
-        block = f"blocks.{index}"
-        attention_scale, mlp_scale = (
-            weights.get(
-                f"{block}.ls{n}.gamma", weights.get(f"{block}.gamma_{n}", torch.ones(width))
-            )
-            for n in (1, 2)
-        )
-        qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1")).unflatten(2, (3, -1, HEAD_SIZE))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attention = functional.scaled_dot_product_attention(query, key, value)
-        tokens = tokens + attention_scale * linear(
-            f"{block}.attn.proj", attention.transpose(1, 2).flatten(2)
-        )
-        if f"{block}.mlp.w12.weight" in weights:
-            gate, hidden = linear(f"{block}.mlp.w12", norm(f"{block}.norm2")).chunk(2, dim=-1)
-            output = linear(f"{block}.mlp.w3", functional.silu(gate) * hidden)
-        else:
-            output = linear(
-                f"{block}.mlp.fc2",
-                functional.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2"))),
-            )
-        tokens = tokens + mlp_scale * output
-    return norm("norm") if "norm.weight" in weights else tokens
