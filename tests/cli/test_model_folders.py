@@ -1,6 +1,7 @@
 """Commands read a model folder whose files do not belong together, or that would run code."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.features import FrozenEncoder
 from modeling_vitcls.runtime.errors import warn_on_first_process
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -79,6 +81,14 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         ("lacks weights: model.safetensors. Copy",),
+    ),
+    "truncated weights": (
+        lambda folder: os.truncate(folder / "model.safetensors", 3000),
+        ("cannot load the weights in model", "Copy the file again"),
+    ),
+    "weights of another shape": (
+        lambda folder: edit_config(folder, intermediate_size=20),
+        ("layers.0.mlp.fc1.bias", "[20]"),
     ),
     "pickled weights": (pickle_weights, ("pickled weights", "save_pretrained")),
     "labels that contradict": (
@@ -167,7 +177,7 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
     command = "evaluate --model model --dataset photos --output a.json --num-workers 0"
     assert run_here(*command.split()) == 0
     assert hash_weights(place / "model") != read_weights
-    assert json.loads(Path("a.json").read_text())["weights_sha256"] == read_weights
+    assert read_json(Path("a.json"))["weights_sha256"] == read_weights
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +234,10 @@ def test_a_folder_wins_over_a_preset_a_built_in_dataset_and_another_project(name
 
     words = f"--model {name} --dataset digits --num-workers 0"
     assert run_here(*f"evaluate {words} --split test --output a.json".split()) == 0
-    assert json.loads(Path("a.json").read_text())["num_images"] == 16
+    assert read_json(Path("a.json"))["num_images"] == 16
 
     steps = "--output-dir run --max-steps 1 --select last --no-report"
     assert run_here(*f"finetune {words} {steps}".split()) == 0
-    results = json.loads(Path("run/results.json").read_text())
+    results = read_json(Path("run/results.json"))
     assert results["num_training_images"] == 16
-    assert json.loads(Path("run/config.json").read_text())["num_register_tokens"] == 1
+    assert read_json(Path("run/config.json"))["num_register_tokens"] == 1

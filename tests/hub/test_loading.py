@@ -4,7 +4,6 @@ The Hub is a local one. huggingface_hub waits between its retries, here without 
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import timm
 import transformers
 from helpers.command_in_process import check_error
 from helpers.local_hub import LocalHub, Token, read_files
+from helpers.photo_folders import get_file_names
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_both
@@ -225,7 +225,7 @@ def test_a_mistyped_folder_is_named_in_one_line(
     hub: LocalHub,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture,
     script: str,
     flags: str,
 ) -> None:
@@ -282,7 +282,7 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHu
     shards = dict.fromkeys(("model-1-of-2.safetensors", "model.safetensors.index.json"), b"{}")
     hub.create("ann/new", files=files | shards)
     folder = Path(loading.get_external_model_folder("ann/new"))
-    assert {file.name for file in folder.iterdir()} == {
+    assert get_file_names(folder) == {
         "config.json",
         "preprocessor_config.json",
         *shards,
@@ -316,34 +316,10 @@ def test_a_model_of_which_the_cache_has_a_part_is_not_used_offline(
 # Checkpoints that cannot be loaded ----------------------------------------------------------------
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
-    "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
-    "truncated_weights": (
-        lambda folder: os.truncate(folder / "model.safetensors", 3000),
-        ["weights"],
-    ),
-    "wrong_shape": (
-        build_tiny_config(intermediate_size=20).save_pretrained,
-        ["layers.0.mlp.fc1.bias", "[20]"],
-    ),
-}
-CHECKPOINT_ERRORS = (ValueError, OSError, RuntimeError)
-
-
-@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_named(
-    damage: Callable[[Path], Any], words: list[str], tmp_path: Path
-) -> None:
-    vitcls.ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
-    damage(tmp_path)
-    with raises_one_line(str(tmp_path), *words, error=CHECKPOINT_ERRORS):
-        ModelFolder(tmp_path).load(vitcls.ViTCLSForImageClassification)
-
-
 def test_an_error_leaves_the_verbosity_of_transformers_to_the_caller(tmp_path: Path) -> None:
     build_tiny_config().save_pretrained(tmp_path)
     transformers.logging.set_verbosity_info()
-    with pytest.raises(CHECKPOINT_ERRORS):
+    with pytest.raises(OSError, match="lacks weights"):
         ModelFolder(tmp_path).load(vitcls.ViTCLSModel)
     assert transformers.logging.get_verbosity() == transformers.logging.INFO
     transformers.logging.set_verbosity_warning()
