@@ -72,21 +72,6 @@ def fit_line(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return slope, regression.intercept_.item()
 
 
-def extrapolate_temperature(temperature: float, spread: float, fold_spread: float) -> float:
-    """Estimate the temperature of the final classifier from that of fold classifiers.
-
-    The rule was found on photographs with few labels (model_cards/studies/first_answer.md).
-
-    Args:
-        temperature: of the folds, whose classifiers were fitted to a part of the images.
-        spread: of the logits of the classifier of all images (`measure_spread`).
-        fold_spread: mean spread of the logits of the classifiers of the folds.
-    """
-    # With a handful of images per class, the logits of the final classifier are much smaller than in
-    # the folds, to which the temperature was fitted. Constant features have no spread.
-    return temperature * min(1.0, spread / fold_spread) if spread > 1e-6 else temperature
-
-
 def measure_spread(logits: np.ndarray) -> float:
     """Measure the spread of logits [N, K]: the standard deviation from the mean of each image."""
     return float((logits - logits.mean(axis=1, keepdims=True)).std())
