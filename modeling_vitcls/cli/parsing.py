@@ -245,7 +245,6 @@ COMMON_FLAGS = {
         "pooling": "cls, mean, cls_mean, max, attention; default: measured",
     },
     "training, such as --epochs 5 --auto-augment rand": {
-        "select": "last or best epoch; default: last",
         "epochs": "with steps; default: 5 from a frozen start, or 30",
         "batch_size": "per process; default: 64, or 32 below 10,000 images",
         "learning_rate": "default: from the width and the initial weights",

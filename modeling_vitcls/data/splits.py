@@ -29,7 +29,7 @@ from .images import NO_CONTENT_KEY, LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace, SeveralLabels
 from .options import DataOptions, read_data_options
-from .sampling import derive_seed, draw_numbers
+from .sampling import draw_numbers
 from .sources import Splits, load_splits
 from .splits_table import (
     find_trained_images,
@@ -65,9 +65,7 @@ class TrainingData:
     held_out_name: str  # Description of the held-out images
     train_indices: np.ndarray  # Places of the training images among the undivided ones
     held_out_indices: np.ndarray  # Places of the held-out images; -1 if they are a split
-    # Images for selecting the best checkpoint (`--select best`)
-    selection: LabeledImages | None
-    selection_name: str
+    selection: LabeledImages | None  # Images of a validation split beside a test split
 
     @property
     def is_shared(self) -> np.ndarray:
@@ -87,18 +85,16 @@ class TrainingData:
 def divide_images(
     images: Splits,
     held_out_fraction: float,
-    needs_selection: bool = False,
     groups: Sequence[int] | np.ndarray | None = None,
 ) -> TrainingData:
-    """Choose the images that train, select and measure a model.
+    """Choose the images that train, calibrate and measure a model.
 
-    If there are two splits for evaluation, the first selects the model, and the second measures it.
+    If there are two splits for evaluation, the first calibrates the model, and the second measures it.
     If there are fewer, images are held out from the training images.
 
     Args:
         held_out_fraction: part of the training images to hold out if no split is for
             evaluation.
-        needs_selection: whether there must be selection images.
         groups: [N] of the training images, if photos of a scene were joined to the groups of the dataset.
 
     Raises:
@@ -112,10 +108,8 @@ def divide_images(
         reason = "the photos of each class are shots of one scene"
     train_indices = np.arange(len(train))
     selection = None
-    selection_name = ""
     if len(others) == 2:
         selection = others.pop(0)
-        selection_name = f"split {names[0]!r}"
     if others:
         (held_out,) = others
         held_out_indices = np.full(len(held_out), -1)
@@ -127,14 +121,6 @@ def divide_images(
         is_held_out = select_held_out(train, held_out_fraction, 0, images.name, reason)
         train_indices, held_out_indices = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         train, held_out = train.divide(is_held_out)
-    if needs_selection and selection is None:
-        is_selected = select_held_out(
-            train, held_out_fraction, derive_seed(0, 1), images.name, reason
-        )
-        train_indices = train_indices[~is_selected]
-        train, selection = train.divide(is_selected)
-        selection_name = f"about {held_out_fraction:.0%} of the training images"
-
     return TrainingData(
         name=images.name,
         label_space=images.label_space,
@@ -145,7 +131,6 @@ def divide_images(
         train_indices=train_indices,
         held_out_indices=held_out_indices,
         selection=selection,
-        selection_name=selection_name,
     )
 
 
@@ -328,16 +313,9 @@ def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]
 # Held-out images ----------------------------------------------------------------------------------
 
 
-def check_can_divide(images: Splits, held_out_fraction: float, needs_selection: bool) -> None:
-    """Raise ValueError if no images could select a checkpoint, or if none could be held out."""
-    splits = images.images_by_split
-    if needs_selection and not held_out_fraction and len(splits) < 3:
-        raise ValueError(
-            "`select='best'` requires a validation split and a test split, or a part of the training "
-            f"images, but {images.name} has only {', '.join(splits)}. Set `held_out_fraction` above 0, or "
-            "remove `select='best'`"
-        )
-    if held_out_fraction and len(splits) == 1:
+def check_can_divide(images: Splits, held_out_fraction: float) -> None:
+    """Raise ValueError if no images could be held out."""
+    if held_out_fraction and len(images.images_by_split) == 1:
         check_can_hold_out(images.train, images.name)
 
 

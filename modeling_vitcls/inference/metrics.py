@@ -36,16 +36,11 @@ MetricValues = dict[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is named, formatted and compared."""
+    """How a metric is named and formatted."""
 
     title: str  # In tables, cards and reports
     is_percentage: bool = True  # Otherwise, it is a number, which may be negative
-    higher_is_better: bool = True
     count_text: str = ""  # Words after the count of a metric that counts images
-
-    def is_better(self, value: float, other: float) -> bool:
-        """Compare two values of the metric."""
-        return value > other if self.higher_is_better else value < other
 
 
 METRICS = {
@@ -60,7 +55,7 @@ METRICS = {
     "exact_match": Metric(
         "Exact match (all classes of an image are correct)", count_text="right with all labels"
     ),
-    "calibration_error": Metric("Calibration error", higher_is_better=False),
+    "calibration_error": Metric("Calibration error"),
     # of each class, in the table of classes
     "recall": Metric("Recall", count_text="recognized"),
     "precision": Metric("Precision"),

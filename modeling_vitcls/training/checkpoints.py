@@ -68,14 +68,13 @@ class CheckpointStore:
     """The checkpoints of one run. Only the main process writes and reads checkpoints."""
 
     folder: Path
-    num_kept: int  # Number of most recent checkpoints to keep; the best checkpoint is always kept
+    num_kept: int  # Number of most recent checkpoints to keep
 
     def save(
         self,
         step: int,
         tensor_groups: dict[str, Tensors],
         metadata: dict[str, Any],
-        best_step: int | None,
     ) -> None:
         """Write a checkpoint, then remove old checkpoints.
 
@@ -84,7 +83,6 @@ class CheckpointStore:
             tensor_groups: file name without its suffix -> named tensors, on any device.
             metadata: JSON-serializable metadata. Floats are restored exactly, and tuples become
                 lists.
-            best_step: step with the best evaluation so far, whose checkpoint is kept.
 
         Raises:
             OSError: if the checkpoint cannot be written; earlier checkpoints are left unchanged.
@@ -127,7 +125,7 @@ class CheckpointStore:
             ) from error
 
         # Old checkpoints go only when the new one is complete.
-        self.prune(step, best_step)
+        self.prune(step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest undamaged checkpoint; None if there are no checkpoints.
@@ -151,18 +149,6 @@ class CheckpointStore:
             )
         return None
 
-    def load_best(self, best_step: int | None) -> Checkpoint:
-        """Load the checkpoint with the best evaluation.
-
-        Raise ValueError if the checkpoint is missing or damaged.
-        """
-        if best_step not in self.list_steps():
-            raise ValueError(
-                f"{self.folder} does not contain the best checkpoint. Restart the run with "
-                "`overwrite=True`"
-            )
-        return read_checkpoint(self.get_folder(best_step))
-
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
         self.clean_up_interrupted_saves()
@@ -181,17 +167,16 @@ class CheckpointStore:
         """Return the folder of the checkpoint that is saved at `step`."""
         return self.folder / f"step-{step:08d}"
 
-    def prune(self, step: int, best_step: int | None) -> None:
-        """Keep the best checkpoint, and the `num_kept` newest ones up to `step`, the last saved.
+    def prune(self, step: int) -> None:
+        """Keep the `num_kept` newest checkpoints up to `step`, the last saved.
 
         Checkpoints of later steps, saved before the run was resumed from an earlier step, are also
         removed.
         """
         steps = self.list_steps()
         earlier_steps = [stored_step for stored_step in steps if stored_step <= step]
-        steps_to_keep = {*earlier_steps[-self.num_kept :], best_step}
         for stored_step in steps:
-            if stored_step not in steps_to_keep:
+            if stored_step not in earlier_steps[-self.num_kept :]:
                 remove_checkpoint(self.get_folder(stored_step))
 
     def clean_up_interrupted_saves(self) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..data.batches import Batch
 from ..data.images import count_unreadable
 from ..data.sampling import BatchPlan, derive_seed
-from ..inference.metrics import METRICS, MetricValues, select_scalars
+from ..inference.metrics import MetricValues, select_scalars
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from .checkpoints import Checkpoint, CheckpointStore
@@ -61,8 +61,6 @@ class TrainingState:
     # Trainable weights before the first step, by name; empty if they are not averaged with the last
     start: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0  # Number of completed optimizer steps
-    best_score: float | None = None  # The best of the evaluations so far
-    best_step: int | None = None
     # Losses of the steps since the last record
     recent_losses: list[dict[str, float]] = field(default_factory=list)
     # Metrics of a step that has not been evaluated yet; otherwise empty
@@ -82,11 +80,10 @@ class TrainingLoop:
     accelerator: Accelerator
     reporter: Reporter
     store: CheckpointStore
-    selection_metric: str
     signals: SignalHandler
     # Number of steps between checkpoints; None to save at each evaluation
     save_every: int | None = None
-    # "selection" if the best checkpoint is selected on separate images
+    # "selection" if there is a validation split beside a test split
     evaluated_images: str = "held_out"
     # Constant values that checkpoints contain
     run_metadata: dict[str, Any] = field(default_factory=dict)
@@ -267,17 +264,9 @@ class TrainingLoop:
         return metrics
 
     def evaluate_step(self) -> MetricValues:
-        """Evaluate the model, log the pending record, and keep a checkpoint of the best model."""
+        """Evaluate the model, and log the pending record."""
         state = self.state
         metrics = self.evaluate()
-        score = metrics.get(self.selection_metric)
-
-        best_score = state.best_score
-        metric = METRICS[self.selection_metric]
-        is_best = score is not None and (best_score is None or metric.is_better(score, best_score))
-        if is_best:
-            state.best_score, state.best_step = score, state.step
-
         # The names of a log are flat.
         scalars = {
             f"{self.evaluated_images}_{name}": value
@@ -286,14 +275,8 @@ class TrainingLoop:
         for task, task_metrics in metrics.get("tasks", {}).items():
             for name, value in select_scalars(task_metrics).items():
                 scalars[f"{self.evaluated_images}_{task}_{name}"] = value
-        # Logged and cleared before the best model is saved: a run that continues from that
-        # checkpoint would otherwise evaluate and log the step twice.
         self.log(state.pending_record | scalars)
         state.pending_record = {}
-
-        # Otherwise, each evaluated step has a checkpoint
-        if is_best and self.save_every is not None:
-            self.save()
         return metrics
 
     def log(self, record: MetricValues) -> None:
@@ -349,8 +332,6 @@ class TrainingLoop:
         state = self.state
         metadata = self.run_metadata | {
             "step": state.step,
-            "best_score": state.best_score,
-            "best_step": state.best_step,
             "training_seconds": self.get_training_seconds(),
             "recent_losses": gather_object([state.recent_losses]),
             "pending_record": state.pending_record,
@@ -362,7 +343,7 @@ class TrainingLoop:
 
         metadata |= non_tensor_state
         # Gathering needs all processes, writing only one.
-        save = partial(self.store.save, state.step, tensors, metadata, state.best_step)
+        save = partial(self.store.save, state.step, tensors, metadata)
         run_on_main(save)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -374,8 +355,6 @@ class TrainingLoop:
         metadata = checkpoint.metadata
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.start)
         state.step = checkpoint.step
-        state.best_score = metadata["best_score"]
-        state.best_step = metadata["best_step"]
 
         losses_by_process = metadata["recent_losses"]
         # A run may be resumed with more processes. These losses are only logged, as means.

@@ -162,7 +162,7 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     average_with_start: float = 0.5
     """Part of the weights before the first step in the saved weights, if they were trained before;
     the rest comes from the last step (WiSE-FT, Wortsman et al. 2021). 0: the last weights
-    alone, as with --select best and from random weights."""
+    alone, as from random weights."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head),
     `lora`, or `tokens` (the new special tokens, or all of them if none is new, and the head)."""
@@ -177,11 +177,6 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     """Compile the model with torch.compile."""
     seed: int = 0
     """Random seed for the initial weights, image order, augmentation and stochastic depth."""
-    select: Literal["last", "best"] | None = None
-    """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric.
-    The best checkpoint is selected on the validation split if there is also a test split, otherwise
-    on additional held-out training images. The reported metrics do not use these images. Default:
-    last."""
 
     # Output, checkpoints, experiment trackers and the Hub
     output_dir: Path

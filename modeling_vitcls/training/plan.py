@@ -27,7 +27,7 @@ from .run_inputs import RunInputs
 
 
 # Flags about steps: a run in which a person sets one of them has steps
-STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select", "teacher")
+STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "teacher")
 # Flags without a meaning in a frozen run. They do not lead to steps, because some turn something off
 UNREAD_FLAGS = (
     "crop_scale flip auto_augment augment mixup layer_decay warmup weight_decay label_smoothing compile "
@@ -51,8 +51,7 @@ class RunPlan:
         kind: frozen or with steps.
         reason: one sentence why.
         options: the flags, with a value for each that this kind of run reads.
-        images: before they are divided. Without steps, no checkpoint is selected, so a split for that
-            trains the model, too.
+        images: before they are divided. Without steps, a validation split trains the model, too.
         averaging: part of the start weights in the saved weights; 0 for the last weights.
         new_tokens: parameters of new tokens and gates (`find_new_tokens`); empty without steps.
         lines: to print about values that the plan has chosen.
@@ -68,9 +67,8 @@ class RunPlan:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether images are drawn, to measure the model or to select a checkpoint."""
-        num_splits = 3 if self.options.select == "best" else 2
-        return bool(self.options.held_out_part) and len(self.images.images_by_split) < num_splits
+        """Whether images are drawn to measure the model."""
+        return bool(self.options.held_out_part) and len(self.images.images_by_split) == 1
 
 
 def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:
@@ -107,14 +105,12 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     fraction = options.held_out_fraction
     if fraction is None:
         fraction = choose_held_out_fraction(kind, num_images, num_labels, inputs.num_fitted)
-    check_can_divide(inputs.images, fraction, options.select == "best")  # Before images are decoded
+    check_can_divide(inputs.images, fraction)  # Before images are decoded
     options = replace(options, held_out_fraction=fraction)
     lines: dict[str, str | None] = {}
     new_tokens: dict[str, list[bool]] = {}
     # After the kind is known: the rate and the number of epochs depend on where the steps start.
-    # A frozen run has no `select`, because its recipe would have steps with one.
     if kind == "steps":
-        options = replace(options, select=options.select or "last")
         new_tokens = find_new_tokens(inputs.initial, inputs.model)
         options, lines = resolve_schedule(
             options,
@@ -130,7 +126,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     # The mean with random weights would only dilute what the steps have learned.
     has_heads = inputs.head_search is not None or inputs.has_trained_heads
     has_start = has_heads and not inputs.initial.has_random_weights
-    averages = kind == "steps" and has_start and options.select == "last"
+    averages = kind == "steps" and has_start
     return RunPlan(
         kind=kind,
         reason=reason,

@@ -39,7 +39,7 @@ from .steps_run import run_steps, start_steps
 from .summary import print_division, print_summary
 
 
-NUM_KEPT_DURING_RUN = 2  # Checkpoints, besides the best one; none is kept after the run
+NUM_KEPT_DURING_RUN = 2  # Checkpoints; none is kept after the run
 
 
 def train(asked: FinetuneOptions) -> Path:
@@ -143,7 +143,6 @@ def divide_run(
     data = divide_images(
         plan.images,
         plan.options.held_out_part,
-        plan.options.select == "best",
         groups if plan.is_drawn else None,  # The splits of a dataset keep their own
     )
     print_division(inputs, plan, data, reporter)

@@ -60,7 +60,7 @@ class RunInputs:
 
     @property
     def selection_metric(self) -> str:
-        """The metric that selects the best checkpoint, and is printed. Higher values are better."""
+        """The metric that is printed. Higher values are better."""
         return SELECTION_METRICS[self.images.label_space.kind]
 
     @property
@@ -194,7 +194,7 @@ def load(
 
 
 def load_images(options: FinetuneOptions, initial: InitialModel) -> Splits:
-    """Read the labels and keys of the images. Steps that select read validation and test.
+    """Read the labels and keys of the images.
 
     Raises:
         ValueError: as `load_undivided_images` does, and for a flag that requires one label per image
@@ -203,7 +203,7 @@ def load_images(options: FinetuneOptions, initial: InitialModel) -> Splits:
     # A frozen run is fitted to the validation labels and measured on the test split. Whether the run
     # is frozen is decided later, so both splits are read if it may be.
     can_be_frozen = not initial.has_random_weights
-    images = load_undivided_images(options, options.select == "best" or can_be_frozen)
+    images = load_undivided_images(options, can_be_frozen)
     kind = images.label_space.kind
     flags = {
         "mixup": options.mixup,

@@ -10,7 +10,7 @@ from ..data.splits import TrainingData
 from ..evaluation.evaluator import Predictions, count_in_trained_scenes, describe_in_trained_scenes
 from ..frozen.scenes import TrainedScenes
 from ..inference.intervals import MIN_CORRECTED_IMAGES
-from ..inference.metrics import METRICS, MetricValues, drop_intervals
+from ..inference.metrics import MetricValues, drop_intervals
 from ..inference.stated_result import Measurement, describe_classes
 from ..inference.token_names import count_tokens
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -218,7 +218,7 @@ def compare_start(outcome: Outcome, start: dict[str, float]) -> tuple[str, bool]
     metric, value = next(iter(start.items()))
     metrics = outcome.metrics
     before = {metric: value, "num_images": metrics["num_images"], "tasks": metrics.get("tasks")}
-    is_better = METRICS[metric].is_better(value, metrics[metric])
+    is_better = value > metrics[metric]
     return Measurement("", metric, before).statement, is_better
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,10 @@ from ..frozen.head_search import (
 from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics
 from ..inference.token_names import read_gates
-from ..runtime.distributed import configure_layer_sharding, run_on_main
+from ..runtime.distributed import configure_layer_sharding
 from .calibration import Calibration, calibrate
 from .checkpoints import Checkpoint, CheckpointStore
-from .distributed_state import distribute_like, reshard, scatter_model
+from .distributed_state import distribute_like, reshard
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .losses import build_objective
 from .model import list_last_layers
@@ -68,7 +67,7 @@ def run_steps(
     if inputs.teacher is not None and len(data.held_out) and checkpoint is None:
         start["teacher_accuracy"] = measure(inputs.teacher, inputs.model, held_out)["accuracy"]
         reporter.print_line("teacher", describe_teacher(start, len(data.held_out)))
-    # If no checkpoint is selected, looking at the held-out images during training is harmless.
+    # No checkpoint is selected, so looking at the held-out images during training is harmless.
     selection = held_out
     if data.selection is not None:
         selection = Evaluator(data.selection, **inputs.pass_arguments)
@@ -94,9 +93,7 @@ def run_steps(
         # An iterator that is only forgotten would leave its data loading processes running.
         with closing(batches):
             metrics = loop.run(batches)
-        # Inside the block, because the best checkpoint is read from disk, which can fail like any
-        # step.
-        step = set_saved_weights(loop, plan)
+        set_saved_weights(loop, plan)
     model = loop.state.model.eval()
     exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
@@ -119,7 +116,7 @@ def run_steps(
     tokens, tokens_text = measure_tokens(inputs, data.held_out, predictions)
     # After the measurement, which a distance to the classes would only slow down.
     trained_scenes = unknown_text = None
-    if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
+    if has_one_label and not isinstance(model, FSDPModule):
         statistics = store_statistics(inputs, data)
         trained_scenes, unknown_text = statistics.trained_scenes, statistics.unknown_text
 
@@ -141,8 +138,7 @@ def run_steps(
         num_unreadable=num_unreadable,
         trained_scenes=trained_scenes,
         in_trained_scenes=start.get("in_trained_scenes", ()),
-        results=build_step_results(loop, plan, data, start=start, saved_step=step, seconds=seconds)
-        | tokens,
+        results=build_step_results(loop, plan, data, start=start, seconds=seconds) | tokens,
         lines={
             "heads": heads_text,
             "calibration": calibration.text,
@@ -158,7 +154,6 @@ def build_step_results(
     data: TrainingData,
     *,
     start: dict[str, Any],
-    saved_step: int,
     seconds: float,
 ) -> dict[str, Any]:
     """Build the fields of results.json that only a run with steps has."""
@@ -176,13 +171,6 @@ def build_step_results(
             results[name] = start[name]
     if "vitcls.gates.gates" in plan.new_tokens:
         results["gates"] = read_gates(loop.model.vitcls)
-    if plan.options.select == "best" and data.selection is not None:
-        results["selection"] = {
-            "images": data.selection_name,
-            "num_images": len(data.selection),
-            "step": saved_step,
-            loop.selection_metric: loop.state.best_score,
-        }
     if plan.averaging:
         results["average_with_start"] = plan.averaging
     return results
@@ -345,7 +333,6 @@ def build_loop(
         accelerator=accelerator,
         reporter=reporter,
         store=store,
-        selection_metric=inputs.selection_metric,
         save_every=options.save_every,
         evaluated_images="held_out" if data.selection is None else "selection",
         signals=signals,
@@ -385,19 +372,8 @@ def build_loop(
     )
 
 
-def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
-    """Replace the last weights with the weights to save, and return the step that they are from.
-
-    Raise ValueError if the best checkpoint is damaged or missing.
-    """
-    # Averaging serves the last weights only. The best checkpoint was measured as it is, and its
-    # mean with the start never was.
-    if plan.options.select == "best":
-        checkpoint: Checkpoint = run_on_main(partial(loop.store.load_best, loop.state.best_step))
-        # The moments of the optimizer are not needed after the last step.
-        scatter_model(checkpoint, loop.state.model)
-        loop.reporter.print_line("selected", f"the checkpoint of step {checkpoint.step:,}")
-        return checkpoint.step
+def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> None:
+    """Replace the last weights with the weights to save, their mean with the start."""
     if plan.averaging:
         average_with_start(loop.model, loop.state.start, plan.averaging, plan.new_tokens)
         loop.reporter.print_line(
@@ -406,4 +382,3 @@ def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
             f"{1 - plan.averaging:g} x those after the last"
             f"{', alone for new tokens and gates' if plan.new_tokens else ''}",
         )
-    return loop.state.step

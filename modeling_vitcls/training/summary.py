@@ -49,11 +49,10 @@ def print_division(
     """
     lines = {"start": describe_fitted_images(inputs, plan, data)}
     if plan.is_drawn:
-        texts = [f"{len(data.train):,} training images"]
-        if data.selection is not None:
-            texts.append(f"{len(data.selection):,} of {data.selection_name}")
-        texts.append(f"{len(data.held_out):,} held-out images ({data.held_out_name})")
-        lines["divided"] = ", ".join(texts)
+        lines["divided"] = (
+            f"{len(data.train):,} training images, {len(data.held_out):,} held-out images "
+            f"({data.held_out_name})"
+        )
     reporter.print_lines(lines)
     leaks = describe_leaks(data, plan.options.group_column)
     for warning in [*describe_missing_classes(data), *describe_divided_groups(data), *leaks]:

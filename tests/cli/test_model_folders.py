@@ -236,7 +236,7 @@ def test_a_folder_wins_over_a_preset_a_built_in_dataset_and_another_project(name
     assert run_here(*f"evaluate {words} --split test --output a.json".split()) == 0
     assert read_json(Path("a.json"))["num_images"] == 16
 
-    steps = "--output-dir run --max-steps 1 --select last --no-report"
+    steps = "--output-dir run --max-steps 1 --no-report"
     assert run_here(*f"finetune {words} {steps}".split()) == 0
     results = read_json(Path("run/results.json"))
     assert results["num_training_images"] == 16

@@ -87,11 +87,10 @@ def test_splits_without_an_evaluation_split_are_an_error(photos: Path) -> None:
 # Images that the model was trained on -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [{}, {"select": "best"}])
 def test_the_training_folder_is_evaluated_on_the_images_that_training_held_out(
-    flags: dict[str, Any], photos: Path, tmp_path: Path
+    photos: Path, tmp_path: Path
 ) -> None:
-    model = train(tmp_path / "run", photos / "train", **flags)
+    model = train(tmp_path / "run", photos / "train")
     trained = read_json(model / "results.json")
     found = run_evaluate(tmp_path, model, photos / "train")
     for name in ("num_images", "accuracy", "confusion_matrix"):

@@ -87,27 +87,6 @@ def get_names(part: Any) -> set[str]:
     return {"/".join(Path(name).parts[-2:]) for name in part.images.get_names()}
 
 
-def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos", range(40))
-    plain = read_training_data(photos, held_out_fraction=0.25)
-    data = read_training_data(photos, use_selection_split=True, held_out_fraction=0.25)
-
-    assert get_names(data.held_out) == get_names(plain.held_out)
-
-    train = get_names(data.train)
-    selection = get_names(data.selection)
-    assert train | selection == get_names(plain.train)
-    assert not train & selection
-    assert len(selection) == 16  # 8 of the 30 training images of each class
-    assert plain.selection is None
-
-
-def test_selection_without_images_for_it_is_an_error(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos", range(10))
-    with raises_one_line("`select='best'`", "`held_out_fraction` above 0"):
-        read_training_data(photos, use_selection_split=True, held_out_fraction=0.0)
-
-
 def test_labels_of_all_images_or_of_at_most_one_are_named(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(3), "x")
     tags = ["all|cat|once", "all|cat", "all"]

@@ -61,7 +61,7 @@ def encoder(module_path: Path) -> Path:
 
 def build_options(folder: Path, encoder: Path, dataset: str | Path = "digits", **flags: Any) -> Any:
     """Return the options of a frozen run or, with `max_steps`, of one with steps."""
-    settings = {"model": encoder, "probe": True, "select": None, "batch_size": 32}
+    settings = {"model": encoder, "probe": True, "batch_size": 32}
     return build_tiny_options(folder, dataset, **settings | flags)
 
 

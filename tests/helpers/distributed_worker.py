@@ -182,7 +182,6 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
         accelerator=accelerator,
         reporter=reporter,
         store=store,
-        selection_metric="accuracy",
         signals=SignalHandler(),
     )
 

@@ -17,14 +17,12 @@ def read_undivided(dataset: object, **options: Any) -> Splits:
     return load_undivided_images(DataOptions(dataset=str(dataset), **options))
 
 
-def read_training_data(
-    dataset: object, use_selection_split: bool = False, **flags: Any
-) -> TrainingData:
+def read_training_data(dataset: object, **flags: Any) -> TrainingData:
     """Read a dataset, and divide its images as a run with steps does."""
     options = DataOptions(dataset=str(dataset), **flags)
-    images = load_undivided_images(options, use_selection_split)
-    check_can_divide(images, options.held_out_part, use_selection_split)
-    return divide_images(images, options.held_out_part, use_selection_split)
+    images = load_undivided_images(options)
+    check_can_divide(images, options.held_out_part)
+    return divide_images(images, options.held_out_part)
 
 
 def read_splits_of(dataset: object, **options: Any) -> Splits:

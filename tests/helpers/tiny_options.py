@@ -52,7 +52,6 @@ def build_tiny_options(output_dir: Path, dataset: object, **flags: Any) -> Finet
         "num_workers": 0,
         "report": False,
         "probe": False,
-        "select": "last",
     } | flags
     return build_options(FinetuneOptions, output_dir=output_dir, dataset=str(dataset), **settings)
 
@@ -90,9 +89,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
     inputs = load(options, None, reporter)
     plan = plan_run(inputs, accelerator, is_resumed=False)
-    data = divide_images(
-        inputs.images, plan.options.held_out_fraction, plan.options.select == "best"
-    )
+    data = divide_images(inputs.images, plan.options.held_out_fraction)
     batches = None
     if plan.kind == "steps":
         batches = build_batch_plan(len(data.train), plan.options, accelerator.num_processes)

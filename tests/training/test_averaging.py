@@ -31,7 +31,7 @@ def encoder(module_path: Path) -> Path:
 
 def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
     """Return the options of a run of four steps."""
-    settings = {"model": str(encoder), "probe": True, "select": None, "max_steps": 4}
+    settings = {"model": str(encoder), "probe": True, "max_steps": 4}
     return build_tiny_options(folder, "digits", **settings | {"learning_rate": 1e-2} | flags)
 
 

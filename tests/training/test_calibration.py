@@ -42,19 +42,14 @@ def test_predictions_that_are_all_alike_have_words_instead_of_a_huge_temperature
     assert words in describe_fold_calibration(probe).text
 
 
-@pytest.mark.parametrize("select", ["last", "best"])
 def test_calibration_uses_images_that_are_not_reported(
-    select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With just enough images."""
-    data = read_training_data("digits", use_selection_split=select == "best")
-    fitted = (
-        data.held_out.select(range(0, len(data.held_out), 2))
-        if select == "last"
-        else data.selection
-    )
+    data = read_training_data("digits")
+    fitted = data.held_out.select(range(0, len(data.held_out), 2))
     monkeypatch.setattr("modeling_vitcls.training.calibration.MIN_IMAGES", len(fitted))
-    flags = {"image_size": 8, "patch_size": 4, "select": select, "max_steps": 20, "batch_size": 32}
+    flags = {"image_size": 8, "patch_size": 4, "max_steps": 20, "batch_size": 32}
     folder = run_to_folder(
         build_tiny_options(
             tmp_path / "run", "digits", model_config={"drop_path_rate": 0.5}, **flags
@@ -68,7 +63,7 @@ def test_calibration_uses_images_that_are_not_reported(
     rows = pd.read_parquet(folder / PREDICTIONS_FILE)
     assert rows["loss"].mean() == pytest.approx(results["loss"], abs=1e-5)
     # the other half was used for the temperature
-    reported = rows[1::2] if select == "last" else rows
+    reported = rows[1::2]
     assert calibration["num_images"] == len(fitted)
     pixels = ViTCLSImageProcessor.from_pretrained(folder)(list(fitted.images), return_tensors="pt")[
         "pixel_values"

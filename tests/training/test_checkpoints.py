@@ -43,9 +43,9 @@ def build_tensors(step: int, size: int = 100) -> dict[str, dict[str, torch.Tenso
     }
 
 
-def save(store: CheckpointStore, *steps: int, best: int | None = None) -> None:
+def save(store: CheckpointStore, *steps: int) -> None:
     for step in steps:
-        store.save(step, build_tensors(step), {"flag": step}, best_step=best)
+        store.save(step, build_tensors(step), {"flag": step})
 
 
 def get_newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
@@ -79,7 +79,7 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "nested": {"name": ["é", True, -0.0]},
     }
 
-    store.save(7, {"model": tensors}, facts, best_step=None)
+    store.save(7, {"model": tensors}, facts)
     assert {path.relative_to(store.folder).as_posix() for path in store.folder.rglob("*")} == {
         "step-00000007",
         "step-00000007/model.safetensors",
@@ -103,11 +103,9 @@ def bits(tensor: torch.Tensor) -> list[int]:
     return tensor.detach().reshape(-1).view(torch.uint8).tolist()
 
 
-def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
-    save(store, 10, 20, 30, 40, 50, best=20)
-    assert store.list_steps() == [20, 40, 50]
-    save(store, 60, best=60)
-    assert store.list_steps() == [50, 60]
+def test_the_newest_are_kept(store: CheckpointStore) -> None:
+    save(store, 10, 20, 30, 40, 50)
+    assert store.list_steps() == [40, 50]
     save(store, 100_000_000)
     assert get_newest(store) == (100_000_000, [])
 
@@ -118,24 +116,6 @@ def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore
     assert get_newest(store)[0] == 20
     save(store, 25)
     assert store.list_steps() == [20, 25]
-
-
-def test_the_best_checkpoint_stays_until_a_better_one(store: CheckpointStore) -> None:
-    with raises_one_line("does not contain the best checkpoint", "`overwrite=True`"):
-        store.load_best(None)
-    store.num_kept = 3
-    save(store, 10, best=10)
-    save(store, 20, 30, best=20)
-    assert store.list_steps() == [10, 20, 30]
-    assert store.load_best(20).step == 20
-    flip(store.get_folder(20) / "model.safetensors")
-    with raises_one_line("step-00000020 is damaged", error=DamagedCheckpointError):
-        store.load_best(20)
-    save(store, 40, best=20)
-    assert store.list_steps() == [20, 30, 40]
-    save(store, 50, 60, best=20)
-
-    assert store.list_steps() == [20, 40, 50, 60]
 
 
 def test_the_rest_of_a_killed_save_is_removed(store: CheckpointStore) -> None:
@@ -272,6 +252,6 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(store: CheckpointStore) -> No
         "`resume=True`",
     )
     with limited_file_size(100_000), raises_one_line(*words, error=OSError):
-        store.save(20, tensors, {}, best_step=None)
+        store.save(20, tensors, {})
     assert get_newest(store) == (20, [])
     assert store.list_steps() == [10, 20]

@@ -24,7 +24,6 @@ from modeling_vitcls.runtime.files import read_json
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 TEACHING: dict[str, Any] = {
-    "select": None,
     "max_steps": 12,
     "batch_size": 32,
     "held_out_fraction": 0.3,
@@ -39,7 +38,7 @@ def encoder(module_path: Path, few_digits: None) -> Path:
 
 
 def build_options(folder: Path, model: Path, **flags: Any) -> Any:
-    settings = {"model": str(model), "probe": True, "select": None}
+    settings = {"model": str(model), "probe": True}
     return build_tiny_options(folder, "digits", **settings | flags)
 
 

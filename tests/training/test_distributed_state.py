@@ -70,7 +70,7 @@ def check_resume(
     for step in range(3):
         step_once(model, optimizer, step)
     tensors, facts = gather_state(accelerator, model, optimizer, start={})
-    store.save(3, tensors, facts, best_step=None)
+    store.save(3, tensors, facts)
     expected = [step_once(model, optimizer, step) for step in range(3, 6)]
 
     other, other_optimizer = second
@@ -102,7 +102,7 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=512.5, growth_interval=5)
     tensors, facts = gather_state(accelerator, model, optimizer, start={})
     assert tensors.keys() == {"model", "optimizer"}
-    store.save(1, tensors, facts, best_step=None)
+    store.save(1, tensors, facts)
     checkpoint: Any = store.load_newest(pytest.fail)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     scatter_state(checkpoint, accelerator, model, optimizer, start={})

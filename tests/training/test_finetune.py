@@ -57,7 +57,7 @@ NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
 SHORT_RUN_FLAGS = (
     "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
     "--num-cls-tokens 2 --num-distillation-tokens 1 --model-config cls_pooling=mean --max-steps 7 "
-    "--no-report --save-every 5 --keep-checkpoints 2 --select best"
+    "--no-report --save-every 5 --keep-checkpoints 2"
 )
 
 
@@ -236,7 +236,7 @@ def test_only_new_tokens_and_the_heads_are_trained_on_request(
     pretrained: Path, tmp_path: Path
 ) -> None:
     flags = {"trainable": "tokens", "num_register_tokens": 6, "max_steps": 3}
-    train(tmp_path, "digits", model=pretrained, probe=True, select=None, **flags)
+    train(tmp_path, "digits", model=pretrained, probe=True, **flags)
     changed = list_changed_weights(pretrained, tmp_path)
     assert {"vitcls.embeddings.register_tokens", "vitcls.gates.gates"} <= changed
     others = {name for name in changed if not name.startswith(("classifier.", "class_distance."))}

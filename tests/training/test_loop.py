@@ -68,7 +68,7 @@ def build_sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 class RecordedLoop:
-    """A training loop on digits that keeps the saved steps, with the best step at the time.
+    """A training loop on digits that keeps the saved steps.
 
     It receives SIGTERM at `signal_step`.
     """
@@ -92,7 +92,7 @@ class RecordedLoop:
         self.state = TrainingState(*self.accelerator.prepare(self.model, optimizer(self.model)))
         self.normalise = Normalizer(processor, self.accelerator.device)
         self.reporter = Mock()
-        self.saved: list[tuple[int, int | None]] = []
+        self.saved: list[int] = []
         self.signal_step: int | None = None
         self.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8, 0.9])
         classification = partial(
@@ -113,8 +113,7 @@ class RecordedLoop:
             warmup,
             self.accelerator,
             reporter=self.reporter,
-            store=Mock(save=lambda step, tensors, metadata, best: self.saved.append((step, best))),
-            selection_metric="accuracy",
+            store=Mock(save=lambda step, tensors, metadata: self.saved.append(step)),
             save_every=save_every,
             signals=Mock(
                 get_signal=lambda: "SIGTERM" if self.state.step == self.signal_step else None
@@ -189,32 +188,12 @@ def test_steps_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> N
 def test_checkpoints_are_saved_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = RecordedLoop(max_steps=8, save_every=3)
     bench.run()
-    assert bench.saved == [(3, None), (6, None), (8, None), (8, 8)]
+    assert bench.saved == [3, 6, 8]
     # two steps per epoch
     monkeypatch.setattr("modeling_vitcls.training.loop.MAX_EVALUATIONS", 2)
     at_evaluations = RecordedLoop(epochs=3, max_steps=None, batch_size=180)
     at_evaluations.run()
-    assert at_evaluations.saved == [(4, None), (6, 4)]
-
-
-def test_the_best_step_is_known_to_later_checkpoints() -> None:
-    bench = RecordedLoop(epochs=3, max_steps=None, batch_size=120, save_every=100)
-    bench.run()  # 0.5, 0.75, 0.6
-    assert bench.saved == [(3, 3), (6, 6), (9, 6)]
-    assert bench.state.best_score == 0.75
-    equal = RecordedLoop(epochs=3, max_steps=None, batch_size=120, save_every=100)
-    equal.accuracies = iter([0.5, 0.5, 0.5])
-    equal.run()
-    assert equal.saved == [(3, 3), (9, 3)]  # the first of equal evaluations
-
-
-@pytest.mark.parametrize("step", [3, 4])
-def test_a_signal_after_the_best_evaluation_keeps_it_the_best(step: int) -> None:
-    bench = RecordedLoop(epochs=3, max_steps=None, batch_size=120)
-    bench.signal_step = step
-    with pytest.raises(RunStopped):
-        bench.run()
-    assert bench.saved == [(3, None), (step, 3)]
+    assert at_evaluations.saved == [4, 6]
 
 
 def build_overflowing_loop(**training: Any) -> RecordedLoop:

@@ -79,7 +79,6 @@ def make_plan(
         ({"epochs": 2.0}, "steps"),
         ({"epochs": 2.0, "step_minutes": 150}, "steps"),
         ({"max_steps": 1}, "steps"),
-        ({"select": "best"}, "steps"),
         ({"learning_rate": 1e-5}, "steps"),
         ({"trainable": "lora"}, "steps"),
         ({"trainable": "head", "num_images": 9_000}, "frozen"),
@@ -141,7 +140,6 @@ def test_only_steps_hold_images_out_by_default(
     [
         ({"epochs": 1.0}, 0.5),
         ({"epochs": 1.0, "average_with_start": 0.0}, 0.0),
-        ({"epochs": 1.0, "select": "best"}, 0.0),
         ({"has_frozen_start": False}, 0.0),
         ({}, 0.0),
     ],
@@ -159,7 +157,7 @@ def test_a_model_is_continued_with_all_of_its_few_images(
     encoder = save_encoder(tmp_path / "encoder")
     (tmp_path / "photos").mkdir()
     photos = write_two_colors(tmp_path / "photos", 23)
-    flags: dict[str, Any] = {"probe": True, "select": None}
+    flags: dict[str, Any] = {"probe": True}
     options = build_tiny_options(tmp_path / "first", photos, model=str(encoder), **flags)
     first = run_to_folder(options)
 

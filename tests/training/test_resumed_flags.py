@@ -40,7 +40,7 @@ def command(module_path: Path) -> Iterator[list[str]]:
         yield [
             "finetune",
             *("--model", encoder, "--dataset", str(photos)),
-            *("--select", "last", "--epochs", "2", "--num-workers", "0", "--no-report"),
+            *("--epochs", "2", "--num-workers", "0", "--no-report"),
         ]
 
 

@@ -233,7 +233,7 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
     assert set(contents(folder)) == set(names)
     if name is None:
         for step in (1, 2):
-            store.save(step, {"model": {"weight": torch.zeros(1)}}, {"step": step}, best_step=None)
+            store.save(step, {"model": {"weight": torch.zeros(1)}}, {"step": step})
         with raises_one_line("an unfinished run (step 2). Set `resume=True` or `overwrite=True`"):
             check_replaceable(folder, store)
     else:

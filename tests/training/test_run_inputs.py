@@ -6,15 +6,13 @@ from typing import Any
 import pytest
 import yaml
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import assert_same_bits, raises_one_line
+from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
     build_tiny_options,
     read_metrics,
     run_training,
 )
-from safetensors.torch import load_file
 
-from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.run_inputs import load_images
 
@@ -49,46 +47,24 @@ def test_defaults_are_recorded(tmp_path: Path) -> None:
     assert not resolved.keys() & {"config", "resume", "overwrite"}
 
 
-# The best checkpoint ------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------
 
 
-def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path) -> None:
-    """The learning rate is far too high, so that later evaluations are worse."""
-    folder = tmp_path / "run"
-    flags = {
-        "epochs": 4.0,
-        "batch_size": 60,
-        "learning_rate": 0.2,
-        "warmup": 0.0,
-        "model_config": {"drop_path_rate": 0.5},  # not in evaluations
-        "keep_checkpoints": 2,
-    }
-    results = run_training(build_options(folder, select="best", **flags))
-    records = [record for record in read_metrics(folder) if "selection_accuracy" in record]
-    best = max(records, key=lambda record: record["selection_accuracy"])
-    assert results["selection"]["step"] == best["step"]
-    assert best is not records[-1]
-    assert results["selection"]["accuracy"] == best["selection_accuracy"]
-    # "held out" names only the reported images.
-    assert not any(name.startswith("held_out") for record in records for name in record)
-    store = CheckpointStore(folder / "checkpoints", num_kept=2)
-    saved = load_file(folder / "model.safetensors")
-    selected = store.load_best(best["step"]).load_tensors("model")
-    trained = {name: saved[name] for name in saved if not name.startswith("class_distance.")}
-    assert_same_bits(trained, selected)
-
-
-def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
+def test_a_validation_split_calibrates_and_the_test_split_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "data"
     splits = {"train": range(8), "val": range(8, 11), "test": range(11, 16)}
     for split, numbers in splits.items():
         write_photos(data / split, numbers)
-    results = run_training(build_options(tmp_path / "run", data, max_steps=2, select="best"))
+    monkeypatch.setattr("modeling_vitcls.training.calibration.MIN_IMAGES", 6)
+    results = run_training(build_options(tmp_path / "run", data, max_steps=2))
     assert results["split"] == "split 'test'"
     assert results["num_images"] == 10
     assert results["dataset"] == "data"
-    assert results["selection"]["images"] == "split 'validation'"
-    assert results["selection"]["num_images"] == 6
+    assert results["calibration"]["num_images"] == 6
+    (record,) = (each for each in read_metrics(tmp_path / "run") if "selection_accuracy" in each)
+    assert not any(name.startswith("held_out") for name in record)
     assert results["num_training_images"] == 16
 
 

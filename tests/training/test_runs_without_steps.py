@@ -286,10 +286,6 @@ def test_shots_of_one_object_do_not_measure_each_other(of_bursts: Any) -> None:
     "flags",
     [
         "--max-steps 2 --save-every 1 --keep-checkpoints 2",
-        pytest.param(
-            "--max-steps 2 --save-every 1 --keep-checkpoints 2 --select best",
-            marks=pytest.mark.slow,
-        ),
         "--trainable head --held-out-fraction 0.2",
     ],
 )
