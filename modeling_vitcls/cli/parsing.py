@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar, Union, get_origin
 import tyro
 
 from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
-from ..runtime.files import replace_control_characters
+from ..runtime.files import read_text, replace_control_characters
 from ..runtime.flags import (
     Options,
     expand_home,
@@ -30,7 +30,6 @@ from ..runtime.flags import (
     names_of_flags,
     spell_flags,
 )
-from ..training.options import FinetuneOptions
 from .commands import COMMANDS
 from .recipes import REGISTRY, describe_unknown_flag, read_recipe
 
@@ -58,7 +57,8 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Any]:
 
     with exit_on_error(options_class, status=2):
         if name == "finetune" and {"--help", "-h"} & set(flags):
-            print_short_help()
+            # The flags that are set most often, on one screen
+            print(read_text(Path(__file__).with_name("finetune_help.txt")), end="")
             raise SystemExit(0)
 
         if name == "convert":
@@ -223,58 +223,6 @@ def check_outputs(options: Options) -> None:
             )
         if output.is_file() and named.count(os.path.realpath(output)) > 1:
             raise ValueError(f"`{name}` would replace {output}, which is an input. Set another one")
-
-
-# Help ---------------------------------------------------------------------------------------------
-
-
-# Title of a group, with an example -> flags, with a few words about each; `--help-all` shows all flags
-COMMON_FLAGS = {
-    "files, such as --model facebook/dinov2-small --dataset photos --output-dir runs": {
-        "model": "folder, Hub id, timm:NAME, or vitcls-tiny to -large",
-        "dataset": "folder with one folder per class, table, Hub id",
-        "output_dir": "folder for the model, the card and the report",
-        "config": "recipe: a YAML file of flags, or a name such as digits",
-        "label_column": "one column, or one per task; default: by name or type",
-        "held_out_fraction": "part of the images for evaluation",
-    },
-    "model, such as --image-size 336 --num-register-tokens 4": {
-        "num_register_tokens": "registers; default: the checkpoint's",
-        "image_size": "or native; default: as trained, but 224 if above 256",
-        "resize": "squash, crop or pad; default: measured",
-        "pooling": "cls, mean, cls_mean, max, attention; default: measured",
-    },
-    "training, such as --epochs 5 --auto-augment rand": {
-        "epochs": "with steps; default: 5 from a frozen start, or 30",
-        "batch_size": "per process; default: 64, or 32 below 10,000 images",
-        "learning_rate": "default: from the width and the initial weights",
-        "trainable": "full, head, last-N, lora or tokens; default: full",
-        "mixed_precision": "auto, no, bf16 or fp16; default: auto",
-        "auto_augment": "none, rand or trivial; default: none",
-        "mixup": "alpha; default: 0, which is none",
-        "class_balance": "none, or weights for imbalanced classes; default: none",
-        "seed": "random seed; default: 0",
-    },
-    "run, such as --resume after an interruption": {
-        "resume": "continue the run in --output-dir",
-        "overwrite": "replace the run in --output-dir",
-        "log_with": "tensorboard, wandb or trackio",
-        "push_to_hub": "push the model, and verify it",
-        "hub_model_id": "default: in your account, named after --output-dir",
-    },
-}
-
-
-def print_short_help() -> None:
-    """Print the flags of `finetune` that are set most often, on one screen."""
-    print("usage: vitcls finetune --model M --dataset D --output-dir FOLDER [FLAGS]")
-    for title, texts in COMMON_FLAGS.items():
-        print(f"\n{title}")
-        for name, text in texts.items():
-            flag = f"  --{name.replace('_', '-')}"
-            print(f"{flag:<26}{text}")
-    rest = len(get_flag_fields(FinetuneOptions)) - sum(map(len, COMMON_FLAGS.values()))
-    print(f"\n`vitcls finetune --help-all` also shows the other {rest} flags.")
 
 
 # Errors and output of libraries -------------------------------------------------------------------
