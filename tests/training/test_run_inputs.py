@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line, save_encoder
 from helpers.tiny_options import (
     build_tiny_options,
     read_metrics,
@@ -58,13 +58,15 @@ def test_a_validation_split_calibrates_and_the_test_split_is_reported(
     for split, numbers in splits.items():
         write_photos(data / split, numbers)
     monkeypatch.setattr("modeling_vitcls.training.calibration.MIN_IMAGES", 6)
-    results = run_training(build_options(tmp_path / "run", data, max_steps=2))
+    encoder = save_encoder(tmp_path / "encoder")
+    results = run_training(build_options(tmp_path / "run", data, max_steps=2, model=str(encoder)))
     assert results["split"] == "split 'test'"
     assert results["num_images"] == 10
     assert results["dataset"] == "data"
     assert results["calibration"]["num_images"] == 6
-    (record,) = (each for each in read_metrics(tmp_path / "run") if "selection_accuracy" in each)
-    assert not any(name.startswith("held_out") for name in record)
+    names = {name for record in read_metrics(tmp_path / "run") for name in record}
+    assert "selection_accuracy" in names
+    assert not any(name.startswith("held_out") for name in names)
     assert results["num_training_images"] == 16
 
 
