@@ -296,7 +296,7 @@ def load_timm_weights(model: Any, weights: Weights) -> Any:
 
 def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
     """Read the arguments of `timm.create_model` for weights named as in timm or DINOv2."""
-    width, channels, *patch_size = find_weight(weights, "patch_embed.proj.weight").shape
+    width, channels, *patch_size = weights[PATCH_PROJECTION].shape
     num_heads = 20 if (family, width) == ("dinov3", 1280) else NUM_HEADS.get(width)
     if num_heads is None:
         raise ConversionError(
@@ -309,7 +309,7 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
     if GATE in weights:
         hidden_size = weights[GATE].shape[1] * (1 if family == "dinov3" else 2)
     else:
-        hidden_size = find_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]
+        hidden_size = weights["blocks.0.mlp.fc1.weight"].shape[0]
 
     options: dict[str, Any] = {
         # The file does not show the training size, because rotary positions do not depend on it, so
@@ -318,7 +318,7 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,
-        "depth": count_blocks(weights, r"blocks\.(\d+)\."),
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
         "num_heads": num_heads,
         "mlp_ratio": (hidden_size + 0.5) / width,  # timm rounds down
         "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
@@ -333,7 +333,7 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
     if family != "dinov3":
         # DeiT III has these scales, and no position of the CLS token.
         has_cls_position = family != "deit" or "blocks.0.gamma_1" not in weights
-        num_positions = find_weight(weights, "pos_embed").shape[1]
+        num_positions = weights["pos_embed"].shape[1]
         num_patches = num_positions - has_cls_position - ("dist_token" in weights)
         options["img_size"] = compute_image_size(num_patches, patch_size)
     return options
@@ -350,21 +350,3 @@ def compute_image_size(num_patches: int, patch_size: list[int]) -> list[int]:
             "pos_embed must belong to a square grid of patches. Use convert_from_timm"
         )
     return [grid_side * length for length in patch_size]
-
-
-def count_blocks(weights: Weights, pattern: str) -> int:
-    """Count the blocks.
-
-    `pattern` matches the start of the names, with the index of the block as group.
-    """
-    return len({match[1] for name in weights if (match := re.match(pattern, name))})
-
-
-def find_weight(weights: Weights, pattern: str) -> Tensor:
-    """Find the first weight whose name matches a pattern, or raise ConversionError."""
-    for name, weight in weights.items():
-        if re.fullmatch(pattern, name):
-            return weight
-    raise ConversionError(
-        f"the family requires the weight {pattern}. Set `family` to another family"
-    )

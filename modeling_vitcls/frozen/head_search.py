@@ -336,11 +336,8 @@ class HeadSearch:
             return own, record
         set_resize(processor, SQUASH, self.model.config.image_height_width)
         record["resize"] = SQUASH
-        # The compared images have their new features already.
-        others = compute(np.delete(own.indices, rows), processor=processor)
-        squashed = squashed.join(others)
-        places = pd.Index(own.indices).get_indexer(squashed.indices)
-        return replace(squashed.take(np.argsort(places)), num_unreadable=own.num_unreadable), record
+        # The features of the compared images are kept (feature_store.py)
+        return compute(own.indices, processor=processor), record
 
     # Classifiers ----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ commands may write at a time, and those features that were not used for the long
 everything is computed.
 
 A row is found by the key of the photo (data/images.py; `checksum` in tables) and the key of the pass
-(`FrozenEncoder.compute_pass_key`).
+(`FrozenEncoder.open_store`).
 """
 
 import hashlib
@@ -182,7 +182,5 @@ def find_store_file() -> Path | None:
 def describe_store() -> str:
     """Say where features are kept, and how many bytes they take."""
     file = find_store_file()
-    if file is None:
-        return f"none ({CACHE_VARIABLE}=none)"
-    size = file.stat().st_size if file.is_file() else 0
-    return f"{file} ({size / 1e6:,.0f} MB of at most {MAX_BYTES / 1e6:,.0f})"
+    size = file.stat().st_size if file and file.is_file() else 0
+    return f"{file or 'none'} ({size / 1e6:,.0f} MB of at most {MAX_BYTES / 1e6:,.0f})"

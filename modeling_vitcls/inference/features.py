@@ -206,18 +206,8 @@ class FrozenEncoder:
     def open_store(self, processor: Any, precision: str) -> FeatureStore | None:
         """Open what photos have left in earlier passes; None if nothing is kept.
 
-        Nothing is without a file, for a function instead of an image processor, and for sharded weights.
-        """
-        file = find_store_file()
-        sums = sum_weights(self.encoder)
-        if file is None or sums is None or not hasattr(processor, "to_dict"):
-            return None
-        return FeatureStore(file, self.compute_pass_key(sums[0], processor, precision))
-
-    def compute_pass_key(self, sums: Tensor, processor: Any, precision: str) -> bytes:
-        """Compute the key of all that the states of a photo depend on, besides its content.
-
-        Nothing else is in the key:
+        Nothing is for a function instead of an image processor, and for sharded weights. The states of a
+        photo depend on its content and on the key of the pass, of which these are the parts:
 
             version      of `encode`, `PASS_VERSION`
             weights      fingerprint of the encoder (class_distance_vitcls.py), without heads: models that
@@ -227,12 +217,20 @@ class FrozenEncoder:
             layers       whose tokens are kept
             precision    of `torch.autocast` in the pass, and the type of the weights
             kernels      the type of the device, the attention function and whether CPU kernels are on
+
+        Args:
+            processor: image processor of the pass.
+            precision: of `torch.autocast` in the pass.
         """
         encoder, config = self.encoder, self.encoder.config
+        file = find_store_file()
+        sums = sum_weights(encoder)
+        if file is None or sums is None or not hasattr(processor, "to_dict"):
+            return None
         parts = [
             PASS_VERSION,
             [
-                f"{value:.10g}" for value in sums.tolist()
+                f"{value:.10g}" for value in sums[0].tolist()
             ],  # The order of a sum changes its last digits
             {name: value for name, value in config.to_dict().items() if name not in HEAD_FIELDS},
             [config.pooling, config.pooled_layers] if self.has_own_pooling else None,
@@ -242,7 +240,7 @@ class FrozenEncoder:
             [encoder.device.type, config._attn_implementation, can_use_cpu_kernels()],
         ]
         text = json.dumps(parts, sort_keys=True, default=str)
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return FeatureStore(file, hashlib.blake2b(text.encode(), digest_size=16).digest())
 
     def compute_features(
         self,

@@ -77,25 +77,18 @@ class OneLabelColumns(TaskColumns):
     """The columns of the most probable labels of a task, of which an image has one."""
 
     @property
-    def names(self) -> list[tuple[str, str]]:
-        """The columns of each label and its probability: without an end, then with _2, _3, ..."""
-        num_labels = min(self.top_k or 1, len(self.head.labels))
-        ends = ["", *(f"_{rank}" for rank in range(2, num_labels + 1))]
-        return [
-            (self.name_column(f"label{end}"), self.name_column(f"probability{end}")) for end in ends
-        ]
-
-    @property
     def types(self) -> dict[str, pa.DataType]:
-        """Column -> type."""
+        """Column -> type, of each label and its probability: without an end, then with _2, _3, ..."""
         types: dict[str, pa.DataType] = {}
-        for label, probability in self.names:
-            types |= {label: pa.string(), probability: pa.float32()}
+        for rank in range(min(self.top_k or 1, len(self.head.labels))):
+            end = f"_{rank + 1}" if rank else ""
+            types[self.name_column(f"label{end}")] = pa.string()
+            types[self.name_column(f"probability{end}")] = pa.float32()
         return types
 
     def select(self, logits: Tensor) -> list[list[Label]]:
         """Select the `top_k` most probable labels of each image in order, given logits [B, L]."""
-        return rank_labels(self.head, logits.float().softmax(dim=1), len(self.names))
+        return rank_labels(self.head, logits.float().softmax(dim=1), self.top_k or 1)
 
     def build_values(self, logits: Tensor) -> dict[str, list[Any]]:
         """Build the values of each column."""
@@ -104,21 +97,20 @@ class OneLabelColumns(TaskColumns):
 
     def read(self, row: Row) -> list[Label]:
         """Read the labels of a row."""
-        return [(row[label], row[probability]) for label, probability in self.names]
+        values = [row[name] for name in self.types]
+        return list(zip(values[::2], values[1::2], strict=True))
 
 
 class SeveralLabelsColumns(TaskColumns):
     """The columns of a task of which an image has any number of labels, two lists."""
 
     @property
-    def names(self) -> tuple[str, str]:
-        """The columns of the labels and of their probabilities."""
-        return self.name_column("labels"), self.name_column("probabilities")
-
-    @property
     def types(self) -> dict[str, pa.DataType]:
-        """Column -> type."""
-        return dict(zip(self.names, (pa.list_(pa.string()), pa.list_(pa.float32())), strict=True))
+        """Column -> type, of the labels and of their probabilities."""
+        return {
+            self.name_column("labels"): pa.list_(pa.string()),
+            self.name_column("probabilities"): pa.list_(pa.float32()),
+        }
 
     def select(self, logits: Tensor) -> list[list[Label]]:
         """Select the labels of each image, given logits [B, L]: whose probability is high enough."""
@@ -133,11 +125,11 @@ class SeveralLabelsColumns(TaskColumns):
         """Build the values of each column."""
         images = [labels[: self.top_k] for labels in self.select(logits)]
         lists = [[[pair[part] for pair in labels] for labels in images] for part in (0, 1)]
-        return dict(zip(self.names, lists, strict=True))
+        return dict(zip(self.types, lists, strict=True))
 
     def read(self, row: Row) -> list[Label]:
         """Read the labels of a row."""
-        return list(zip(*(row[name] for name in self.names), strict=True))
+        return list(zip(*(row[name] for name in self.types), strict=True))
 
 
 TASK_COLUMNS: dict[str, type[OneLabelColumns] | type[SeveralLabelsColumns]] = {

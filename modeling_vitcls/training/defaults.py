@@ -42,6 +42,12 @@ TrainingMethod = Literal[
     "new head on frozen weights",
 ]
 
+# `trainable` -> the method that determines the defaults; others are those of the initial weights
+METHODS: dict[str, TrainingMethod] = {
+    "head": "new head on frozen weights",
+    "lora": "LoRA",
+    "tokens": "special tokens",
+}
 
 # A rate, the width at which it holds, the power of 1 / width that it is proportional to, and its
 # limits. The more of the weights is known at the start, the lower is the rate. A rate for all
@@ -52,7 +58,7 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     "pre-trained weights": (5e-5, 768, 1, 5e-5, 4e-4),
     # The features must stay near those that the classifier was fitted to. With the rate for a new
     # classifier, the loss of a ViT-S on 130 photographs rose from 0.7 to 1.2 and came back after 30
-    # steps; with this rate, it fell (model_cards/studies/learning_rate.md has 1e-5 and 1e-4).
+    # steps; with this rate, it fell.
     "from the frozen model's classifier": (3e-5, 384, 2, 1e-5, 4e-4),
     # The matrices start from zero, also after a frozen start (model_cards/studies/tokens.md).
     "LoRA": (5e-4, 1, 0, 0.0, 1.0),
@@ -156,7 +162,10 @@ def resolve_schedule(
     """
     config_values = options.get_config_values()
     width = config_values.get("hidden_size", initial.config.hidden_size)
-    method = get_training_method(options, initial.has_random_weights)
+    start: TrainingMethod = (
+        "random weights" if initial.has_random_weights else "pre-trained weights"
+    )
+    method = METHODS.get(options.trainable, start)
 
     # 1. The augmentation. A crop of a small image keeps few pixels. Both numbers are guesses.
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
@@ -204,18 +213,6 @@ def resolve_schedule(
         text = lines.get("rate", f"{rate:g}")
         lines["rate"] = f"{text}; new tokens and gates: {new_token_rate:g}"
     return replace(options, **changes), lines
-
-
-def get_training_method(options: FinetuneOptions, has_random_weights: bool) -> TrainingMethod:
-    """Name the method that determines the defaults."""
-    methods: dict[str, TrainingMethod] = {
-        "head": "new head on frozen weights",
-        "lora": "LoRA",
-        "tokens": "special tokens",
-    }
-    if options.trainable in methods:
-        return methods[options.trainable]
-    return "random weights" if has_random_weights else "pre-trained weights"
 
 
 def choose_learning_rate(method: TrainingMethod, width: int) -> float:

@@ -89,8 +89,13 @@ def scatter_state(
             tensors from disk.
         start: weights before the first step, by name, which are overwritten in place.
     """
-    scatter_model(checkpoint, model)
     is_main_process = PartialState().is_main_process
+    weights: Any = checkpoint.load_tensors("model") if is_main_process else {}
+    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors, and a
+    # process group, even with one process.
+    is_distributed = distributed.is_initialized()
+    options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
+    set_model_state_dict(model, weights, options=options)
     if start:
         stored = checkpoint.load_tensors("start") if is_main_process else {}
         for name, target in start.items():
@@ -99,16 +104,6 @@ def scatter_state(
     scatter_optimizer_state(moments, model, optimizer)
     if accelerator.scaler is not None and checkpoint.metadata["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
-
-
-def scatter_model(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Load the weights of a checkpoint into the model on all processes."""
-    weights: Any = checkpoint.load_tensors("model") if PartialState().is_main_process else {}
-    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors, and a
-    # process group, even with one process.
-    is_distributed = distributed.is_initialized()
-    options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
-    set_model_state_dict(model, weights, options=options)
 
 
 def reshard(model: nn.Module) -> None:

@@ -126,13 +126,12 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     # The mean with random weights would only dilute what the steps have learned.
     has_heads = inputs.head_search is not None or inputs.has_trained_heads
     has_start = has_heads and not inputs.initial.has_random_weights
-    averages = kind == "steps" and has_start
     return RunPlan(
         kind=kind,
         reason=reason,
         options=options,
         images=inputs.images.join_fitted() if kind == "frozen" else inputs.images,
-        averaging=options.average_with_start if averages else 0.0,
+        averaging=options.average_with_start if kind == "steps" and has_start else 0.0,
         new_tokens=new_tokens,
         lines=lines,
     )

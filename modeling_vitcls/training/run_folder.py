@@ -13,7 +13,7 @@ The folder is locked (runtime/staging.py).
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -73,8 +73,14 @@ def find_run(
     # Nothing is removed yet. `prepare_folder` removes the old files after the data and the model
     # were read without an error, so a typo costs no finished run.
     if options.overwrite:
-        sources = {flag: getattr(options, flag) for flag in MODEL_FLAGS}
-        check_sources_not_removed(folder, sources)
+        for flag in MODEL_FLAGS:
+            source = getattr(options, flag)
+            path = Path(split_prefix(source or "")[1]).resolve()
+            if is_local(source) and path.is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"`overwrite=True` would remove the `{flag}` in {folder.resolve()}. Choose a "
+                    "different `output_dir`"
+                )
     elif is_finished:
         raise ValueError(
             f"{folder} contains a finished run. Set `overwrite=True`, or choose a different "
@@ -123,21 +129,6 @@ def check_replaceable(folder: Path, store: CheckpointStore) -> None:
             f"{folder} contains other files that this run would replace "
             f"({format_name_list(names)}). Move them, or set `overwrite=True`"
         )
-
-
-def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -> None:
-    """Raise ValueError if `overwrite=True` would remove the initial model or the teacher.
-
-    `sources` contains them by flag.
-    """
-    folder = folder.resolve()
-    for flag, source in sources.items():
-        path = Path(split_prefix(source or "")[1]).resolve()
-        if is_local(source) and path.is_relative_to(folder):
-            raise ValueError(
-                f"`overwrite=True` would remove the `{flag}` in {folder}. Choose a different "
-                "`output_dir`"
-            )
 
 
 def list_final_files(folder: Path) -> list[str]:

@@ -93,7 +93,14 @@ def run_steps(
         # An iterator that is only forgotten would leave its data loading processes running.
         with closing(batches):
             metrics = loop.run(batches)
-        set_saved_weights(loop, plan)
+        if plan.averaging:
+            average_with_start(loop.model, loop.state.start, plan.averaging, plan.new_tokens)
+            reporter.print_line(
+                "averaged",
+                f"saved: {plan.averaging:g} x the weights before the first step + "
+                f"{1 - plan.averaging:g} x those after the last"
+                f"{', alone for new tokens and gates' if plan.new_tokens else ''}",
+            )
     model = loop.state.model.eval()
     exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
@@ -370,15 +377,3 @@ def build_loop(
     return loop, iterate_training_batches(
         images, loop.plan, accelerator.process_index, options.num_workers, state.step
     )
-
-
-def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> None:
-    """Replace the last weights with the weights to save, their mean with the start."""
-    if plan.averaging:
-        average_with_start(loop.model, loop.state.start, plan.averaging, plan.new_tokens)
-        loop.reporter.print_line(
-            "averaged",
-            f"saved: {plan.averaging:g} x the weights before the first step + "
-            f"{1 - plan.averaging:g} x those after the last"
-            f"{', alone for new tokens and gates' if plan.new_tokens else ''}",
-        )

@@ -23,7 +23,6 @@ from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference import feature_store, features, predictor
 from modeling_vitcls.inference.features import FrozenEncoder
 from modeling_vitcls.inference.load_model import load_model
-from modeling_vitcls.model.class_distance_vitcls import sum_weights
 
 
 @pytest.fixture(autouse=True)
@@ -162,9 +161,9 @@ def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
     keys: list[bytes] = []
 
     def add_key(precision: str = "no") -> None:
-        encoder = FrozenEncoder(classifier)
-        (sums, _) = sum_weights(encoder.encoder)
-        keys.append(encoder.compute_pass_key(sums, processor, precision))
+        store = FrozenEncoder(classifier).open_store(processor, precision)
+        assert store is not None
+        keys.append(store.key)
 
     add_key()
     classifier.classifier.weight.add_(1)

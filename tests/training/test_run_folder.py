@@ -22,9 +22,10 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.staging import LOCK_FILE, lock_folder
 from modeling_vitcls.training import steps_run
 from modeling_vitcls.training.checkpoints import CheckpointStore
+from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.run_folder import (
     check_replaceable,
-    check_sources_not_removed,
+    find_run,
     list_final_files,
     remove_run_files,
 )
@@ -186,7 +187,9 @@ def test_sources_in_the_output_folder_are_not_removed(
     monkeypatch.chdir(tmp_path / "run")  # Hub names are not folders in the output folder
 
     def check(source: object) -> None:
-        check_sources_not_removed(Path("../run"), {flag: resolve_name(str(source))})
+        flags = {"model": "acme/model", "overwrite": True, flag: resolve_name(str(source))}
+        options = FinetuneOptions(dataset="digits", output_dir=Path("../run"), **flags)
+        find_run(Path("../run"), CheckpointStore(tmp_path, num_kept=1), options, pytest.fail)
 
     inside = tmp_path / "run/models/mine"
     for source in (inside, "models/mine", "../run", f"transformers:{inside}"):
