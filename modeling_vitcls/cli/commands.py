@@ -76,10 +76,15 @@ def run_predict(options: PredictOptions) -> None:
         vitcls predict --model runs/mine photo.jpg path/to/folder
         vitcls predict --model runs/mine --dataset table.csv --output labels.csv
         vitcls predict --model runs/mine --dataset path/or/hub-id --features cls --output cls.parquet
+        vitcls predict --model runs/mine collection --output labels.csv --review review.html
     """
     from ..inference.predict import predict_images
 
-    predict_images(options)
+    rows = predict_images(options)
+    if options.review is not None:
+        from ..publishing.review import write_review  # imports pandas
+
+        write_review(options.review, options, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,14 @@ class PredictOptions(ImageOptions, EngineOptions):
     can take all memory. An A3 scan at 1,200 dpi has 278; reading 195 took 3 GB."""
     strict: bool = False
     """End with exit status 1 if any image has no prediction. The output is written all the same."""
+    review: Path | None = None
+    """HTML page for a person, who clicks what photos show: those that the model is least sure about, that
+    look unknown, or that are drawn at random, without those with an answer. It needs no server."""
+    review_count: int = 100
+    """Number of photos on the page of --review. A quarter of them is drawn at random."""
+    answers: tuple[str, ...] = ()
+    """Files with the labels that a person gave on such pages: these photos have them, with `person` in the
+    column `source`, and are not asked about again."""
     num_workers: int | None = None
     """Number of image loading threads per process. With 0, an image is read when it is needed.
     Default: the number of CPU cores, but at most 8."""
@@ -146,7 +154,8 @@ class PredictOptions(ImageOptions, EngineOptions):
         check_minimum(self, 0, "num_workers")
         check_value(self, "features", self.features != (), "one name or more")
         check_suffix(self, "output", ".csv", ".json", ".jsonl", ".parquet")
-        check_output_files(output=self.output)
+        check_suffix(self, "review", ".html")
+        check_output_files(output=self.output, review=self.review)
 
     def check_files(self) -> None:
         self.check_images()

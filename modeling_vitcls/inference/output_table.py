@@ -25,6 +25,10 @@ from .outputs import ROWS_PER_GROUP, Columns, Writer
 from .prediction_rows import Row
 
 
+# Without features, which may not fit into memory
+SUMMARY = "index image label probability unknown checksum trained error".split()
+
+
 @dataclass(frozen=True)
 class OutputTable:
     """The file of a table.
@@ -67,15 +71,13 @@ class OutputTable:
             remainder.unlink(missing_ok=True)
 
     def write(self, rows: Iterator[Row]) -> list[Row]:
-        """Write the rows while they are computed, and return the index, `trained` and `error` of each."""
+        """Write the rows while they are computed, and return their columns of `SUMMARY`."""
         schema = pa.schema(list(self.columns.items()))
         summary: list[Row] = []
 
         def build_tables() -> Iterator[pa.Table]:
             while group := list(islice(rows, ROWS_PER_GROUP)):
-                summary.extend(
-                    {name: row[name] for name in ("index", "trained", "error")} for row in group
-                )
+                summary.extend({name: row.get(name) for name in SUMMARY} for row in group)
                 yield pa.Table.from_pylist(group, schema)
 
         with write_atomically(self.file) as file:

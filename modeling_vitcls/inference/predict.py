@@ -8,10 +8,11 @@ The batches of `Predictor` are assigned to the processes in turn. The features o
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
+import pyarrow as pa
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -28,8 +29,8 @@ from .prediction_rows import Row
 from .predictor import Predictor, build_predictor
 
 
-def predict_images(options: PredictOptions) -> None:
-    """Run the prediction that the options specify, and print or write the rows.
+def predict_images(options: PredictOptions) -> list[Row]:
+    """Run the prediction that the options specify, print or write the rows, and return them.
 
     Raises:
         ValueError, OSError: If the images or the model cannot be read, or the output cannot be
@@ -41,7 +42,14 @@ def predict_images(options: PredictOptions) -> None:
     with accelerator.main_process_first():  # The main process downloads the files
         predictor = build_predictor(options)
     columns = get_output_columns(predictor.columns.columns)
+    if "probability" not in columns and (options.answers or options.review):
+        raise ValueError("`answers` and `review` require a model with one label per image")
     rows = compute_rows(accelerator, predictor, records)
+    if options.answers:
+        from ..data.answers import read_answers  # imports pandas
+
+        columns["source"] = pa.string()
+        rows = apply_labels(rows, read_answers(options.answers)["label"].to_dict())
     if options.output is None:
         summary = list(rows)
         if accelerator.is_main_process:
@@ -82,6 +90,16 @@ def predict_images(options: PredictOptions) -> None:
             f"{len(missing_files):,} of the {num_images:,} images do not exist: "
             f"{format_name_list(missing_files)}. Check the paths"
         )
+    return summary
+
+
+def apply_labels(rows: Iterator[Row], labels: Mapping[str, str]) -> Iterator[Row]:
+    """Replace the label of photos with that of a person, by checksum, and name its `source`."""
+    for row in rows:
+        row["source"] = "model"
+        if row["checksum"] in labels:
+            row |= {"label": labels[row["checksum"]] or None, "source": "person"}
+        yield row
 
 
 def compute_rows(

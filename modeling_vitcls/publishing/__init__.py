@@ -6,6 +6,7 @@ report.py                  report.html and the card's sheet; what follows a run 
 card.py                    README.md, with one template per kind of model in templates/
 wrong_photos.py            wrong predictions of a run or an addition, for the report
 labels_page.py             the page on which a person says what photos show
+review.py                  the same page about photos without labels, of `predict --review`
 published_files.py         the files that a push publishes
 push.py                    permissions and the push
 verify.py                  verification of a published model, which is loaded in a new process

@@ -82,6 +82,13 @@ def summarize_predictions(
     }
 
 
+def draw_photo(image: Image.Image, bit_depth: int) -> Image.Image:
+    """Draw a whole photo as RGB, upright and small. 16-bit images use `bit_depth` bits."""
+    picture = to_upright_rgb(image, bit_depth)
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    return picture
+
+
 def draw_pictures(
     predictions: dict[str, Any], photos: Photos, class_names: Sequence[str], bit_depth: int
 ) -> dict[str, Any]:
@@ -96,8 +103,7 @@ def draw_pictures(
             images, index = photos[name]
             label = class_names[images.labels[index]]
             with suppress(ValueError):
-                picture = to_upright_rgb(images.images[index], bit_depth)
-                picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+                picture = draw_photo(images.images[index], bit_depth)
         return {"image": name, "label": label, "picture": picture}
 
     return {

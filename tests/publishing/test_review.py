@@ -1,0 +1,57 @@
+"""`predict --review`: the page that asks what photos of a collection show."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from helpers.tiny_models import raises_one_line, save_classifier
+
+from modeling_vitcls.cli.commands import run_predict
+from modeling_vitcls.inference.options import PredictOptions
+
+
+def ask(folder: Path, photos: Path, **flags: object) -> dict[str, str]:
+    """Write the page and the table, and return why the page asks about each photo, by checksum."""
+    options = {"paths": (str(photos),), "review": folder / "page.html", "review_count": 6, **flags}
+    run_predict(PredictOptions(model=str(folder / "model"), num_workers=0, **options))
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    return dict(re.findall(r'data-checksum="(\w+)" data-chosen="(\w+)"', page))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_classifier(tmp_path / "model")
+    return tmp_path
+
+
+def test_photos_are_asked_about_once(folder: Path, photos: Path) -> None:
+    table, answers = folder / "table.csv", folder / "answers.csv"
+    asked = ask(folder, photos, output=table)
+    assert Counter(asked.values()) == {"random": 1, "unsure": 5}
+    assert ask(folder, photos, output=table) == asked
+    assert "source" not in pd.read_csv(table)
+
+    first, second, *_ = asked
+    lines = ["checksum,label,chosen,time", f"{first},mine,random,1", f"{second},,unsure,1"]
+    answers.write_text("\n".join(lines))
+    left = ask(folder, photos, output=table, answers=(str(answers),), review_count=99)
+    assert len(left) == 7
+    assert not {first, second} & left.keys()
+    rows = pd.read_csv(table, index_col="checksum")
+    assert rows.loc[[first, second], "label"].fillna("none").tolist() == ["mine", "none"]
+    assert rows["source"].value_counts().to_dict() == {"model": 7, "person": 2}
+
+
+def test_the_least_sure_photos_are_asked_about(folder: Path, photos: Path) -> None:
+    asked = ask(folder, photos, output=folder / "table.parquet")
+    rows = pd.read_parquet(folder / "table.parquet").set_index("checksum")["probability"]
+    others = rows.drop([each for each, chosen in asked.items() if chosen == "random"])
+    unsure = {each for each, chosen in asked.items() if chosen == "unsure"}
+    assert unsure == {*others.nsmallest(5).index}
+
+
+def test_only_models_with_one_label_per_image_ask(folder: Path, photos: Path) -> None:
+    with raises_one_line("one label per image"):
+        ask(folder, photos, features=("cls",))
