@@ -41,15 +41,15 @@ def write_review(file: Path, options: PredictOptions, rows: Sequence[Row]) -> No
     drawn, rest = table[:num_drawn], table[num_drawn:].sort_values("probability")
     unknown = rest[rest["unknown"] == True][:num_drawn]  # noqa: E712
     unsure = rest.drop(unknown.index)[: options.review_count - num_drawn - len(unknown)]
-    parts = (drawn, unsure, unknown)
-    chosen = [part.assign(chosen=kind) for part, kind in zip(parts, (RANDOM, *HARD), strict=True)]
+    parts = zip((drawn, unsure, unknown), (RANDOM, *HARD), strict=True)
+    chosen = [part.assign(chosen=kind) for part, kind in parts]
 
     records, _ = open_input(options)
     folder = open_model(options.model)
-    bit_depth = folder.load_processor().bit_depth
+    processor = folder.load_processor()
     photos = []
     for row in pd.concat(chosen).to_dict("records"):
         encoded = to_encoded_image(records[row["index"]].content, Path())
-        picture = draw_photo(decode_image(encoded, row["image"]), bit_depth)
+        picture = draw_photo(decode_image(encoded, row["image"]), processor.bit_depth)
         photos.append(row | {"prediction": row["label"], "label": "", "picture": picture})
     write_labels_page(file, photos, [*folder.config.id2label.values()])

@@ -184,7 +184,7 @@ def describe_result(outcome: Outcome) -> str:
     if num_unmeasured and not first.task:
         return (
             f"{text}. The saved model was fitted to {outcome.num_training_images:,} images, of which "
-            f"{num_unmeasured:,} could not be left out, because the rest would lack their label"
+            f"{num_unmeasured:,} are not counted: a model was unsure about them, or the rest would lack their label"
         )
     return f"{text}. The saved model was fitted to all images"
 
