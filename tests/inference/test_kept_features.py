@@ -111,6 +111,15 @@ def test_kept_rows_equal_computed_ones(
     pd.testing.assert_frame_equal(label(photos, **flags), kept, rtol=tolerance)
 
 
+def test_features_that_are_not_kept_are_computed(
+    label: Callable[..., pd.DataFrame], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label(photos)
+    rows = label(photos, features=("patches",))
+    monkeypatch.setenv("VITCLS_CACHE", "none")
+    pd.testing.assert_frame_equal(label(photos, features=("patches",)), rows)
+
+
 def test_a_photo_is_known_by_its_content(
     label: Callable[..., pd.DataFrame], photos: Path, tmp_path: Path, passed: list[int]
 ) -> None:
