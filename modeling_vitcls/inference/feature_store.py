@@ -108,8 +108,7 @@ class FeatureStore:
         photo = compute_key(image)
         if photo is None:
             return decode()
-        row = self.read(photo)
-        if row is not None:
+        if (row := self.read(photo)) is not None:
             return row
         pixels = decode()
         # A file that changes while it is read is of no known content
@@ -158,7 +157,7 @@ class FeatureStore:
         """Write what is waiting, and remove what was not used for the longest time."""
         waiting, self.waiting = self.waiting, []
         self.last_write = time.monotonic()
-        if self.connection is None or not waiting:
+        if self.connection is None:
             return
         try:
             with self.connection as connection:

@@ -224,8 +224,7 @@ class FrozenEncoder:
         """
         encoder, config = self.encoder, self.encoder.config
         file = find_store_file()
-        sums = sum_weights(encoder)
-        if file is None or sums is None or not hasattr(processor, "to_dict"):
+        if file is None or not hasattr(processor, "to_dict") or not (sums := sum_weights(encoder)):
             return None
         parts = [
             PASS_VERSION,

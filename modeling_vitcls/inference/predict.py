@@ -94,11 +94,11 @@ def predict_images(options: PredictOptions) -> list[Row]:
 
 
 def apply_labels(rows: Iterator[Row], labels: Mapping[str, str]) -> Iterator[Row]:
-    """Replace the label of photos with that of a person, by checksum, and name its `source`."""
+    """Replace the label of photos with a person's, which has no probability, and name its `source`."""
     for row in rows:
         row["source"] = "model"
         if row["checksum"] in labels:
-            row |= {"label": labels[row["checksum"]] or None, "source": "person"}
+            row.update(label=labels[row["checksum"]] or None, probability=None, source="person")
         yield row
 
 

@@ -261,8 +261,7 @@ class Predictor:
         predict = self.columns.predict if store is None else self.predict_kept
         compute = GraphedFunction(partial(try_predict, predict), self.model.device)
         # A pool of threads costs more than one photo
-        num_workers = min(self.num_workers, len(records) - 1)
-        prepared = prepare_batches(prepare, batches, num_workers)
+        prepared = prepare_batches(prepare, batches, self.num_workers if len(records) > 1 else 0)
         computed = pass_over_images(compute, prepared, self.model.device, self.autocast)
         empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
         found: dict[int, Row] = {}

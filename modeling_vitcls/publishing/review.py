@@ -42,13 +42,13 @@ def write_review(file: Path, options: PredictOptions, rows: Sequence[Row]) -> No
     unknown = rest[rest["unknown"] == True][:num_drawn]  # noqa: E712
     unsure = rest.drop(unknown.index)[: options.review_count - num_drawn - len(unknown)]
     parts = zip((drawn, unsure, unknown), (RANDOM, *HARD), strict=True)
-    chosen = [part.assign(chosen=kind) for part, kind in parts]
+    asked = pd.concat(part.assign(chosen=kind) for part, kind in parts).to_dict("records")
 
     records, _ = open_input(options)
     folder = open_model(options.model)
     processor = folder.load_processor()
     photos = []
-    for row in pd.concat(chosen).to_dict("records"):
+    for row in asked:
         encoded = to_encoded_image(records[row["index"]].content, Path())
         picture = draw_photo(decode_image(encoded, row["image"]), processor.bit_depth)
         photos.append(row | {"prediction": row["label"], "label": "", "picture": picture})

@@ -341,6 +341,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
         pixels = np.kron(scenes, np.ones((1, 8, 8), np.uint8))
         pixels[:, :, edge] = 255
         save_images(folder / name, pixels)
+    (folder / "left" / "broken.png").write_bytes(b"no image")
     own = shutil.copytree(encoder, tmp_path / "own")
     processor = ViTCLSImageProcessor.from_pretrained(own)
     set_resize(processor, "crop", (32, 32))
@@ -348,6 +349,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     results = run_training(build_options(tmp_path / "run", own, folder))
 
     assert results["frozen"]["resize"] == "squash"
+    assert results["num_unreadable_images"] == 1
     assert get_resize(ViTCLSImageProcessor.from_pretrained(tmp_path / "run")) == "squash"
     assert results["num_right"] == results["num_images"]
 

@@ -41,6 +41,7 @@ def test_photos_are_asked_about_once(folder: Path, photos: Path) -> None:
     assert not {first, second} & left.keys()
     rows = pd.read_csv(table, index_col="checksum")
     assert rows.loc[[first, second], "label"].fillna("none").tolist() == ["mine", "none"]
+    assert rows.loc[[first, second], "probability"].isna().all()
     assert rows["source"].value_counts().to_dict() == {"model": 7, "person": 2}
 
 
