@@ -10,16 +10,14 @@ generators, which are seeded in each step. checkpoints.py writes the tensors to 
 
 The functions of torch.distributed.checkpoint.state_dict gather weights and moments, and distribute
 weights. Moments are not loaded with `set_optimizer_state_dict`, because this function sets a step
-count of 1 for parameters that have no moments in the checkpoint.
+count of 1 for parameters that have no moments in the checkpoint: they are overwritten in place.
 """
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,7 +28,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..runtime.distributed import run_on_main
 from .checkpoints import Checkpoint, Tensors
 
 
@@ -50,18 +47,11 @@ def gather_state(
     state and must be written to disk before training continues. `start` contains the weights
     before the first step, by name; it is empty if they are not needed.
     """
-    parameter_states: Any = {}
+    moments: Tensors = {}
     if optimizer.state:
-        optimizer_state = get_optimizer_state_dict(
-            model, optimizer, options=FULL_STATE_DICT_OPTIONS
+        moments = name_moments(
+            get_optimizer_state_dict(model, optimizer, options=FULL_STATE_DICT_OPTIONS)
         )
-        parameter_states = optimizer_state.get("state", {})
-    moments = {
-        f"{key}/{name}": value
-        for name, state in parameter_states.items()
-        for key, value in state.items()
-    }
-
     tensors = {"model": gather_weights(model), "optimizer": moments}
     if start:
         tensors["start"] = {}
@@ -89,19 +79,23 @@ def scatter_state(
             tensors from disk.
         start: weights before the first step, by name, which are overwritten in place.
     """
-    is_main_process = PartialState().is_main_process
-    weights: Any = checkpoint.load_tensors("model") if is_main_process else {}
+
+    def load_tensors(name: str) -> Tensors:
+        return checkpoint.load_tensors(name) if PartialState().is_main_process else {}
+
+    weights: Any = load_tensors("model")
     # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors, and a
     # process group, even with one process.
     is_distributed = distributed.is_initialized()
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
     set_model_state_dict(model, weights, options=options)
     if start:
-        stored = checkpoint.load_tensors("start") if is_main_process else {}
-        for name, target in start.items():
-            target.copy_(distribute_like(stored.get(name), target))
-    moments = checkpoint.load_tensors("optimizer") if is_main_process else {}
-    scatter_optimizer_state(moments, model, optimizer)
+        copy_from_main(load_tensors("start"), start)
+    # Accelerate's wrapper would pass the step that creates the moments to the loss scaler.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    copy_from_main(
+        load_tensors("optimizer"), name_moments(get_optimizer_state_dict(model, optimizer))
+    )
     if accelerator.scaler is not None and checkpoint.metadata["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
 
@@ -129,14 +123,12 @@ def gather_weights(model: nn.Module) -> Tensors:
     return weights
 
 
-def distribute_like(full_tensor: Tensor | None, like: Tensor) -> Tensor:
+def distribute_like(full_tensor: Tensor, like: Tensor) -> Tensor:
     """Give every process its shard of a tensor of the main process.
 
-    The result has the device and the sharding of `like`, whose dtype it has. `full_tensor` may be None
-    on all other processes.
+    The result has the device and the sharding of `like`, whose shape and dtype it has. On all other
+    processes, the values of `full_tensor` do not matter.
     """
-    if full_tensor is None:
-        full_tensor = torch.empty(like.shape, dtype=like.dtype)
     full_tensor = full_tensor.to(PartialState().device)
     if isinstance(like, DTensor):
         return distribute_tensor(full_tensor, like.device_mesh, like.placements)
@@ -145,34 +137,20 @@ def distribute_like(full_tensor: Tensor | None, like: Tensor) -> Tensor:
     return full_tensor
 
 
-def scatter_optimizer_state(
-    full_tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Load the optimizer state.
+def copy_from_main(full_tensors: Tensors, targets: Mapping[str, Tensor]) -> None:
+    """Overwrite tensors on every process with the tensors of the main process, by name.
 
-    Moments are sharded like their parameters, and step counts are copied.
+    A parameter that has had no gradient yet has no moments in a checkpoint: they are zeros.
     """
-    unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
-    parameters: Tensors = dict(unwrapped.named_parameters())
-    grouped_parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
+    for name, target in targets.items():
+        full_tensor = full_tensors.get(name, torch.zeros(target.shape, dtype=target.dtype))
+        target.copy_(distribute_like(full_tensor, target))
 
-    def read_state() -> dict[str, Any]:
-        # The result is sent to all processes. It has None for the moments, which are large and have
-        # the shapes and dtypes of their parameters. Step counts, which are small, are sent as tensors.
-        shapes = {name: parameters[name.split("/", 1)[1]].shape for name in full_tensors}
-        return {
-            name: None if tensor.ndim and tensor.shape == shapes[name] else tensor
-            for name, tensor in full_tensors.items()
-        }
 
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in run_on_main(read_state).items():
-        key, parameter_name = name.split("/", 1)
-        parameter = parameters[parameter_name]
-        if value is None:
-            value = distribute_like(full_tensors.get(name), parameter)
-        state.setdefault(indices[id(parameter)], {})[key] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+def name_moments(state_dict: Mapping[str, Any]) -> Tensors:
+    """Name the tensors in the state of an optimizer: `exp_avg/NAME`; empty on the other processes."""
+    return {
+        f"{key}/{name}": value
+        for name, state in state_dict.get("state", {}).items()
+        for key, value in state.items()
+    }
