@@ -2,11 +2,12 @@
 
     for batch in track(batches, "features", 245, count=len):       features 120 of 245 images
 
-All passes over images and the folds of a cross-validation use `track`.
+All passes over images, the steps of a run and the folds of a cross-validation use `track`.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -40,6 +41,7 @@ def track(
     description: str,
     total: int | None = None,
     *,
+    num_done: int = 0,
     count: Callable[[Item], int] = lambda item: 1,
     unit: str = "images",
     console: Console | None = None,
@@ -51,6 +53,7 @@ def track(
         items: what is processed.
         description: what is done with the items, such as "evaluating".
         total: number of images. Default: the number of items, if it is known.
+        num_done: number of images that were processed before.
         count: returns the number of images of an item.
         unit: name of what is counted, which may be empty.
         console: where the progress is shown; a quiet console shows nothing. Default: the standard
@@ -62,11 +65,11 @@ def track(
         total = len(items)
     is_log = not console.is_terminal and not console.quiet
     total_text = "" if total is None else f" of {total:,}"
-    num_processed = 0
+    num_processed = num_done
     line_time = time.monotonic() + SILENT_SECONDS
 
     with Progress(console=console, transient=True, disable=is_log or not has_bar) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(description, total=total, completed=num_done)
         for item in items:
             yield item
             # The item is counted only now: the caller requests the next one when it has processed
@@ -75,5 +78,7 @@ def track(
             bar.update(task, completed=num_processed)
             if is_log and time.monotonic() >= line_time:
                 text = f"{description} {num_processed:,}{total_text} {unit}".rstrip()
+                if seconds := bar.tasks[0].time_remaining:
+                    text += f", {timedelta(seconds=seconds)} left"
                 console.print(text, markup=False)
                 line_time = time.monotonic() + LINE_SECONDS

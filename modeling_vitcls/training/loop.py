@@ -29,6 +29,7 @@ from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import MetricValues, select_scalars
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
+from ..runtime.progress import track
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import gather_state, reshard, scatter_state
 from .losses import Losses, Objective
@@ -115,11 +116,20 @@ class TrainingLoop:
         # The checkpoint was saved before the evaluation of its step, and the run was then stopped.
         # Catch up before the next step changes the weights.
         metrics = self.evaluate_step() if self.state.pending_record else {}
-        while self.state.step < self.plan.num_steps:
+        num_steps = self.plan.num_steps
+        steps = track(
+            range(self.state.step, num_steps),
+            "training",
+            num_steps,
+            num_done=self.state.step,
+            unit="steps",
+            console=self.reporter.console,
+        )
+        for _ in steps:
             metrics = self.run_step(batches)
             # After the last step, a signal is ignored: only the results are missing, and a stopped
             # run would be resumed for nothing else.
-            is_last_step = self.state.step == self.plan.num_steps
+            is_last_step = self.state.step == num_steps
             name = None if is_last_step else self.signals.get_signal()
             if name:
                 self.save()
@@ -154,7 +164,6 @@ class TrainingLoop:
         start_time = time.perf_counter()
         record = self.run_optimizer_step(batches)
         self.step_seconds.append(time.perf_counter() - start_time)
-        self.reporter.show_step(state.step)
 
         if should_log:
             record |= self.compute_recent_metrics()
@@ -275,7 +284,9 @@ class TrainingLoop:
         for task, task_metrics in metrics.get("tasks", {}).items():
             for name, value in select_scalars(task_metrics).items():
                 scalars[f"{self.evaluated_images}_{task}_{name}"] = value
-        self.log(state.pending_record | scalars)
+        record = state.pending_record | scalars
+        self.log(record)
+        self.reporter.print_evaluation(record)
         state.pending_record = {}
         return metrics
 

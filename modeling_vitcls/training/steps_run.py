@@ -74,11 +74,7 @@ def run_steps(
 
     # Signals are caught from here on, not earlier: before the first step, there is nothing that a
     # checkpoint could save, and Ctrl-C may end the program at once.
-    with (
-        SignalHandler() as signals,
-        reporter.progress,
-        explain_worker_errors(options.num_workers),
-    ):
+    with SignalHandler() as signals, explain_worker_errors(options.num_workers):
         loop, batches = build_loop(
             inputs,
             plan,

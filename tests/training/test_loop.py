@@ -21,6 +21,7 @@ from helpers.read_datasets import read_training_data
 from helpers.tiny_models import assert_same_bits, build_random
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
 from helpers.warm_processes import SECONDS
+from rich.console import Console
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -91,7 +92,7 @@ class RecordedLoop:
         prepare(self.model)
         self.state = TrainingState(*self.accelerator.prepare(self.model, optimizer(self.model)))
         self.normalise = Normalizer(processor, self.accelerator.device)
-        self.reporter = Mock()
+        self.reporter = Mock(console=Console(quiet=True))
         self.saved: list[int] = []
         self.signal_step: int | None = None
         self.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8, 0.9])

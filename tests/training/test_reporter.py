@@ -19,7 +19,7 @@ RECORD = {"epoch": 0.5, "loss": 2.0, "learning_rate": 2.5e-4, "images_per_second
 def build_reporter(folder: Path) -> tuple[Reporter, io.StringIO]:
     output = io.StringIO()
     reporter = Reporter(folder / "metrics.jsonl", Accelerator(cpu=True))
-    reporter.console = reporter.progress.live.console = Console(file=output, soft_wrap=True)
+    reporter.console = Console(file=output, soft_wrap=True)
     return reporter, output
 
 
@@ -49,25 +49,23 @@ def test_only_the_main_process_writes_and_prints(
     monkeypatch.setattr(Accelerator, "is_main_process", False)
     reporter = Reporter(tmp_path / "metrics.jsonl", Accelerator(cpu=True))
     reporter.start_after(0, 10)
-    with reporter.progress:
-        reporter.print_line("data", "a line")
-        reporter.warn("a warning")
-        reporter.log(RECORD | {"step": 1})
+    reporter.print_line("data", "a line")
+    reporter.warn("a warning")
+    reporter.log(RECORD | {"step": 1})
+    reporter.print_evaluation(RECORD | {"step": 1})
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
 
 
-def test_a_log_file_gets_the_records_with_scores(tmp_path: Path) -> None:
+def test_an_evaluation_is_a_line_with_the_score_of_the_run(tmp_path: Path) -> None:
     reporter, output = build_reporter(tmp_path)
     reporter.start_after(0, 900, "accuracy")
-    for step in range(10, 901, 10):
-        scores = {"held_out_accuracy": 0.5} if step % 90 == 0 else {}
-        reporter.log(RECORD | {"step": step} | scores)
-    lines = output.getvalue().splitlines()
-    assert len(lines) == 10
-    assert all("accuracy" in line for line in lines)
-    assert lines[-1].startswith("step 900/900")
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 90
+    scores = {"held_out_accuracy": 0.5, "held_out_loss": 3.0}
+    reporter.log(RECORD | {"step": 890})
+    reporter.print_evaluation(RECORD | {"step": 900} | scores)
+    (line,) = output.getvalue().splitlines()
+    assert line.startswith("step 900/900")
+    assert line.endswith("  held out: accuracy 50%")
 
 
 def test_brackets_are_not_markup(tmp_path: Path) -> None:

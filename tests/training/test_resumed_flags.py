@@ -49,14 +49,14 @@ def stopped(command: list[str], module_path: Path) -> Path:
     """Return the output folder of a run that was stopped after its first step."""
     reset_accelerate()
     folder = module_path / "stopped"
-    show_step = Reporter.show_step
+    log = Reporter.log
 
-    def stop(reporter: Reporter, step: int) -> None:
-        show_step(reporter, step)
+    def stop(reporter: Reporter, record: dict[str, Any]) -> None:
+        log(reporter, record)
         signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reporter, "show_step", stop)
+        patch.setattr(Reporter, "log", stop)
         with pytest.raises(SystemExit, match="143"):  # 128 + SIGTERM
             main([*command, "--output-dir", str(folder)])
     (checkpoint,) = folder.glob("checkpoints/*")
