@@ -41,9 +41,8 @@ from ..runtime.errors import format_error, format_name_list
 
 
 TIMM_PREFIX = "timm:"
-# Model, preprocessing, label names in the order of the logits (None if they have no names), and
-# number of labels
-LoadedTeacher = tuple[nn.Module, "TeacherPreprocessing", list[str] | None, int]
+# Model, preprocessing, and label names in the order of the logits: LABEL_0, ... if they have no names
+LoadedTeacher = tuple[nn.Module, "TeacherPreprocessing", list[str]]
 
 
 @dataclass(frozen=True)
@@ -120,10 +119,10 @@ def load_teacher(
     labels are assumed to be in the same order. `Teacher.description` states this assumption.
     """
     if source.startswith(TIMM_PREFIX):
-        model, preprocessing, names, num_labels = load_timm_teacher(source)
+        model, preprocessing, names = load_timm_teacher(source)
     else:
-        model, preprocessing, names, num_labels = load_transformers_teacher(source, student)
-    label_indices, note = match_labels(source, names, num_labels, labels.names)
+        model, preprocessing, names = load_transformers_teacher(source, student)
+    label_indices, note = match_labels(source, names, labels.names)
     return Teacher(source, model, preprocessing, label_indices, note).to(device)
 
 
@@ -136,31 +135,26 @@ def measure(teacher: Teacher, student: nn.Module, images: Evaluator) -> MetricVa
     return build_predictions(images.label_space, outputs).metrics
 
 
-def match_labels(
-    source: str, names: list[str] | None, num_labels: int, labels: list[str]
-) -> tuple[list[int], str]:
-    """Find each label in the teacher's logits; also return a note on the mapping.
-
-    `names` is None if its labels have no names.
-    """
-    names = names and list(map(normalize_name, names))
-    if names is None and num_labels == len(labels):
+def match_labels(source: str, names: list[str], labels: list[str]) -> tuple[list[int], str]:
+    """Find each label in the teacher's logits, which have names; also return a note on the mapping."""
+    are_unnamed = names == [f"LABEL_{index}" for index in range(len(names))]
+    if are_unnamed and len(names) == len(labels):
         return (
-            list(range(num_labels)),
-            f"; the teacher's {num_labels} labels have no names and are assumed to be in the "
+            list(range(len(names))),
+            f"; the teacher's {len(names)} labels have no names and are assumed to be in the "
             "dataset's order",
         )
 
-    if missing_names := [name for name in labels if (names or []).count(name) != 1]:
-        names_text = (
-            f"{num_labels} labels without names" if names is None else format_name_list(names, 8)
-        )
+    names = list(map(normalize_name, names))
+    if missing_names := [name for name in labels if names.count(name) != 1]:
+        names_text = format_name_list(names, 8)
+        if are_unnamed:
+            names_text = f"{len(names)} labels without names"
         raise ValueError(
             f"the teacher {source} must have exactly one label {missing_names[0]!r}, like the "
             f"dataset, but has {names_text}. Use a teacher that was trained on the dataset's labels"
         )
 
-    assert names is not None, "a teacher without names lacks every label"
     note = ""
     if len(names) > len(labels):
         note = f"; {len(labels)} of the teacher's {len(names)} labels are used"
@@ -196,14 +190,13 @@ def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeach
             "a teacher of this kind"
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
-    has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
     if config.model_type == "timm_wrapper":
         preprocessing = build_timm_preprocessing(processor.data_config)
     else:
         preprocessing = build_processor_preprocessing(
             processor, getattr(config, "num_channels", 3), student
         )
-    return model, preprocessing, names if has_names else None, config.num_labels
+    return model, preprocessing, names
 
 
 @contextmanager
@@ -260,7 +253,8 @@ def load_timm_teacher(source: str) -> LoadedTeacher:
 
         model: Any = load_timm_model(source.removeprefix(TIMM_PREFIX))[0]
     preprocessing = build_timm_preprocessing(timm.data.resolve_model_data_config(model))
-    return model, preprocessing, model.pretrained_cfg.get("label_names"), model.num_classes
+    unnamed = [f"LABEL_{index}" for index in range(model.num_classes)]
+    return model, preprocessing, model.pretrained_cfg.get("label_names") or unnamed
 
 
 def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessing:

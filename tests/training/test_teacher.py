@@ -205,7 +205,7 @@ def test_labels_are_matched_by_name(resnet: Path) -> None:
     some = load_labeled_teacher(resnet, "cat", "ant")
     assert torch.equal(some(build_pixels()), plain[:, [2, 0]])
     composed, decomposed = get_unicode_forms("café")
-    assert match_labels("teacher", ["a", decomposed], 2, [composed, "a"]) == ([1, 0], "")
+    assert match_labels("teacher", ["a", decomposed], [composed, "a"]) == ([1, 0], "")
 
 
 def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
     with raises_one_line("'dog'", "ant, bee, cat"):
         load_labeled_teacher(resnet, "ant", "dog", "cat")
     with raises_one_line("'ant'"):
-        match_labels("teacher", ["ant", "ant", "bee"], 3, ["ant", "bee"])
+        match_labels("teacher", ["ant", "ant", "bee"], ["ant", "bee"])
 
 
 # Invalid teachers ---------------------------------------------------------------------------------
