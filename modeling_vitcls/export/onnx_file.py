@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..conversion.parity_report import compare_outputs, get_non_square_size
-from ..inference.prediction_rows import DISTANCE
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.errors import format_error
 from .tracing import INPUT_NAME, GraphShape, Outputs
@@ -99,11 +98,9 @@ class OnnxGraph:
 # Differences from the model, on random images -----------------------------------------------------
 
 
-# Data type of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of
-# the output.
-LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2)}
-# Relative tolerance of the distance to the nearest class, as a difference of large numbers
-DISTANCE_LIMIT = 1e-4
+ABSOLUTE_LIMIT = 1e-4  # Tolerance of small outputs
+# Data type of the graph -> further tolerance, relative to the largest absolute value of the output
+LIMITS = {"float32": 1e-4, "float16": 1e-2}
 
 
 def select_image_shapes(
@@ -139,14 +136,13 @@ def measure_differences(
     batches: list[Tensor],
     reference_outputs: list[Outputs],
     outputs: list[Outputs],
-    limits: tuple[float, float],
+    relative_limit: float,
 ) -> list[dict[str, Any]]:
     """Find the largest differences between the outputs of a file and of the model, by batch.
 
-    Raise ValueError if the names or shapes differ, or if a difference exceeds the limits
-    (`LIMITS`).
+    Raise ValueError if the names or shapes differ, or if a difference exceeds `ABSOLUTE_LIMIT` and
+    `relative_limit` together.
     """
-    absolute_limit, relative_limit = limits
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
         shape = list(images.shape)
@@ -161,9 +157,7 @@ def measure_differences(
             )
         comparison = compare_outputs(result, reference)
         for name, difference in comparison["differences"].items():
-            own_limit = DISTANCE_LIMIT if name == DISTANCE else 0.0
-            magnitude = comparison["magnitudes"][name]
-            limit = absolute_limit + max(relative_limit, own_limit) * magnitude
+            limit = ABSOLUTE_LIMIT + relative_limit * comparison["magnitudes"][name]
             # Written with `not`, so NaN also raises the error.
             if not difference <= limit:
                 raise ValueError(

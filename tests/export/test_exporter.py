@@ -188,7 +188,7 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(tmp_path / "model", num_hidden_layers=1)
-    monkeypatch.setitem(onnx_file.LIMITS, "float32", (-1.0, 0.0))
+    monkeypatch.setitem(onnx_file.LIMITS, "float32", -1.0)
     with raises_one_line("differs", "logits", "limit"):
         export(tmp_path / "model", tmp_path / "not/a.onnx", dynamic=False)
     assert get_file_names(tmp_path) == {"model"}
