@@ -62,8 +62,6 @@ class TrainingState:
     # Trainable weights before the first step, by name; empty if they are not averaged with the last
     start: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0  # Number of completed optimizer steps
-    # Losses of the steps since the last record
-    recent_losses: list[dict[str, float]] = field(default_factory=list)
     # Metrics of a step that has not been evaluated yet; otherwise empty
     pending_record: MetricValues = field(default_factory=dict)
     earlier_seconds: float = 0.0  # Training time before --resume
@@ -96,6 +94,7 @@ class TrainingLoop:
         # Durations of the steps of this process since the last record, without evaluations and
         # checkpoints
         self.step_seconds: list[float] = []
+        self.recent_losses: list[dict[str, float]] = []  # Of the same steps
         self.unreadable_images: set[int] = set()  # The reported ones
         # Messages of unreadable images that are not reported yet
         self.unreported_errors: dict[int, str] = {}
@@ -227,7 +226,7 @@ class TrainingLoop:
                     state.optimizer.zero_grad()
 
         state.step += 1
-        state.recent_losses.append(
+        self.recent_losses.append(
             {name: fmean(loss[name].item() for loss in losses) for name in losses[0]}
         )
 
@@ -308,7 +307,7 @@ class TrainingLoop:
         Losses are means over all processes and these steps. The speed excludes evaluations and
         checkpoints.
         """
-        recent_losses = self.state.recent_losses
+        recent_losses = self.recent_losses
         local_means = [fmean(losses[name] for losses in recent_losses) for name in recent_losses[0]]
         num_images = len(self.step_seconds) * self.plan.images_per_step
         images_per_second = round(num_images / math.fsum(self.step_seconds), 1)
@@ -344,7 +343,6 @@ class TrainingLoop:
         metadata = self.run_metadata | {
             "step": state.step,
             "training_seconds": self.get_training_seconds(),
-            "recent_losses": gather_object([state.recent_losses]),
             "pending_record": state.pending_record,
             "unreadable_images": sorted(self.unreadable_images),
         }
@@ -366,12 +364,6 @@ class TrainingLoop:
         metadata = checkpoint.metadata
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.start)
         state.step = checkpoint.step
-
-        losses_by_process = metadata["recent_losses"]
-        # A run may be resumed with more processes. These losses are only logged, as means.
-        process_index = self.accelerator.process_index % len(losses_by_process)
-        state.recent_losses = losses_by_process[process_index]
-
         state.pending_record = metadata["pending_record"]
         self.unreadable_images.update(metadata["unreadable_images"])
         state.earlier_seconds = metadata["training_seconds"]
