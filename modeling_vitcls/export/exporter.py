@@ -91,8 +91,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         if not options.output.suffix and not (options.output / CONFIG_FILE).exists():
             # What a program needs in addition to the graph, if the folder is not the model's
             model.config.to_json_file(folder / CONFIG_FILE)
-            if exportable.processor is not None:
-                exportable.processor.to_json_file(folder / PROCESSOR_FILE)
+            exportable.processor.to_json_file(folder / PROCESSOR_FILE)
         write_json(folder / report_name, report)
     return report
 
@@ -113,7 +112,7 @@ def check_target(target: Path) -> None:
 
 def fit_processor(processor: Any, shape: GraphShape) -> None:
     """Make an image processor return the size of a graph, if the graph accepts only one."""
-    if processor is not None and not shape.is_dynamic:
+    if not shape.is_dynamic:
         set_resize(processor, get_resize(processor), shape.image_size)
 
 
@@ -183,14 +182,12 @@ def build_file_record(
     }
 
 
-def build_preprocessing_record(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """List what the image processor does to an image; None without a processor.
+def build_preprocessing_record(processor: ViTCLSImageProcessor) -> dict[str, Any]:
+    """List what the image processor does to an image.
 
     Settings that are None are left out. Two steps have no setting: images are turned upright, and
     transparent ones are put on white.
     """
-    if processor is None:
-        return None
     names = (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size", "bit_depth")
     settings = {"orientation": "exif", "transparency": "white", **select_settings(processor, names)}
     if "resample" in settings:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..conversion.open_model import is_preset, open_model
-from ..hub.model_folder import ModelFolder
+from ..hub.model_folder import ModelFolder, build_processor
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -78,7 +78,7 @@ class Exportable(NamedTuple):
     """A model to export, in float32 and evaluation mode."""
 
     model: ViTCLSPreTrainedModel
-    processor: ViTCLSImageProcessor | None  # None if the checkpoint has none
+    processor: ViTCLSImageProcessor
     folder: ModelFolder | None  # None for a preset, which has random weights
 
 
@@ -92,7 +92,7 @@ def load_exportable_model(source: str) -> Exportable:
     """
     if is_preset(source):
         preset = ViTCLSForImageClassification(ViTCLSConfig.from_preset(source))
-        return Exportable(preset.eval(), None, None)
+        return Exportable(preset.eval(), build_processor(preset.config), None)
     folder = open_model(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]
     classes: dict[str, Any] = {each.__name__: each for each in EXPORTABLE_CLASSES}
@@ -102,8 +102,7 @@ def load_exportable_model(source: str) -> Exportable:
             "`model` to a model of a supported class"
         )
     model = folder.load(classes[class_name], dtype=torch.float32)
-    processor = folder.load_processor() if folder.has_processor else None
-    return Exportable(model, processor, folder)
+    return Exportable(model, folder.load_processor(), folder)
 
 
 # The graph ----------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def export_for_transformers_js(source: str, output: Path) -> dict[str, Any]:
     check_output_is_empty(output)
     model, processor, source_folder = load_exportable_model(source)
     is_supported = isinstance(model, ViTCLSForImageClassification | ViTCLSModel)
-    if not is_supported or processor is None or not processor.do_convert_rgb:
+    if not is_supported or not processor.do_convert_rgb:
         raise ValueError(
             "transformers.js requires an encoder or a classifier for one task, with an image "
             f"processor for RGB images, but {source} contains another {type(model).__name__}. Set "

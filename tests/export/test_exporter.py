@@ -313,7 +313,7 @@ def test_a_preset_is_exported_to_a_folder(tmp_path: Path) -> None:
     flags = ("--model", "vitcls-tiny", "--output", tmp_path / "new")
     assert run_in_process("export.py", *flags) == 0
     files = get_file_names(tmp_path / "new")
-    assert files == {"config.json", "model.onnx", "model.onnx.json"}
+    assert files == {"config.json", "preprocessor_config.json", "model.onnx", "model.onnx.json"}
 
 
 def test_a_new_folder_has_the_processor_of_a_graph_of_one_size_with_resampled_positions(
