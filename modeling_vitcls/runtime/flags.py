@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,24 +119,24 @@ def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> No
         raise ValueError(f"`{name}` is {getattr(options, name)}, but it must be {requirement}")
 
 
-def check_minimum(options: Any, minimum: int, *names: str) -> None:
-    """Raise ValueError if a flag in `names`, or one of its values, is set and below the minimum."""
+def check_each(options: Any, is_valid: Callable[[Any], Any], requirement: str, *names: str) -> None:
+    """Raise ValueError if a flag in `names`, or one of its values, is set and not valid."""
     for name in names:
         value = getattr(options, name)
         values = value if isinstance(value, tuple) else (value,)
-        is_valid = all(each is None or each >= minimum for each in values)
-        check_value(options, name, is_valid, f"{minimum} or more")
+        are_valid = all(each is None or is_valid(each) for each in values)
+        check_value(options, name, are_valid, requirement)
+
+
+def check_minimum(options: Any, minimum: int, *names: str) -> None:
+    """Raise ValueError if a flag in `names`, or one of its values, is set and below the minimum."""
+    check_each(options, lambda value: value >= minimum, f"{minimum} or more", *names)
 
 
 def check_suffix(options: Any, name: str, *suffixes: str) -> None:
     """Raise ValueError if a flag is a file that does not end in one of the suffixes."""
-    file = getattr(options, name)
-    check_value(
-        options,
-        name,
-        file is None or file.suffix.lower() in suffixes,
-        f"a file that ends in {' or '.join(suffixes)}",
-    )
+    requirement = f"a file that ends in {' or '.join(suffixes)}"
+    check_each(options, lambda file: file.suffix.lower() in suffixes, requirement, name)
 
 
 def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:

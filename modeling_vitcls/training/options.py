@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.options import AugmentationOptions, DataOptions
-from ..runtime.flags import Options, check_minimum, check_value
+from ..runtime.flags import Options, check_each, check_minimum
 
 
 # Flags of the model that are no fields of its configuration
@@ -221,29 +221,25 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps")
         check_minimum(self, 1, "save_every", "keep_checkpoints")
         check_minimum(self, 0, "weight_decay", "seed")
-        check_value(
+        check_each(
             self,
-            "epochs",
-            self.epochs is None or 0 < self.epochs < math.inf,
+            lambda value: 0 < value < math.inf,
             "above 0 and finite",
+            "epochs",
+            "learning_rate",
         )
-        rates = (
-            self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
-        )
-        is_valid = all(rate is None or 0 < rate < math.inf for rate in rates)
-        check_value(self, "learning_rate", is_valid, "above 0 and finite")
-        for name in ("warmup", "label_smoothing", "average_with_start"):
-            check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        check_value(
+        check_each(
             self,
-            "layer_decay",
-            self.layer_decay is None or 0 < self.layer_decay <= 1,
-            "above 0 and at most 1",
+            lambda value: 0 <= value < 1,
+            "at least 0 and below 1",
+            "warmup",
+            "label_smoothing",
+            "average_with_start",
         )
-
-        check_value(
+        check_each(self, lambda value: 0 < value <= 1, "above 0 and at most 1", "layer_decay")
+        check_each(
             self,
-            "trainable",
-            bool(re.fullmatch(r"full|head|lora|tokens|last-[1-9]\d*", self.trainable)),
+            re.compile(r"full|head|lora|tokens|last-[1-9]\d*").fullmatch,
             "full, head, lora, tokens or last-N such as last-2",
+            "trainable",
         )
