@@ -3,9 +3,8 @@
     batch -> objective -> accumulated gradients -> clipping -> AdamW
                           at intervals: metrics record, evaluation, checkpoint
 
-`TrainingState` contains the state that changes during training. The learning rate, the order and
-augmentation of the images, and the random numbers in the model are computed from the step and are
-not stored.
+A checkpoint contains what changes during training. The learning rate, the order and augmentation of
+the images, and the random numbers in the model are computed from the step and are not stored.
 """
 
 import math
@@ -51,27 +50,12 @@ MAX_CONSECUTIVE_OVERFLOWS = 19
 
 
 @dataclass
-class TrainingState:
-    """What a checkpoint restores.
+class TrainingLoop:
+    """Loop that trains from `step` to `plan.num_steps`."""
 
-    The model and the optimizer are wrapped by `Accelerator.prepare`.
-    """
-
+    # From `Accelerator.prepare`, which wraps them
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    # Trainable weights before the first step, by name; empty if they are not averaged with the last
-    start: dict[str, Tensor] = field(default_factory=dict)
-    step: int = 0  # Number of completed optimizer steps
-    # Metrics of a step that has not been evaluated yet; otherwise empty
-    pending_record: MetricValues = field(default_factory=dict)
-    earlier_seconds: float = 0.0  # Training time before --resume
-
-
-@dataclass
-class TrainingLoop:
-    """Loop that trains from `state.step` to `plan.num_steps`."""
-
-    state: TrainingState
     objective: Objective
     evaluate_model: Evaluate  # Evaluates the model from `Accelerator.prepare`
     plan: BatchPlan
@@ -88,6 +72,14 @@ class TrainingLoop:
     run_metadata: dict[str, Any] = field(default_factory=dict)
     # Which tokens of a parameter are new (model.find_new_tokens); the others keep their values
     new_tokens: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    # Trainable weights before the first step, by name; empty if they are not averaged with the last
+    start: dict[str, Tensor] = field(default_factory=dict)
+
+    # What a checkpoint restores, too
+    step: int = 0  # Number of completed optimizer steps
+    # Metrics of a step that has not been evaluated yet; otherwise empty
+    pending_record: MetricValues = field(default_factory=dict)
+    earlier_seconds: float = 0.0  # Training time before --resume
 
     def __post_init__(self) -> None:
         self.start_time = time.perf_counter()
@@ -99,10 +91,10 @@ class TrainingLoop:
         # Messages of unreadable images that are not reported yet
         self.unreported_errors: dict[int, str] = {}
         self.num_overflows = 0  # Number of consecutive steps that the loss scaler skipped
-        self.model = self.accelerator.unwrap_model(self.state.model)
+        self.unwrapped = self.accelerator.unwrap_model(self.model)
         # A checkpoint is loaded later: movement counts from the start of training, not from the
         # resumption.
-        self.initial_tokens = copy_special_tokens(self.model)
+        self.initial_tokens = copy_special_tokens(self.unwrapped)
 
     def run(self, batches: Iterator[Batch]) -> MetricValues:
         """Run the remaining steps, and return the metrics of the final evaluation.
@@ -111,16 +103,16 @@ class TrainingLoop:
         `gradient_accumulation_steps` batches. After a stop signal, save a checkpoint and raise
         RunStopped. Also raise RunStopped if a loss or gradient is not finite.
         """
-        set_train_mode(self.state.model)
+        set_train_mode(self.model)
         # The checkpoint was saved before the evaluation of its step, and the run was then stopped.
         # Catch up before the next step changes the weights.
-        metrics = self.evaluate_step() if self.state.pending_record else {}
+        metrics = self.evaluate_step() if self.pending_record else {}
         num_steps = self.plan.num_steps
         steps = track(
-            range(self.state.step, num_steps),
+            range(self.step, num_steps),
             "training",
             num_steps,
-            num_done=self.state.step,
+            num_done=self.step,
             unit="steps",
             console=self.reporter.console,
         )
@@ -128,7 +120,7 @@ class TrainingLoop:
             metrics = self.run_step(batches)
             # After the last step, a signal is ignored: only the results are missing, and a stopped
             # run would be resumed for nothing else.
-            is_last_step = self.state.step == num_steps
+            is_last_step = self.step == num_steps
             name = None if is_last_step else self.signals.get_signal()
             if name:
                 self.save()
@@ -148,8 +140,7 @@ class TrainingLoop:
         due is saved before the evaluation, because a cluster may kill the process during a long
         evaluation. A run that is resumed from this checkpoint starts with the evaluation.
         """
-        state = self.state
-        next_step = self.state.step + 1
+        next_step = self.step + 1
         is_last_step = next_step == self.plan.num_steps
         should_evaluate = is_last_step or is_evaluation_due(next_step, self.plan)
         log_interval = min(max(self.plan.num_steps // 10, 1), MAX_LOG_INTERVAL)
@@ -169,7 +160,7 @@ class TrainingLoop:
         if should_evaluate:
             # This is set before the checkpoint is saved: a resumed run then evaluates this step
             # first.
-            state.pending_record = record
+            self.pending_record = record
         elif should_log:
             self.log(record)
         if should_save:
@@ -181,13 +172,12 @@ class TrainingLoop:
 
         Return the record of the step.
         """
-        state = self.state
         accelerator = self.accelerator
         # Computed from the step. A scheduler would be one more state to save and to restore.
         learning_rate = get_learning_rate(
-            state.step, self.plan.num_steps, state.optimizer.defaults["lr"], self.warmup
+            self.step, self.plan.num_steps, self.optimizer.defaults["lr"], self.warmup
         )
-        for group in state.optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
 
         losses: list[Losses] = []
@@ -200,19 +190,19 @@ class TrainingLoop:
             # Seeded by the step, so a resumed run draws the same numbers without a stored generator.
             # The processes draw different ones, for example for dropout.
             torch.manual_seed(
-                derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index)
+                derive_seed(self.plan.seed, self.step, batch_index, accelerator.process_index)
             )
 
-            with accelerator.accumulate(state.model):
-                batch_losses = self.objective(state.model, batch)
+            with accelerator.accumulate(self.model):
+                batch_losses = self.objective(self.model, batch)
                 # Kept as tensors: a number would make the GPU wait for each batch.
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
                 accelerator.backward(batch_losses["loss"])
                 if accelerator.sync_gradients:  # After the last accumulated batch
-                    keep_old_tokens(self.model, self.new_tokens)
+                    keep_old_tokens(self.unwrapped, self.new_tokens)
                     parameters = [
                         parameter
-                        for parameter in state.model.parameters()
+                        for parameter in self.model.parameters()
                         if parameter.requires_grad
                     ]
                     gradient_norm = float(
@@ -222,17 +212,17 @@ class TrainingLoop:
                     # both moments of AdamW for good, and the last checkpoint would be the only way
                     # back.
                     self.check_finite(losses, gradient_norm)
-                    state.optimizer.step()
-                    state.optimizer.zero_grad()
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
 
-        state.step += 1
+        self.step += 1
         self.recent_losses.append(
             {name: fmean(loss[name].item() for loss in losses) for name in losses[0]}
         )
 
         return {
-            "step": state.step,
-            "epoch": round(self.plan.count_epochs(state.step), 4),
+            "step": self.step,
+            "epoch": round(self.plan.count_epochs(self.step), 4),
             "learning_rate": learning_rate,
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
@@ -254,9 +244,9 @@ class TrainingLoop:
         # in the next step until the timeout.
         num_finite = torch.tensor(int(is_finite), device=self.accelerator.device)
         if self.accelerator.reduce(num_finite, "sum") < self.accelerator.num_processes:
-            self.state.optimizer.zero_grad()
+            self.optimizer.zero_grad()
             raise RunStopped(
-                f"the loss or its gradient is not finite in step {self.state.step + 1}. Set a "
+                f"the loss or its gradient is not finite in step {self.step + 1}. Set a "
                 "lower `learning_rate`, a longer `warmup`, or `mixed_precision='no'`"
             )
 
@@ -264,16 +254,15 @@ class TrainingLoop:
 
     def evaluate(self) -> MetricValues:
         """Measure the current weights, and go on training as before."""
-        self.state.model.eval()
-        metrics = self.evaluate_model(self.state.model)
+        self.model.eval()
+        metrics = self.evaluate_model(self.model)
         # FSDP2 keeps the full weights after a forward pass without a backward pass.
-        reshard(self.state.model)
-        set_train_mode(self.state.model)
+        reshard(self.model)
+        set_train_mode(self.model)
         return metrics
 
     def evaluate_step(self) -> MetricValues:
         """Evaluate the model, and log the pending record."""
-        state = self.state
         metrics = self.evaluate()
         # The names of a log are flat.
         scalars = {
@@ -283,10 +272,10 @@ class TrainingLoop:
         for task, task_metrics in metrics.get("tasks", {}).items():
             for name, value in select_scalars(task_metrics).items():
                 scalars[f"{self.evaluated_images}_{task}_{name}"] = value
-        record = state.pending_record | scalars
+        record = self.pending_record | scalars
         self.log(record)
         self.reporter.print_evaluation(record)
-        state.pending_record = {}
+        self.pending_record = {}
         return metrics
 
     def log(self, record: MetricValues) -> None:
@@ -323,14 +312,14 @@ class TrainingLoop:
         """Measure how far each trained token has moved since the start of training (Euclidean norm)."""
         return {
             name: (token - self.initial_tokens[name]).norm().item()
-            for name, token in copy_special_tokens(self.model).items()
+            for name, token in copy_special_tokens(self.unwrapped).items()
         }
 
     # Checkpoints ----------------------------------------------------------------------------------
 
     def get_training_seconds(self) -> float:
         """Return the training time so far in seconds, including the time before --resume."""
-        return self.state.earlier_seconds + time.perf_counter() - self.start_time
+        return self.earlier_seconds + time.perf_counter() - self.start_time
 
     def save(self) -> None:
         """Save a checkpoint with everything that `restore` requires.
@@ -339,20 +328,19 @@ class TrainingLoop:
         """
         # First, because the checkpoint lists the images that were reported.
         self.report_unreadable_images()
-        state = self.state
         metadata = self.run_metadata | {
-            "step": state.step,
+            "step": self.step,
             "training_seconds": self.get_training_seconds(),
-            "pending_record": state.pending_record,
+            "pending_record": self.pending_record,
             "unreadable_images": sorted(self.unreadable_images),
         }
         tensors, non_tensor_state = gather_state(
-            self.accelerator, state.model, state.optimizer, state.start
+            self.accelerator, self.model, self.optimizer, self.start
         )
 
         metadata |= non_tensor_state
         # Gathering needs all processes, writing only one.
-        save = partial(self.store.save, state.step, tensors, metadata)
+        save = partial(self.store.save, self.step, tensors, metadata)
         run_on_main(save)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -360,13 +348,12 @@ class TrainingLoop:
 
         Raise ValueError if the checkpoint belongs to another model.
         """
-        state = self.state
         metadata = checkpoint.metadata
-        scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.start)
-        state.step = checkpoint.step
-        state.pending_record = metadata["pending_record"]
+        scatter_state(checkpoint, self.accelerator, self.model, self.optimizer, self.start)
+        self.step = checkpoint.step
+        self.pending_record = metadata["pending_record"]
         self.unreadable_images.update(metadata["unreadable_images"])
-        state.earlier_seconds = metadata["training_seconds"]
+        self.earlier_seconds = metadata["training_seconds"]
 
 
 def copy_special_tokens(model: Any) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from ..runtime.distributed import configure_layer_sharding
 from .calibration import Calibration, calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import distribute_like, reshard
-from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
+from .loop import Evaluate, TrainingLoop, build_batch_plan
 from .losses import build_objective
 from .model import list_last_layers
 from .new_tokens import measure_tokens
@@ -90,14 +90,14 @@ def run_steps(
         with closing(batches):
             metrics = loop.run(batches)
         if plan.averaging:
-            average_with_start(loop.model, loop.state.start, plan.averaging, plan.new_tokens)
+            average_with_start(loop.unwrapped, loop.start, plan.averaging, plan.new_tokens)
             reporter.print_line(
                 "averaged",
                 f"saved: {plan.averaging:g} x the weights before the first step + "
                 f"{1 - plan.averaging:g} x those after the last"
                 f"{', alone for new tokens and gates' if plan.new_tokens else ''}",
             )
-    model = loop.state.model.eval()
+    model = loop.model.eval()
     exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
     predictions = heads_text = None
@@ -160,20 +160,22 @@ def build_step_results(
     seconds: float,
 ) -> dict[str, Any]:
     """Build the fields of results.json that only a run with steps has."""
-    step = loop.state.step
+    step = loop.step
     results: dict[str, Any] = {
         "steps": step,
         "epochs": round(loop.plan.count_epochs(step), 4),
         "images_per_second": round(step * loop.plan.images_per_step / seconds, 1),
         # New tokens are trained although `trainable` is "head"
-        "steps_train_encoder": any(each.requires_grad for each in loop.model.vitcls.parameters()),
+        "steps_train_encoder": any(
+            each.requires_grad for each in loop.unwrapped.vitcls.parameters()
+        ),
         "token_movement": loop.measure_token_movement(),
     }
     for name in ("frozen", "before_steps", "teacher_accuracy", "initial_classifier"):
         if name in start:
             results[name] = start[name]
     if "vitcls.gates.gates" in plan.new_tokens:
-        results["gates"] = read_gates(loop.model.vitcls)
+        results["gates"] = read_gates(loop.unwrapped.vitcls)
     if plan.averaging:
         results["average_with_start"] = plan.averaging
     return results
@@ -311,18 +313,20 @@ def build_loop(
     optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     # Model and optimizer are prepared in one call: FSDP2 replaces the parameters, and only this
     # call puts the new ones into the optimizer.
-    state = TrainingState(*accelerator.prepare(model, optimizer))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    start_weights = {}
     if plan.averaging:
         # Copied after `prepare`, so each process keeps the start of its own shard on its own
         # device.
-        state.start = {
+        start_weights = {
             name: parameter.detach().clone()
-            for name, parameter in accelerator.unwrap_model(state.model).named_parameters()
+            for name, parameter in accelerator.unwrap_model(prepared).named_parameters()
             if parameter.requires_grad
         }
 
     loop = TrainingLoop(
-        state=state,
+        model=prepared,
+        optimizer=optimizer,
         objective=build_objective(
             options,
             data,
@@ -341,6 +345,7 @@ def build_loop(
         signals=signals,
         run_metadata=run_metadata,
         new_tokens=plan.new_tokens,
+        start=start_weights,
     )
     num_steps = loop.plan.num_steps
     reporter.print_line(
@@ -352,11 +357,9 @@ def build_loop(
     # compute again, because its model is no longer at the start.
     if checkpoint is not None:
         loop.restore(checkpoint)
-        reporter.print_line("resumed", f"after step {state.step:,} of {num_steps:,}")
+        reporter.print_line("resumed", f"after step {loop.step:,} of {num_steps:,}")
     # A checkpoint saved before the evaluation of its step has a record that was never logged.
-    reporter.start_after(
-        state.step - bool(state.pending_record), num_steps, inputs.selection_metric
-    )
+    reporter.start_after(loop.step - bool(loop.pending_record), num_steps, inputs.selection_metric)
     used_flags = run_metadata["flags"] | run_metadata["chosen_flags"]
     # TensorBoard accepts no lists.
     reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
@@ -371,5 +374,5 @@ def build_loop(
         num_channels=model.config.num_channels,
     )
     return loop, iterate_training_batches(
-        images, loop.plan, accelerator.process_index, options.num_workers, state.step
+        images, loop.plan, accelerator.process_index, options.num_workers, loop.step
     )

@@ -32,7 +32,7 @@ from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.loop import TrainingLoop, TrainingState
+from modeling_vitcls.training.loop import TrainingLoop
 from modeling_vitcls.training.losses import Objective
 from modeling_vitcls.training.optimizer import build_parameter_groups
 from modeling_vitcls.training.reporter import Reporter
@@ -169,12 +169,13 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     accelerator = Accelerator(cpu=True)
     model, _ = save_model("one CLS", folder)
     optimizer = torch.optim.SGD(build_parameter_groups(model, weight_decay=0.0), lr=0.1)
-    state = TrainingState(*accelerator.prepare(model, optimizer))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
     plan = build_plan(8, NUM_PROCESSES, max_steps=4, batch_size=2)
     reporter = Reporter(folder / "metrics.jsonl", accelerator)
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
     return TrainingLoop(
-        state=state,
+        model=prepared,
+        optimizer=optimizer,
         objective=objective,
         evaluate_model=dict,
         plan=plan,
@@ -220,10 +221,10 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
 
     for failing in range(NUM_PROCESSES):
         loop = build_training_loop(folder, functools.partial(get_loss, failing))
-        before = [parameter.detach().clone() for parameter in loop.state.model.parameters()]
+        before = [parameter.detach().clone() for parameter in loop.model.parameters()]
         with pytest.raises(RunStopped):
             loop.run_optimizer_step(itertools.repeat(NO_IMAGES))
-        for parameter, value in zip(loop.state.model.parameters(), before, strict=True):
+        for parameter, value in zip(loop.model.parameters(), before, strict=True):
             assert torch.equal(parameter, value)
             assert parameter.grad is None
 

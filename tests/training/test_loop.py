@@ -37,7 +37,6 @@ from modeling_vitcls.data.batches import (
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.loop import (
     TrainingLoop,
-    TrainingState,
 )
 from modeling_vitcls.training.losses import (
     compute_batch_losses,
@@ -90,7 +89,7 @@ class RecordedLoop:
         torch.manual_seed(0)
         self.model, processor, _ = build_initial_model(TINY, DIGITS.label_space)
         prepare(self.model)
-        self.state = TrainingState(*self.accelerator.prepare(self.model, optimizer(self.model)))
+        prepared = self.accelerator.prepare(self.model, optimizer(self.model))
         self.normalise = Normalizer(processor, self.accelerator.device)
         self.reporter = Mock(console=Console(quiet=True))
         self.saved: list[int] = []
@@ -107,7 +106,7 @@ class RecordedLoop:
             return classification(model, batch)
 
         self.loop = TrainingLoop(
-            self.state,
+            *prepared,
             objective,
             lambda model: self.evaluate(),
             self.plan,
@@ -117,7 +116,7 @@ class RecordedLoop:
             store=Mock(save=lambda step, tensors, metadata: self.saved.append(step)),
             save_every=save_every,
             signals=Mock(
-                get_signal=lambda: "SIGTERM" if self.state.step == self.signal_step else None
+                get_signal=lambda: "SIGTERM" if self.loop.step == self.signal_step else None
             ),
         )
 
@@ -136,7 +135,7 @@ class RecordedLoop:
             num_channels=3,
         )
         return iterate_training_batches(
-            pictures, self.plan, process_index=0, num_workers=0, first_step=self.state.step
+            pictures, self.plan, process_index=0, num_workers=0, first_step=self.loop.step
         )
 
     def run(self) -> dict[str, Any]:
@@ -204,7 +203,7 @@ def build_overflowing_loop(**training: Any) -> RecordedLoop:
     """
     bench = RecordedLoop(**training)
     scaler = bench.accelerator.scaler = torch.amp.GradScaler("cpu")
-    bench.state.optimizer = AcceleratedOptimizer(bench.state.optimizer.optimizer, scaler=scaler)
+    bench.loop.optimizer = AcceleratedOptimizer(bench.loop.optimizer.optimizer, scaler=scaler)
     for parameter in bench.model.parameters():
         parameter.register_hook(lambda gradient: gradient * math.inf)
     return bench
@@ -228,7 +227,7 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any
         bench.loop.run_step(batches)
     assert_same_bits(copy_weights(bench.model), before)
     assert all(parameter.grad is None for parameter in bench.model.parameters())
-    assert bench.state.step == 1
+    assert bench.loop.step == 1
 
 
 @pytest.mark.parametrize(("build", "step"), [(build_overflowing_loop, 20), (RecordedLoop, 1)])
