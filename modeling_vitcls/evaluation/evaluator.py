@@ -62,11 +62,6 @@ class Predictions:
         """The predicted classes [N] or, with several labels per image, a mask [N, L]."""
         return self.target.predict(self.outputs.logits, self.threshold)
 
-    def list_wrong(self) -> np.ndarray:
-        """List the indices of the images with another predicted label, or others, than their own."""
-        is_right = self.target.find_right(self.answers, self.outputs.labels)
-        return self.outputs.indices[~is_right]
-
 
 def build_predictions(
     label_space: LabelSpace,
@@ -116,7 +111,8 @@ def count_in_trained_scenes(names: Sequence[str], predictions: Predictions) -> d
     number = len(others.indices)
     if isinstance(predictions.label_space, PerTask) or not number:
         return record
-    num_right = len(np.setdiff1d(others.indices, predictions.list_wrong()))
+    is_right = predictions.target.find_right(predictions.answers, outputs.labels)
+    num_right = int(is_right[~is_known].sum())
     return record | {
         "others": {
             "accuracy": num_right / number,

@@ -418,7 +418,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.estimate_: dict[str, Any] | None = None
         self.losses_ = np.full(len(labels), np.nan)
         self.out_of_fold_ = np.full((len(labels), len(self.classes_)), np.nan)
-        weights = self.weigh(labels)
+        weights = np.ones(len(labels))  # Of the images in the log loss
+        if self.is_balanced:
+            weights = compute_sample_weight("balanced", labels)
         if not self.num_folds_:
             # The probability of each of several labels is its share of the images.
             self.temperature_, self.lines_ = self.target_.calibrate(
@@ -504,12 +506,6 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     @property
     def is_balanced(self) -> bool:
         return self.class_weight == "balanced"
-
-    def weigh(self, labels: np.ndarray) -> np.ndarray:
-        """Weight each image [N] in the log loss."""
-        if not self.is_balanced:
-            return np.ones(len(labels))
-        return compute_sample_weight("balanced", labels)  # type: ignore[no-any-return]
 
     def has_covariance(self, labels: np.ndarray) -> bool:
         """Decide whether to estimate a covariance.
