@@ -100,14 +100,14 @@ def check_output_is_empty(output: Path, parameter: str = "output") -> None:
 
 
 @contextmanager
-def stage_files(folder: Path, last: str, first: str = "") -> Iterator[Path]:
-    """Yield a hidden folder for files, and move them to `folder` at the end.
+def stage_files(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a hidden folder for files, and move them to `folder` at the end, all of it on the disk.
 
     The folder must be locked.
 
     Args:
         folder: an existing folder.
-        last, first: names of the files to move last and first.
+        last: name of the file to move last, which says that the folder is complete.
     """
     staging_folder = folder / STAGING_FOLDER
     # Files that a killed command has moved are not removed here; this command replaces them. A list
@@ -116,24 +116,18 @@ def stage_files(folder: Path, last: str, first: str = "") -> Iterator[Path]:
     staging_folder.mkdir()
     try:
         yield staging_folder
-        move_files(staging_folder, folder, first, last)
+
+        follow_umask(staging_folder)
+        files = [path for path in staging_folder.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda file: (file == staging_folder / last, file)):
+            sync_to_disk(file)
+            target = folder / file.relative_to(staging_folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A rename within one folder does not copy, and cannot run out of space.
+            file.replace(target)
+        sync_to_disk(folder)
     finally:
         shutil.rmtree(staging_folder, ignore_errors=True)
-
-
-def move_files(staging_folder: Path, folder: Path, first: str, last: str) -> None:
-    """Move the files of a staging folder to `folder`, and write all of it to the disk."""
-    follow_umask(staging_folder)
-    files = sorted(path for path in staging_folder.rglob("*") if path.is_file())
-    # The last file says that the folder is complete.
-    files.sort(key=lambda file: (file != staging_folder / first, file == staging_folder / last))
-    for file in files:
-        sync_to_disk(file)
-        target = folder / file.relative_to(staging_folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A rename within one folder does not copy, and cannot run out of space.
-        file.replace(target)
-    sync_to_disk(folder)
 
 
 def follow_umask(folder: Path) -> None:

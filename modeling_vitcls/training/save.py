@@ -15,7 +15,6 @@ from ..evaluation.evaluator import build_rows, write_rows
 from ..frozen.scenes import write_scenes
 from ..hub.connection import silence_transformers
 from ..hub.model_files import (
-    CONFIG_FILE,
     PREDICTIONS_FILE,
     RESULTS_FILE,
     hash_settings,
@@ -57,12 +56,9 @@ def save_output(
 
     def write() -> None:
         try:
-            # A run that is killed at any time is continued by --resume: config.json marks the folder
-            # of a model and results.json a finished run, so these two are moved last.
-            with (
-                stage_files(output_dir, RESULTS_FILE, CONFIG_FILE) as folder,
-                silence_transformers(),
-            ):
+            # A run that is killed at any time is continued by --resume: results.json marks a finished
+            # run, so it is moved last.
+            with stage_files(output_dir, RESULTS_FILE) as folder, silence_transformers():
                 model_class = write_model(inputs, folder, weights)
                 # The hashes tie the results to these weights and settings: nothing publishes them
                 # with others.
