@@ -321,7 +321,7 @@ class HeadSearch:
         part = own.take(rows[np.isin(own.indices[rows], squashed.indices)])
         losses = {}
         for resize, features in ((own_resize, part), (SQUASH, squashed)):
-            probes = run_on_main(partial(self.fit_probes, features))
+            probes = run_on_main(self.fit_probes, features)
             losses[resize] = np.concatenate([each.losses_ for each in probes.values()])
         # Both are losses of the same images, so their differences have the error. Too few images for
         # folds have none.
@@ -354,7 +354,7 @@ class HeadSearch:
         start_time = time.perf_counter()
         train = images.select(data.train_indices)
         # On one process for all: rounding on another CPU could turn a close choice.
-        probes = run_on_main(partial(self.fit_probes, train, images.is_counted))
+        probes = run_on_main(self.fit_probes, train, images.is_counted)
 
         places = data.held_out_indices
         held_out = images.select(places)

@@ -18,7 +18,6 @@ a hand took five shots each (turned by up to 12 degrees; 22 with the limit 2 alo
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def measure_limit(
 
     mirrored = run_pass(images.select(own.indices), processor=process)
     # On one process for all: rounding on another CPU could turn a close pair.
-    return run_on_main(partial(compute_limit, features, own, mirrored))  # type: ignore[no-any-return]
+    return run_on_main(compute_limit, features, own, mirrored)  # type: ignore[no-any-return]
 
 
 def compute_limit(features: Features, own: Features, mirrored: Features) -> float:

@@ -190,7 +190,7 @@ def configure_layer_sharding(model: nn.Module) -> None:
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
 
-def run_on_main(function: Callable[[], Any]) -> Any:
+def run_on_main(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run a function on the main process.
 
     On all processes, return its result or raise its ValueError or OSError.
@@ -201,7 +201,7 @@ def run_on_main(function: Callable[[], Any]) -> Any:
     outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
-            outcome[0] = function()
+            outcome[0] = function(*arguments)
         except (ValueError, OSError) as error:
             outcome[1] = error
 

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -340,8 +339,7 @@ class TrainingLoop:
 
         metadata |= non_tensor_state
         # Gathering needs all processes, writing only one.
-        save = partial(self.store.save, self.step, tensors, metadata)
-        run_on_main(save)
+        run_on_main(self.store.save, self.step, tensors, metadata)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint into the state.

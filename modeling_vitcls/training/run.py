@@ -9,8 +9,8 @@ config.resolved.yaml, metrics.jsonl, checkpoints and finally results.json, which
 complete. publishing/ builds the report and the card from the folder.
 """
 
+import shutil
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
 from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.flags import to_flags
-from ..runtime.staging import lock_folder
+from ..runtime.staging import STAGING_FOLDER, lock_folder
 from .checkpoints import Checkpoint, CheckpointStore
 from .frozen_run import encode_images, run_frozen
 from .model import check_model_flags
@@ -31,7 +31,7 @@ from .options import FinetuneOptions
 from .plan import RunPlan, plan_run
 from .reporter import Reporter
 from .resume import build_run_record, convert_sources
-from .run_folder import CHECKPOINTS_FOLDER, find_run, prepare_folder, remove_leftovers
+from .run_folder import CHECKPOINTS_FOLDER, find_run, prepare_folder
 from .run_inputs import RunInputs, load
 from .run_results import build_results, print_result
 from .save import save_output
@@ -69,7 +69,13 @@ def train(asked: FinetuneOptions) -> Path:
     store = CheckpointStore(
         folder / CHECKPOINTS_FOLDER, asked.keep_checkpoints or NUM_KEPT_DURING_RUN
     )
-    clean_up = partial(remove_leftovers, folder, store, asked.keep_checkpoints)
+
+    def clean_up() -> None:
+        """Remove what a complete run no longer needs: checkpoints, and what a killed one was writing."""
+        shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+        if asked.keep_checkpoints is None:
+            store.clear()
+
     # Held until the last file is in its place: two runs in one folder would mix their checkpoints.
     with ExitStack() as stack:
 
@@ -84,9 +90,7 @@ def train(asked: FinetuneOptions) -> Path:
         plan = plan_run(inputs, accelerator, is_resumed=recorded is not None)
         options = plan.options
         # Compared with the earlier run first: nothing is written if the run is another one.
-        record = run_on_main(
-            partial(build_run_record, options, inputs.images, to_flags(asked), recorded)
-        )
+        record = run_on_main(build_run_record, options, inputs.images, to_flags(asked), recorded)
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
         if recorded is not None and checkpoint is None:
@@ -94,7 +98,7 @@ def train(asked: FinetuneOptions) -> Path:
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
-        run_on_main(partial(prepare_folder, folder, store, to_flags(options), recorded is not None))
+        run_on_main(prepare_folder, folder, store, to_flags(options), recorded is not None)
         print_summary(inputs, plan, reporter)
         data, encoded = divide_run(inputs, plan, checkpoint, reporter)
 

@@ -164,13 +164,6 @@ def make_flags_relative(flags: dict[str, Any]) -> dict[str, Any]:
     return flags | {name: make_relative(flags[name]) for name in paths}
 
 
-def remove_leftovers(folder: Path, store: CheckpointStore, num_kept: int | None) -> None:
-    """Remove what a complete run no longer needs: checkpoints, and what a killed one was writing."""
-    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
-    if num_kept is None:
-        store.clear()
-
-
 def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model. Other files are kept."""
     # Without one of these, the folder is not of a run, and images or notes in it are not ours to
