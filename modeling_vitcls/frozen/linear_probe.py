@@ -460,9 +460,12 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         heads = self.candidate_.heads
         read = {token: features[token] for token in dict.fromkeys([*tokens, *chain(*heads)])}
         classifiers, statistics = self.fit_tokens(read, indices, self.has_covariance(indices))
-        self.heads_ = [
-            average_classifiers([classifiers[token] for token in head]) for head in heads
-        ]
+        self.heads_ = []
+        for head in heads:
+            weights, biases = zip(*(classifiers[token] for token in head), strict=True)
+            # The mean logits of its tokens, which stand side by side: weight [K, T * D] and bias [K]
+            weight = np.concatenate(weights, axis=1) / len(weights)
+            self.heads_.append((weight, np.mean(biases, axis=0)))
         if self.lines_ is not None:
             slopes, offsets = self.lines_
             self.heads_ = [
@@ -597,14 +600,6 @@ def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> T
         for token in features
         if token[0] >= -NUM_LAST_LAYERS and token[1] in ("cls", "mean") and token not in unread
     )
-
-
-def average_classifiers(
-    classifiers: Sequence[tuple[np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Join the classifiers of tokens: their mean logits have weight [K, T * D] and bias [K]."""
-    weights, biases = zip(*classifiers, strict=True)
-    return np.concatenate(weights, axis=1) / len(weights), np.mean(biases, axis=0)
 
 
 def stack_tokens(features: TokenFeatures, tokens: Sequence[Token]) -> np.ndarray:
