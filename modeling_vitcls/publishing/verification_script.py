@@ -24,23 +24,6 @@ from torch import Tensor
 Outputs = dict[str, Tensor]
 
 
-def write_outputs(
-    repo_id: str, commit: str, complete_class: str, trust_remote_code: bool, folder: Path
-) -> None:
-    """Load the model, and write report.json and outputs.safetensors to `folder`."""
-    report: dict[str, Any]
-    try:
-        outputs, report = collect_outputs(
-            repo_id,
-            complete_class,
-            {"revision": commit, "trust_remote_code": trust_remote_code},
-        )
-        save_file(outputs, folder / "outputs.safetensors")
-    except Exception as error:  # Published code may raise any error
-        report = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
-
-
 def collect_outputs(
     source: str, complete_class: str, options: dict[str, Any], backbone_class: Any = None
 ) -> tuple[Outputs, dict[str, Any]]:
@@ -122,11 +105,13 @@ def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tenso
 if __name__ == "__main__":
     # Importing the package fails, as if it were not installed.
     sys.modules["modeling_vitcls"] = None  # type: ignore[assignment]
-    _, script_repo_id, script_commit, script_class, trust_text, thread_text, script_folder = (
-        sys.argv
-    )
+    _, repo_id, commit, auto_class, trust_text, thread_text, target = sys.argv
     # The reference was computed with this number of threads, which affects rounding.
     torch.set_num_threads(int(thread_text))
-    write_outputs(
-        script_repo_id, script_commit, script_class, trust_text == "True", Path(script_folder)
-    )
+    loading = {"revision": commit, "trust_remote_code": trust_text == "True"}
+    try:
+        tensors, result = collect_outputs(repo_id, auto_class, loading)
+        save_file(tensors, Path(target, "outputs.safetensors"))
+    except Exception as error:  # Published code may raise any error
+        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    Path(target, "report.json").write_text(json.dumps(result), encoding="utf-8")
