@@ -22,7 +22,6 @@ from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILE, GRAPH_FILE, PROCESSOR_FILE, hash_files, hash_settings
 from ..inference.prediction_rows import DISTANCE
-from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
@@ -128,16 +127,22 @@ def build_model_record(exportable: Exportable, names: list[str]) -> dict[str, An
     `names` are the outputs of the graph.
     """
     model, processor, folder = exportable
-    threshold = model.config.distance_threshold if DISTANCE in names else None
+    config = model.config
+    # The class names of each logits output, in the order of the logits
+    labels = config.task_labels()
+    if not config.tasks:
+        class_names = get_label_space(config).names
+        labels = {name: class_names for name in names if name.endswith("logits")}
+    added = {name: head.labels for name, head in config.get_added_tasks().items()}
     return {
         "model_class": type(model).__name__,
         "weights_sha256": {} if folder is None else folder.weights_sha256,
         "settings_sha256": {} if folder is None else hash_settings(folder.path),
         "version": __version__,
         "preprocessing": build_preprocessing_record(processor),
-        "labels": get_label_names(model.config, names),
-        "problem_type": model.config.problem_type,
-        "distance_threshold": threshold,
+        "labels": labels | added,
+        "problem_type": config.problem_type,
+        "distance_threshold": config.distance_threshold if DISTANCE in names else None,
     }
 
 
@@ -193,12 +198,3 @@ def build_preprocessing_record(processor: ViTCLSImageProcessor) -> dict[str, Any
     if "resample" in settings:
         settings["resample"] = PILImageResampling(settings["resample"]).name.lower()
     return settings
-
-
-def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """List the class names of each logits output, in the order of the logits."""
-    labels = config.task_labels()
-    if not config.tasks:
-        class_names = get_label_space(config).names
-        labels = {name: class_names for name in names if name.endswith("logits")}
-    return labels | {name: head.labels for name, head in config.get_added_tasks().items()}
