@@ -70,8 +70,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     rows = None
     if predictions is not None:
         rows = build_rows(predictions)
-        num_folds = probe.num_folds_ if held_out is None else 0
-        record["result"] = build_result("accuracy", predictions, num_folds)
+        record["result"] = build_result("accuracy", predictions, head.num_folds)
         if num_seen := data.count_seen(list_encoder_rows(old.folder)):
             del record["result"]["accuracy_interval"]
             warn_on_first_process(

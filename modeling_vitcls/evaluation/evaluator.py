@@ -88,15 +88,16 @@ def build_predictions(
 
 
 def measure_left_out(head: FrozenHead) -> Predictions | None:
-    """Measure a classifier on the images that `predict_left_out` predicts, if there are any.
+    """Measure a classifier on the held-out images or, without those, by cross-validation, if it has folds.
 
     In cross-validation, the accuracy is corrected for the choice among the candidates.
     """
-    outputs = head.predict_left_out()
-    if outputs is None:
+    if head.held_out is not None:
+        return build_predictions(head.labels, head.predict_held_out())
+    estimate = head.probe.estimate_
+    if estimate is None:
         return None
-    estimate = head.probe.estimate_ if head.held_out is None else None
-    return build_predictions(head.labels, outputs, estimate=estimate)
+    return build_predictions(head.labels, head.predict_out_of_fold(), estimate=estimate)
 
 
 def count_in_trained_scenes(names: Sequence[str], predictions: Predictions) -> dict[str, Any]:

@@ -117,14 +117,10 @@ class FrozenHead:
     sample: Features | None = None
     grid_size: Size = (0, 0)
 
-    def predict_left_out(self) -> Features | None:
-        """Predict the held-out images or, without those, the training images out of fold: logits [N, L].
-
-        None if there are neither held-out images nor folds.
-        """
-        if self.held_out is not None:
-            return self.predict_held_out()
-        return None if self.probe.estimate_ is None else self.predict_out_of_fold()
+    @property
+    def num_folds(self) -> int:
+        """The number of folds of the cross-validation; 0 for held-out images."""
+        return self.probe.num_folds_ if self.held_out is None else 0
 
     def predict_out_of_fold(self) -> Features:
         """Predict the training images with classifiers that were not fitted to them: logits [N, L]."""

@@ -49,11 +49,6 @@ class MeasuredHead:
     def metrics(self) -> MetricValues:
         return NOTHING_MEASURED if self.predictions is None else self.predictions.metrics
 
-    @property
-    def num_folds(self) -> int:
-        """The number of folds of the cross-validation; 0 for held-out images."""
-        return self.head.probe.num_folds_ if self.head.held_out is None else 0
-
 
 def encode_images(inputs: RunInputs, plan: RunPlan, reporter: Reporter) -> EncodedImages:
     """Pass the images that can train the frozen model through the encoder, before they are divided."""
@@ -84,7 +79,7 @@ def run_frozen(
     search.set_heads(fitted.by_task)
     by_task = {task: measure_head(head) for task, head in fitted.by_task.items()}
     only = by_task.get("")  # Several tasks have no common results
-    if inputs.options.answers and only is not None and only.num_folds:
+    if inputs.options.answers and only is not None and only.head.num_folds:
         only.metrics["num_uncounted"] = int((~only.head.probe.is_counted_).sum())
         only.metrics["no_estimate"] = inputs.images.facts.get(BELIEVED)
     measured = []
@@ -93,7 +88,7 @@ def run_frozen(
             {task: each.metrics},
             inputs.selection_metric,
             num_seen=data.count_seen(inputs.encoder_rows),
-            num_folds=each.num_folds,
+            num_folds=each.head.num_folds,
         )
 
     record = fitted.record
