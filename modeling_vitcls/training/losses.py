@@ -27,7 +27,6 @@ from ..data.augmentation import build_mixer
 from ..data.batches import Batch, Normalizer
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData
-from ..model.heads_vitcls import IGNORED_LABEL
 from .options import FinetuneOptions
 from .teacher import Teacher
 
@@ -49,6 +48,8 @@ def compute_single_label_loss(
     class_weights: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean cross-entropy of logits [B, L] and classes [B] or probabilities [B, L].
+
+    The loss of an image with the label -100 is 0.
 
     Losses that are weighted with `class_weights` [L], whose mean is 1, are not divided by the sum
     of the weights, because the loss of one image would otherwise depend on the labels of other
@@ -82,11 +83,9 @@ def compute_multi_task_loss(
     which Trainer uses, averages over the labeled images. The two losses are equal if no labels are
     missing.
     """
-    loss = nn.CrossEntropyLoss(
-        ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing, reduction="none"
-    )
     pairs = zip(logits.values(), labels.unbind(dim=1), strict=True)
-    return torch.stack([loss(own.float(), classes).mean() for own, classes in pairs]).sum()
+    losses = [compute_single_label_loss(own, classes, label_smoothing) for own, classes in pairs]
+    return torch.stack(losses).sum()
 
 
 # Objective ----------------------------------------------------------------------------------------
