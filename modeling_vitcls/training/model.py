@@ -172,14 +172,15 @@ def load_with_label_space(
 
 def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
     """Tell whether a checkpoint's classifier can be kept: it has exactly these labels."""
-    stored, names = (
-        [list(map(normalize_name, each)) for each in space.columns.values()]
+    stored, wanted = (
+        (
+            space.kind,
+            [*space.tasks],
+            [list(map(normalize_name, each)) for each in space.columns.values()],
+        )
         for space in (get_label_space(config), label_space)
     )
-    if label_space.kind == "multi_task":
-        return stored == names and list(config.task_labels()) == list(label_space.columns)
-    has_same_kind = (config.problem_type or "single_label_classification") == label_space.kind
-    return not config.tasks and has_same_kind and stored == names
+    return stored == wanted
 
 
 def has_same_input(config: ViTCLSConfig, config_values: Mapping[str, Any]) -> bool:
