@@ -340,9 +340,8 @@ def keep_old_tokens(model: nn.Module, new_tokens: Mapping[str, Sequence[bool]]) 
 
     Hooks would be simpler, but FSDP2 does not call them.
     """
-    parameters = dict(model.named_parameters())
     for name, are_new in new_tokens.items():
-        gradient = parameters[name].grad
+        gradient = model.get_parameter(name).grad
         if gradient is not None and not all(are_new):
             shape = (-1,) if gradient.ndim == 1 else (1, -1, 1)
             mask = torch.tensor(are_new, device=gradient.device).view(shape)
