@@ -94,7 +94,7 @@ def load_exportable_model(source: str) -> Exportable:
         preset = ViTCLSForImageClassification(ViTCLSConfig.from_preset(source))
         return Exportable(preset.eval(), build_processor(preset.config), None)
     folder = open_model(source)
-    class_name = (folder.config.architectures or ["an unknown class"])[0]
+    class_name = folder.architecture
     classes: dict[str, Any] = {each.__name__: each for each in EXPORTABLE_CLASSES}
     if class_name not in classes:
         raise ValueError(
