@@ -243,7 +243,7 @@ def error_of_the_main_process_is_raised_by_all(folder: Path) -> None:
     (folder / "a file").touch()
     store = CheckpointStore(folder / "a file", num_kept=1)
     with pytest.raises(OSError, match="cannot write the checkpoint of step 1"):
-        run_on_main(lambda: store.save(1, {"model": {"x": torch.ones(1)}}, {"step": 1}, False))
+        run_on_main(lambda: store.save(1, {"model": {"x": torch.ones(1)}}, {"step": 1}))
 
 
 CHECKS |= {
