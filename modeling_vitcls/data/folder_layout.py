@@ -58,23 +58,20 @@ def locate_image(image: str, split_folders: Mapping[str, str]) -> Place:
     return Place(split, next(iter(folders), None), tuple(folders[1:]))
 
 
-def find_groups(places: Mapping[str, Place]) -> dict[str, str]:
+def find_groups(places: Any) -> list[str | None]:
     """Find the folder below the class that each image is in, such as all photos of one object.
 
-    Folders that contain all images of a class are no groups, and neither is an only one.
+    Folders that contain all images of a class are no groups, and neither is an only one. `places` is a
+    table of them.
     """
-    folders_by_class: dict[Any, dict[str, tuple[str, ...]]] = {}
-    for image, (split, label, folders) in places.items():
-        folders_by_class.setdefault((split, label), {})[image] = folders
-
     groups: dict[str, str] = {}
-    for names, by_image in folders_by_class.items():
-        levels = zip(*by_image.values(), strict=False)
+    for names, own in places.groupby(["split", "label"])["folders"]:
+        levels = zip(*own, strict=False)
         depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
-        own = {image: each[depth] for image, each in by_image.items() if len(each) > depth}
-        if len(set(own.values())) > 1:
-            groups |= {image: "/".join(map(str, (*names, folder))) for image, folder in own.items()}
-    return groups
+        folders = own.str[depth].dropna()
+        if folders.nunique() > 1:
+            groups |= {image: "/".join((*names, folder)) for image, folder in folders.items()}
+    return [groups.get(image) for image in places.index]
 
 
 def find_split_folders(root: Path, images: Sequence[str], has_classes: bool) -> dict[str, str]:

@@ -170,22 +170,28 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
     ambiguous.
     """
     import datasets
+    import pandas as pd  # Predictions of photos read this file, and need no tables
 
     split_folders = find_split_folders(folder.path, folder.images, use_labels and has_groups)
-    places = {image: locate_image(image, split_folders) for image in folder.images}
+    rows = [locate_image(image, split_folders) for image in folder.images]
+    places = pd.DataFrame(rows, folder.images)
 
     # Absolute: a run and its report may name one folder differently, and a message is logged once
     where = str(folder.path.resolve())
     warn_about_skipped(where, folder.skipped_folders, SKIPPED_FOLDERS)
-    stray = [image for image, place in places.items() if place.split is None]
-    warn_about_skipped(where, stray, "images next to the split folders")
+    is_stray = places["split"].isna()
+    warn_about_skipped(where, list(places.index[is_stray]), "images next to the split folders")
     others = sorted([*folder.other_files, *folder.tables])
     warn_about_skipped(where, others, "files that are no images")
-    classes = {place.label for place in places.values() if place.split and place.label}
+    places = places[~is_stray]
+    # One list of classes for all splits: a split without images of a class must not shift the
+    # others.
+    features = datasets.Features(image=datasets.Image())
     if use_labels:
         warn_about_skipped(where, list_empty_folders(folder), "folders without images of their own")
-        unlabeled = [image for image, place in places.items() if place.split and not place.label]
-        if not classes:
+        unlabeled = list(places.index[places["label"].isna()])
+        places = places.drop(unlabeled)
+        if places.empty:
             parent = folder.path / PurePosixPath(unlabeled[0]).parent
             raise ValueError(
                 f"{parent} contains images, but no class folders. Move the images of each class into "
@@ -198,30 +204,17 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
                 f"{format_name_list(repeated)}. Remove them if they are smaller copies, such as "
                 "thumbnails: a classifier recognizes a copy, so the result would be too good"
             )
-
-    # One list of classes for all splits: a split without images of a class must not shift the
-    # others.
-    features = datasets.Features(image=datasets.Image())
-    groups = find_groups(places)
-    if use_labels:
-        features["label"] = datasets.ClassLabel(names=sorted(classes))
+        features["label"] = datasets.ClassLabel(names=sorted(set(places["label"])))
         features[FOLDER_COLUMN] = datasets.Value("string")
-    parts = {}
-    for name in SPLIT_ORDER:
-        images = {
-            image: place.label
-            for image, place in places.items()
-            if place.split == name and (place.label or not use_labels)
-        }
-        columns = {
-            "image": [str(folder.path / image) for image in images],
-            "label": list(images.values()),
-            FOLDER_COLUMN: [groups.get(image) for image in images],
-        }
-        if images:
-            own = {column: columns[column] for column in features}
-            parts[name] = datasets.Dataset.from_dict(own, features)
-    return datasets.DatasetDict(parts)
+    columns = {
+        "image": [str(folder.path / image) for image in places.index],
+        FOLDER_COLUMN: find_groups(places),
+    }
+    parts = {
+        split: datasets.Dataset.from_dict(own[list(features)].to_dict("list"), features)
+        for split, own in places.assign(**columns).groupby("split")
+    }
+    return datasets.DatasetDict({split: parts[split] for split in SPLIT_ORDER if split in parts})
 
 
 def find_classes(root: Path, images: Sequence[str]) -> list[str]:
