@@ -376,28 +376,6 @@ def select_parts(table: Any, parts: Sequence[str], source: str) -> tuple[Any, di
     return divided, {"splits": f"{source}: {counts} rows"}
 
 
-def read_groups(
-    tables: Mapping[str, Any], dataset: str, column: str
-) -> tuple[dict[str, np.ndarray], int]:
-    """Number the group of each row, by split; a row without one is a group of its own.
-
-    Also return the number of groups. Raise ValueError if all rows are one group.
-    """
-    import pandas as pd
-
-    texts = read_texts(tables, column, dataset)
-    warn_about_similar_names(f"{dataset}: the column {column!r}", sorted({*filter(None, texts)}))
-    names = [row if text is None else text for row, text in enumerate(texts)]
-    codes, different = pd.factorize(np.array(names, object))
-    if len({*texts}) == 1 < len(texts):
-        raise ValueError(
-            f"{dataset}: the column {column!r} has {texts[0]!r} in all {len(texts):,} rows, so no group "
-            "can be held out. Set `group_column` to a column with several values, or omit it"
-        )
-    parts = np.split(codes, np.cumsum(list(map(len, tables.values())))[:-1])
-    return dict(zip(tables, parts, strict=True)), len(different)
-
-
 def choose_groups(
     tables: Mapping[str, Any],
     dataset: str,
@@ -407,6 +385,8 @@ def choose_groups(
 ) -> tuple[dict[str, np.ndarray], str | None, str | None]:
     """Number the groups of a column or, if it is None, of the folders below classes.
 
+    A row without a group is a group of its own.
+
     Args:
         labels: of all rows, as texts.
         used_columns: columns that are no groups.
@@ -414,24 +394,36 @@ def choose_groups(
     Returns:
         The group of each row, by split; a line about them or, if there are none, about a column that
         may contain some; and the reason why the groups cannot measure one another, if they cannot.
+
+    Raises:
+        ValueError: if all rows are one group.
     """
+    import pandas as pd
+
     is_folder = FOLDER_COLUMN in next(iter(tables.values())).features
-    folders = read_texts(tables, FOLDER_COLUMN, dataset) if is_folder else []
-    named = {*filter(None, folders)}
-    if named and column is None:
-        groups, num_groups = read_groups(tables, dataset, FOLDER_COLUMN)
-        return (
-            groups,
-            (
-                f"{num_groups:,}, one for each folder below a class: its images stay together. If they "
-                f"are no groups, set `group_column={NO_GROUPS!r}`{describe_shared_names(named)}"
-            ),
-            None,
-        )
+    if column is None and is_folder and any(read_texts(tables, FOLDER_COLUMN, dataset)):
+        column = FOLDER_COLUMN
     if column is None or (is_folder and column == NO_GROUPS):
         return {}, find_unused_groups(tables, labels, dataset, used_columns), None
-    groups, num_groups = read_groups(tables, dataset, column)
+
     texts = read_texts(tables, column, dataset)
+    counts = Counter(filter(None, texts))
+    warn_about_similar_names(f"{dataset}: the column {column!r}", sorted(counts))
+    if len({*texts}) == 1 < len(texts):
+        raise ValueError(
+            f"{dataset}: the column {column!r} has {texts[0]!r} in all {len(texts):,} rows, so no group "
+            "can be held out. Set `group_column` to a column with several values, or omit it"
+        )
+    names = [row if text is None else text for row, text in enumerate(texts)]
+    codes, different = pd.factorize(np.array(names, object))
+    parts = np.split(codes, np.cumsum(list(map(len, tables.values())))[:-1])
+    groups = dict(zip(tables, parts, strict=True))
+    if column == FOLDER_COLUMN:
+        fact = (
+            f"{len(different):,}, one for each folder below a class: its images stay together. If they "
+            f"are no groups, set `group_column={NO_GROUPS!r}`{describe_shared_names(counts)}"
+        )
+        return groups, fact, None
     pairs = set(zip(texts, labels, strict=True))
     reason = None
     if all(len(set(each)) == len(pairs) for each in zip(*pairs, strict=True)):
@@ -440,11 +432,11 @@ def choose_groups(
             f"{format_name_list(sorted(f'{value} {label}' for value, label in pairs))}. Add photos "
             "of each label with other values"
         )
-    fact = f"column {column!r}: {num_groups:,} groups"
+    fact = f"column {column!r}: {len(different):,} groups"
     if None in texts:
         fact += f", of which {texts.count(None):,} are images without a value"
     # It may be a word for a missing value, such as the NA of R
-    for largest, size in Counter(filter(None, texts)).most_common(1):
+    for largest, size in counts.most_common(1):
         fact += f"; the largest is {largest!r} with {size:,} images"
     return groups, fact, reason
 

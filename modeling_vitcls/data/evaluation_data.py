@@ -60,8 +60,9 @@ def load_evaluation_data(
     loaded = load_splits(options, use_labels, choose, trained)
     ((name, images),) = loaded.images_by_split.items()
     if use_labels:
-        images = merge_rows(add_keys({name: images})[name], dataset)
+        images = add_keys({name: images})[name]
         check_contradictions([images], loaded.label_space, dataset)
+        images = merge_rows(images, dataset)
     is_trained = find_trained_images(images, splits)
     num_trained = int(is_trained.sum())
 

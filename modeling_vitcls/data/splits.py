@@ -168,8 +168,8 @@ def load_undivided_images(
                     "that has the labels"
                 )
     parts = add_keys(loaded.images_by_split)
+    check_contradictions(parts.values(), labels, title)
     merged = {split: merge_rows(part, title) for split, part in parts.items()}
-    check_contradictions(merged.values(), labels, title)
     return replace(loaded, images_by_split=merged)
 
 
@@ -231,42 +231,29 @@ def connect(pairs: np.ndarray, number: int) -> np.ndarray:
 def merge_rows(images: LabeledImages, dataset: str) -> LabeledImages:
     """Join the rows of one image, such as one row per annotator: each image counts once.
 
-    The labels of tasks complete each other. Rows with different labels stay, for `check_contradictions`.
+    The labels of tasks complete each other; `check_contradictions` has found no different ones.
     """
-    keys = get_keys(images)
-    labels = list(images.labels)
-    first_rows: dict[Any, int] = {}
-    num_images = 0
-    kept = []
-    named = zip(images.images.get_names(), images.images.rows, keys.tolist(), strict=True)
+    rows_by_image: dict[Any, list[int]] = {}
+    named = zip(
+        images.images.get_names(), images.images.rows, get_keys(images).tolist(), strict=True
+    )
     for index, (name, row, key) in enumerate(named):
         # An image without a file is named by its row, and known by its content.
         identity = ("" if name == str(row) else name, key)
-        first = index if key == NO_CONTENT_KEY else first_rows.setdefault(identity, index)
-        num_images += first == index
-        joined = join_labels(labels[first], labels[index])
-        if first == index or joined is NotImplemented:
-            kept.append(index)
-        else:
-            labels[first] = joined
-    if num_images == len(images):
+        rows_by_image.setdefault(index if key == NO_CONTENT_KEY else identity, []).append(index)
+    if len(rows_by_image) == len(images):
         return images
 
     warn_on_first_process(
-        f"{dataset}: {len(images):,} rows name {num_images:,} images. Each image counts once"
+        f"{dataset}: {len(images):,} rows name {len(rows_by_image):,} images. Each image counts once"
     )
-    return replace(images, labels=labels).select(kept)
-
-
-def join_labels(first: Any, second: Any) -> Any:
-    """Join the labels of one image in two rows; NotImplemented if they contradict each other."""
-    if first == second:
-        return first
-    if not isinstance(first, dict):
-        return NotImplemented
-    joined = {task: second[task] if label is None else label for task, label in first.items()}
-    is_same = all(second[task] in (None, label) for task, label in joined.items())
-    return joined if is_same else NotImplemented
+    labels = list(images.labels)
+    for first, *others in rows_by_image.values():
+        for other in others:
+            if isinstance(labels[first], dict):
+                known = {task: each for task, each in labels[other].items() if each is not None}
+                labels[first] = labels[first] | known
+    return replace(images, labels=labels).select(first for first, *_ in rows_by_image.values())
 
 
 def check_contradictions(
@@ -286,13 +273,13 @@ def check_contradictions(
             continue
 
         names = list(chain.from_iterable(part.images.get_names() for part in parts))
-        texts = [
-            f"{names[row]} is {label!r}"
+        texts = {
+            f"{names[row]} is {label!r}": None  # Several rows may say the same
             for row, label in table.sort_values("key", kind="stable")["label"].items()
-        ]
+        }
         raise ValueError(
             f"{dataset}: copies of an image have several labels: "
-            f"{format_name_list(texts, MAX_NAMED_IMAGES)}. Remove the copies with the wrong label; if an "
+            f"{format_name_list([*texts], MAX_NAMED_IMAGES)}. Remove the copies with the wrong label; if an "
             "image has several labels, write them into one row, such as cat|dog"
         )
 
