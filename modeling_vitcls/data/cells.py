@@ -270,11 +270,11 @@ def check_numbers(where: str, names: Collection[str], has_lists: bool) -> None:
             f"WARNING: {where} has {len(names):,} different {measurement}. If it is one, set "
             "`label_column` to another column"
         )
-    missing = [name for name in MISSING_NUMBERS if name in names]
-    if missing and set(names) != {"-1", "1"}:  # A usual pair of classes
+    spelled = {spell_label(number): name for number, name in zip(numbers, names, strict=True)}
+    if missing := [spelled[name] for name in MISSING_NUMBERS if name in spelled]:
         warn_on_first_process(
-            f"WARNING: {where} has the class {missing[0]}. Does it mean that an image has no label? "
-            "Then leave these cells empty"
+            f"WARNING: {where} has the class {missing[0]}. If it means that an image has no label, leave "
+            "these cells empty; if it means that it does not have this one, write 0"
         )
 
 

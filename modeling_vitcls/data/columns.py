@@ -20,6 +20,7 @@ from ..model.image_processing_vitcls import shorten_text
 from ..runtime.errors import format_name_list
 from ..runtime.files import find_similar_names
 from .cells import (
+    BITS,
     LabelColumn,
     find_separator,
     get_bit,
@@ -28,7 +29,7 @@ from .cells import (
     spell_label,
     warn_about_similar_names,
 )
-from .folder_layout import FOLDER_COLUMN, SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
+from .folder_layout import FOLDER_COLUMN, SPLIT_BY_CELL, SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .images import DatasetImages, resolve_path
 from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 
@@ -46,7 +47,9 @@ MAX_ROWS_OF_GROUPS = 100_000  # Reading all columns of larger tables takes secon
 MAX_COLUMNS_OF_GROUPS = 50  # The first ones; reading all of a wide table takes minutes
 GROUP_COLUMN_NAME = re.compile(
     r"(patient|subject|person|individual|animal|camera|video|session|site|location|scene|sequence)"
-    r"s?([ _-]?(id|no|nr|number|name))?",
+    r"s?([ _-]?(id|no|nr|number|name))?"
+    # The own division of a dataset
+    r"|k?_?folds?|is_?(train|val|test)\w*|usage|ml_?use|train_test_split",
     re.IGNORECASE,
 )
 NO_GROUPS = "none"  # The value of `group_column` that ignores the folders below classes
@@ -305,9 +308,16 @@ def read_column(table: Any, column: str) -> list[Any]:
     values: list[Any] = table.select_columns([stem])[:][stem]
     if column == stem:
         return values
-    objects = map(parse_text, values)
     name = column.removeprefix(f"{stem}.")
-    return [each.get(name) if isinstance(each, dict) else None for each in objects]
+    return [read_field(parse_text(value), name) for value in values]
+
+
+def read_field(value: Any, name: str) -> Any:
+    """Read a field of an object, or of each object of a list: one value if there is a single object."""
+    if isinstance(value, list):
+        found = [read_field(each, name) for each in value]
+        return found[0] if len(found) == 1 else found
+    return value.get(name) if isinstance(value, dict) else None
 
 
 # Splits and groups --------------------------------------------------------------------------------
@@ -342,17 +352,25 @@ def divide_by_column(
             return splits, {}
         return select_parts(table, folders, f"the folders in {FILE_NAME!r}")
 
-    names = [(name or "").strip().lower() for name in read_texts(splits, column, dataset)]
-    unknown = set(names) - SPLIT_BY_FOLDER_NAME.keys()
+    split_by_cell = SPLIT_BY_CELL
+    if marked := re.search("train|val|test", column.lower()):  # Of 0 and 1, such as is_train
+        rest = "test" if marked.group() == "train" else "train"
+        split_by_cell = split_by_cell | {
+            text: SPLIT_BY_CELL[marked.group()] if bit else rest for text, bit in BITS.items()
+        }
+    texts = read_texts(splits, column, dataset)
+    names = [re.sub("[ _-]", "", name or "").lower() for name in texts]
+    unknown = set(names) - split_by_cell.keys()
     if unknown:
         values = format_name_list(sorted(map(repr, unknown)))
         if not is_named and unknown == set(names):
             return splits, {"splits": f"the column {column!r} is not used: it contains {values}"}
         raise ValueError(
             f"{dataset}: the column {column!r} contains {values}. Its values must be train, "
-            "validation or test; rename or remove the column if it means something else"
+            "validation or test; rename or remove the column if it means something else, or set "
+            f"`group_column={column!r}` if these are folds"
         )
-    parts = [SPLIT_BY_FOLDER_NAME[name] for name in names]
+    parts = [split_by_cell[name] for name in names]
     return select_parts(table, parts, f"column {column!r}")
 
 
@@ -474,8 +492,9 @@ def find_unused_groups(
         is_named = GROUP_COLUMN_NAME.fullmatch(name) and 1 < len(set(values)) < len(values)
         if is_named or look_like_groups(values, labels):
             return (
-                f"the column {name!r} is not used: images with the same value may be on both "
-                f"sides of a split. To keep them together, set `group_column={name!r}`"
+                f"the column {name!r} is not used: images with the same value may be on both sides of "
+                f"a split. To keep them together, set `group_column={name!r}` or, if it names splits, "
+                f"`split_column={name!r}`"
             )
     return None
 
@@ -512,6 +531,11 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
 
     images = dataset.select_columns([column])
     feature = dataset.features[column]
+    if mode := getattr(feature, "mode", None):
+        raise ValueError(
+            f"{name}: the column {column!r} has the mode {mode!r}, which would be ignored. Pass "
+            f"dataset.cast_column({column!r}, datasets.Image()), or convert the images themselves"
+        )
     is_encoded = is_image_feature(feature)
     if getattr(feature, "dtype", None) in BINARY_TYPES:
         images = images.cast_column(column, datasets.Value("binary"))

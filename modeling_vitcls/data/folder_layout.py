@@ -28,6 +28,13 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# In a column of a table, also of competitions, of which a part of the test is public
+SPLIT_BY_CELL = SPLIT_BY_FOLDER_NAME | {
+    "public": "validation",
+    "publictest": "validation",
+    "private": "test",
+    "privatetest": "test",
+}
 SPLIT_ORDER = ("train", "validation", "test")
 # The column of an image folder with the folder below the class, or none
 FOLDER_COLUMN = "folder below the class"

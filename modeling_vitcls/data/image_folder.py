@@ -12,6 +12,7 @@ contains metadata.csv (or .jsonl, .parquet), or at least as many tables as image
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -28,11 +29,30 @@ IMAGE_SUFFIXES = frozenset(
     ".mpo .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
-HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
-MNIST_REMEDY = "To read MNIST, set `dataset` to its images on the Hub, such as 'ylecun/mnist'"
+# Pattern of the names of files that are not read -> what to do
+REMEDIES = {
+    r"\.(heics?|heifs?|hif)$": (
+        "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
+    ),
+    "-ubyte": "To read MNIST, set `dataset` to its images on the Hub, such as 'ylecun/mnist'",
+    r"\.(icloud|nextcloud|owncloud)$": (
+        "A cloud drive has not downloaded these files: select their folder, and Download Now"
+    ),
+    r"\.(dcm|dicom)$": "To read DICOM, convert it: `dcmj2pnm --write-png IMAGE.dcm IMAGE.png` (DCMTK)",
+    r"\.(np[yz]|h5|hdf5|mat|pkl)$": (
+        "To use arrays, load them in Python: `finetune(model, list(zip(images, labels)), folder)`"
+    ),
+}
 NAME_REMEDY = "Rename them: `convmv -r -f latin1 -t utf8 --notest FOLDER`"
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
+# Folders and ends of names of what belongs to a photo and is no photo, and folders of photos. A class of
+# faces without a mask is neither
+MASK = re.compile(
+    r"(?<![^/])(masks?|labels?|gt|ground_?truths?|seg\w*|annotations?)/|[ _.-]+[a-z]+[ _-]?\d*$",
+    re.IGNORECASE,
+)
+PHOTOS = re.compile(r"(?<![^/])(images?|imgs?|photos?|pictures?|scans?|inputs?)/", re.IGNORECASE)
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .ndjson .parquet .tar .tsv .zip".split())
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -146,8 +166,12 @@ def scan_folder(path: Path) -> ImageFolder:
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether file managers hide a file or folder: it is then not meant as data."""
-    return name.startswith(".") or name.lower() in HIDDEN_NAMES
+    """Tell whether file managers hide a file or folder: it is then not meant as data.
+
+    A placeholder of iCloud, such as .5.png.icloud, is, and they show it as 5.png.
+    """
+    is_named = name.startswith(".") and not name.endswith(".icloud")
+    return is_named or name.lower() in HIDDEN_NAMES
 
 
 def is_valid_name(name: str) -> bool:
@@ -200,9 +224,9 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
         warn_about_skipped(where, unlabeled, "images outside of class folders")
         if repeated := find_repeated_names(folder.images):
             warn_on_first_process(
-                f"{where}: {len(repeated):,} images have the name of an image in a folder above: "
-                f"{format_name_list(repeated)}. Remove them if they are smaller copies, such as "
-                "thumbnails: a classifier recognizes a copy, so the result would be too good"
+                f"WARNING: {where}: {len(repeated):,} images have the name of another one: "
+                f"{format_name_list(repeated)}. Remove them if they are its mask or a copy, such as "
+                "thumbnails: a classifier recognizes them, so the result would be too good"
             )
         features["label"] = datasets.ClassLabel(names=sorted(set(places["label"])))
         features[FOLDER_COLUMN] = datasets.Value("string")
@@ -241,14 +265,21 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
 
 
 def find_repeated_names(images: Sequence[str]) -> list[str]:
-    """Find images that have the name of another one in a folder above, whatever their formats."""
+    """Find images that have the name of another one in a folder above, or of the photo of a mask.
+
+    Formats do not matter: a/1_mask.png belongs to a/1.jpg, and masks/1.png to images/1.jpg.
+    """
     paths = {image: PurePosixPath(image).with_suffix("") for image in images}
     known = {*paths.values()}
-    return [
-        image
-        for image, path in paths.items()
-        if any(folder / path.name in known for folder in path.parent.parents)
-    ]
+    photos = {PHOTOS.sub("", str(path)) for path in known}
+    repeated = []
+    for image, path in paths.items():
+        name = PHOTOS.sub("", str(path))
+        photo = MASK.sub("", name)
+        is_mask = photo != name and photo in photos
+        if is_mask or any(folder / path.name in known for folder in path.parent.parents):
+            repeated.append(image)
+    return repeated
 
 
 # Skipped files ------------------------------------------------------------------------------------
@@ -268,11 +299,10 @@ def list_empty_folders(folder: ImageFolder) -> list[str]:
 
 
 def get_remedy(files: Sequence[str]) -> str:
-    """Say how unread files can be read: HEIC, MNIST, and names that are not UTF-8; "" for others."""
-    if any(PurePosixPath(file).suffix.lower() in HEIF_SUFFIXES for file in files):
-        return HEIC_REMEDY
-    if any("-ubyte" in file for file in files):
-        return MNIST_REMEDY
+    """Say how unread files can be read, of `REMEDIES` or with names that are not UTF-8; "" for others."""
+    for pattern, remedy in REMEDIES.items():
+        if any(re.search(pattern, file, re.IGNORECASE) for file in files):
+            return remedy
     return "" if all(map(is_valid_name, files)) else NAME_REMEDY
 
 

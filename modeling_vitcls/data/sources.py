@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import numpy as np
 from accelerate import PartialState
@@ -187,7 +188,7 @@ def load_splits(
         dataset,
         options.group_column,
         list(map(label_space.format, chain(*(part.labels for part in labeled.values())))),
-        (column, FOLDER_COLUMN, *columns),
+        (column, FOLDER_COLUMN, options.split_column, *columns),
     )
     if fact is not None:
         facts["groups"] = fact
@@ -416,7 +417,7 @@ def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list
     tables: dict[str, list[Path]] = {}
     for file in files:
         if READERS.get(Path(file).suffix.lower()) == reader:
-            words = re.split(r"[/._-]", file.lower())
+            words = re.split(r"[/._=-]", file.lower())
             named = filter(None, map(SPLIT_BY_FOLDER_NAME.get, words))
             tables.setdefault(next(named, "train"), []).append(root / file)
     return {split: tables[split] for split in SPLIT_ORDER if split in tables}
@@ -443,11 +444,28 @@ def read_tables(folder: Path, reader: str, files: Mapping[str, Sequence[Path]]) 
     # `datasets` reads each path as a pattern
     patterns = {split: [glob.escape(str(file)) for file in part] for split, part in files.items()}
     with explain_reading_errors(str(paths[0].parent if len(paths) > 1 else paths[0])):
-        return datasets.load_dataset(
+        tables = datasets.load_dataset(
             reader,
             data_files=patterns,
             cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE, "vitcls", digest.hexdigest())),
         )
+    if reader == "parquet":
+        for split, part in files.items():
+            tables[split] = add_partitions(tables[split], folder, part)
+    return tables
+
+
+def add_partitions(table: Any, folder: Path, files: Sequence[Path]) -> Any:
+    """Add the columns that folders such as label=cat/ of Spark and pandas name."""
+    from pyarrow.parquet import read_metadata
+
+    columns: dict[str, list[str]] = {}
+    for file in files:
+        for name, value in re.findall("([^/=]+)=([^/]+)/", file.relative_to(folder).as_posix()):
+            columns.setdefault(name, []).extend([unquote(value)] * read_metadata(file).num_rows)
+    for name in columns.keys() - table.features.keys():
+        table = table.add_column(name, columns[name])
+    return table
 
 
 @contextmanager
