@@ -53,6 +53,9 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
         create_transform(**settings, is_training=False),
         "timm's pretrained_cfg",
         settings["input_size"][1:],
+        # Known, even if another setting is not supported
+        image_mean=list(settings["mean"]),
+        image_std=list(settings["std"]),
     )
 
 
@@ -88,8 +91,6 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
         "crop_size": {"height": height, "width": width},
         # timm crops with torchvision, which rounds half pixels to even.
         "crop_rounding": "even",
-        "image_mean": list(settings["mean"]),
-        "image_std": list(settings["std"]),
     }
 
 
@@ -120,19 +121,20 @@ def build_checked_processor(
     preprocess: Callable[[PIL.Image.Image], Tensor],
     settings_name: str,
     image_size: Size,
+    **known: Any,
 ) -> ConvertedPreprocessing:
     """Build an image processor, or the default one if its pixels differ from the source's.
 
-    `backend_class` is our class with the backend of the source.
+    `backend_class` is our class with the backend of the source. Both have the `known` settings.
     """
     try:
-        processor = ViTCLSImageProcessor(**read_settings())
+        processor = ViTCLSImageProcessor(**read_settings(), **known)
         # PIL and torchvision resize differently, by more than the limit. In the same backend, any
         # difference comes from the settings.
         same_backend_processor = backend_class.from_dict(processor.to_dict())
         difference = check_processor(same_backend_processor, preprocess, settings_name)
     except ValueError as error:
-        return build_default_preprocessing(image_size, str(error))
+        return build_default_preprocessing(image_size, str(error), **known)
     return processor, {
         "origin": settings_name,  # Name of the settings from which the image processor was built
         "largest_difference_in_gray_levels": difference,
@@ -202,8 +204,10 @@ def build_test_image(height: int, width: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
 
 
-def build_default_preprocessing(image_size: Size, reason: str) -> ConvertedPreprocessing:
+def build_default_preprocessing(
+    image_size: Size, reason: str, **known: Any
+) -> ConvertedPreprocessing:
     """Build the default image processor, which resizes to `image_size` (height, width)."""
     height, width = image_size
-    processor = ViTCLSImageProcessor(size={"height": height, "width": width})
+    processor = ViTCLSImageProcessor(size={"height": height, "width": width}, **known)
     return processor, {"assumed_because": reason}

@@ -294,12 +294,12 @@ def warn_about_joined_names(where: str, names: Sequence[str]) -> None:
     """
     counts = Counter(part for name in names for part in split_labels(name, ","))
 
-    def is_joined(name: str, separator: str) -> bool:
-        is_repeated = separator != "," or all(counts[part] > 1 for part in split_labels(name, ","))
-        return separator in name and is_repeated
-
     for separator in SEPARATORS:
-        joined = [name for name in names if is_joined(name, separator)]
+        joined = [name for name in names if separator in name]
+        if separator == ",":
+            joined = [
+                name for name in joined if all(counts[part] > 1 for part in split_labels(name, ","))
+            ]
         if not joined:
             continue
         warn_on_first_process(

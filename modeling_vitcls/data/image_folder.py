@@ -38,6 +38,10 @@ REMEDIES = {
     r"\.(icloud|nextcloud|owncloud)$": (
         "A cloud drive has not downloaded these files: select their folder, and Download Now"
     ),
+    r"(^|/)labels/.*\.txt$|\.xml$|(^|/)(data\.yaml|obj\.names)$|coco\.json$": (
+        "Boxes and annotations of detection are no classes: cut the objects out of the photos, and move "
+        "those of each class into a separate folder"
+    ),
     r"\.(dcm|dicom)$": "To read DICOM, convert it: `dcmj2pnm --write-png IMAGE.dcm IMAGE.png` (DCMTK)",
     r"\.(np[yz]|h5|hdf5|mat|pkl)$": (
         "To use arrays, load them in Python: `finetune(model, list(zip(images, labels)), folder)`"
@@ -203,25 +207,22 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
     # Absolute: a run and its report may name one folder differently, and a message is logged once
     where = str(folder.path.resolve())
     warn_about_skipped(where, folder.skipped_folders, SKIPPED_FOLDERS)
-    is_stray = places["split"].isna()
-    warn_about_skipped(where, list(places.index[is_stray]), "images next to the split folders")
     others = sorted([*folder.other_files, *folder.tables])
     warn_about_skipped(where, others, "files that are no images")
-    places = places[~is_stray]
+    required = ["split", "label"] if use_labels else ["split"]
+    stray = list(places.index[places[required].isna().any(axis=1)])
+    places = places.drop(stray)
+    if places.empty:
+        raise ValueError(
+            f"{folder.path / PurePosixPath(stray[0]).parent} contains images, but no class folders. "
+            f"{explain_layout(folder)}"
+        )
+    warn_about_skipped(where, stray, "images outside of class folders")
     # One list of classes for all splits: a split without images of a class must not shift the
     # others.
     features = datasets.Features(image=datasets.Image())
     if use_labels:
         warn_about_skipped(where, list_empty_folders(folder), "folders without images of their own")
-        unlabeled = list(places.index[places["label"].isna()])
-        places = places.drop(unlabeled)
-        if places.empty:
-            parent = folder.path / PurePosixPath(unlabeled[0]).parent
-            raise ValueError(
-                f"{parent} contains images, but no class folders. Move the images of each class into "
-                "a separate folder, or set `dataset` to a table of images and labels"
-            )
-        warn_about_skipped(where, unlabeled, "images outside of class folders")
         if repeated := find_repeated_names(folder.images):
             warn_on_first_process(
                 f"WARNING: {where}: {len(repeated):,} images have the name of another one: "
@@ -232,7 +233,8 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
         features[FOLDER_COLUMN] = datasets.Value("string")
     columns = {
         "image": [str(folder.path / image) for image in places.index],
-        FOLDER_COLUMN: find_groups(places),
+        # pandas would replace None in a column of texts
+        FOLDER_COLUMN: pd.Series(find_groups(places), places.index, object),
     }
     parts = {
         split: datasets.Dataset.from_dict(own[list(features)].to_dict("list"), features)
@@ -280,6 +282,22 @@ def find_repeated_names(images: Sequence[str]) -> list[str]:
         if is_mask or any(folder / path.name in known for folder in path.parent.parents):
             repeated.append(image)
     return repeated
+
+
+def explain_layout(folder: ImageFolder) -> str:
+    """Say what a folder of images contains instead of several class folders, and what to do."""
+    if remedy := get_remedy([*folder.other_files, *folder.tables]):
+        return remedy
+    if folder.tables:
+        return f"To read a table, set `dataset` to it: {format_name_list(folder.tables)}"
+    parents = {str(PurePosixPath(image).parent) for image in folder.images}
+    if len(parents) > 1:
+        inner = folder.path / os.path.commonpath(parents)
+        return f"If the folders in {inner} are the classes, set `dataset={str(inner)!r}`"
+    return (
+        "Move the images of each class into a separate folder, or set `dataset` to a table of images and "
+        "labels"
+    )
 
 
 # Skipped files ------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 import numpy as np
 from accelerate import PartialState
@@ -328,8 +327,14 @@ def read_folder(
             f"{path} contains the files of a training run or a model. Move images, or the folders of "
             "classes, that are next to them to a folder of their own"
         )
+    # Beside images that are in no class folders, such as train.csv, test.csv and images/
+    split_tables = [
+        file for file in folder.tables if find_split(file) and Path(file).suffix.lower() in READERS
+    ]
     if folder.is_image_folder:
-        return read_image_folder(folder, use_labels, has_groups)
+        if not (use_labels and split_tables) or len(find_classes(path, folder.images)) > 1:
+            return read_image_folder(folder, use_labels, has_groups)
+        folder = replace(folder, tables=split_tables)
     if any((path / file).is_file() for file in SAVED_FILES):
         # `datasets` cannot load a dataset without rows, which has no files
         for state in path.rglob(SAVED_FILES[1]):
@@ -412,20 +417,25 @@ def add_columns(images: Any, tables: Mapping[str, Any], folder: Path) -> Any:
     return images
 
 
+def find_split(file: str) -> str | None:
+    """Find the split of a table by the words in its name and folders."""
+    words = re.split(r"[/._=-]", file.lower())
+    return next(filter(None, map(SPLIT_BY_FOLDER_NAME.get, words)), None)
+
+
 def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list[Path]]:
-    """Sort the tables of a folder into splits, by the words in their names and folders."""
+    """Sort the tables of a folder into splits."""
     tables: dict[str, list[Path]] = {}
     for file in files:
         if READERS.get(Path(file).suffix.lower()) == reader:
-            words = re.split(r"[/._=-]", file.lower())
-            named = filter(None, map(SPLIT_BY_FOLDER_NAME.get, words))
-            tables.setdefault(next(named, "train"), []).append(root / file)
+            tables.setdefault(find_split(file) or "train", []).append(root / file)
     return {split: tables[split] for split in SPLIT_ORDER if split in tables}
 
 
 def read_tables(folder: Path, reader: str, files: Mapping[str, Sequence[Path]]) -> Any:
     """Read the tables of each split in a folder as `datasets.Dataset`."""
     import datasets
+    import pyarrow.dataset
 
     if reader == "text":
         return {
@@ -451,21 +461,12 @@ def read_tables(folder: Path, reader: str, files: Mapping[str, Sequence[Path]]) 
         )
     if reader == "parquet":
         for split, part in files.items():
-            tables[split] = add_partitions(tables[split], folder, part)
+            # Columns that folders such as label=cat/ of Spark and pandas name
+            parts = pyarrow.dataset.dataset(list(map(str, part)), partitioning="hive")
+            for name in set(parts.schema.names) - tables[split].features.keys():
+                values = parts.to_table(columns=[name])[name].to_pylist()
+                tables[split] = tables[split].add_column(name, values)
     return tables
-
-
-def add_partitions(table: Any, folder: Path, files: Sequence[Path]) -> Any:
-    """Add the columns that folders such as label=cat/ of Spark and pandas name."""
-    from pyarrow.parquet import read_metadata
-
-    columns: dict[str, list[str]] = {}
-    for file in files:
-        for name, value in re.findall("([^/=]+)=([^/]+)/", file.relative_to(folder).as_posix()):
-            columns.setdefault(name, []).extend([unquote(value)] * read_metadata(file).num_rows)
-    for name in columns.keys() - table.features.keys():
-        table = table.add_column(name, columns[name])
-    return table
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list, warn_on_first_process
+from .image_folder import explain_layout, scan_folder
 from .images import NO_CONTENT_KEY, LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace, SeveralLabels
@@ -162,10 +164,12 @@ def load_undivided_images(
         for column, names in labels.columns.items():
             if len(names) < min_classes:
                 found = f"the single class {names[0]!r}" if names else "no labels"
+                remedy = "Add images of another class"
+                if Path(options.dataset).is_dir():
+                    remedy = explain_layout(scan_folder(Path(options.dataset)))
                 raise ValueError(
                     f"a classifier requires two or more classes, but {title} has {found} in "
-                    f"{column!r}. If this is a folder of classes, set `dataset` to it, or to the table "
-                    "that has the labels"
+                    f"{column!r}. {remedy}"
                 )
     parts = add_keys(loaded.images_by_split)
     check_contradictions(parts.values(), labels, title)
@@ -300,12 +304,6 @@ def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]
 # Held-out images ----------------------------------------------------------------------------------
 
 
-def check_can_divide(images: Splits, held_out_fraction: float) -> None:
-    """Raise ValueError if no images could be held out."""
-    if held_out_fraction and len(images.images_by_split) == 1:
-        check_can_hold_out(images.train, images.name)
-
-
 def check_can_hold_out(images: LabeledImages, dataset: str, reason: str = SINGLE_GROUPS) -> None:
     """Raise ValueError unless a class has two groups: one to train, and one to hold out."""
     table = pd.DataFrame({"group": images.groups, "label": 0})
@@ -397,8 +395,8 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     if not all(images.is_stratified for images in parts if len(images)):
         return []
     names = training_data.label_space.names
-    labels = chain.from_iterable(part.labels for part in parts)
-    counts = Counter(names[label] for label in labels)
+    train, held_out = (Counter(names[label] for label in part.labels) for part in parts)
+    counts = train + held_out
     small = sorted(name for name, count in counts.items() if count < MIN_CLASS_SIZE)
     lines = []
     if unused := [name for name in names if name not in counts]:
@@ -420,10 +418,12 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
             )
         return lines
 
-    train, held_out = ({names[label] for label in images.labels} for images in parts)
-    kinds = {"training": sorted(held_out - train), "held-out": sorted(train - held_out)}
+    kinds = {
+        "training": sorted(held_out.keys() - train.keys()),
+        "held-out": sorted(train.keys() - held_out.keys()),
+    }
     return lines + [
-        f"{len(missing)} of the {len(train | held_out)} classes have no {kind} images: "
+        f"{len(missing)} of the {len(counts)} classes have no {kind} images: "
         f"{format_name_list(missing)}"
         for kind, missing in kinds.items()
         if missing

@@ -149,13 +149,16 @@ class Evaluator(ImagePass):
             return NOTHING_MEASURED
         return self.predict(model, console).metrics
 
-    def predict(self, model: nn.Module, console: Console | None = None) -> Predictions:
+    def predict(
+        self, model: nn.Module, console: Console | None = None, is_mirrored: bool = False
+    ) -> Predictions:
         """Measure a model on the device in evaluation mode, and keep the logits.
 
         All processes must call this method.
 
         Args:
             console: shows the progress (runtime/progress.py).
+            is_mirrored: whether the model gets mirror images.
 
         Raises:
             ValueError: if all images are unreadable, if more than `MAX_UNREADABLE_IMAGES` images
@@ -163,6 +166,7 @@ class Evaluator(ImagePass):
         """
 
         def compute(pixel_values: Tensor) -> dict[str, Tensor]:
+            pixel_values = pixel_values.flip(-1) if is_mirrored else pixel_values
             return {"logits": select_logits(self.label_space, model(pixel_values))}
 
         return build_predictions(self.label_space, self.collect(model, compute, console))

@@ -10,7 +10,9 @@ image_pass.py).
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
@@ -22,6 +24,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..data.aspect_ratio import MAX_MEASURED_IMAGES
 from ..data.columns import find_image_column
 from ..data.image_folder import (
     IMAGE_SUFFIXES,
@@ -53,6 +56,7 @@ from ..model.image_processing_vitcls import (
     SOURCE_TYPES,
     ViTCLSImageProcessor,
     flatten_images,
+    pil_to_tensor,
     shorten_text,
 )
 from ..runtime.errors import format_error, format_name_list, warn_on_first_process
@@ -62,7 +66,7 @@ from .options import PredictOptions
 
 MAX_SHARED_PIXELS = 25_000_000  # Images with more are decoded one at a time
 LARGE_IMAGE = Lock()
-MAX_DARK_VALUE = 1 / 4  # Largest value of a scan that uses 14 of 16 bits
+MIN_SPREAD = 64  # Of 255 gray levels: a scan that uses 14 of 16 bits has less
 
 
 class ImageRecord(NamedTuple):
@@ -304,29 +308,41 @@ def is_large(content: Any) -> bool:
     return False
 
 
-def find_note(
-    processor: ViTCLSImageProcessor, content: Any, decode: Callable[[], Any]
-) -> str | None:
-    """Note what a prediction of a scan does not see: other pages, or anything in nearly black pixels.
+def find_note(content: Any, bit_depth: int) -> str | None:
+    """Note what a model does not see of an image: other pages, or anything in almost equal pixels.
 
     Args:
-        processor: The image processor of the model.
-        content: The content of the record.
-        decode: Returns what `prepare_image` returns for it.
+        content: The content of a record.
+        bit_depth: Of the image processor.
     """
     with (
         suppress(Exception),  # Other formats, images in memory, and unreadable ones
         open_encoded_image(to_encoded_image(content, Path())) as stream,
-        Image.open(stream, formats=("TIFF", "PNG")) as image,
+        Image.open(stream, formats=("TIFF", "PNG", "GIF", "WEBP")) as image,
     ):
+        # Only these lose something, and only these are decoded here
+        is_odd = image.has_transparency_data or re.search(";(16|32)", str(image.tile))
         with suppress(EOFError):  # Counting thousands of pages would take minutes
             image.seek(1)
             return "page 1 of several"
-        if image.mode.startswith("I") and processor.do_normalize:
-            mean, std = np.ravel(processor.image_mean)[0], np.ravel(processor.image_std)[0]
-            if decode()[0].max() * std + mean < MAX_DARK_VALUE:
-                return "nearly black: the 16-bit values are below a quarter of white"
+        if is_odd and image.width * image.height <= MAX_SHARED_PIXELS:
+            pixels = pil_to_tensor(image, to_rgb=True, bit_depth=bit_depth)
+            if pixels.max() - pixels.min() < MIN_SPREAD:
+                return (
+                    "almost of one color after reading, such as white on transparent, or 16-bit values below "
+                    "a quarter of white"
+                )
     return None
+
+
+def count_notes(images: Any, bit_depth: int) -> list[str]:
+    """Count the notes of up to `MAX_MEASURED_IMAGES` images of a dataset, evenly spaced."""
+    places = range(0, len(images), 1 + len(images) // MAX_MEASURED_IMAGES)
+    notes = [find_note(images.get_encoded_image(place), bit_depth) for place in places]
+    return [
+        f"{number:,} of {len(places):,} images that were looked at: {note}"
+        for note, number in Counter(filter(None, notes)).items()
+    ]
 
 
 # Images that trained a model ----------------------------------------------------------------------

@@ -252,7 +252,7 @@ class Predictor:
                 "image": name,
                 "checksum": checksum,
                 "trained": is_trained,
-                "note": find_note(self.processor, content, decode),
+                "note": find_note(content, self.processor.bit_depth),
             }
             return pixels
 

@@ -42,6 +42,10 @@ from .statistics import store_statistics
 from .teacher import measure
 
 
+# Left and right classes: 0.58; up and down, 75 % right: 0.32
+MAX_MIRRORED = 0.4
+
+
 def run_steps(
     inputs: RunInputs,
     plan: RunPlan,
@@ -115,6 +119,13 @@ def run_steps(
         metrics = predictions.metrics
     if data.label_space.kind == "multi_task":
         predictions = None
+    if predictions is not None and options.flip:
+        mirrored = held_out.predict(model, is_mirrored=True)
+        if (part := (predictions.answers != mirrored.answers).mean()) > MAX_MIRRORED:
+            reporter.warn(
+                f"{part:.0%} of the held-out answers change when the images are mirrored, and mirror images "
+                "train the model. If left and right matter, set `flip=False`"
+            )
     reshard(model)
     tokens, tokens_text = measure_tokens(inputs, data.held_out, predictions)
     # After the measurement, which a distance to the classes would only slow down.

@@ -13,6 +13,7 @@ from ..data.splits import (
     describe_missing_classes,
 )
 from ..hub.local_paths import make_relative
+from ..inference.inputs import count_notes
 from ..inference.token_names import count_tokens
 from ..runtime.files import replace_control_characters
 from .plan import RunPlan
@@ -55,7 +56,13 @@ def print_division(
         )
     reporter.print_lines(lines)
     leaks = describe_leaks(data, plan.options.group_column)
-    for warning in [*describe_missing_classes(data), *describe_divided_groups(data), *leaks]:
+    notes = count_notes(data.train.images, inputs.processor.bit_depth)
+    for warning in [
+        *describe_missing_classes(data),
+        *describe_divided_groups(data),
+        *leaks,
+        *notes,
+    ]:
         reporter.warn(warning)
     # They trained its encoder, or a classifier that it keeps.
     num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
