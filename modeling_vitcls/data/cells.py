@@ -270,8 +270,12 @@ def check_numbers(where: str, names: Collection[str], has_lists: bool) -> None:
             f"WARNING: {where} has {len(names):,} different {measurement}. If it is one, set "
             "`label_column` to another column"
         )
-    spelled = {spell_label(number): name for number, name in zip(numbers, names, strict=True)}
-    if missing := [spelled[name] for name in MISSING_NUMBERS if name in spelled]:
+    missing = [
+        name
+        for name, number in zip(names, numbers, strict=True)
+        if f"{number:g}" in MISSING_NUMBERS
+    ]
+    if missing:
         warn_on_first_process(
             f"WARNING: {where} has the class {missing[0]}. If it means that an image has no label, leave "
             "these cells empty; if it means that it does not have this one, write 0"

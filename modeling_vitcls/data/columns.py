@@ -347,10 +347,12 @@ def divide_by_column(
     if column is None:
         column = next((name for name in table.features if name.lower() in SPLIT_COLUMN_NAMES), None)
     if column is None or column in label_columns:
-        folders = read_split_folders(splits, dataset) if FILE_NAME in table.features else []
-        if len({*folders}) < 2:
+        files = read_texts(splits, FILE_NAME, dataset) if FILE_NAME in table.features else []
+        folders = [re.split(r"[/\\]", name or "")[0].lower() for name in files]
+        parts = [SPLIT_BY_FOLDER_NAME.get(folder, "") for folder in folders]
+        if "" in parts or len({*parts}) < 2:
             return splits, {}
-        return select_parts(table, folders, f"the folders in {FILE_NAME!r}")
+        return select_parts(table, parts, f"the folders in {FILE_NAME!r}")
 
     split_by_cell = SPLIT_BY_CELL
     if marked := re.search("train|val|test", column.lower()):  # Of 0 and 1, such as is_train
@@ -372,14 +374,6 @@ def divide_by_column(
         )
     parts = [split_by_cell[name] for name in names]
     return select_parts(table, parts, f"column {column!r}")
-
-
-def read_split_folders(tables: Mapping[str, Any], dataset: str) -> list[str]:
-    """Read the split of each row from its first folder, as in train/cat/1.png; [] if one is no split."""
-    names = read_texts(tables, FILE_NAME, dataset)
-    folders = ((name or "").replace("\\", "/").partition("/")[0].lower() for name in names)
-    parts = [SPLIT_BY_FOLDER_NAME.get(folder, "") for folder in folders]
-    return parts if all(parts) else []
 
 
 def select_parts(table: Any, parts: Sequence[str], source: str) -> tuple[Any, dict[str, str]]:

@@ -188,7 +188,9 @@ def make_printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
-def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = True) -> Any:
+def read_image_folder(
+    folder: ImageFolder, use_labels: bool, has_groups: bool = True, metadata: Any = None
+) -> Any:
     """Read an image folder as a `datasets.DatasetDict`, and log which files are not used.
 
     The columns are `image` and, if labels are used, `label` and `FOLDER_COLUMN`. Without labels, images
@@ -231,14 +233,17 @@ def read_image_folder(folder: ImageFolder, use_labels: bool, has_groups: bool = 
             )
         features["label"] = datasets.ClassLabel(names=sorted(set(places["label"])))
         features[FOLDER_COLUMN] = datasets.Value("string")
-    columns = {
-        "image": [str(folder.path / image) for image in places.index],
-        # pandas would replace None in a column of texts
-        FOLDER_COLUMN: pd.Series(find_groups(places), places.index, object),
-    }
+    images = [str(folder.path / image) for image in places.index]
+    places = places.assign(**{"image": images, FOLDER_COLUMN: find_groups(places)})
+    if metadata is not None:
+        others = metadata[metadata.columns.difference(places.columns)]
+        places = places.join(others, on="image")
+        features |= dict.fromkeys(others, datasets.Value("string"))
+    # A missing text is None, and not the number that pandas has for it
+    places = places.astype(object).where(places.notna(), None)
     parts = {
         split: datasets.Dataset.from_dict(own[list(features)].to_dict("list"), features)
-        for split, own in places.assign(**columns).groupby("split")
+        for split, own in places.groupby("split")
     }
     return datasets.DatasetDict({split: parts[split] for split in SPLIT_ORDER if split in parts})
 

@@ -196,9 +196,9 @@ def read_size(images: Any, index: int) -> Size:
         open_encoded_image(images.get_encoded_image(index)) as stream,
         Image.open(stream, formats=get_image_formats()) as image,
     ):
-        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-        if image.format != "TIFF" or not is_turned:  # Some versions of Pillow turn its size already
-            return image.size if is_turned else image.size[::-1]
+        # Pillow turns the size of a TIFF itself
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4 and image.format != "TIFF"
+        return image.size if is_turned else image.size[::-1]
     return images[index].size[::-1]  # type: ignore[no-any-return]
 
 

@@ -44,7 +44,7 @@ from ..runtime.errors import (
     format_name_list,
     warn_on_first_process,
 )
-from ..runtime.files import check_parquet_size, read_json
+from ..runtime.files import check_parquet_size
 from .cells import spell_label
 from .columns import (
     FILE_NAME,
@@ -336,10 +336,6 @@ def read_folder(
             return read_image_folder(folder, use_labels, has_groups)
         folder = replace(folder, tables=split_tables)
     if any((path / file).is_file() for file in SAVED_FILES):
-        # `datasets` cannot load a dataset without rows, which has no files
-        for state in path.rglob(SAVED_FILES[1]):
-            if not read_json(state).get("_data_files"):
-                raise ValueError(f"{state.parent} is empty. Add rows with images")
         with explain_reading_errors(str(path)):
             saved = datasets.load_from_disk(path)
         return saved if isinstance(saved, dict) else {"train": saved}
@@ -348,7 +344,7 @@ def read_folder(
             splits = read_tables(path, reader, tables)
             has_metadata = use_labels and folder.metadata
             if has_metadata and has_unlabeled_rows(folder, splits, label_columns):
-                return add_columns(read_image_folder(folder, True), splits, path)
+                return read_image_folder(folder, True, metadata=read_metadata(splits, path))
             return splits
     remedy = get_remedy(folder.other_files) or (
         "Check the path, unpack archives, or save spreadsheets as CSV UTF-8"
@@ -392,29 +388,28 @@ def has_unlabeled_rows(folder: ImageFolder, splits: Any, label_columns: Collecti
     return True
 
 
-def add_columns(images: Any, tables: Mapping[str, Any], folder: Path) -> Any:
-    """Add the columns of metadata.csv, such as the object of each image, to the images of class folders."""
-    import datasets
+def read_metadata(tables: Mapping[str, Any], folder: Path) -> Any:
+    """Read the columns of metadata.csv, such as the object of each image, by the path of the image."""
+    import pandas as pd
 
-    cells: dict[str, dict[str, str | None]] = {}
-    ambiguous: dict[str, str] = {}
-    for table in tables.values():
-        names = map(spell_label, read_column(table, FILE_NAME))
-        paths = [resolve_path(folder, name) for name in names]
-        for column in table.features.keys() - {FILE_NAME}:
-            by_path = cells.setdefault(column, {})
-            for path, text in zip(paths, map(spell_label, read_column(table, column)), strict=True):
-                if by_path.setdefault(path, text) != text:
-                    ambiguous[column] = path
-    for column, path in ambiguous.items():
-        del cells[column]
-        warn_on_first_process(f"the column {column!r} is not used: {path} has several values in it")
-    for split, part in images.items():
-        files = part.cast_column("image", datasets.Image(decode=False))["image"]
-        for column in sorted(cells.keys() - part.features.keys()):
-            part = part.add_column(column, [cells[column].get(file["path"]) for file in files])
-        images[split] = part
-    return images
+    parts = [
+        pd.DataFrame(
+            {
+                column: list(map(spell_label, read_column(table, column)))
+                for column in table.features
+            }
+        )
+        for table in tables.values()
+    ]
+    rows = pd.concat(parts).astype(object)
+    rows.index = [resolve_path(folder, name) for name in rows.pop(FILE_NAME)]
+    for column, numbers in rows.groupby(level=0).nunique(dropna=False).items():
+        if numbers.max() > 1:
+            del rows[column]
+            warn_on_first_process(
+                f"the column {column!r} is not used: {numbers.idxmax()} has several values in it"
+            )
+    return rows[~rows.index.duplicated()]
 
 
 def find_split(file: str) -> str | None:

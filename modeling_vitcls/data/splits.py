@@ -304,6 +304,12 @@ def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]
 # Held-out images ----------------------------------------------------------------------------------
 
 
+def check_can_divide(images: Splits, held_out_fraction: float) -> None:
+    """Raise ValueError if no images could be held out."""
+    if held_out_fraction and len(images.images_by_split) == 1:
+        check_can_hold_out(images.train, images.name)
+
+
 def check_can_hold_out(images: LabeledImages, dataset: str, reason: str = SINGLE_GROUPS) -> None:
     """Raise ValueError unless a class has two groups: one to train, and one to hold out."""
     table = pd.DataFrame({"group": images.groups, "label": 0})

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.sources import Splits
-from ..data.splits import check_can_hold_out
+from ..data.splits import check_can_divide
 from ..inference.speed import measure_inference_speed
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
 from .model import find_new_tokens
@@ -105,8 +105,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     fraction = options.held_out_fraction
     if fraction is None:
         fraction = choose_held_out_fraction(kind, num_images, num_labels, inputs.num_fitted)
-    if fraction and len(inputs.images.images_by_split) == 1:
-        check_can_hold_out(inputs.images.train, inputs.images.name)  # Before images are decoded
+    check_can_divide(inputs.images, fraction)  # Before images are decoded
     options = replace(options, held_out_fraction=fraction)
     lines: dict[str, str | None] = {}
     new_tokens: dict[str, list[bool]] = {}
