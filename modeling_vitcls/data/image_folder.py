@@ -295,10 +295,11 @@ def explain_layout(folder: ImageFolder) -> str:
         return remedy
     if folder.tables:
         return f"To read a table, set `dataset` to it: {format_name_list(folder.tables)}"
-    parents = {str(PurePosixPath(image).parent) for image in folder.images}
-    if len(parents) > 1:
-        inner = folder.path / os.path.commonpath(parents)
-        return f"If the folders in {inner} are the classes, set `dataset={str(inner)!r}`"
+    above = {str(PurePosixPath(image).parent.parent) for image in folder.images}
+    if inner := os.path.commonpath(above):
+        return (
+            f"If the folders in {inner} are the classes, set `dataset={str(folder.path / inner)!r}`"
+        )
     return (
         "Move the images of each class into a separate folder, or set `dataset` to a table of images and "
         "labels"

@@ -342,8 +342,7 @@ def read_folder(
     for reader in dict.fromkeys(READERS.values()):
         if tables := find_tables(path, folder.metadata or folder.tables, reader):
             splits = read_tables(path, reader, tables)
-            has_metadata = use_labels and folder.metadata
-            if has_metadata and has_unlabeled_rows(folder, splits, label_columns):
+            if use_labels and folder.metadata and has_unlabeled_rows(folder, splits, label_columns):
                 return read_image_folder(folder, True, metadata=read_metadata(splits, path))
             return splits
     remedy = get_remedy(folder.other_files) or (
@@ -392,17 +391,8 @@ def read_metadata(tables: Mapping[str, Any], folder: Path) -> Any:
     """Read the columns of metadata.csv, such as the object of each image, by the path of the image."""
     import pandas as pd
 
-    parts = [
-        pd.DataFrame(
-            {
-                column: list(map(spell_label, read_column(table, column)))
-                for column in table.features
-            }
-        )
-        for table in tables.values()
-    ]
-    rows = pd.concat(parts).astype(object)
-    rows.index = [resolve_path(folder, name) for name in rows.pop(FILE_NAME)]
+    rows = pd.concat(table.to_pandas() for table in tables.values()).map(spell_label)
+    rows.index = [resolve_path(folder, name) for name in rows.pop(FILE_NAME).fillna("")]
     for column, numbers in rows.groupby(level=0).nunique(dropna=False).items():
         if numbers.max() > 1:
             del rows[column]
