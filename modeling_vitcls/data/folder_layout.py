@@ -108,7 +108,7 @@ def find_split_folders(root: Path, images: Sequence[str], has_classes: bool) -> 
         return splits
 
     nested = {name: each for name, each in paths.items() if list_names(each, depth=1)}
-    for name in splits.keys() & nested.keys():
+    for name in sorted(splits.keys() & nested.keys()):
         other = next(other for other in paths if other not in splits)
         raise ValueError(
             f"{root}: {name!r} has the name of a split and contains folders, but {other!r} is not "

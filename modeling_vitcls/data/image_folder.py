@@ -174,8 +174,9 @@ def is_hidden(name: str) -> bool:
 
     A placeholder of iCloud, such as .5.png.icloud, is, and they show it as 5.png.
     """
-    is_named = name.startswith(".") and not name.endswith(".icloud")
-    return is_named or name.lower() in HIDDEN_NAMES
+    if name.endswith(".icloud"):
+        return False
+    return name.startswith(".") or name.lower() in HIDDEN_NAMES
 
 
 def is_valid_name(name: str) -> bool:

@@ -66,6 +66,9 @@ from .options import PredictOptions
 
 MAX_SHARED_PIXELS = 25_000_000  # Images with more are decoded one at a time
 LARGE_IMAGE = Lock()
+EQUAL_PIXELS = (
+    "almost of one color after reading, such as white on transparent, or dark 16-bit values"
+)
 MIN_SPREAD = 64  # Of 255 gray levels: a scan that uses 14 of 16 bits has less
 
 
@@ -328,10 +331,7 @@ def find_note(content: Any, bit_depth: int) -> str | None:
         if is_odd and image.width * image.height <= MAX_SHARED_PIXELS:
             pixels = pil_to_tensor(image, to_rgb=True, bit_depth=bit_depth)
             if pixels.max() - pixels.min() < MIN_SPREAD:
-                return (
-                    "almost of one color after reading, such as white on transparent, or 16-bit values below "
-                    "a quarter of white"
-                )
+                return EQUAL_PIXELS
     return None
 
 

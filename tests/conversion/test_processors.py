@@ -115,7 +115,11 @@ def test_a_default_is_stated(theirs: Any, reason: str, tmp_path: Path) -> None:
 
 # Change of timm's settings, sizes of the converted image processor, reason for the default.
 CHANGED: list[tuple[dict[str, Any], dict[str, int], str]] = [
-    ({"crop_mode": "border"}, {"height": 224, "width": 224}, "crop_mode='border'"),
+    (
+        {"crop_mode": "border", "mean": (0.3, 0.4, 0.5)},
+        {"height": 224, "width": 224},
+        "crop_mode='border'",
+    ),
     (
         {"input_size": (3, 224, 192)},
         {"height": 224, "width": 192},
@@ -140,6 +144,7 @@ def test_other_settings_of_timm_are_converted_exactly_or_give_the_default(
     assert reason in record["assumed_because"]
     assert reason or record["largest_difference_in_gray_levels"] == 0
     assert dict(processor.size) == size
+    assert processor.image_mean == list(model.pretrained_cfg["mean"])
 
 
 def test_preprocessing_of_gray_images_of_timm_is_equal() -> None:

@@ -192,9 +192,10 @@ def test_a_decimal_number_looks_like_a_measurement(values: list[Any]) -> None:
         (range(0, 153, 3), "51 different numbers such as 102: this looks like a measurement"),
         (range(100), ""),
         (range(1, 101), ""),
-        ([-1, 0, 1], "the class -1. Does it mean that an image has no label?"),
-        ([-100, 1, 2], "the class -100. Does it mean"),
-        ([-1, 1], ""),
+        ([-1, 0, 1], "the class -1. If it means that an image has no label"),
+        (["-1.0", "0.0"], "the class -1.0. If"),
+        ([-100, 1, 2], "the class -100. If"),
+        ([-1, 1], "write 0"),
     ],
 )
 def test_whole_numbers_that_may_be_no_classes_are_classes_with_a_warning(

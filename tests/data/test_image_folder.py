@@ -18,6 +18,7 @@ from PIL import Image
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.image_folder import (
     NAME_REMEDY,
+    find_repeated_names,
     read_image_folder,
     scan_folder,
 )
@@ -88,7 +89,7 @@ def test_split_folders_are_recognized_in_any_case_but_not_among_their_classes(
     [
         (["train/cat", "test/cat", "extra/cat"], ["'test'", "'extra'", "rename"]),
         (["train2017", "val2017"], ["train2017", "no class folders", "set `dataset` to a table"]),
-        (["packed/cat"], ["the single class 'packed'", "set `dataset` to it"]),
+        (["packed/cat"], ["the single class 'packed'", "in packed are the classes"]),
     ],
 )
 def test_folders_that_may_be_splits_or_classes_are_errors(
@@ -107,9 +108,8 @@ def test_a_split_without_class_folders_is_skipped_and_named(
 
     assert list(read(tmp_path)) == ["train"]
 
-    outside = "images outside of class folders (5): test/0.png, test/1.png, test/2.png and 2 more"
+    outside = "images outside of class folders (6): stray.png, test/0.png, test/1.png and 3 more"
     assert outside in caplog.text
-    assert "skipped images next to the split folders (1): stray.png" in caplog.text
     assert {split: len(found[""]) for split, found in read(tmp_path, use_labels=False).items()} == {
         "train": 4,
         "test": 5,
@@ -284,6 +284,11 @@ def test_what_is_there_instead_of_a_missing_folder_is_named(
         read_training_data("photoss")
 
 
+def test_images_outside_of_the_folders_below_a_class_are_no_group(tmp_path: Path) -> None:
+    write_images(tmp_path, *"cat/a/1.png cat/b/2.png cat/3.png dog/4.png dog/5.png".split())
+    assert len(set(read_undivided(tmp_path).train.groups.tolist())) == 5
+
+
 def test_a_single_folder_below_a_class_is_no_group(tmp_path: Path) -> None:
     write_classes(tmp_path, {"cat/images": 3, "dog": 2, "dog/more": 2})
     images = read_undivided(tmp_path)
@@ -299,6 +304,34 @@ def test_images_that_may_be_thumbnails_are_named(
     (line,) = caplog.messages
     assert "2 images" in line
     assert "cat/thumbnails/0.png, cat/thumbnails/1.png. Remove them" in line
+
+
+@pytest.mark.parametrize(
+    ("files", "repeated"),
+    [
+        ("cat/1.png cat/1_mask.png dog/1.png dog/1_2.png", "cat/1_mask.png"),
+        ("images/1.jpg images/2.jpg masks/1.png masks/2_seg.png", "masks/1.png masks/2_seg.png"),
+        ("mask/1.png no_mask/1.png photos/2.png sketch/2.png", ""),
+    ],
+)
+def test_masks_have_the_names_of_photos(files: str, repeated: str) -> None:
+    assert find_repeated_names(files.split()) == repeated.split()
+
+
+@pytest.mark.parametrize(
+    ("files", "other", "remedy"),
+    [
+        ("images/train/1.png images/val/2.png", "labels/train/1.txt", "cut the objects out"),
+        ("images/1.png images/2.png", "labels.csv", "set `dataset` to it: labels.csv"),
+    ],
+)
+def test_what_is_there_instead_of_class_folders_has_a_remedy(
+    files: str, other: str, remedy: str, tmp_path: Path
+) -> None:
+    write_images(tmp_path, *files.split())
+    write_files(tmp_path, other)
+    with raises_one_line("the single class", remedy):
+        read_undivided(tmp_path)
 
 
 def test_folders_of_the_system_are_no_classes_and_are_named(

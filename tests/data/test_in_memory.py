@@ -261,6 +261,14 @@ def test_unusable_data_is_an_error(data: Any, message: str) -> None:
         add_dataset(data)
 
 
+def test_the_mode_of_an_image_column_is_an_error() -> None:
+    """It would be ignored, because the encoded images are read."""
+    features = datasets.Features(image=datasets.Image(mode="L"))
+    data = datasets.Dataset.from_dict({"image": ["0.png"]}, features)
+    with raises_one_line("the mode 'L', which would be ignored"):
+        read_splits_of(add_dataset(data))
+
+
 def test_data_of_another_process_is_an_error() -> None:
     with raises_one_line("memory:0123456789abcdef"):
         read_splits_of("memory:0123456789abcdef")

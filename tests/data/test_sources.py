@@ -197,6 +197,9 @@ def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -
         ("train-images-idx3-ubyte.gz", "'ylecun/mnist'"),
         ("photos.zip", "unpack archives"),
         ("labels.xlsx", "CSV UTF-8"),
+        (".5.png.icloud", "Download Now"),
+        ("1.dcm", "dcmj2pnm"),
+        ("images.npz", "zip(images, labels)"),
     ],
 )
 def test_a_folder_of_files_that_are_not_read_has_a_remedy(

@@ -396,6 +396,7 @@ def test_a_field_with_the_name_of_a_label_is_found(photos: Path) -> None:
         ("split", ["Train", "TEST", "valid"], {}),
         ("Subset", ["training", "testing", "val"], {}),
         ("part", ["train", "test", "val"], {"split_column": "part"}),
+        ("Usage", ["Training", "Private Test", "Public"], {"split_column": "Usage"}),
     ],
 )
 def test_a_column_of_splits_is_used(
@@ -406,6 +407,37 @@ def test_a_column_of_splits_is_used(
     for split, first in (("train", 0), ("test", 1), ("validation", 2)):
         assert images.images_by_split[split].images.get_names() == FILES[first::3]
     assert images.facts["splits"] == f"column {name!r}: train 4, validation 4, test 4 rows"
+
+
+def test_the_own_division_of_a_dataset_is_named_and_can_be_set(photos: Path) -> None:
+    table = write_csv(photos, ["a", "b", "b", "a"] * 3, is_train=[1, 0] * 6)
+    assert "`split_column='is_train'`" in read_undivided(table).facts["groups"]
+    images = read_undivided(table, split_column="is_train")
+    assert images.train.images.get_names() == FILES[::2]
+    assert "groups" not in images.facts
+
+
+def test_tables_of_splits_beside_images_are_read(tmp_path: Path) -> None:
+    write_files(tmp_path, "images/train.png", "images/test.png", "images/other.png")
+    for split in ("train", "test"):
+        write_table(tmp_path / f"{split}.jsonl", file_name=[f"images/{split}.png"], label=["a"])
+    test = read_splits_of(tmp_path).images_by_split["test"]
+    assert test.images.get_names() == ["images/test.png"]
+
+
+def test_partitions_are_splits_and_columns(photos: Path, tmp_path: Path) -> None:
+    table = pd.DataFrame({"image": [str(photos / name) for name in FILES[:4]], "label": [*"abba"]})
+    table.assign(split=["train", "test"] * 2).to_parquet(
+        tmp_path, partition_cols=["split", "label"]
+    )
+    test = read_splits_of(tmp_path).images_by_split["test"]
+    assert [Path(name).name for name in test.images.get_names()] == ["3.png", "1.png"]
+    assert test.labels == [0, 1]
+
+
+def test_a_field_of_objects_in_a_list_is_a_label(photos: Path) -> None:
+    table = write_table(photos / "list.jsonl", file_name=FILES[:2], marks=[[{"a": 1}], [{"a": 2}]])
+    assert read_splits_of(table, label_column=("marks.a",)).label_space.names == ["1", "2"]
 
 
 def test_a_column_with_other_values_than_splits_is_named(photos: Path) -> None:

@@ -38,6 +38,8 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli import api
+from modeling_vitcls.data.images import DatasetImages
+from modeling_vitcls.inference.inputs import EQUAL_PIXELS, count_notes
 from modeling_vitcls.runtime import distributed
 
 
@@ -168,12 +170,16 @@ def test_a_row_notes_what_the_prediction_of_a_scan_does_not_see(
     dark = np.arange(1600, dtype=np.uint16).reshape(40, 40)
     Image.fromarray(dark).save(tmp_path / "dark.png")
     Image.fromarray(dark * 40).save(tmp_path / "scan.tiff")
+    Image.new("RGBA", (40, 40), (255, 255, 255, 0)).save(tmp_path / "white.webp")
     rows = api.predict(classifier, tmp_path)
     assert [row["note"] for row in rows] == [
-        "nearly black: the 16-bit values are below a quarter of white",
+        EQUAL_PIXELS,
         "page 1 of several",
         None,
+        EQUAL_PIXELS,
     ]
+    images = DatasetImages.from_list([str(tmp_path / row["image"]) for row in rows])
+    assert f"2 of 4 images that were looked at: {EQUAL_PIXELS}" in count_notes(images, bit_depth=16)
 
 
 def test_the_limit_of_megapixels_is_a_flag(

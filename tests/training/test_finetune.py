@@ -19,7 +19,7 @@ import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.full_disk import limited_file_size
-from helpers.photo_folders import write_two_colors, write_unequal_photos
+from helpers.photo_folders import write_photos, write_two_colors, write_unequal_photos
 from helpers.scripts_in_process import SCRIPTS, run_in_process
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
@@ -217,6 +217,14 @@ def test_unreadable_images_are_named_and_skipped(
     assert "noon/3.png" in output
     assert "dusk/2.png" in output
     assert f"{results['num_unreadable_training_images']} of 36 training images could not" in output
+
+
+def test_answers_that_change_in_the_mirror_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_vitcls.training.steps_run.MAX_MIRRORED", -1)
+    train(tmp_path / "out", write_photos(tmp_path / "photos", range(8)), max_steps=1)
+    assert "change when the images are mirrored" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
