@@ -108,12 +108,13 @@ def find_split_folders(root: Path, images: Sequence[str], has_classes: bool) -> 
         return splits
 
     nested = {name: each for name, each in paths.items() if list_names(each, depth=1)}
-    for name in sorted(splits.keys() & nested.keys()):
-        other = next(other for other in paths if other not in splits)
-        raise ValueError(
-            f"{root}: {name!r} has the name of a split and contains folders, but {other!r} is not "
-            f"a split (train, validation, test). Move {other!r} elsewhere, or rename {name!r}"
-        )
+    for name in splits:
+        if name in nested:
+            other = next(other for other in paths if other not in splits)
+            raise ValueError(
+                f"{root}: {name!r} has the name of a split and contains folders, but {other!r} is not "
+                f"a split (train, validation, test). Move {other!r} elsewhere, or rename {name!r}"
+            )
 
     inner_splits = {
         "/".join(path[:2]): SPLIT_BY_FOLDER_NAME.get("".join(path[1:2]).lower(), "")
