@@ -187,7 +187,7 @@ def load_splits(
         dataset,
         options.group_column,
         list(map(label_space.format, chain(*(part.labels for part in labeled.values())))),
-        (column, FOLDER_COLUMN, options.split_column, *columns),
+        (column, FOLDER_COLUMN, options.split_column or "", *columns),
     )
     if fact is not None:
         facts["groups"] = fact
