@@ -14,6 +14,7 @@ file contains augmentation for training.
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from io import BytesIO
@@ -436,11 +437,11 @@ def read_image(source: str | os.PathLike[str] | bytes | bytearray) -> PIL.Image.
     except PIL.UnidentifiedImageError as error:
         # PIL's message contains the repr of a BytesIO object
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
-        start = read_start(path if content is None else content)
-        if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):
-            reason = "the file is damaged, such as by a wrong checksum. Export the image again"
-        elif start in (b"II*\0", b"MM\0*"):
-            reason = "a TIFF with these bands is not supported. Export three bands as RGB"
+        if starts_like_an_image(path if content is None else content):
+            reason = (
+                "the file is damaged, such as by a wrong checksum, or has bands that are not supported. Export "
+                "the image again, with three bands"
+            )
         raise ValueError(f"cannot read an image from {source_name}: {reason}") from error
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(
@@ -454,12 +455,12 @@ def read_image(source: str | os.PathLike[str] | bytes | bytearray) -> PIL.Image.
         raise ValueError(f"cannot read an image from {source_name}: {reason}") from error
 
 
-def read_start(source: Any) -> bytes:
-    """Read the first four bytes of a path or of encoded bytes, which tell the format."""
+def starts_like_an_image(source: Any) -> bool:
+    """Tell whether a path or encoded bytes begin like PNG, JPEG, GIF or TIFF."""
     if not isinstance(source, bytes | bytearray):
         with open_regular_file(source) as file:
             source = file.read(4)
-    return bytes(source[:4])
+    return bool(re.match(rb"\x89PNG|\xff\xd8\xff|GIF8|II\*\0|MM\0\*", bytes(source[:4])))
 
 
 @cache

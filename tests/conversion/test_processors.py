@@ -144,7 +144,7 @@ def test_other_settings_of_timm_are_converted_exactly_or_give_the_default(
     assert reason in record["assumed_because"]
     assert reason or record["largest_difference_in_gray_levels"] == 0
     assert dict(processor.size) == size
-    assert processor.image_mean == list(model.pretrained_cfg["mean"])
+    assert list(processor.image_mean) == list(model.pretrained_cfg["mean"])
 
 
 def test_preprocessing_of_gray_images_of_timm_is_equal() -> None:
