@@ -116,7 +116,7 @@ def test_a_default_is_stated(theirs: Any, reason: str, tmp_path: Path) -> None:
 # Change of timm's settings, sizes of the converted image processor, reason for the default.
 CHANGED: list[tuple[dict[str, Any], dict[str, int], str]] = [
     (
-        {"crop_mode": "border", "mean": (0.3, 0.4, 0.5)},
+        {"crop_mode": "border"},
         {"height": 224, "width": 224},
         "crop_mode='border'",
     ),

@@ -318,19 +318,10 @@ def test_masks_have_the_names_of_photos(files: str, repeated: str) -> None:
     assert find_repeated_names(files.split()) == repeated.split()
 
 
-@pytest.mark.parametrize(
-    ("files", "other", "remedy"),
-    [
-        ("images/train/1.png images/val/2.png", "labels/train/1.txt", "cut the objects out"),
-        ("images/1.png images/2.png", "labels.csv", "set `dataset` to it: labels.csv"),
-    ],
-)
-def test_what_is_there_instead_of_class_folders_has_a_remedy(
-    files: str, other: str, remedy: str, tmp_path: Path
-) -> None:
-    write_images(tmp_path, *files.split())
-    write_files(tmp_path, other)
-    with raises_one_line("the single class", remedy):
+def test_boxes_of_detection_are_no_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, "images/train/1.png", "images/val/2.png")
+    write_files(tmp_path, "labels/train/1.txt")
+    with raises_one_line("the single class 'images'", "cut the objects out"):
         read_undivided(tmp_path)
 
 
