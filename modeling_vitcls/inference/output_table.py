@@ -26,7 +26,7 @@ from .prediction_rows import Row
 
 
 # Without features, which may not fit into memory
-SUMMARY = "index image label probability unknown checksum trained error".split()
+SUMMARY = "index image label probability unknown checksum trained source error".split()
 
 
 @dataclass(frozen=True)

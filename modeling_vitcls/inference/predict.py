@@ -22,11 +22,15 @@ from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.errors import format_name_list, warn_on_first_process
 from ..runtime.progress import track
 from .inputs import ImageRecord, open_input
+from .intervals import compute_proportion_interval
 from .options import PredictOptions
 from .output_table import OutputTable
 from .outputs import WRITERS, get_output_columns, print_table, write_csv
 from .prediction_rows import Row
 from .predictor import Predictor, build_predictor
+
+
+MIN_DRAWN = 10  # Answered photos, drawn at random, from which on a table is judged
 
 
 def predict_images(options: PredictOptions) -> list[Row]:
@@ -45,11 +49,12 @@ def predict_images(options: PredictOptions) -> list[Row]:
     if "probability" not in columns and (options.answers or options.review):
         raise ValueError("`answers` and `review` require a model with one label per image")
     rows = compute_rows(accelerator, predictor, records)
+    is_right: list[bool] = []
     if options.answers:
         from ..data.answers import read_answers  # imports pandas
 
         columns["source"] = pa.string()
-        rows = apply_labels(rows, read_answers(options.answers)["label"].to_dict())
+        rows = apply_labels(rows, read_answers(options.answers).to_dict("index"), is_right)
     if options.output is None:
         summary = list(rows)
         if accelerator.is_main_process:
@@ -67,6 +72,9 @@ def predict_images(options: PredictOptions) -> list[Row]:
     num_trained = sum(row["trained"] or False for row in summary if row["error"] is None)
     if accelerator.is_main_process and options.output is not None:
         print(f"{options.output}: {num_images - len(failed):,} of {num_images:,} images predicted")
+    if options.answers and accelerator.is_main_process:
+        num_people = sum(row["source"] == "person" for row in summary)
+        print(describe_labels(num_people, num_images - len(failed), is_right))
     if left_out:
         warn_on_first_process(
             f"left out: {format_name_list(left_out)}. To predict their images, pass these folders"
@@ -93,13 +101,40 @@ def predict_images(options: PredictOptions) -> list[Row]:
     return summary
 
 
-def apply_labels(rows: Iterator[Row], labels: Mapping[str, str]) -> Iterator[Row]:
-    """Replace the label of photos with a person's, which has no probability, and name its `source`."""
+def apply_labels(
+    rows: Iterator[Row], answers: Mapping[str, Mapping[str, str]], is_right: list[bool]
+) -> Iterator[Row]:
+    """Replace the label of photos with a person's, which has no probability, and name its `source`.
+
+    `is_right` collects whether the model was right about each answered photo that was drawn at random and
+    did not train it.
+    """
     for row in rows:
         row["source"] = "model"
-        if row["checksum"] in labels:
-            row.update(label=labels[row["checksum"]] or None, probability=None, source="person")
+        if row["checksum"] in answers:
+            answer = answers[row["checksum"]]
+            label = answer["label"] or None
+            if answer["chosen"] == "random" and not row["trained"]:
+                is_right.append(row["label"] == label)
+            row.update(label=label, probability=None, source="person")
         yield row
+
+
+def describe_labels(num_people: int, num_labels: int, is_right: Sequence[bool]) -> str:
+    """Say how many labels are a person's and, with enough random draws, how many are right."""
+    text = f"{num_people:,} of {num_labels:,} labels are a person's"
+    if len(is_right) < MIN_DRAWN:
+        return (
+            f"{text}; to estimate how many are right, answer {MIN_DRAWN} photos of `review` that the model "
+            "was not trained on"
+        )
+    bounds = compute_proportion_interval(sum(is_right), len(is_right))
+    rest = 1 - num_people / num_labels
+    share, low, high = (1 - rest * (1 - part) for part in (sum(is_right) / len(is_right), *bounds))
+    return (
+        f"{text}; of {len(is_right):,} that were drawn at random, the model had {sum(is_right):,} right: "
+        f"about {share:.0%} of the labels are right ({low:.0%} to {high:.0%})"
+    )
 
 
 def compute_rows(

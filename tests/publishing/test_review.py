@@ -10,6 +10,7 @@ from helpers.tiny_models import raises_one_line, save_classifier
 
 from modeling_vitcls.cli.commands import run_predict
 from modeling_vitcls.inference.options import PredictOptions
+from modeling_vitcls.inference.predict import apply_labels, describe_labels
 
 
 def ask(folder: Path, photos: Path, **flags: object) -> dict[str, str]:
@@ -26,7 +27,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_photos_are_asked_about_once(folder: Path, photos: Path) -> None:
+def test_photos_are_asked_about_once(
+    folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table, answers = folder / "table.csv", folder / "answers.csv"
     asked = ask(folder, photos, output=table)
     assert Counter(asked.values()) == {"random": 1, "unsure": 5}
@@ -43,6 +46,7 @@ def test_photos_are_asked_about_once(folder: Path, photos: Path) -> None:
     assert rows.loc[[first, second], "label"].fillna("none").tolist() == ["mine", "none"]
     assert rows.loc[[first, second], "probability"].isna().all()
     assert rows["source"].value_counts().to_dict() == {"model": 7, "person": 2}
+    assert "2 of 9 labels are a person's; to estimate" in capsys.readouterr().out
 
 
 def test_the_least_sure_photos_are_asked_about(folder: Path, photos: Path) -> None:
@@ -56,3 +60,22 @@ def test_the_least_sure_photos_are_asked_about(folder: Path, photos: Path) -> No
 def test_only_models_with_one_label_per_image_ask(folder: Path, photos: Path) -> None:
     with raises_one_line("one label per image"):
         ask(folder, photos, features=("cls",))
+
+
+def test_a_table_is_judged_by_random_photos_that_did_not_train_the_model() -> None:
+    rows = [{"checksum": str(n), "label": "a", "trained": n == 0} for n in range(5)]
+    answers = {
+        "0": {"label": "b", "chosen": "random"},  # trained the model
+        "1": {"label": "a", "chosen": "random"},
+        "2": {"label": "", "chosen": "random"},
+        "3": {"label": "b", "chosen": "unsure"},
+    }
+    is_right: list[bool] = []
+    list(apply_labels(iter(rows), answers, is_right))
+    assert is_right == [True, False]
+
+
+def test_labels_of_a_person_count_as_right_and_the_others_as_those_drawn_at_random() -> None:
+    """Of 1,000 labels, 200 are a person's; of 40 drawn at random, 30 were right (Wilson: 60 to 86 %)."""
+    text = describe_labels(200, 1000, [True] * 30 + [False] * 10)
+    assert "about 80% of the labels are right (68% to 89%)" in text
