@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @cache
 def read_file(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
+    return file.read_text()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -165,6 +165,19 @@ def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("module")
 
 
+@pytest.fixture(scope="session")
+def converted_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a converted encoder of five layers with a native side of 280 pixels."""
+    from helpers.source_checkpoints import save_large_encoder
+
+    from modeling_vitcls.conversion.convert import convert_checkpoint
+
+    folder = tmp_path_factory.mktemp("encoder")
+    source = save_large_encoder(folder / "source", num_layers=5)
+    convert_checkpoint(f"transformers:{source}", folder / "vit")
+    return folder / "vit"
+
+
 @pytest.fixture(scope="module")
 def few_digits() -> Iterator[None]:
     """Let the dataset `digits` have 240 images for training and 60 held out."""
@@ -178,6 +191,14 @@ def few_digits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sklearn.datasets.load_digits", lambda: few)
         yield
+
+
+@pytest.fixture
+def time_limit() -> Iterator[None]:
+    """End the tests instead of a wait without end."""
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
 
 
 @pytest.fixture
@@ -236,6 +257,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, file in enumerate(sorted_photos(folder)):
         left = 40 * place
         china.crop((left, 100, left + 101 - place, 177 + place)).save(file)
-    (folder / "notes.txt").write_text("no image", encoding="utf-8")
+    (folder / "notes.txt").write_text("no image")
     china.crop((0, 0, 9, 9)).save(folder / ".hidden/z.jpg")
     return folder

@@ -11,7 +11,6 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.additions import add_class, add_task
 from helpers.command_in_process import finetune
 from helpers.photo_folders import write_bursts, write_shots
-from helpers.source_checkpoints import save_converted_encoder
 
 from modeling_vitcls import evaluate
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -27,27 +26,21 @@ def bursts(module_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder(module_path: Path) -> Path:
-    """Return a converted encoder, which no run has compared photos with."""
-    return save_converted_encoder(module_path, num_layers=6)
-
-
-@pytest.fixture(scope="module")
-def run(encoder: Path, bursts: Path, module_path: Path) -> Path:
+def run(converted_encoder: Path, bursts: Path, module_path: Path) -> Path:
     """Return a frozen run on the objects."""
-    return finetune(encoder, bursts, module_path / "run")["folder"]
+    return finetune(converted_encoder, bursts, module_path / "run")["folder"]
 
 
 @pytest.fixture(scope="module")
-def with_other_tokens(encoder: Path, bursts: Path, module_path: Path) -> Path:
+def with_other_tokens(converted_encoder: Path, bursts: Path, module_path: Path) -> Path:
     """Return a frozen run that reads two layers and a distillation token."""
-    flags = "--pooled-layers -6 -1 --model-config num_distillation_tokens=1"
-    return finetune(encoder, bursts, module_path / "other", *flags.split())["folder"]
+    flags = "--pooled-layers -5 -1 --model-config num_distillation_tokens=1"
+    return finetune(converted_encoder, bursts, module_path / "other", *flags.split())["folder"]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write no report, which takes longer than the addition."""
+    """Write no report, which takes longer than the addition, except for `with_task`."""
     monkeypatch.setattr("modeling_vitcls.publishing.report.write_report", lambda folder: None)
 
 
@@ -60,7 +53,6 @@ def one_sheet() -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("no_page")
 def test_shots_of_an_object_do_not_measure_each_other_in_a_task(
     run: Path, bursts: Path, with_task: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -71,11 +63,10 @@ def test_shots_of_an_object_do_not_measure_each_other_in_a_task(
         assert result["accuracy_interval"][0] < 0.5
 
 
-@pytest.mark.usefixtures("no_page")
 def test_shots_of_an_object_are_on_one_side_of_the_held_out_photos_of_a_task(
-    encoder: Path, bursts: Path, tmp_path: Path
+    converted_encoder: Path, bursts: Path, tmp_path: Path
 ) -> None:
-    record = add_task(encoder, bursts, "kind", tmp_path / "task", held_out_fraction=0.25)
+    record = add_task(converted_encoder, bursts, "kind", tmp_path / "task", held_out_fraction=0.25)
     rows = pd.read_parquet(tmp_path / "task/predictions.parquet")
     objects = rows["image"].str.extract(r"IMG_(\d+)\d.png")[0]
     assert set(objects.value_counts()) == {5}
@@ -85,20 +76,18 @@ def test_shots_of_an_object_are_on_one_side_of_the_held_out_photos_of_a_task(
     assert (splits["split"] == "test").sum() == len(rows)
 
 
-@pytest.mark.usefixtures("no_page")
 def test_held_out_photos_of_a_dataset_that_repeat_training_photos_are_counted(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    converted_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     write_bursts(tmp_path / "photos/train")
     write_bursts(tmp_path / "photos/test", [10, 11, 60, 61], [5])
-    record = add_task(encoder, tmp_path / "photos", "kind", tmp_path / "task")
+    record = add_task(converted_encoder, tmp_path / "photos", "kind", tmp_path / "task")
     known = record["in_trained_scenes"]["names"]
     assert known == ["test/cups/IMG_105.png", "test/pens/IMG_115.png"]
     assert "2 of 4 photos are of scenes that the model was trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["run", "with_other_tokens"])
-@pytest.mark.usefixtures("no_page")
 def test_photos_that_repeat_training_photos_are_known_after_additions(
     model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -129,11 +118,11 @@ def test_photos_that_repeat_training_photos_are_known_after_additions(
 
 
 @pytest.fixture(scope="module")
-def with_task(encoder: Path, bursts: Path, module_path: Path) -> tuple[Path, Any]:
+def with_task(converted_encoder: Path, bursts: Path, module_path: Path) -> tuple[Path, Any]:
     """Return a folder with an added task, and its record."""
     folder = module_path / "task"
     reset_accelerate()
-    return folder, add_task(encoder, bursts, "kind", folder)
+    return folder, add_task(converted_encoder, bursts, "kind", folder)
 
 
 def test_the_page_of_an_addition_is_written_again_from_its_folder(
@@ -173,7 +162,6 @@ def test_private_photos_of_an_addition_stay_on_the_machine(
     assert not files.keys() & {"report.html", "predictions.parquet", "addition.resolved.yaml"}
 
 
-@pytest.mark.usefixtures("no_page")
 def test_photos_in_a_folder_named_like_a_dataset_on_the_hub_are_private(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,13 +172,15 @@ def test_photos_in_a_folder_named_like_a_dataset_on_the_hub_are_private(
 
 
 @pytest.mark.parametrize("shots", [range(1), range(5)], ids=["one photo", "one object"])
-def test_a_class_without_a_result_has_a_page(shots: range, run: Path, tmp_path: Path) -> None:
+def test_a_class_without_a_result_has_a_page(
+    shots: range, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # of `no_page`
     write_shots(tmp_path / "new/vase", 40, shots)
     assert "result" not in add_class(run, tmp_path / "new", tmp_path / "class")
     assert "report.html" in (tmp_path / "class/README.md").read_text()
 
 
-@pytest.mark.usefixtures("no_page")
 def test_classes_beside_one_that_has_one_photo_are_measured(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -55,7 +55,7 @@ class Block:
 
 
 def read_blocks(page: Path) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text()
     return [
         Block(
             page,
@@ -76,7 +76,7 @@ def read_program(name: str) -> str:
 
 def read_prose(page: Path) -> str:
     """Return a page without its fenced blocks."""
-    return FENCE.sub("", page.read_text(encoding="utf-8"))
+    return FENCE.sub("", page.read_text())
 
 
 def check_imports(program: str) -> int:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from helpers.doc_pages import ROOT
@@ -46,8 +47,5 @@ def run_program(
     return done
 
 
-def run_python(
-    *arguments: object, environment: Mapping[str, str] | None = None, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run Python with options, then a script, `-m MODULE` or `-c CODE`, then its flags."""
-    return run_program(sys.executable, *arguments, environment=environment, cwd=cwd)
+# Runs Python with options, then a script, `-m MODULE` or `-c CODE`, then its flags
+run_python = partial(run_program, sys.executable)

@@ -133,9 +133,9 @@ class LocalHub:
         """
         self.faults.append(Fault(method, re.compile(path), kind, times))
 
-    def corrupt(self, repo_id: str, file: str, revision: str = "main") -> None:
+    def corrupt(self, repo_id: str, file: str) -> None:
         """Change the last byte of a stored file, but not the hash and size that the Hub reports."""
-        sha256 = self.files(repo_id, revision)[file].sha256
+        sha256 = self.files(repo_id)[file].sha256
         content = self.contents[sha256]
         self.contents[sha256] = content[:-1] + bytes([content[-1] ^ 1])
 

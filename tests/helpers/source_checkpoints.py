@@ -10,7 +10,7 @@ import torch
 import transformers
 from timm.models import save_for_hf
 
-from helpers.tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line, save_both
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from scripts.tools.random_weights import randomize_weights
@@ -36,9 +36,9 @@ def save_checkpoint(model: transformers.PreTrainedModel, folder: Path) -> str:
     return f"transformers:{folder}"
 
 
-def save_timm_model(folder: Path, name: str = "test_vit") -> str:
+def save_timm_model(folder: Path) -> str:
     """Save a timm model with random weights, and return it as a source of the conversion."""
-    model = randomize_weights(timm.create_model(name))
+    model = randomize_weights(timm.create_model("test_vit"))
     save_for_hf(model, folder, safe_serialization=True)
     return f"timm:local-dir:{folder}"
 
@@ -50,6 +50,12 @@ def build_vit_classifier(**fields: Any) -> transformers.PreTrainedModel:
             transformers.ViTConfig(**SIZES, id2label=NAMES, **fields)
         )
     )
+
+
+def save_vit_classifier(folder: Path) -> Path:
+    """Save such a classifier with its image processor, and return the folder."""
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    return save_both(build_vit_classifier(), folder, processor)
 
 
 def save_large_encoder(folder: Path, num_layers: int = 2) -> str:
