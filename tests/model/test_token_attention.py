@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.tiny_models import (
     IMAGES,
+    LAYOUTS,
     MASK,
     TOKENS,
     Kind,
@@ -15,7 +16,6 @@ from helpers.tiny_models import (
     build_images,
     build_random,
     each_kind,
-    each_layout,
     get_largest_difference,
 )
 
@@ -25,8 +25,6 @@ from modeling_vitcls.model.token_attention_vitcls import record_attention
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-NUM_SPECIAL, NUM_PATCHES, NUM_LAYERS = 6, 16, 2
 
 # Fields that change attention scores or masks.
 ATTENTIONS: dict[str, Fields] = {
@@ -56,39 +54,34 @@ def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Ten
     return torch.stack(maps, dim=1)[..., : model.config.token_layout.num_prefix_tokens, :]
 
 
-@each_layout
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-def test_every_layout_equals_eager_attention(layout: Fields, implementation: str) -> None:
-    model = build_random(ViTCLSModel, **layout)
-    model.set_attn_implementation(implementation)
-    for pixels in (IMAGES, build_images(2, 24, 56)):
-        with torch.compiler.set_stance("force_eager"):  # Compiling flex attention takes 50 CPU s
-            rows = model.token_attention(pixels)
-        assert get_largest_difference(rows, get_eager_rows(model, pixels)) <= 1e-5
-        layout_of = model.config.token_layout
-        num_keys = layout_of.num_prefix_tokens + pixels.shape[-2] * pixels.shape[-1] // 64
-        assert rows.shape == (2, NUM_LAYERS, 2, layout_of.num_prefix_tokens, num_keys)
-
-
 @pytest.mark.parametrize(
-    ("fields", "implementation", "is_masked"),
+    ("fields", "implementation"),
     [
-        *itertools.product(ATTENTIONS.values(), ["sdpa"], [False, True]),
-        (ATTENTIONS["scopes"], "flex_attention", True),
-        (ATTENTIONS["scopes"], "flex_attention", False),
+        *((TOKENS | fields, "sdpa") for fields in ATTENTIONS.values()),
+        *itertools.product(
+            [*LAYOUTS.values(), TOKENS | ATTENTIONS["scopes"]], ["eager", "flex_attention", "sdpa"]
+        ),
     ],
     ids=str,
 )
-def test_every_attention_equals_eager_attention(
-    fields: Fields, implementation: str, is_masked: bool
+def test_every_layout_and_attention_equals_eager_attention(
+    fields: Fields, implementation: str
 ) -> None:
-    model = build_random(ViTCLSForImageClassification, **TOKENS | fields)
+    model = build_random(ViTCLSModel, **fields)
     model.set_attn_implementation(implementation)
-    mask = MASK if is_masked else None
-    with torch.compiler.set_stance("force_eager"):
-        rows = model.token_attention(IMAGES, attention_mask=mask)
-    assert_same_outputs(rows, get_eager_rows(model, IMAGES, attention_mask=mask), 1e-5)
-    assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
+    num_special = model.config.token_layout.num_prefix_tokens
+    for height, width in ((32, 32), (24, 56)):
+        pixels = build_images(2, height, width)
+        is_visible = torch.ones(2, num_special + height * width // 64, dtype=torch.long)
+        is_visible[1, -12:-8] = 0
+        for mask in (None, is_visible):
+            with torch.compiler.set_stance(
+                "force_eager"
+            ):  # Compiling flex attention takes 50 CPU s
+                rows = model.token_attention(pixels, attention_mask=mask)
+            assert rows.shape[-2:] == (num_special, is_visible.shape[1])
+            assert_same_outputs(rows, get_eager_rows(model, pixels, attention_mask=mask), 1e-5)
+            assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
 
 
 @pytest.mark.usefixtures("flash_attention")

@@ -58,94 +58,73 @@ SMALL_HEADS = type(
     "Attention", (Attention,), {"__init__": partialmethod(Attention.__init__, attn_head_dim=6)}
 )
 
-# What no name has, but a user may ask `timm.create_model` for.
-OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "oblong": ("vit_tiny_patch16_224", {"patch_size": (8, 16), "in_chans": 1}),
-    "no biases": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False}),
-    "CLS token, included": (
-        "vit_tiny_patch16_224",
-        {"global_pool": "token", "pool_include_prefix": True},
-    ),
-    "every norm": (
-        "vit_tiny_patch16_224",
-        {
-            "qk_norm": True,
-            "scale_attn_norm": True,
-            "scale_mlp_norm": True,
-            "fc_norm": True,
-            "norm_layer": RmsNorm,
-        },
-    ),
-    "maximum": (
-        "vit_tiny_patch16_224",
-        {"global_pool": "max", "reg_tokens": 2, "act_layer": "relu"},
-    ),
-    "attention pool, then norm": ("vit_tiny_patch16_224", {"global_pool": "map", "fc_norm": True}),
-    "parallel, with biases": (
-        "vit_tiny_patch16_224",
-        {"block_fn": ParallelScalingBlock, "init_values": 0.1},
-    ),
-    "parallel differential, normed": (
-        "vit_tiny_patch16_224",
-        {"block_fn": DiffParallelScalingBlock, "qk_norm": True},
-    ),
-    "heads of another size": ("vit_tiny_patch16_224", {"attn_layer": SMALL_HEADS}),
-    "tanh GELU": ("vit_tiny_patch16_224", {"act_layer": partial(nn.GELU, approximate="tanh")}),
-    "gate last": (
-        "vit_tiny_patch16_224",
-        {"mlp_layer": GluMlp, "act_layer": "silu", "scale_mlp_norm": True},
-    ),
-    "DINOv3, neighbouring channels": (
-        "vit_small_patch16_dinov3",
-        {"rope_rotate_half": False, "rope_grid_indexing": "xy"},
-    ),
-    "EVA, non-square reference grid": ("eva02_tiny_patch14_224", {"ref_feat_shape": (6, 12)}),
-    "Sapiens, neighbouring channels": (
-        "vit_base_patch16_sapiens2",
-        {
-            "rope_rotate_half": False,
-            "num_kv_heads": (2, 1),
-            "global_pool": "avg",
-            "use_fc_norm": True,
-        },
-    ),
-    "EVA, attention pool": (
-        "eva02_tiny_patch14_224",
-        {"global_pool": "map", "num_reg_tokens": 2, "use_fc_norm": True},
-    ),
+PLAIN = "vit_tiny_patch16_224"
+
+# What no name has, but a user may ask `timm.create_model` for, by default for PLAIN.
+OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "oblong": {"patch_size": (8, 16), "in_chans": 1},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "CLS token, included": {"global_pool": "token", "pool_include_prefix": True},
+    "every norm": {
+        "qk_norm": True,
+        "scale_attn_norm": True,
+        "scale_mlp_norm": True,
+        "fc_norm": True,
+        "norm_layer": RmsNorm,
+    },
+    "maximum": {"global_pool": "max", "reg_tokens": 2, "act_layer": "relu"},
+    "attention pool, then norm": {"global_pool": "map", "fc_norm": True},
+    "parallel, with biases": {"block_fn": ParallelScalingBlock, "init_values": 0.1},
+    "parallel differential, normed": {"block_fn": DiffParallelScalingBlock, "qk_norm": True},
+    "heads of another size": {"attn_layer": SMALL_HEADS},
+    "tanh GELU": {"act_layer": partial(nn.GELU, approximate="tanh")},
+    "gate last": {"mlp_layer": GluMlp, "act_layer": "silu", "scale_mlp_norm": True},
+    "DINOv3, neighbouring channels": {
+        "name": "vit_small_patch16_dinov3",
+        "rope_rotate_half": False,
+        "rope_grid_indexing": "xy",
+    },
+    "EVA, non-square reference grid": {"name": "eva02_tiny_patch14_224", "ref_feat_shape": (6, 12)},
+    "Sapiens, neighbouring channels": {
+        "name": "vit_base_patch16_sapiens2",
+        "rope_rotate_half": False,
+        "num_kv_heads": (2, 1),
+        "global_pool": "avg",
+        "use_fc_norm": True,
+    },
+    "EVA, attention pool": {
+        "name": "eva02_tiny_patch14_224",
+        "global_pool": "map",
+        "num_reg_tokens": 2,
+        "use_fc_norm": True,
+    },
 }
 
-REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "an MLP gated by gelu": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp}),
-    "MLP gated by gelu": ("vit_tiny_patch16_224", {"mlp_layer": SwiGLU}),
-    "global_pool='')": ("vit_tiny_patch16_224", {"global_pool": ""}),
-    "global_pool='avgmax'": ("vit_tiny_patch16_224", {"global_pool": "avgmax"}),
-    "mean pooling that includes special": (
-        "vit_tiny_patch16_224",
-        {"global_pool": "avg", "pool_include_prefix": True},
-    ),
-    "dynamic_img_pad": (
-        "vit_tiny_patch16_224",
-        {"dynamic_img_size": True, "dynamic_img_pad": True},
-    ),
-    "norms with different types or eps values": (
-        "vit_tiny_patch16_224",
-        {"embed_norm_layer": LayerNorm, "norm_layer": RmsNorm},
-    ),
-    "blocks of class ParallelThingsBlock": ("vit_small_patch16_18x2_224", {}),
-    "different activations in attention pooling and blocks": (
-        "vit_pe_core_tiny_patch16_384",
-        {"swiglu_mlp": False},
-    ),
-    "registers together with a distillation token": (
-        "deit_tiny_distilled_patch16_224",
-        {"reg_tokens": 2},
-    ),
-    "multiple of 4": ("vit_small_patch16_dinov3", {"embed_dim": 24}),
+REFUSED: dict[str, dict[str, Any]] = {
+    "an MLP gated by gelu": {"mlp_layer": GluMlp},
+    "MLP gated by gelu": {"mlp_layer": SwiGLU},
+    "global_pool='')": {"global_pool": ""},
+    "global_pool='avgmax'": {"global_pool": "avgmax"},
+    "mean pooling that includes special": {"global_pool": "avg", "pool_include_prefix": True},
+    "dynamic_img_pad": {"dynamic_img_size": True, "dynamic_img_pad": True},
+    "norms with different types or eps values": {
+        "embed_norm_layer": LayerNorm,
+        "norm_layer": RmsNorm,
+    },
+    "blocks of class ParallelThingsBlock": {"name": "vit_small_patch16_18x2_224"},
+    "different activations in attention pooling and blocks": {
+        "name": "vit_pe_core_tiny_patch16_384",
+        "swiglu_mlp": False,
+    },
+    "registers together with a distillation token": {
+        "name": "deit_tiny_distilled_patch16_224",
+        "reg_tokens": 2,
+    },
+    "multiple of 4": {"name": "vit_small_patch16_dinov3", "embed_dim": 24},
 }
 
 
-def peer(name: str, **arguments: Any) -> nn.Module:
+def peer(name: str = PLAIN, **arguments: Any) -> nn.Module:
     """Build a timm model with two blocks and random values, for images of `NATIVE` patches."""
     if "sapiens2" in name:  # by default one value per block of the full depth
         arguments = {
@@ -196,15 +175,13 @@ def largest_difference(model: nn.Module, ours: ViTCLSForImageClassification) -> 
 @pytest.mark.parametrize("what", [*REPRESENTATIVES, *OWN_ARGUMENTS])
 def test_converted_models_have_the_same_outputs(what: str) -> None:
     """Representatives of all architectures, and models with other arguments."""
-    name, arguments = OWN_ARGUMENTS.get(what, (what, {}))
-    model = peer(name, **TINY, **arguments)
+    model = peer(**TINY, **OWN_ARGUMENTS.get(what, {"name": what}))
     assert largest_difference(model, convert_from_timm(model)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("feature", REFUSED)
 def test_errors_name_the_unsupported_feature(feature: str) -> None:
-    name, arguments = REFUSED[feature]
-    model = peer(name, **TINY | arguments)
+    model = peer(**TINY | REFUSED[feature])
     if feature == "different activations in attention pooling and blocks":
         model.attn_pool.mlp.act = nn.ReLU()
     with refuses_conversion(feature):
@@ -224,17 +201,17 @@ def change_rotation(**settings: Any) -> Callable[[Any], None]:
 # Name of an architecture, a change of the model, and a part of the error message.
 CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "block": (
-        "vit_tiny_patch16_224",
+        PLAIN,
         lambda model: use_another_class(model.blocks[0]),
         "blocks of class Another",
     ),
     "attention": (
-        "vit_tiny_patch16_224",
+        PLAIN,
         lambda model: use_another_class(model.blocks[0].attn),
         "attention of class Another",
     ),
     "biases": (
-        "vit_tiny_patch16_224",
+        PLAIN,
         lambda model: model.blocks[0].mlp.fc1.register_parameter("bias", None),
         "fc1.bias",
     ),
@@ -260,22 +237,22 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "min_period and max",
     ),
     "gate": (
-        "vit_tiny_patch16_224",
+        PLAIN,
         lambda model: setattr(model.blocks[0].attn, "gate", nn.Linear(96, 96)),
         "attention.gate.weight",
     ),
     "activation": (
-        "vit_tiny_patch16_224",
+        PLAIN,
         lambda model: setattr(model.blocks[0].mlp, "act", nn.ReLU()),
         "differ from VisionTransformer",
     ),
     "quantized": (
-        "vit_tiny_patch16_224",
+        PLAIN,
         lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True),
         "the weights are quantized",
     ),
     "forward": (
-        "vit_tiny_patch16_224",
+        PLAIN,
         lambda model: setattr(model, "forward", model.forward_features),
         "names or shapes",
     ),

@@ -43,15 +43,11 @@ SHARED = {"use_shared_relative_position_bias": True}
 
 @dataclass
 class Case:
-    """A class of transformers with a configuration.
-
-    `interpolates` is set if other image sizes require `interpolate_pos_encoding`.
-    """
+    """A class of transformers with a configuration."""
 
     model: str
     values: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
-    interpolates: bool = False
     sizes: tuple[tuple[int, int], ...] = (NATIVE, OTHER)
     change: Callable[[nn.Module], Any] = lambda model: None
 
@@ -65,9 +61,9 @@ class Case:
 
 
 CASES = {
-    "vit": Case("ViTModel", PLAIN, interpolates=True),
-    "vit without pooler": Case("ViTModel", PLAIN, {"add_pooling_layer": False}, interpolates=True),
-    "vit with mask token": Case("ViTModel", PLAIN, {"use_mask_token": True}, interpolates=True),
+    "vit": Case("ViTModel", PLAIN),
+    "vit without pooler": Case("ViTModel", PLAIN, {"add_pooling_layer": False}),
+    "vit with mask token": Case("ViTModel", PLAIN, {"use_mask_token": True}),
     "vit of rectangles": Case(
         "ViTModel",
         PLAIN | {"image_size": [32, 48], "patch_size": [8, 4]},
@@ -76,22 +72,17 @@ CASES = {
     "vit classifier": Case(
         "ViTForImageClassification",
         PLAIN | LABELS,
-        interpolates=True,
         sizes=(NATIVE, OTHER, AS_MANY_PATCHES),
     ),
-    "vit without labels": Case(
-        "ViTForImageClassification", PLAIN | {"num_labels": 0}, interpolates=True
-    ),
-    "deit": Case("DeiTModel", PLAIN, interpolates=True),
-    "deit classifier": Case("DeiTForImageClassification", PLAIN | LABELS, interpolates=True),
-    "deit distilled": Case(
-        "DeiTForImageClassificationWithTeacher", PLAIN | LABELS, interpolates=True
-    ),
-    "msn": Case("ViTMSNModel", PLAIN, interpolates=True),
-    "msn classifier": Case("ViTMSNForImageClassification", PLAIN | LABELS, interpolates=True),
-    "mae": Case("ViTMAEModel", PLAIN | {"mask_ratio": 0.0}, interpolates=True),
-    "ijepa": Case("IJepaModel", PLAIN, interpolates=True),
-    "ijepa classifier": Case("IJepaForImageClassification", PLAIN | LABELS, interpolates=True),
+    "vit without labels": Case("ViTForImageClassification", PLAIN | {"num_labels": 0}),
+    "deit": Case("DeiTModel", PLAIN),
+    "deit classifier": Case("DeiTForImageClassification", PLAIN | LABELS),
+    "deit distilled": Case("DeiTForImageClassificationWithTeacher", PLAIN | LABELS),
+    "msn": Case("ViTMSNModel", PLAIN),
+    "msn classifier": Case("ViTMSNForImageClassification", PLAIN | LABELS),
+    "mae": Case("ViTMAEModel", PLAIN | {"mask_ratio": 0.0}),
+    "ijepa": Case("IJepaModel", PLAIN),
+    "ijepa classifier": Case("IJepaForImageClassification", PLAIN | LABELS),
     "dinov2": Case("Dinov2Model", RATIO),
     "dinov2 swiglu": Case("Dinov2Model", RATIO | {"use_swiglu_ffn": True}),
     "dinov2 classifier": Case("Dinov2ForImageClassification", RATIO | LABELS),
@@ -134,36 +125,25 @@ CASES = {
         PLAIN | {"attention_bias": True, "use_mean_pooling": False},
     ),
     "qianfan ocr": Case("QianfanOCRVisionModel", PLAIN | {"norm_type": "rms_norm"}),
-    "chinese clip": Case("ChineseCLIPVisionModel", PLAIN, interpolates=True),
-    "clip": Case("CLIPVisionModel", PLAIN, interpolates=True),
-    "clip projection": Case(
-        "CLIPVisionModelWithProjection",
-        PLAIN | {"projection_dim": 7},
-        interpolates=True,
-    ),
-    "clip classifier": Case("CLIPForImageClassification", ON_TOP, interpolates=True),
-    "metaclip 2": Case("MetaClip2VisionModel", PLAIN, interpolates=True),
+    "chinese clip": Case("ChineseCLIPVisionModel", PLAIN),
+    "clip": Case("CLIPVisionModel", PLAIN),
+    "clip projection": Case("CLIPVisionModelWithProjection", PLAIN | {"projection_dim": 7}),
+    "clip classifier": Case("CLIPForImageClassification", ON_TOP),
+    "metaclip 2": Case("MetaClip2VisionModel", PLAIN),
     "metaclip 2 projection": Case(
-        "MetaClip2VisionModelWithProjection",
-        PLAIN | {"projection_dim": 7},
-        interpolates=True,
+        "MetaClip2VisionModelWithProjection", PLAIN | {"projection_dim": 7}
     ),
-    "metaclip 2 classifier": Case("MetaClip2ForImageClassification", ON_TOP, interpolates=True),
-    "siglip": Case("SiglipVisionModel", PLAIN, interpolates=True),
-    "siglip without head": Case(
-        "SiglipVisionModel",
-        PLAIN | {"vision_use_head": False},
-        interpolates=True,
-    ),
+    "metaclip 2 classifier": Case("MetaClip2ForImageClassification", ON_TOP),
+    "siglip": Case("SiglipVisionModel", PLAIN),
+    "siglip without head": Case("SiglipVisionModel", PLAIN | {"vision_use_head": False}),
     # 36 pixels contain four whole patches of 8, like 384 pixels and 27 patches of 14 in the so400m
     # model
     "siglip with pixels over": Case(
         "SiglipVisionModel",
         PLAIN | {"image_size": 36},
-        interpolates=True,
         sizes=((36, 36), (50, 28)),
     ),
-    "siglip classifier": Case("SiglipForImageClassification", ON_TOP, interpolates=True),
+    "siglip classifier": Case("SiglipForImageClassification", ON_TOP),
     "siglip 2": Case(
         "Siglip2VisionModel",
         BASE | {"intermediate_size": 48, "num_patches": 16},
@@ -212,8 +192,8 @@ def build_inputs(case: Case, pixels: torch.Tensor) -> dict[str, Any]:
     if case.model == "ViTMAEModel":  # It sorts the patches by this noise
         num_patches = pixels[0, 0].numel() // case.values["patch_size"] ** 2
         inputs["noise"] = torch.arange(num_patches).expand(len(pixels), -1)
-    if case.interpolates and pixels.shape[-2:] != case.sizes[0]:
-        inputs["interpolate_pos_encoding"] = True
+    if pixels.shape[-2:] != case.sizes[0]:
+        inputs["interpolate_pos_encoding"] = True  # Which some classes need, and others ignore
     return inputs
 
 

@@ -99,26 +99,20 @@ def test_half_precision_is_as_exact_as_plain_pytorch(
     assert_as_exact_in_half_precision(found, expected, exact)
 
 
-def attend_in_eager_mode(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-) -> torch.Tensor:
+def attend_in_eager_mode(*states: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return the output of transformers' eager attention, [B, n, heads, head_dim]."""
-    return eager_attention_forward(nn.Identity(), query, key, value, None, scaling)[0]
+    return eager_attention_forward(nn.Identity(), *states, None, scaling)[0]
 
 
-def attend_with_sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-) -> torch.Tensor:
+def attend_with_sdpa(*states: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return the output of SDPA, [B, n, heads, head_dim]."""
-    return nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(
-        1, 2
-    )
+    return nn.functional.scaled_dot_product_attention(*states, scale=scaling).transpose(1, 2)
 
 
 def compute_attention(attend: Callable[..., Any], states: Tensors, dtype: torch.dtype) -> Tensors:
     """Return the output of an attention function, and the gradients of its inputs."""
     inputs = {name: state.to(dtype).requires_grad_() for name, state in states.items()}
-    output = attend(*inputs.values(), 8**-0.5)
+    output = attend(*inputs.values(), scaling=8**-0.5)
     output_grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     gradients = torch.autograd.grad(output, list(inputs.values()), output_grad)
     return {"output": output.detach(), **dict(zip(inputs, gradients, strict=True))}
