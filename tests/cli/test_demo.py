@@ -70,7 +70,7 @@ def test_an_unknown_photo_shows_none_of_the_labels_on_the_page_and_the_sheet(
     answer, sheet = ask(model, photo)
     assert answer == "none of these: cat, dog, fox"
     look(model, Image.open(photo), output=tmp_path / "sheet.html")
-    for page in (sheet, (tmp_path / "sheet.html").read_text(encoding="utf-8")):
+    for page in (sheet, (tmp_path / "sheet.html").read_text()):
         assert "prediction: none of these. The nearest of the classes: " in page
 
 
@@ -110,31 +110,26 @@ def address(
     gradio.close_all()
 
 
-def test_files_that_are_no_photos_get_a_message(address: str, tmp_path: Path) -> None:
+def test_files_that_are_no_photos_or_beyond_a_limit_get_a_message(
+    address: str, tmp_path: Path
+) -> None:
+    """A PNG of 60 KB has 64 megapixels."""
     from gradio_client import Client, handle_file
-    from gradio_client.exceptions import AppError
 
     Image.fromarray(np.linspace(0, 9, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tif")
     (tmp_path / f"{'b' * 150}.png").write_bytes(b"\x89PNG of nothing")
-    client = Client(address, verbose=False)
-    for name in ("a.tif", f"{'b' * 150}.png"):
-        with pytest.raises(AppError, match="image") as raised:
-            client.predict(handle_file(tmp_path / name), api_name="/predict")
-        assert "/" not in str(raised.value)
-
-
-def test_files_beyond_a_limit_are_refused(address: str, tmp_path: Path) -> None:
-    """A PNG of 60 KB has 64 megapixels."""
-    from gradio_client import Client, handle_file
-    from gradio_client.exceptions import AppError
-
     Image.new("L", (8000, 8000)).save(tmp_path / "wide.png")
     (tmp_path / "long.png").write_bytes(bytes(21_000_000))
     client = Client(address, verbose=False)
-    with pytest.raises(AppError, match="64000000 pixels"):
-        client.predict(handle_file(tmp_path / "wide.png"), api_name="/predict")
-    with pytest.raises(ValueError, match="exceeds the maximum file size"):
-        client.predict(handle_file(tmp_path / "long.png"), api_name="/predict")
+    for name, words in (
+        ("a.tif", "image"),
+        (f"{'b' * 150}.png", "image"),
+        ("wide.png", "64000000 pixels"),
+        ("long.png", "exceeds the maximum file size"),
+    ):
+        with pytest.raises(ValueError, match=words) as raised:
+            client.predict(handle_file(tmp_path / name), api_name="/predict")
+        assert str(tmp_path / "uploads") not in str(raised.value)
 
 
 def test_a_phone_finds_the_page_and_its_heic_photo_has_a_legible_sheet(

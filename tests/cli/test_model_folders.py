@@ -132,13 +132,15 @@ def test_training_does_not_start_from_weights_without_a_place() -> None:
     assert "register_tokens" in fail(*command.split())
 
 
-def test_how_a_program_wanted_the_outputs_of_a_model_does_not_matter() -> None:
+def test_outputs_that_a_program_wanted_and_a_device_that_it_had_do_not_matter() -> None:
     edit_config(Path("model"), return_dict=False, output_hidden_states=True)
+    edit_config(Path("model"), "preprocessor_config.json", device="cuda:9")
     assert run_here(*"evaluate --model model --dataset photos --num-workers 0".split()) == 0
 
 
-def test_a_damaged_provenance_is_an_error_before_classes_are_added() -> None:
-    Path("model", "results.json").write_text('{"provenance": {"author": 1}}')
+@pytest.mark.parametrize("record", ["5", '{"name": "x", "evil": 1}', '{"license_files": 5}'])
+def test_a_damaged_provenance_is_an_error_before_classes_are_added(record: str) -> None:
+    Path("model", "results.json").write_text(f'{{"provenance": {record}}}')
     error = fail(*"add-class --model model --dataset missing --output-dir new".split())
     assert "Remove it from results.json" in error
 

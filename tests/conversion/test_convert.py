@@ -26,12 +26,12 @@ from helpers.source_checkpoints import (
     refuses_conversion,
     save_checkpoint,
     save_timm_model,
+    save_vit_classifier,
 )
 from helpers.tiny_models import (
     build_tiny_config,
     edit_weights,
     raises_one_line,
-    save_both,
 )
 from peers.transformers_cases import CASES
 from safetensors.torch import load_file
@@ -74,16 +74,15 @@ def from_timm(module_path: Path) -> Path:
     """Return the folder of a converted model of timm."""
     folder = module_path / "not/there"
     source = save_timm_model(module_path / "timm")
-    run("--model", source, "--output", folder)
+    run(source, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def from_transformers(module_path: Path) -> Path:
     """Return the folder of a converted checkpoint of transformers, which is beside its `source`."""
-    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
-    save_both(build_vit_classifier(), module_path / "source", processor)
-    run("--model", f"transformers:{module_path / 'source'}", "--output", module_path / "converted")
+    source = save_vit_classifier(module_path / "source")
+    run("--model", f"transformers:{source}", "--output", module_path / "converted")
     return module_path / "converted"
 
 
@@ -93,6 +92,7 @@ def test_a_converted_timm_model_has_all_files(from_timm: Path) -> None:
         "model.safetensors",
         "preprocessor_config.json",
         "parity_report.json",
+        "README.md",
         "modeling_vitcls.py",
         "image_processing_vitcls.py",
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command_in_process import run_here
 from helpers.local_hub import LocalHub
 from helpers.photo_folders import get_file_names
 from helpers.tiny_models import (
@@ -21,7 +22,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.cli.commands import ConvertOptions, run_convert
 from modeling_vitcls.conversion.convert import convert_to_native, copy_results
 from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -65,11 +65,7 @@ def test_only_the_encoder_of_other_models_is_written(tmp_path: Path, kind: str) 
 
 def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_convert(
-        ConvertOptions(
-            output=tmp_path / "native", to="transformers", model=str(save(Path("mine"), **DEMO))
-        )
-    )
+    assert run_here("convert", save(Path("mine"), **DEMO), "native", "--to", "transformers") == 0
 
     card = ModelCard.load(tmp_path / "native/README.md")
     assert card.data.license == "mit"
@@ -132,13 +128,7 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
 def test_a_native_model_is_pushed_and_verified_without_remote_code(
     hub: LocalHub, tmp_path: Path
 ) -> None:
-    run_convert(
-        ConvertOptions(
-            output=tmp_path / "native",
-            to="transformers",
-            model=str(save(tmp_path / "mine", **DEMO)),
-        )
-    )
+    convert_to_native(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
     pushed = push_folder(ModelFolder(tmp_path / "native"), "ann/native")
 
     assert not [name for name in hub.files("ann/native") if name.endswith(".py")]

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import transformers
 import yaml
 from helpers.accelerate_state import reset_accelerate
-from helpers.source_checkpoints import build_vit_classifier, refuses_conversion
+from helpers.source_checkpoints import refuses_conversion, save_vit_classifier
 from helpers.tiny_models import (
     edit_weights,
-    save_both,
     save_classifier,
 )
 from helpers.tiny_options import build_tiny_options, run_to_folder
@@ -57,8 +55,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """The folder of a small ViT of transformers, with a classifier."""
-    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
-    return save_both(build_vit_classifier(), tmp_path / "source", processor)
+    return save_vit_classifier(tmp_path / "source")
 
 
 def add_commit(name: str, commit: str) -> Path:

@@ -8,7 +8,7 @@ import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import check_error, run_here
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import edit_config, save_classifier, save_encoder
+from helpers.tiny_models import save_classifier, save_encoder
 
 from modeling_vitcls.runtime.files import read_json
 
@@ -70,20 +70,10 @@ def test_five_copies_of_each_photo_leave_the_interval_as_it_is(
 
 
 def test_labels_with_the_same_name_are_not_evaluated(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Published models have such labels: two classes of ImageNet are called crane."""
     label2id = {"cat": 3, "dog": 1, "fox": 2}
     model = save_classifier(tmp_path / "model", "cat", "dog", "fox", "cat", label2id=label2id)
     assert run_evaluation(model, photos) == 1
     check_error(capsys, "'cat'")
-
-
-def test_a_distance_threshold_that_is_not_finite_is_an_error(
-    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for value in ("nan", "inf"):
-        edit_config(model, distance_threshold=float(value))
-        reset_accelerate()
-        assert run_here("predict", "--model", model, photos) == 1
-        check_error(capsys, "distance_threshold")

@@ -131,7 +131,6 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
 # One line for what a person can mend: model, what happens before, words of the line.
 ERRORS: list[tuple[str, Callable[[LocalHub, pytest.MonkeyPatch], Any] | None, list[str]]] = [
     ("/not/there", None, ["/not/there is not a folder", "not a valid id of a model"]),
-    ("a/b/c", None, ["a/b/c is not a folder", "Check the path"]),
     ("https://huggingface.co/ann/open/tree/main", None, ["`model='ann/open'`"]),
     ("ann/typo", None, ["ann/typo is not a folder", "the Hub has no such model", "hf auth login"]),
     ("ann/model", use_token("hf_bob"), ["ann/model", "the token cannot read it"]),
