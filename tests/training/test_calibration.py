@@ -22,15 +22,9 @@ from modeling_vitcls.training.calibration import describe_fold_calibration
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 
-@pytest.mark.parametrize(
-    ("highest", "words"),
-    [
-        (0.54, "do not tell the classes apart: all are near 1/2"),
-        (0.6, "(temperature 429237059.16)"),
-    ],
-)
+@pytest.mark.parametrize(("highest", "is_alike"), [(0.54, True), (0.6, False)])
 def test_predictions_that_are_all_alike_have_words_instead_of_a_huge_temperature(
-    highest: float, words: str
+    highest: float, is_alike: bool
 ) -> None:
     probe: Any = SimpleNamespace(
         losses_=np.array([0.7, 0.7]),
@@ -39,7 +33,7 @@ def test_predictions_that_are_all_alike_have_words_instead_of_a_huge_temperature
         classes_=["ant", "bee"],
         out_of_fold_=np.array([[0.5, 0.5], [highest, 1 - highest]]),
     )
-    assert words in describe_fold_calibration(probe).text
+    assert ("all are near 1/2" in describe_fold_calibration(probe).text) == is_alike
 
 
 def test_calibration_uses_images_that_are_not_reported(

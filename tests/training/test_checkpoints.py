@@ -35,10 +35,10 @@ needs_fork = pytest.mark.skipif(
 )
 
 
-def build_tensors(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
+def build_tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
     """Return tensors to save, which depend on the step."""
     return {
-        "model": {"weight": torch.full((size,), float(step))},
+        "model": {"weight": torch.full((100,), float(step))},
         "optimizer": {"step/weight": torch.tensor(step)},
     }
 

@@ -26,22 +26,11 @@ def build_options(**flags: Any) -> FinetuneOptions:
     )
 
 
-def build_initial(
-    hidden_size: int = 96,
-    image_size: int = 28,
-    config_values: dict[str, Any] | None = None,
-    **fields: Any,
-) -> InitialModel:
+def build_initial(hidden_size: int = 96, image_size: int = 28, **fields: Any) -> InitialModel:
     """Return an initial model with one patch per image; by default with random weights."""
     sizes = {"image_size": image_size, "patch_size": image_size, "num_attention_heads": 1}
-    config = ViTCLSConfig(hidden_size=hidden_size, **sizes | (config_values or {}))
+    config = ViTCLSConfig(hidden_size=hidden_size, **sizes)
     return InitialModel(**{"name": "model", "folder": None, "config": config} | fields)
-
-
-def get_values(options: Any) -> dict[str, Any]:
-    """Return the values that have defaults."""
-    flags = vars(options)
-    return flags | (flags["augment"] or {}) | (flags["model_config"] or {})
 
 
 def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
@@ -50,98 +39,83 @@ def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     )
 
 
-HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "last-2"))
+# Flags, initial model, number of images, whether a frozen model is the start, and values of the run
+RESOLVED = [
+    (
+        {},
+        {},
+        2000,
+        False,
+        {"layer_decay": 1, "initializer_range": 0.082, "crop_scale": 1, "learning_rate": 1e-3},
+    ),
+    (
+        {},
+        {"hidden_size": 4096, "image_size": 65},
+        9,
+        False,
+        {"initializer_range": 0.02, "crop_scale": 0.35, "shift": 0},
+    ),
+    ({}, {"image_size": 64}, 9_999, False, {"batch_size": 32, "shift": 0.04}),
+    ({}, {}, 10_000, False, {"batch_size": 64, "epochs": 30}),
+    ({"hidden_size": 192}, {}, 9, False, {"learning_rate": 5e-4}),
+    (
+        {},
+        PRETRAINED | {"hidden_size": 384},
+        9_999,
+        False,
+        {"layer_decay": 0.75, "model_config": None, "epochs": 30, "learning_rate": 1e-4},
+    ),
+    ({}, PRETRAINED | {"hidden_size": 384}, 9_999, True, {"epochs": 5, "learning_rate": 3e-5}),
+    ({}, PRETRAINED | {"hidden_size": 48}, 10_000, False, {"epochs": 10, "learning_rate": 4e-4}),
+    ({}, PRETRAINED | {"hidden_size": 48}, 9, True, {"learning_rate": 4e-4}),
+    (
+        {"trainable": "last-2"},
+        PRETRAINED | {"hidden_size": 1536},
+        10_000,
+        False,
+        {"batch_size": 64, "learning_rate": 5e-5},
+    ),
+    (
+        {"trainable": "last-2"},
+        PRETRAINED | {"hidden_size": 1536},
+        9,
+        True,
+        {"learning_rate": 1e-5},
+    ),
+    (
+        {"trainable": "head"},
+        PRETRAINED,
+        10_000,
+        False,
+        {"layer_decay": 1, "epochs": 30, "learning_rate": 1e-3},
+    ),
+    (
+        {"trainable": "lora"},
+        PRETRAINED | {"hidden_size": 384},
+        9,
+        False,
+        {"layer_decay": 1, "epochs": 5, "learning_rate": 5e-4},
+    ),
+    ({"trainable": "lora"}, PRETRAINED | {"hidden_size": 384}, 9, True, {"learning_rate": 5e-4}),
+    ({"learning_rate": 0.3}, PRETRAINED, 9, True, {"learning_rate": 0.3}),
+]
 
 
-@pytest.mark.parametrize(
-    ("options", "initial", "num_images", "expected"),
-    [
-        (
-            None,
-            {},
-            2000,
-            {
-                "layer_decay": 1.0,
-                "initializer_range": 0.082,
-                "crop_scale": 1.0,
-            },
-        ),
-        (
-            None,
-            {"hidden_size": 4096, "image_size": 65},
-            9,
-            {"initializer_range": 0.02, "crop_scale": 0.35, "shift": 0},
-        ),
-        (None, {"image_size": 64}, 9_999, {"batch_size": 32, "shift": 0.04}),
-        (None, {}, 10_000, {"batch_size": 64}),
-        (
-            None,
-            PRETRAINED | {"hidden_size": 384},
-            9_999,
-            {"layer_decay": 0.75, "model_config": None},
-        ),
-        (LAST, PRETRAINED | {"hidden_size": 1536}, 10_000, {"batch_size": 64}),
-        (HEAD, PRETRAINED, 10_000, {"layer_decay": 1.0}),
-        (LORA, PRETRAINED, 9, {"layer_decay": 1.0}),
-    ],
-)
-def test_defaults_follow_the_weights_the_image_size_and_the_number_of_images(
-    options: Any, initial: dict[str, Any], num_images: int | None, expected: dict[str, Any]
-) -> None:
-    model = build_initial(**initial)
-    resolved, _ = resolve_defaults(options or build_options(), model, num_images)
-    values = get_values(resolve_schedule(resolved, model, num_images, False, 1)[0])
-    assert {name: values[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "initial", "num_images", "has_frozen_start", "expected"),
-    [
-        (build_options(), {}, 10_000, False, 30),
-        (build_options(), PRETRAINED | {"hidden_size": 384}, 9_999, False, 30),
-        (build_options(), PRETRAINED | {"hidden_size": 384}, 9_999, True, 5),
-        (build_options(), PRETRAINED | {"hidden_size": 48}, 10_000, False, 10),
-        (HEAD, PRETRAINED, 10_000, False, 30),
-        (LORA, PRETRAINED, 9, False, 5),
-    ],
-)
-def test_the_epochs_follow_the_weights_and_the_number_of_images(
-    options: Any,
+@pytest.mark.parametrize(("flags", "initial", "num_images", "is_frozen", "expected"), RESOLVED)
+def test_defaults_follow_the_weights_their_width_the_image_size_and_the_number_of_images(
+    flags: dict[str, Any],
     initial: dict[str, Any],
     num_images: int,
-    has_frozen_start: bool,
-    expected: float,
+    is_frozen: bool,
+    expected: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_device(monkeypatch, "cuda")
-    options, _ = resolve_schedule(
-        options, build_initial(**initial), num_images, has_frozen_start, 1
-    )
-    assert options.epochs == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "initial", "has_frozen_start", "expected"),
-    [
-        (build_options(), {}, False, 1e-3),
-        (build_options(hidden_size=192), {}, False, 5e-4),
-        (build_options(), PRETRAINED | {"hidden_size": 384}, False, 1e-4),
-        (build_options(), PRETRAINED | {"hidden_size": 48}, False, 4e-4),
-        (LAST, PRETRAINED | {"hidden_size": 1536}, False, 5e-5),
-        (build_options(), PRETRAINED | {"hidden_size": 384}, True, 3e-5),
-        (build_options(), PRETRAINED | {"hidden_size": 48}, True, 4e-4),
-        (LAST, PRETRAINED | {"hidden_size": 1536}, True, 1e-5),
-        (HEAD, PRETRAINED, False, 1e-3),
-        (LORA, PRETRAINED | {"hidden_size": 384}, False, 5e-4),
-        (LORA, PRETRAINED | {"hidden_size": 384}, True, 5e-4),
-        (build_options(learning_rate=0.3), PRETRAINED, True, 0.3),
-    ],
-)
-def test_the_learning_rate_follows_the_initial_weights_and_the_width(
-    options: Any, initial: dict[str, Any], has_frozen_start: bool, expected: float
-) -> None:
-    options, _ = resolve_schedule(options, build_initial(**initial), 900, has_frozen_start, 1)
-    assert options.learning_rate == expected
+    model = build_initial(**initial)
+    resolved, _ = resolve_defaults(build_options(**flags), model, num_images)
+    options, _ = resolve_schedule(resolved, model, num_images, is_frozen, 1)
+    values = vars(options) | (options.augment or {}) | (options.model_config or {})
+    assert {name: values[name] for name in expected} == expected
 
 
 def test_every_default_can_be_overridden() -> None:

@@ -1,12 +1,10 @@
 """The initial model of training, invalid flags, what is trained, and merged LoRA models."""
 
-import copy
 import re
 import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,10 +30,7 @@ from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.data.labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.training.defaults import choose_image_size
 from modeling_vitcls.training.model import (
-    InitialModel,
     check_model_flags,
-    find_new_tokens,
-    keep_old_tokens,
     merge_lora,
     resolve_initial_model,
     set_train_mode,
@@ -298,25 +293,6 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
     assert new <= found
     assert "embeddings.position_embeddings.cls" not in found
     assert ("embeddings.cls_token" in found) == (choice == "lora")
-
-
-def test_only_the_new_tokens_of_a_group_that_grew_are_trained() -> None:
-    old = build_random_model(num_register_tokens=2)
-    model = old.adapt(num_register_tokens=5, num_cls_tokens=2, gate_new_tokens=False)
-    names = {f"vitcls.embeddings.{name}" for name in ("cls_token", "register_tokens")}
-    set_trainable_parameters(model, "tokens", names)
-    optimizer = torch.optim.AdamW(
-        [each for each in model.parameters() if each.requires_grad], lr=0.1, weight_decay=0.0
-    )
-    before = copy.deepcopy(model.vitcls.embeddings)
-    model(IMAGES, labels=torch.tensor([0, 1])).loss.backward()
-    keep_old_tokens(model, find_new_tokens(InitialModel("old", Mock(), old.config), model))
-    optimizer.step()
-    after = model.vitcls.embeddings
-    for name, num_old in (("cls_token", 1), ("register_tokens", 2)):
-        tokens, new_tokens = getattr(before, name), getattr(after, name)
-        assert torch.equal(new_tokens[:, :num_old], tokens[:, :num_old])
-        assert (new_tokens[:, num_old:] != tokens[:, num_old:]).any(dim=-1).all()
 
 
 def test_invalid_choices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:

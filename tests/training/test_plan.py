@@ -67,30 +67,47 @@ def make_plan(
     return plan_run(inputs, SimpleNamespace(device=device), is_resumed)  # type: ignore[arg-type]
 
 
+FITTED = {"epochs": 1.0, "num_images": 299}
+
+
 @pytest.mark.parametrize(
-    ("settings", "kind"),
+    ("settings", "kind", "held_out", "averaging"),
     [
-        ({}, "frozen"),
-        ({"num_images": 1_999}, "frozen"),
-        ({"num_images": 2_000}, "steps"),
-        ({"num_images": 2_000, "num_labels": 41}, "frozen"),
-        ({"num_images": 2_000, "step_minutes": 10}, "steps"),
-        ({"num_images": 2_000, "step_minutes": 11}, "frozen"),
-        ({"epochs": 2.0}, "steps"),
-        ({"epochs": 2.0, "step_minutes": 150}, "steps"),
-        ({"max_steps": 1}, "steps"),
-        ({"learning_rate": 1e-5}, "steps"),
-        ({"trainable": "lora"}, "steps"),
-        ({"trainable": "head", "num_images": 9_000}, "frozen"),
-        ({"trainable": "head", "epochs": 1.0}, "steps"),
-        ({"has_frozen_start": False}, "steps"),
-        ({"is_resumed": True}, "steps"),
+        ({}, "frozen", 0.0, 0.0),
+        ({"held_out_fraction": 0.3}, "frozen", 0.3, 0.0),
+        ({"num_images": 1_999}, "frozen", 0.0, 0.0),
+        ({"num_images": 2_000}, "steps", 0.1, 0.5),
+        ({"num_images": 2_000, "num_labels": 41}, "frozen", 0.0, 0.0),
+        ({"num_images": 2_000, "step_minutes": 10}, "steps", 0.1, 0.5),
+        ({"num_images": 2_000, "step_minutes": 11}, "frozen", 0.0, 0.0),
+        ({"epochs": 2.0}, "steps", 0.2, 0.5),
+        ({"epochs": 2.0, "step_minutes": 150}, "steps", 0.2, 0.5),
+        ({"epochs": 1.0, "average_with_start": 0.0}, "steps", 0.2, 0.0),
+        ({"max_steps": 1}, "steps", 0.2, 0.5),
+        ({"learning_rate": 1e-5}, "steps", 0.2, 0.5),
+        ({"trainable": "lora"}, "steps", 0.2, 0.5),
+        ({"trainable": "head", "num_images": 9_000}, "frozen", 0.0, 0.0),
+        ({"trainable": "head", "epochs": 1.0}, "steps", 0.2, 0.5),
+        ({"has_frozen_start": False}, "steps", 0.2, 0.0),
+        ({"is_resumed": True}, "steps", 0.2, 0.5),
+        ({"epochs": 1.0, "num_images": 49}, "steps", 0.0, 0.5),  # fewer than five of each class
+        (FITTED | {"num_fitted": 299}, "steps", 0.0, 0.5),  # it continues a run
+        (FITTED | {"num_fitted": 239}, "steps", 0.2, 0.5),  # which held out a fifth
+        ({"epochs": 1.0, "num_images": 300, "num_fitted": 300}, "steps", 0.2, 0.5),
     ],
 )
-def test_a_run_has_steps_if_somebody_asks_for_them_or_if_they_pay(
-    settings: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+def test_a_run_has_steps_if_somebody_asks_or_they_pay_and_only_then_holds_out_and_averages(
+    settings: dict[str, Any],
+    kind: str,
+    held_out: float,
+    averaging: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert make_plan(monkeypatch, **settings).kind == kind
+    """The last weights are averaged with trained ones only."""
+    planned = make_plan(monkeypatch, **settings)
+    assert planned.kind == kind
+    assert planned.options.held_out_fraction == held_out
+    assert planned.averaging == averaging
 
 
 @pytest.mark.parametrize(
@@ -114,40 +131,6 @@ def test_the_speed_of_this_cpu_decides_if_nothing_else_does(
     leave_model_unread(monkeypatch)
     inputs = make_inputs(num_images)
     assert plan_run(inputs, Accelerator(cpu=True), is_resumed=False).reason == reason
-
-
-@pytest.mark.parametrize(
-    ("settings", "fraction"),
-    [
-        ({}, 0.0),
-        ({"held_out_fraction": 0.3}, 0.3),
-        ({"epochs": 1.0}, 0.2),
-        ({"epochs": 1.0, "num_images": 2_000}, 0.1),
-        ({"epochs": 1.0, "num_images": 49}, 0.0),  # fewer than five of each class
-        ({"epochs": 1.0, "num_images": 299, "num_fitted": 299}, 0.0),  # it continues a run
-        ({"epochs": 1.0, "num_images": 299, "num_fitted": 239}, 0.2),  # which held out a fifth
-        ({"epochs": 1.0, "num_images": 300, "num_fitted": 300}, 0.2),
-    ],
-)
-def test_only_steps_hold_images_out_by_default(
-    settings: dict[str, Any], fraction: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert make_plan(monkeypatch, **settings).options.held_out_fraction == fraction
-
-
-@pytest.mark.parametrize(
-    ("settings", "averaging"),
-    [
-        ({"epochs": 1.0}, 0.5),
-        ({"epochs": 1.0, "average_with_start": 0.0}, 0.0),
-        ({"has_frozen_start": False}, 0.0),
-        ({}, 0.0),
-    ],
-)
-def test_the_last_weights_are_averaged_with_trained_ones_only(
-    settings: dict[str, Any], averaging: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert make_plan(monkeypatch, **settings).averaging == averaging
 
 
 def test_a_model_is_continued_with_all_of_its_few_images(

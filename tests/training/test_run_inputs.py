@@ -34,7 +34,7 @@ def test_defaults_are_recorded(tmp_path: Path) -> None:
     flags = {"crop_scale": None, "augment": None, "max_steps": 2, "weight_decay": 0.1}
     options = build_tiny_options(tmp_path / "run", "digits", **flags)
     run_training(options)
-    resolved = yaml.safe_load((tmp_path / "run/config.resolved.yaml").read_text(encoding="utf-8"))
+    resolved = yaml.safe_load((tmp_path / "run/config.resolved.yaml").read_text())
     expected = {
         "learning_rate": 0.001,
         "batch_size": 32,

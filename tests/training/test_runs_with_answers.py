@@ -9,23 +9,21 @@ import pandas as pd
 import pytest
 from helpers.command_in_process import finetune
 from helpers.photo_folders import write_photos
-from helpers.source_checkpoints import save_converted_encoder
 
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.report import write_report
 
 
 @pytest.fixture(scope="module")
-def run(module_path: Path) -> Any:
+def run(converted_encoder: Path, module_path: Path) -> Any:
     """Return a function that trains on noise of two classes, and reads the questions of its page."""
-    encoder = save_converted_encoder(module_path, num_layers=5)
     photos = write_photos(module_path / "photos", range(30))
 
     def run_once(name: str, *flags: str) -> tuple[dict[str, Any], pd.DataFrame]:
-        results = finetune(encoder, photos, module_path / name, *flags)
+        results = finetune(converted_encoder, photos, module_path / name, *flags)
         assert write_report(ModelFolder(results["folder"])) is not None
         page = results["folder"] / "labels.html"
-        text = page.read_text(encoding="utf-8") if page.exists() else ""
+        text = page.read_text() if page.exists() else ""
         questions = re.findall(r"^ *(\{.*\}),$", text, re.MULTILINE)
         return results, pd.DataFrame(map(json.loads, questions))
 

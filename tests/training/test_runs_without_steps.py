@@ -23,7 +23,6 @@ from helpers.photo_folders import (
     write_unequal_photos,
 )
 from helpers.sample_photographs import photograph
-from helpers.source_checkpoints import save_converted_encoder
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
@@ -37,35 +36,30 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import frozen_run
 
 
-@pytest.fixture(scope="module")
-def encoder(module_path: Path) -> Path:
-    return save_converted_encoder(module_path, num_layers=5)
-
-
 @pytest.fixture(autouse=True)
-def sources(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def sources(converted_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work in a folder with a Dinov2 encoder, `vit`, and `my photos` of two classes."""
-    (tmp_path / "vit").symlink_to(encoder)
+    (tmp_path / "vit").symlink_to(converted_encoder)
     write_unequal_photos(tmp_path / "my photos")
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def frozen(encoder: Path, module_path: Path) -> dict[str, Any]:
+def frozen(converted_encoder: Path, module_path: Path) -> dict[str, Any]:
     """Return what a frozen run on `my photos` says."""
     photos = write_unequal_photos(module_path / "my photos")
-    return finetune(encoder, photos, module_path / "frozen")
+    return finetune(converted_encoder, photos, module_path / "frozen")
 
 
 @pytest.fixture(scope="module")
-def tuned(encoder: Path, frozen: dict[str, Any], module_path: Path) -> dict[str, Any]:
+def tuned(converted_encoder: Path, frozen: dict[str, Any], module_path: Path) -> dict[str, Any]:
     """Return what a run with three steps on these photos says."""
     flags = ("--epochs", "1", "--batch-size", "8")
-    return finetune(encoder, module_path / "my photos", module_path / "tuned", *flags)
+    return finetune(converted_encoder, module_path / "my photos", module_path / "tuned", *flags)
 
 
 @pytest.fixture(scope="module")
-def of_bursts(encoder: Path, module_path: Path) -> dict[str, Any]:
+def of_bursts(converted_encoder: Path, module_path: Path) -> dict[str, Any]:
     """Return what a frozen run says about shots of sixteen objects and a vase.
 
     The labels of the objects mean nothing. The vase is a class of one scene.
@@ -74,7 +68,7 @@ def of_bursts(encoder: Path, module_path: Path) -> dict[str, Any]:
     write_bursts(photos)
     write_shots(photos / "vase", scene=40)
     (photos / "cups/IMG_04.png").rename(photos / "pens/WhatsApp.png")
-    return finetune(encoder, photos, module_path / "of bursts")
+    return finetune(converted_encoder, photos, module_path / "of bursts")
 
 
 def list_photos(folder: str = "my photos") -> list[Path]:
@@ -367,7 +361,7 @@ def test_copies_of_shots_of_a_scene_in_the_test_folder_are_still_named_as_copies
 
 @pytest.mark.parametrize("kind", ["frozen", "steps"])
 def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the_others_measured(
-    kind: str, of_bursts: Any, capsys: pytest.CaptureFixture[str]
+    kind: str, of_bursts: Any, capsys: pytest.CaptureFixture
 ) -> None:
     """Shots of known scenes, one of them a training photo that was saved again, and other photos."""
     run = of_bursts

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers.photo_folders import get_unicode_forms
+from helpers.photo_folders import draw_pixels, get_unicode_forms
 from helpers.tiny_models import (
     build_tiny_config,
     get_largest_difference,
@@ -40,22 +40,15 @@ CPU = torch.device("cpu")
 NAMES = ["ant", "bee", "cat"]
 
 
-def load_labeled_teacher(
-    source: object, *names: str, channels: int = 3, size: tuple[int, int] = (32, 32)
-) -> Teacher:
+def load_labeled_teacher(source: object, *names: str, channels: int = 3) -> Teacher:
     """Return the teacher of a student with these labels."""
-    student = ViTCLSConfig(num_channels=channels, image_size=list(size))
+    student = ViTCLSConfig(num_channels=channels, image_size=32)
     return load_teacher(str(source), OneLabel({"label": list(names or NAMES)}), student, CPU)
 
 
-def build_pixels(
-    batch: int = 2, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0
-) -> torch.Tensor:
-    """Return random 8-bit images [B, C, H, W]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(
-        0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8
-    )
+def build_pixels(channels: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
+    """Return random 8-bit images [2, C, H, W]."""
+    return torch.from_numpy(draw_pixels(2, channels, height, width))
 
 
 def build_pil_images(batch: torch.Tensor) -> list[Image.Image]:
@@ -260,10 +253,8 @@ def test_a_state_dict_is_converted_before_it_teaches(tmp_path: Path) -> None:
 
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
     auto_map = '{"AutoConfig": "theirs.Config", "AutoModelForImageClassification": "theirs.Model"}'
-    (tmp_path / "config.json").write_text(
-        f'{{"model_type": "theirs", "auto_map": {auto_map}}}', encoding="utf-8"
-    )
-    (tmp_path / "theirs.py").write_text("raise SystemExit('this code was run')", encoding="utf-8")
+    (tmp_path / "config.json").write_text(f'{{"model_type": "theirs", "auto_map": {auto_map}}}')
+    (tmp_path / "theirs.py").write_text("raise SystemExit('this code was run')")
     with raises_one_line("not executed", "timm:NAME", error=OSError):
         load_labeled_teacher(tmp_path)
 
