@@ -12,22 +12,16 @@ import pytest
 import torch
 from helpers.command_in_process import finetune
 from helpers.sample_photographs import photograph
-from helpers.source_checkpoints import save_converted_encoder
 from PIL import Image, ImageOps
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.inference.features import mark_rings
 
 
-@pytest.fixture(scope="module")
-def converted(module_path: Path) -> Path:
-    return save_converted_encoder(module_path, num_layers=5)
-
-
 @pytest.fixture(autouse=True)
-def encoder(converted: Path, tmp_path: Path) -> None:
+def encoder(converted_encoder: Path, tmp_path: Path) -> None:
     """Place a Dinov2 encoder beside the photos."""
-    (tmp_path / "vit").symlink_to(converted)
+    (tmp_path / "vit").symlink_to(converted_encoder)
 
 
 def write_clothes(folder: Path, has_frame: bool) -> None:

@@ -12,11 +12,9 @@ from modeling_vitcls.frozen.confidence import fit_line, fit_temperature
 NUM_LABELS = 6
 
 
-def draw_outputs(
-    num_images: int, temperature: float, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def draw_outputs(num_images: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
     """Return logits [N, L] and labels [N] that are drawn from softmax(logits / temperature)."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     logits = 2 * generator.normal(size=(num_images, NUM_LABELS))
     labels = np.array(
         [generator.choice(NUM_LABELS, p=row) for row in softmax(logits / temperature, axis=1)]

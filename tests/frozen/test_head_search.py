@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.photo_folders import draw_pixels
+from helpers.tiny_models import edit_config
 from helpers.tiny_options import (
     build_tiny_options,
     prepare_setup,
@@ -23,7 +24,6 @@ from PIL import Image
 from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from transformers.image_utils import SizeDict
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -36,9 +36,7 @@ from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
 from modeling_vitcls.frozen.heads import describe_class_weights, measure_class_weights
 from modeling_vitcls.frozen.linear_probe import LinearProbe
-from modeling_vitcls.frozen.scenes import NUM_MIRRORED
 from modeling_vitcls.inference.options import EvaluateOptions
-from modeling_vitcls.training import save
 
 
 WIDTH = 32  # of the tiny models
@@ -112,22 +110,8 @@ def check_classifier(run: Path, results: dict[str, Any], parts: list[Any], image
 
 
 def train_frozen(options: Any) -> Any:
-    """Return the options, the results, and the number of images that passed the encoder.
-
-    The speed is not measured, whose images are no photos.
-    """
-    counts = []
-    forward = ViTCLSModel.forward
-
-    def count(self: Any, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # FLOPs are counted without data
-        counts.append(len(pixel_values) if pixel_values.device.type == "cpu" else 0)
-        return forward(self, pixel_values, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save, "measure_inference_speed", lambda model, device: {})
-        patch.setattr(ViTCLSModel, "forward", count)
-        return options, run_training(options), sum(counts)
+    """Return the options and the results of a run."""
+    return options, run_training(options)
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +130,15 @@ def run_on_all_labels(encoder: Path, module_path: Path) -> Any:
 def test_a_frozen_model_is_the_classifier_of_scikit_learn(
     name: str, num_images: int, request: pytest.FixtureRequest
 ) -> None:
-    """No image passes the encoder twice; a few mirrored ones show how near those of one scene are."""
-    options, results, num_passed = request.getfixturevalue(name)
+    options, results = request.getfixturevalue(name)
     train = prepare_setup(options).data.train
-    assert num_passed == 300 + NUM_MIRRORED
     assert results["steps"] == 0
     assert results["num_training_images"] == len(train) == num_images
     check_classifier(options.output_dir, results, [train], train.images.select(range(40)))
 
 
 def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> None:
-    options, results, _ = frozen_run
+    options, results = frozen_run
     held_out = prepare_setup(options).data.held_out
     predictions = compute_logits(options.output_dir, held_out.images).argmax(axis=1)
     assert results["num_images"] == len(held_out)
@@ -166,7 +148,7 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> No
 def test_predictions_of_training_images_come_from_classifiers_of_other_images(
     run_on_all_labels: Any,
 ) -> None:
-    options, results, _ = run_on_all_labels
+    options, results = run_on_all_labels
     rows = pd.read_parquet(options.output_dir / "predictions.parquet")
     assert len(rows) == results["num_training_images"]
     images = prepare_setup(options).data.train.images
@@ -178,7 +160,7 @@ def test_predictions_of_training_images_come_from_classifiers_of_other_images(
 def test_most_training_images_are_known_and_noise_is_unknown(
     run_on_all_labels: Any, tmp_path: Path
 ) -> None:
-    options, *_ = run_on_all_labels
+    options, _ = run_on_all_labels
     images = prepare_setup(options).data.train.images
     for index in range(40):
         images[index].save(tmp_path / f"digit{index}.png")
@@ -278,7 +260,7 @@ def balance(values: np.ndarray, labels: np.ndarray) -> float:
 
 
 def test_steps_start_from_the_frozen_model_also_after_a_damaged_checkpoint(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A resumed run starts after step 1, because the checkpoint of step 2 is damaged."""
     flags = {
@@ -381,11 +363,8 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
     for name in ("a", "b"):
         save_images(folder / name, generator.integers(0, 256, (40, 48, 96), dtype=np.uint8))
     own = shutil.copytree(encoder, tmp_path / "own")
-    processor = ViTCLSImageProcessor.from_pretrained(own)
-    processor.size = SizeDict(shortest_edge=40)
-    processor.do_center_crop = True
-    processor.crop_size = SizeDict(height=32, width=32)
-    processor.save_pretrained(own)
+    crop = {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    edit_config(own, "preprocessor_config.json", size={"shortest_edge": 40}, **crop)
     results = run_training(build_options(tmp_path / "run", own, folder))
     assert results["frozen"]["geometry"]["losses"].keys() == {"crop", "squash"}
 

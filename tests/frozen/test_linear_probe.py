@@ -102,6 +102,8 @@ def test_features_of_an_unreadable_image_and_wrong_labels_are_refused() -> None:
         probe.fit(features, [*labels[1:], None])
     with raises_one_line("inconsistent numbers of samples"):
         probe.fit(features, labels[:30])
+    with raises_one_line("two readable images", "Add images"):
+        probe.fit({CLS: features[CLS][:1]}, labels[:1])
     features[CLS][7] = np.nan
     with raises_one_line("1 of 40 images"):
         probe.predict(features)
@@ -110,7 +112,7 @@ def test_features_of_an_unreadable_image_and_wrong_labels_are_refused() -> None:
 
 
 def test_a_long_cross_validation_shows_its_folds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
     LinearProbe().fit(*draw_images(40))
@@ -184,12 +186,6 @@ def test_features_of_noise_have_as_many_right_predictions_in_single_precision(
         for values in (probabilities, np.log(probabilities).astype(np.float32)):
             counts.append((values.argmax(axis=1) == labels).sum())
     assert counts[::2] == counts[1::2]
-
-
-def test_one_image_is_an_error() -> None:
-    features, labels = draw_tags(1, 0)
-    with raises_one_line("two readable images", "Add images"):
-        LinearProbe().fit(features, labels)
 
 
 def test_one_tag_has_no_temperature() -> None:

@@ -96,7 +96,7 @@ def test_an_address_is_refused_before_any_request(tmp_path: Path) -> None:
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     table, empty = str(tmp_path / "table.csv"), str(tmp_path / "empty")
-    Path(table).write_text("a,b\n1,2\n", encoding="utf-8")
+    Path(table).write_text("a,b\n1,2\n")
     rows = datasets.Dataset.from_dict({"image": ["a.png"]})
     rows.filter(lambda row: False).save_to_disk(empty)
     wrong: list[tuple[dict[str, Any], str]] = [

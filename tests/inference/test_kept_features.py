@@ -14,7 +14,6 @@ from helpers.additions import add_class, add_task
 from helpers.command_in_process import finetune
 from helpers.photo_folders import write_bursts, write_shots
 from helpers.prediction_photos import write_predictions
-from helpers.source_checkpoints import save_converted_encoder
 from helpers.tiny_models import save_classifier
 
 from modeling_vitcls import ViTCLSImageProcessor, evaluate
@@ -23,6 +22,9 @@ from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference import feature_store, features, predictor
 from modeling_vitcls.inference.features import FrozenEncoder
 from modeling_vitcls.inference.load_model import load_model
+
+
+Label = Callable[..., pd.DataFrame]
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +52,8 @@ def model(module_path: Path) -> Path:
 
 
 def test_all_commands_share_what_has_passed_an_encoder(
-    tmp_path: Path, module_path: Path, passed: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, converted_encoder: Path, passed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = save_converted_encoder(module_path, num_layers=6)
     photos, run = tmp_path / "photos", tmp_path / "run"
     write_bursts(photos)
     for shot in range(16, 20):
@@ -60,12 +61,17 @@ def test_all_commands_share_what_has_passed_an_encoder(
     monkeypatch.setattr("modeling_vitcls.additions.certificate.MAX_IMAGES", {1: 1})
     monkeypatch.setattr("modeling_vitcls.publishing.report.write_report", lambda folder: None)
 
-    first = finetune(encoder, photos, run)
+    first = finetune(converted_encoder, photos, run)
     assert sum(passed) == 80 + NUM_MIRRORED  # Mirror images are not kept
     passed.clear()
-    again = finetune(encoder, photos, tmp_path / "again")
+    again = finetune(converted_encoder, photos, tmp_path / "again")
     assert sum(passed) == NUM_MIRRORED
     assert again["frozen"]["findings"] == first["frozen"]["findings"]
+    passed.clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("VITCLS_CACHE", "none")
+        finetune(converted_encoder, photos, tmp_path / "without")
+    assert sum(passed) == 80 + NUM_MIRRORED
 
     passed.clear()
     write_predictions(run, photos, tmp_path / "table.csv")
@@ -80,7 +86,7 @@ def test_all_commands_share_what_has_passed_an_encoder(
 
 
 @pytest.fixture
-def label(model: Path, tmp_path: Path) -> Callable[..., pd.DataFrame]:
+def label(model: Path, tmp_path: Path) -> Label:
     """Write the table of a folder, and return it."""
 
     def label(folder: Path, **flags: Any) -> pd.DataFrame:
@@ -95,7 +101,7 @@ def label(model: Path, tmp_path: Path) -> Callable[..., pd.DataFrame]:
 )
 def test_kept_rows_equal_computed_ones(
     flags: Any,
-    label: Callable[..., pd.DataFrame],
+    label: Label,
     photos: Path,
     passed: list[int],
     monkeypatch: pytest.MonkeyPatch,
@@ -112,7 +118,7 @@ def test_kept_rows_equal_computed_ones(
 
 
 def test_features_that_are_not_kept_are_computed(
-    label: Callable[..., pd.DataFrame], photos: Path, monkeypatch: pytest.MonkeyPatch
+    label: Label, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     label(photos)
     rows = label(photos, features=("patches",))
@@ -121,7 +127,7 @@ def test_features_that_are_not_kept_are_computed(
 
 
 def test_a_photo_is_known_by_its_content(
-    label: Callable[..., pd.DataFrame], photos: Path, tmp_path: Path, passed: list[int]
+    label: Label, photos: Path, tmp_path: Path, passed: list[int]
 ) -> None:
     """The photos exchange their names, and all have one time."""
     folder = Path(shutil.copytree(photos / "inner", tmp_path / "photos"))
@@ -138,7 +144,7 @@ def test_a_photo_is_known_by_its_content(
 
 
 def test_an_interrupted_command_goes_on_where_it_stopped(
-    label: Callable[..., pd.DataFrame],
+    label: Label,
     photos: Path,
     passed: list[int],
     monkeypatch: pytest.MonkeyPatch,

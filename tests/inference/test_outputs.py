@@ -64,8 +64,8 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     assert (tmp_path / "out.csv").read_bytes().startswith(codecs.BOM_UTF8)
     write_rows(rows[1:], FIRST | types | LAST, tmp_path / "ascii.csv")
     assert (tmp_path / "ascii.csv").read_bytes().isascii()
-    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
-    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads((tmp_path / "out.json").read_text()) == expected
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == expected
     assert "ü" in lines[0]
     assert pq.read_table(tmp_path / "out.parquet").to_pylist() == expected
@@ -78,7 +78,7 @@ def test_labels_that_contain_the_separator_are_told_apart_in_a_csv_file(tmp_path
         {"labels": ["pear"], "probabilities": [0.5]},
     ]
     write_rows(rows, columns, tmp_path / "rows.csv")
-    found = list(csv.DictReader((tmp_path / "rows.csv").open(encoding="utf-8")))
+    found = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert [json.loads(row["labels"]) for row in found] == [["fruit|apple", "=red"], ["pear"]]
     assert found[0]["probabilities"] == "0.75|0.5"
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import TASKS, build_images, build_random
@@ -47,21 +48,12 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
         else LabelColumns(model, get_heads(model.config, threshold), 2)
     )
     pixels = build_images(3)
+    expected = predict(columns, pixels)
     pixels[1, 0, 0, 0] = torch.nan
-    first, second, third = predict(columns, pixels)
-
-    assert second == {"error": "the model output is not finite. Set a different `mixed_precision`"}
-
-    for row, index in ((first, 0), (third, 2)):
-        assert row.keys() == columns.columns.keys()
-        (alone,) = predict(columns, pixels[index : index + 1])
-        for name, value in alone.items():
-            if isinstance(value, str):
-                assert row[name] == value
-            elif not (isinstance(value, list) and isinstance(value[0], str)):
-                torch.testing.assert_close(
-                    torch.tensor(row[name]), torch.tensor(value), atol=1e-5, rtol=0
-                )
+    rows = predict(columns, pixels)
+    assert rows[0].keys() == columns.columns.keys()
+    np.testing.assert_equal(rows[::2], expected[::2])
+    assert rows[1] == {"error": "the model output is not finite. Set a different `mixed_precision`"}
 
 
 def test_a_feature_too_large_for_float16_names_its_dtype() -> None:
@@ -77,10 +69,3 @@ def test_one_task_without_a_finite_output_is_an_error() -> None:
     rows = predict(LabelColumns(model, get_heads(model.config), 1), build_images(2))
     assert [row.keys() for row in rows] == [{"error"}] * 2
     assert all("not finite" in row["error"] for row in rows)
-
-
-def test_images_of_an_unsupported_shape_are_errors() -> None:
-    columns = FeatureColumns(build_random(ViTCLSModel), ["cls"], "float32")
-    rows = predict(columns, build_images(2, channels=4))
-    assert len(rows) == 2
-    assert all("requires 3 channel" in row["error"] for row in rows)

@@ -16,33 +16,25 @@ def build_metrics(num_right: int, num_images: int, **others: Any) -> dict[str, A
     return {"accuracy": accuracy, "accuracy_interval": interval, **counts, **others}
 
 
-def test_the_count_is_what_was_seen_and_the_estimate_is_corrected() -> None:
-    assert (
-        state_result(build_metrics(66, 80, accuracy=0.8335, accuracy_interval=[0.7199, 0.9252]))
-        == "66 of 80 right; about 83% of new photos (72 to 93)"
-    )
+CORRECTED = {"accuracy": 0.8335, "accuracy_interval": [0.7199, 0.9252]}
+BELOW_ONE = {"accuracy_interval": [0.9962, 1.0]}
 
 
 @pytest.mark.parametrize(
-    ("num_right", "num_images", "expected"),
+    ("num_right", "num_images", "others", "expected"),
     [
-        (24, 29, "24 of 29 right (95%: 72 to 93%)"),
-        (24, 30, "24 of 30 right; about 80% of new photos (69 to 90)"),
-        (850, 999, "850 of 999 right; about 85% of new photos (74 to 95)"),
-        (8_012, 10_000, "8,012 of 10,000 right; about 80.1% of new photos (69.1 to 90.1)"),
+        (24, 29, {}, "24 of 29 right (95%: 72 to 93%)"),
+        (24, 30, {}, "24 of 30 right; about 80% of new photos (69 to 90)"),
+        (850, 999, {}, "850 of 999 right; about 85% of new photos (74 to 95)"),
+        (8_012, 10_000, {}, "8,012 of 10,000 right; about 80.1% of new photos (69.1 to 90.1)"),
+        (66, 80, CORRECTED, "66 of 80 right; about 83% of new photos (72 to 93)"),
+        (999, 999, BELOW_ONE, "999 of 999 right; about 100% of new photos (99 to 100)"),
     ],
 )
-def test_few_photos_have_a_count_and_thousands_have_decimals(
-    num_right: int, num_images: int, expected: str
+def test_few_photos_have_a_count_others_a_corrected_estimate_and_thousands_decimals(
+    num_right: int, num_images: int, others: dict[str, Any], expected: str
 ) -> None:
-    assert state_result(build_metrics(num_right, num_images)) == expected
-
-
-def test_an_interval_reaches_100_only_if_its_bound_does() -> None:
-    assert (
-        state_result(build_metrics(999, 999, accuracy_interval=[0.9962, 1.0]))
-        == "999 of 999 right; about 100% of new photos (99 to 100)"
-    )
+    assert state_result(build_metrics(num_right, num_images, **others)) == expected
 
 
 @pytest.mark.parametrize(
@@ -71,12 +63,7 @@ def test_a_metric_that_is_no_percentage_may_be_negative(monkeypatch: pytest.Monk
     )
 
 
-def test_a_mean_over_tasks_counts_no_images() -> None:
-    tasks = {"kind": build_metrics(30, 40), "part": build_metrics(36, 40)}
-    assert state_result({"accuracy": 0.825, "num_images": 40, "tasks": tasks}) == "82%"
-
-
-def test_a_mean_over_tasks_is_named() -> None:
+def test_a_mean_over_tasks_is_named_and_counts_no_images() -> None:
     tasks = {"coat": build_metrics(8, 10), "kind": build_metrics(6, 10)}
     results = {"accuracy": 0.7, "num_images": 10, "tasks": tasks}
     rows = [tuple(row.values()) for row in build_metric_table(results)["Metrics"]]

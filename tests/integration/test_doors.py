@@ -128,14 +128,14 @@ def read_answer(row: dict[str, Any]) -> Answer:
     return {label: probability for label, probability in labels.items() if label is not None}
 
 
-def check_answers(found: dict[str, Answer], rows: Rows, tolerance: float = TOLERANCE) -> None:
+def check_answers(found: dict[str, Answer], rows: Rows) -> None:
     """Check the answers of a door for all photos."""
     assert {name for name, answer in found.items() if isinstance(answer, str)} == set(REFUSED)
     for name, row in rows.items():
         expected = read_answer(row)
         answer = found[name]
         if isinstance(answer, dict):
-            assert answer == pytest.approx(expected, abs=tolerance), name
+            assert answer == pytest.approx(expected, abs=TOLERANCE), name
         else:
             assert answer, name
             assert "\n" not in answer, name

@@ -11,8 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers.photo_folders import draw_noise
-from helpers.tiny_models import IMAGE_LABELS, IMAGES, build_images, build_tiny_config
-from peft import LoraConfig, PeftModel, get_peft_model
+from helpers.tiny_models import IMAGES, build_images, build_tiny_config
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,
@@ -136,26 +135,6 @@ def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path:
 
 
 # PEFT ---------------------------------------------------------------------------------------------
-
-
-def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
-    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, modules_to_save=["classifier"])
-    model = get_peft_model(build_tiny_classifier(), lora)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
-    for _ in range(2):
-        model(pixel_values=IMAGES, labels=IMAGE_LABELS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(tmp_path)
-    model.eval()
-    with torch.no_grad():
-        wanted = model(pixel_values=IMAGES).logits
-        again = PeftModel.from_pretrained(build_tiny_classifier(), tmp_path).eval()
-        torch.testing.assert_close(again(pixel_values=IMAGES).logits, wanted)
-        merged = again.merge_and_unload()
-        assert type(merged) is ViTCLSForImageClassification
-        torch.testing.assert_close(merged(IMAGES).logits, wanted, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(build_tiny_classifier().eval()(IMAGES).logits, wanted)
 
 
 # With a text model --------------------------------------------------------------------------------

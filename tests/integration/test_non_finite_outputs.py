@@ -1,7 +1,6 @@
 """Outputs that are NaN are an error of every command that would publish a number about them."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,57 +13,41 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, 
 
 TRAINING = (
     "--model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
-    "--image-size 32 --patch-size 8 --max-steps 2 --batch-size 4 --num-workers 0"
-).split()
+    "--image-size 32 --patch-size 8 --max-steps 2 --batch-size 4"
+)
 
 
-def save_nan_model(model: Any, weight: str, folder: Path) -> Path:
-    """Save a model in which one weight is NaN."""
-    model.get_parameter(weight).data.fill_(torch.nan)
-    return save_both(model, folder, ViTCLSImageProcessor(size=32))
-
-
-@pytest.fixture(scope="module")
-def photos(module_path: Path) -> Path:
-    return write_photos(module_path / "photos", range(8))
-
-
-@pytest.fixture(scope="module")
-def classifier(module_path: Path) -> Path:
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder with `photos`, and a `classifier` and an `encoder` of which one weight is NaN."""
+    monkeypatch.chdir(tmp_path)
+    write_photos(Path("photos"), range(8))
     labels = {"id2label": {0: "cat", 1: "dog"}, "num_labels": 2}
-    model = build_random(ViTCLSForImageClassification, **labels)
-    return save_nan_model(model, "classifier.weight", module_path / "classifier")
+    for model, weight, folder in (
+        (build_random(ViTCLSForImageClassification, **labels), "classifier.weight", "classifier"),
+        (build_random(ViTCLSModel), "layernorm.weight", "encoder"),
+    ):
+        model.get_parameter(weight).data.fill_(torch.nan)
+        save_both(model, Path(folder), ViTCLSImageProcessor(size=32))
 
 
-@pytest.fixture(scope="module")
-def encoder(module_path: Path) -> Path:
-    model = build_random(ViTCLSModel)
-    return save_nan_model(model, "layernorm.weight", module_path / "encoder")
-
-
-def test_evaluate_reports_no_accuracy(
-    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "evaluate --model classifier --output results.json --per-image rows.parquet",
+            ["16 of 16 images"],
+        ),
+        (f"finetune {TRAINING} --output-dir new --teacher classifier", ["4 of 4", "classifier"]),
+        ("finetune --model encoder --output-dir new --batch-size 4 --trainable head", ["images"]),
+    ],
+    ids=["evaluate", "teacher", "probe"],
+)
+@pytest.mark.usefixtures("models")
+def test_a_command_has_no_result_of_outputs_that_are_not_finite(
+    command: str, words: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    model = ["--model", classifier, "--dataset", photos, "--num-workers", "0"]
-    rows = ["--per-image", tmp_path / "rows.parquet"]
-    assert run_here("evaluate", *model, *rows, "--output", tmp_path / "results.json") == 1
-    check_error(capsys, "not finite", "16 of 16 images")
-    assert not list(tmp_path.iterdir())
-
-
-def test_finetune_does_not_learn_from_a_teacher(
-    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    flags = ["--dataset", photos, "--output-dir", tmp_path / "run"]
-    assert run_here("finetune", *flags, *TRAINING, "--teacher", classifier) == 1
-    check_error(capsys, "not finite", str(classifier), "4 of 4 images")
-    assert not (tmp_path / "run/model.safetensors").exists()
-
-
-def test_finetune_fits_no_probe(
-    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    flags = ["--dataset", photos, "--output-dir", tmp_path / "run"]
-    flags += "--batch-size 4 --num-workers 0 --trainable head".split()
-    assert run_here("finetune", "--model", encoder, *flags) == 1
-    check_error(capsys, "not finite", "images")
+    assert run_here(*command.split(), "--dataset", "photos", "--num-workers", "0") == 1
+    check_error(capsys, "not finite", *words)
+    for file in ("new/model.safetensors", "results.json", "rows.parquet"):
+        assert not Path(file).exists()

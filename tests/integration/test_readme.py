@@ -28,7 +28,7 @@ from modeling_vitcls.runtime.files import read_json
 pytestmark = pytest.mark.slow
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text()
 BLOCKS = [
     block for block in read_blocks(ROOT / "README.md") if block.language in ("python", "bash")
 ]

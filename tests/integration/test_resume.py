@@ -49,6 +49,7 @@ EVERYTHING = (
     "--keep-checkpoints 2"
 )
 NUM_STEPS = 23
+Run = Callable[[str], Path]  # Flags -> folder of the run
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def image_folder(module_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a function: flags -> folder of an uninterrupted run."""
 
     @cache
@@ -231,7 +232,7 @@ VARIANTS = {
     ],
 )
 def test_a_killed_run_of_any_kind_ends_with_the_same_weights(
-    variant: str, image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
+    variant: str, image_folder: Path, folder: Path, uninterrupted: Run
 ) -> None:
     """A run with all options is killed several times; the last one has no workers."""
     flags = f"{VARIANTS[variant]} --dataset {image_folder}"
@@ -268,7 +269,7 @@ def test_delayed_workers_do_not_block_the_end(image_folder: Path, folder: Path) 
 
 @pytest.mark.slow
 def test_a_terminated_launcher_stops_its_run(
-    image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
+    image_folder: Path, folder: Path, uninterrupted: Run
 ) -> None:
     """SIGTERM ends `accelerate launch`, which does not forward it.
 

@@ -31,7 +31,7 @@ RUN: dict[str, Any] = vars(TINY) | {"dataset": "digits", "num_workers": 0}
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_run_gets_a_report_and_a_card_from_its_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.publishing.report.NUM_SHOWN_IMAGES", 2)
     folder = tmp_path / "run"
@@ -92,7 +92,7 @@ def test_the_report_reads_the_images_that_measured_the_run(split: str, tmp_path:
 
 @pytest.mark.usefixtures("few_digits", "in_this_process")
 def test_a_run_is_pushed_and_verified(
-    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A token without permission stops the run before the training.
 
@@ -112,9 +112,7 @@ def test_a_run_is_pushed_and_verified(
     assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
 
 
-def test_a_run_without_a_report_is_finished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_a_report_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The dataset was moved. Warnings and paths are printed as they are."""
     folder = write_run_folder(tmp_path / "[old]", None, {"dataset": "./gone [old]"})
     finish_run(ModelFolder(folder))

@@ -17,7 +17,7 @@ def ask(folder: Path, photos: Path, **flags: object) -> dict[str, str]:
     """Write the page and the table, and return why the page asks about each photo, by checksum."""
     options = {"paths": (str(photos),), "review": folder / "page.html", "review_count": 6, **flags}
     run_predict(PredictOptions(model=str(folder / "model"), num_workers=0, **options))
-    page = (folder / "page.html").read_text(encoding="utf-8")
+    page = (folder / "page.html").read_text()
     return dict(re.findall(r'data-checksum="(\w+)" data-chosen="(\w+)"', page))
 
 
