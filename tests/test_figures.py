@@ -58,7 +58,7 @@ def list_paragraphs(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paragraphs_with_figures_name_their_source(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text()
     printed = "\n".join(BLOCK.findall(text))
     name = str(page.relative_to(ROOT))
     used = set()

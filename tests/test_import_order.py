@@ -40,7 +40,7 @@ def load_import_graph() -> dict[str, set[str]]:
     for module, file in modules.items():
         package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
         names = set()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -79,11 +79,11 @@ def test_folders_import_only_lower_folders_and_no_ring_joins_files() -> None:
 
 
 def test_the_picture_of_a_run_names_what_the_code_has() -> None:
-    text = (PACKAGE.parent / "docs/architecture.md").read_text(encoding="utf-8")
+    text = (PACKAGE.parent / "docs/architecture.md").read_text()
     picture = text.split("```text\n")[1].split("```")[0]
     words = set(re.findall(r"\b(?:[a-z]+_[a-z_]+|[A-Z][a-z]+[A-Z]\w+)\b", picture))
     assert {"open_model", "plan_run", "divide_images", "run_frozen", "save_output"} <= words
-    code = "\n".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
+    code = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py"))
     for word in words:
         assert re.search(rf"^(?:class|def) {word}\b", code, re.MULTILINE), word
     stages = re.findall(r"^    (\w+\.py)", text, re.MULTILINE)

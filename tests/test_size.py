@@ -42,7 +42,7 @@ def count_code(folder: str, name: str = "*.py") -> Counter[str]:
     """
     counts: Counter[str] = Counter()
     for file in (ROOT / folder).rglob(name):
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text()
         lines_left_out = set()
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.stmt):
@@ -76,7 +76,7 @@ def is_docstring(node: ast.stmt) -> bool:
 
 def read_limit(row: str) -> float:
     """Read the limit of a row from the tables of CONTRIBUTING.md."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     limit = re.search(rf"\| {re.escape(row)} \| ([\d,.]+) \|", text)
     assert limit is not None, f"CONTRIBUTING.md has no limit of {row}"
     return float(limit[1].replace(",", ""))
@@ -122,7 +122,7 @@ def run_git(*arguments: str) -> str:
     reason="the history of the ceilings is in the git repository",
 )
 def test_no_ceiling_has_ever_risen() -> None:
-    ceilings = read_ceilings((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    ceilings = read_ceilings((ROOT / "CONTRIBUTING.md").read_text())
     for commit in run_git("log", "--format=%h", "--", "CONTRIBUTING.md").split():
         earlier = run_git("show", f"{commit}:CONTRIBUTING.md")
         if "Ceilings only fall" not in earlier:

@@ -9,10 +9,7 @@ import yaml
 
 
 FOLDER = Path(__file__).parents[1] / ".github/workflows"
-WORKFLOWS = {
-    file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
-    for file in sorted(FOLDER.glob("*.yml"))
-}
+WORKFLOWS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(FOLDER.glob("*.yml"))}
 JOBS = [
     pytest.param(job, id=f"{name}-{job_name}")
     for name, workflow in WORKFLOWS.items()

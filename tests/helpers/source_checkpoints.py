@@ -11,7 +11,6 @@ import transformers
 from timm.models import save_for_hf
 
 from helpers.tiny_models import raises_one_line, save_both
-from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from scripts.tools.random_weights import randomize_weights
 
@@ -73,13 +72,6 @@ def save_large_encoder(folder: Path, num_layers: int = 2) -> str:
     processor = transformers.ViTImageProcessor(size={"height": 280, "width": 280})
     processor.save_pretrained(folder)
     return str(folder)
-
-
-def save_converted_encoder(folder: Path, num_layers: int) -> Path:
-    """Save such an encoder, convert it, and return the folder of the conversion."""
-    source = save_large_encoder(folder / "source", num_layers)
-    convert_checkpoint(f"transformers:{source}", folder / "vit")
-    return folder / "vit"
 
 
 class RunWhenUnpickled:

@@ -17,9 +17,7 @@ from modeling_vitcls.runtime.files import (
 def test_json_is_read_and_written(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     write_json(file, {"loss": 0.1, "é": [None]})
-    assert (
-        file.read_text(encoding="utf-8") == '{\n  "loss": 0.1,\n  "\\u00e9": [\n    null\n  ]\n}\n'
-    )
+    assert file.read_text() == '{\n  "loss": 0.1,\n  "\\u00e9": [\n    null\n  ]\n}\n'
     assert read_json(file) == {"loss": 0.1, "é": [None]}
     for content in (b"{", b"\xff", b"[1]"):
         file.write_bytes(content)

@@ -15,7 +15,7 @@ WRONG_FLAGS = [
 
 @pytest.mark.parametrize(("script", "flags", "named", "status"), WRONG_FLAGS)
 def test_a_wrong_flag_is_named_in_an_error_of_one_line(
-    script: str, flags: str, named: str, status: int, capsys: pytest.CaptureFixture[str]
+    script: str, flags: str, named: str, status: int, capsys: pytest.CaptureFixture
 ) -> None:
     assert run_in_process(script, *flags.split()) == status
     check_error(capsys, named)
