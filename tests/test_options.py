@@ -20,7 +20,7 @@ from scripts.study import StudyOptions
 
 
 # Required arguments of the option classes.
-REQUIRED: dict[type, dict[str, Any]] = {
+REQUIRED = {
     DataOptions: {"dataset": "digits"},
     ModelOptions: {"model": "vitcls-tiny"},
     FinetuneOptions: {"model": "m", "dataset": "digits", "output_dir": Path("o")},
@@ -41,7 +41,7 @@ def check(kind: Any, flags: dict[str, Any]) -> None:
 
 
 # Class, flags, accepted values, rejected values
-LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
+LIMITS = [
     (PushOptions, "license", [None, "apache-2.0"], ["Apache 2.0"]),
     (DataOptions, "held_out_fraction", [0.0, 0.99], [-0.1, 1.0]),
     (DataOptions, "num_workers", [0], [-1]),
@@ -84,7 +84,7 @@ def test_values_outside_of_their_limits_are_errors(
 
 
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
-COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
+COMBINATIONS = [
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output` is a.txt"),
     (PredictOptions, {}, {"model": ""}, "`model` is empty"),

@@ -5,7 +5,7 @@ Datasets may be in memory, and errors name the argument.
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.options import FinetuneOptions
 
 
-REQUIRED: dict[str, Any] = {"model": "m", "dataset": "digits", "output_dir": "out"}
+REQUIRED = {"model": "m", "dataset": "digits", "output_dir": "out"}
 RUN = {"max_steps": 2, "batch_size": 4, "num_workers": 0, "report": False}
-FLAGS: dict[str, Any] = vars(TINY) | RUN
+FLAGS = vars(TINY) | RUN
 
 
 def build_photos() -> list[tuple[Image.Image, str]]:
@@ -50,7 +50,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-SETTINGS: dict[str, Callable[[], Any]] = {
+SETTINGS = {
     "float64": lambda: default_dtype(torch.float64),
     "float16": lambda: default_dtype(torch.float16),
     "no_grad": torch.no_grad,

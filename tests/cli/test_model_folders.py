@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def add_stray_layer(folder: Path) -> None:
 
 
 # Change of a folder -> words of the error.
-CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+CHANGES = {
     "registers without a place": (
         lambda folder: edit_config(folder, num_register_tokens=0),
         ("vitcls.embeddings.register_tokens", "config.json"),

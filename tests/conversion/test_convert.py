@@ -157,7 +157,7 @@ def use_bilinear_interpolation(model: Any) -> None:
     positions.config.position_interpolation = "bilinear"
 
 
-WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
+WRONG = {
     "a layer": (add_to_weight("vitcls.layers.3.mlp.fc1.bias"), "160 x 160 pixels: cls by"),
     "the classifier": (add_to_weight("classifier.bias"), "160 x 160 pixels: logits by 0.001"),
     "the interpolation": (use_bilinear_interpolation, "112 x 208 pixels: cls by"),
@@ -335,13 +335,13 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
 
 def test_the_limit_is_relative_to_the_largest_value(tmp_path: Path) -> None:
     """A model with large outputs is converted in spite of rounding errors above 1e-5."""
-    aim: Any = CASES["aimv2"].build()
+    aim = CASES["aimv2"].build()
     aim.rms_norm.weight.data.mul_(300)
     report = convert_checkpoint(save_checkpoint(aim, tmp_path / "source"), tmp_path / "made")
     assert max(report["comparisons"][0]["differences"].values()) > 1e-5
 
     source = load_source(f"transformers:{tmp_path / 'source'}")
-    model: Any = source.convert()
+    model = source.convert()
     model.layernorm.weight.data.mul_(1 + 3e-5)
     with refuses_conversion("differ", "1e-05"):
         compare_models(source, model)
@@ -352,7 +352,7 @@ def save_config(config: transformers.PreTrainedConfig, folder: Path) -> str:
     return f"transformers:{folder}"
 
 
-UNSUPPORTED: dict[str, Callable[[Path], str]] = {
+UNSUPPORTED = {
     "LlavaForConditionalGeneration cannot be converted": lambda folder: save_config(
         transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]), folder
     ),

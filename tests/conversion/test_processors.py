@@ -52,7 +52,7 @@ def test_timm_preprocessing_is_equal(name: str, tmp_path: Path) -> None:
         assert ((found - wanted).abs() * std * 255).max() <= limit
 
 
-THEIRS: dict[str, tuple[str, dict[str, Any], float]] = {
+THEIRS = {
     "vit": ("ViTImageProcessor", {}, 0.0),
     "vit with pil": ("ViTImageProcessorPil", {}, 0.0),
     "deit": ("DeiTImageProcessor", {}, 0.0),
@@ -114,12 +114,8 @@ def test_a_default_is_stated(theirs: Any, reason: str, tmp_path: Path) -> None:
 
 
 # Change of timm's settings, sizes of the converted image processor, reason for the default.
-CHANGED: list[tuple[dict[str, Any], dict[str, int], str]] = [
-    (
-        {"crop_mode": "border"},
-        {"height": 224, "width": 224},
-        "crop_mode='border'",
-    ),
+CHANGED = [
+    ({"crop_mode": "border"}, {"height": 224, "width": 224}, "crop_mode='border'"),
     (
         {"input_size": (3, 224, 192)},
         {"height": 224, "width": 192},

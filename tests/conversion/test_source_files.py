@@ -6,7 +6,6 @@ resampled as by the authors.
 
 import argparse
 import hashlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ build_dinov2 = partial(build_timm_vit, "vit_small_patch14_dinov2", width=384)
 
 # File name: family, --family, model, function that wraps its weights as published, resampling of the
 # authors
-FILES: dict[str, tuple[str, str | None, Callable[[], Any], Callable[[Weights], Any], Any]] = {
+FILES = {
     "dino.pth": ("dino", "dino", partial(build_dino, depth=12), dict, resample_dino),
     "dino_full.pth": (
         "dino",
@@ -207,7 +206,7 @@ def test_files_are_converted_exactly(
     is_classifier = source.num_classes > 0
     assert report["classifier"] == ("kept" if is_classifier else "none")
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
-    model: Any = model_class.from_pretrained(tmp_path / "made")
+    model = model_class.from_pretrained(tmp_path / "made")
     resized = resample_positions(source, (3, 7), resample)
     for authors, size in ((source, (GRID, GRID)), (resized, (3, 7))):
         images = torch.randn(2, 3, *(PATCH * side for side in size))
@@ -268,7 +267,7 @@ def test_published_widths_have_the_published_number_of_heads() -> None:
     """The weights do not contain this number, and a comparison would use the same one."""
     for pattern, sizes in PUBLISHED_SIZES.items():
         for size in sizes:
-            model: Any = timm.create_model(pattern.format(size), device="meta", depth=1)
+            model = timm.create_model(pattern.format(size), device="meta", depth=1)
             assert NUM_HEADS[model.embed_dim] == model.blocks[0].attn.num_heads
     for size in ("small", "base", "large", "huge_plus", "7b"):
         model = timm.create_model(f"vit_{size}_patch16_dinov3", device="meta", depth=1)
@@ -284,7 +283,7 @@ def test_published_widths_have_the_published_number_of_heads() -> None:
 
 def save_lab_checkpoint(file: Path) -> Any:
     """Save what timm's train.py writes for a model of 7 classes at 64 pixels; return the model."""
-    model: Any = timm.create_model("test_vit", num_classes=LABELS, img_size=64)
+    model = timm.create_model("test_vit", num_classes=LABELS, img_size=64)
     average = randomize_weights(model).state_dict()
     last = {name: weight * 0.5 for name, weight in average.items()}
     content = {"state_dict": last, "state_dict_ema": average, "arch": "test_vit", "epoch": 3}
@@ -306,7 +305,7 @@ def test_a_checkpoint_of_timms_training_is_exact_with_and_without_its_name(
     assert "'state_dict_ema'" in notes
     assert ("timm:test_vit" in notes) is (prefix == "")
 
-    model: Any = ViTCLSForImageClassification.from_pretrained(tmp_path / "made")
+    model = ViTCLSForImageClassification.from_pretrained(tmp_path / "made")
     images = torch.randn(2, 3, 64, 64)
     assert trained(images).shape == (2, LABELS)
     check_outputs(model(images).logits, trained(images))
@@ -324,7 +323,7 @@ def test_a_changed_file_of_a_named_architecture_is_converted_again(tmp_path: Pat
 
 
 def test_an_encoder_of_a_named_architecture_has_no_classifier(tmp_path: Path) -> None:
-    source: Any = timm.create_model("test_vit", num_classes=0)
+    source = timm.create_model("test_vit", num_classes=0)
     file = save(add_prefix("encoder.", source.state_dict()), tmp_path / "encoder.safetensors")
     model = load_source(f"timm:test_vit@{file}").convert()
     assert isinstance(model, ViTCLSModel)
@@ -332,7 +331,7 @@ def test_an_encoder_of_a_named_architecture_has_no_classifier(tmp_path: Path) ->
 
 def test_flax_arrays_of_a_named_architecture_keep_their_classes(tmp_path: Path) -> None:
     """timm reads them, but by default with a random classifier of 1,000 classes."""
-    model: Any = timm.create_model("test_vit")
+    model = timm.create_model("test_vit")
     width, heads = model.embed_dim, model.blocks[0].attn.num_heads
     hidden, size = model.blocks[0].mlp.fc1.out_features, (heads, width // heads)
     shapes: dict[str, tuple[int, ...]] = {
@@ -362,7 +361,7 @@ def test_flax_arrays_of_a_named_architecture_keep_their_classes(tmp_path: Path) 
     weights = {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
     np.savez(tmp_path / "vit.npz", **{f"params/{name}": w.numpy() for name, w in weights.items()})
 
-    converted: Any = load_source(f"timm:test_vit@{tmp_path / 'vit.npz'}").convert()
+    converted = load_source(f"timm:test_vit@{tmp_path / 'vit.npz'}").convert()
     assert torch.equal(converted.classifier.weight, weights["head/kernel"].T)
     assert torch.equal(converted.classifier.bias, weights["head/bias"])
     with refuses_conversion("vit.npz", "timm:NAME@FILE"):
@@ -374,14 +373,14 @@ def test_flax_arrays_of_a_named_architecture_keep_their_classes(tmp_path: Path) 
 
 def build_nested_state_dict() -> dict[str, Any]:
     """Return a state dict that contains itself."""
-    content: dict[str, Any] = {"epoch": 3}
+    content = {"epoch": 3}
     content["model"] = content
     return content
 
 
 PLAIN = build_dino().state_dict()
 # Name: content of the file, --family, words in the error
-REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
+REFUSED = {
     "several families": (PLAIN, None, ("`family`", "dino", "mae", "deit")),
     "TIPS": (
         build_dinov2().state_dict() | {"register_tokens": torch.zeros(1, 1, 384)},

@@ -48,7 +48,7 @@ from modeling_vitcls.runtime.files import read_json, write_json
 
 WORKER = Path(__file__).parents[1] / "helpers/evaluation_worker.py"
 # Flags that read the labels of a scenario from its table
-COLUMNS: dict[str, dict[str, Any]] = {
+COLUMNS = {
     "single": {},
     "multi_label": {"label_column": ("tags",), "label_separator": "|"},
     "multi_task": {},
@@ -216,7 +216,7 @@ def test_metrics_are_of_the_models_own_logits_whatever_else_it_returns(
     fields = CONFIGS[kind] | {"num_distillation_tokens": 1}
     config = ViTCLSConfig(**SIZES | fields | own_labels.to_config_values())
     weather_names = ["rain", "snow", "sun"]
-    heads: dict[str, Any] = {"weather": {"labels": weather_names, "pooling": "cls"}}
+    heads = {"weather": {"labels": weather_names, "pooling": "cls"}}
     if num_added:
         heads["more"] = {"labels": CLASSES[-num_added:], "pooling": "mean", "adds_classes": True}
         config.id2label = dict(enumerate(CLASSES))

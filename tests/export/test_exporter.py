@@ -28,7 +28,6 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.export import onnx_file
 from modeling_vitcls.export.exporter import export_model, fit_processor
@@ -45,7 +44,7 @@ NAMES = {0: "cow", 1: "ant", 2: "bee"}
 
 # Models that together have every token, position, pooling, mask and block type: class, fields,
 # names of the outputs.
-MODELS: dict[str, tuple[type, Fields, list[str]]] = {
+MODELS = {
     "tokens": (
         ViTCLSForImageClassification,
         {

@@ -28,12 +28,12 @@ def measure(distance: float, num_images: int = 200) -> tuple[dict[str, Any] | No
     images = SimpleNamespace(
         labels=labels, groups=np.arange(num_images), get_tokens=lambda: {CLS: features}
     )
-    head: Any = SimpleNamespace(
+    head = SimpleNamespace(
         probe=probe,
         features=SimpleNamespace(take=lambda rows: images),
         labels=SimpleNamespace(names=NAMES),
     )
-    data: Any = None
+    data = None
     return measure_learning_curve(data, head), probe
 
 

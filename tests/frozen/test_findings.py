@@ -23,7 +23,7 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def examine(head: Any, is_result: bool = True) -> dict[str, Any]:
     """Measure the row for a classifier."""
-    data: Any = None
+    data = None
     return findings.examine(data, head, is_result)
 
 

@@ -28,7 +28,6 @@ sys.path.extend(map(str, Path(__file__).parents[1:3]))
 import modeling_vitcls as vitcls
 from helpers.batch_plans import build_plan
 from helpers.tiny_models import build_tiny_config
-from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.checkpoints import CheckpointStore
@@ -42,7 +41,7 @@ from modeling_vitcls.training.signals import SignalHandler
 NUM_PROCESSES = 2
 # Name -> model class and configuration fields. Each model must train on several processes without
 # changes.
-LAYOUTS: dict[str, tuple[Any, Fields]] = {
+LAYOUTS = {
     "one CLS": (vitcls.ViTCLSForImageClassification, {"use_mask_token": True}),
     "distillation and registers": (
         vitcls.ViTCLSForImageClassification,
@@ -87,7 +86,7 @@ LAYOUTS: dict[str, tuple[Any, Fields]] = {
     "backbone": (vitcls.ViTCLSBackbone, {"out_features": ["stage1", "stage2"]}),
 }
 
-CHECKS: dict[str, Callable[[Path], None]] = {}
+CHECKS = {}
 
 
 def check(function: Callable) -> Callable:
@@ -187,7 +186,7 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     )
 
 
-NO_IMAGES: dict[str, Any] = {"errors": {}}  # a batch of two readable images, without the images
+NO_IMAGES = {"errors": {}}  # a batch of two readable images, without the images
 
 
 def random_numbers_per_process(folder: Path) -> None:

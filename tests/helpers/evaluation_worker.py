@@ -26,7 +26,6 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.evaluation.evaluator import Evaluator
@@ -37,7 +36,7 @@ BATCH_SIZE = 3
 NUM_IMAGES = 13  # not a multiple of 3 or 2 x 3
 UNREADABLE = (0, 5, 11, 12)  # the last batch has no readable image
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
-SIZES: Fields = {
+SIZES = {
     "image_size": 16,
     "patch_size": 8,
     "hidden_size": 16,
@@ -51,7 +50,7 @@ SPACES = {
     "multi_label": SeveralLabels({"label": CLASSES}),
     "multi_task": PerTask({"age": ["old", "young"], "species": CLASSES}),
 }
-CONFIGS: dict[str, Fields] = {
+CONFIGS = {
     "single": {"num_distillation_tokens": 1},
     "multi_label": {"pooling": "mean"},
     "multi_task": {"num_cls_tokens": 2},

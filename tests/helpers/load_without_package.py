@@ -44,7 +44,7 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
     """Load, run, save and load again all checkpoints."""
     torch.set_num_threads(num_threads)  # results depend on the number of threads
     inputs = load_file(inputs_file)
-    report: dict[str, Any] = {}
+    report = {}
     found: dict[str, torch.Tensor] = {}
     for source in sources:
         name = Path(source).name
@@ -103,7 +103,7 @@ def load(source: str, auto_class: str) -> tuple[Any, dict[str, Any]]:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
         registered = transformers.AutoBackbone._model_mapping
         if type(config) in registered:
-            backbone_class: Any = registered[type(config)]
+            backbone_class = registered[type(config)]
         else:
             backbone_class = get_class_from_dynamic_module(config.auto_map[auto_class], source)
         return backbone_class.from_pretrained(source, output_loading_info=True)

@@ -180,7 +180,7 @@ def tree(request: Request) -> Response:
     start = folder and f"{folder}/"
     entries = []
     for path, file in sorted(files.items()):
-        entry: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
+        entry = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
         if file.is_lfs:
             entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 130}
         if path.startswith(start):
@@ -248,7 +248,7 @@ def lfs_batch(request: Request) -> Response:
     request.get_writable()
     objects = []
     for requested in request.json()["objects"]:
-        response: dict[str, Any] = {"oid": requested["oid"], "size": requested["size"]}
+        response = {"oid": requested["oid"], "size": requested["size"]}
         if requested["oid"] not in request.hub.contents:
             response["actions"] = {
                 "upload": {"href": f"{request.hub.storage_url}/objects/{requested['oid']}"},

@@ -13,7 +13,7 @@ from modeling_vitcls.hub.model_files import PREDICTIONS_FILE, hash_weights
 from modeling_vitcls.runtime.files import write_json
 
 
-RESULTS: dict[str, Any] = {
+RESULTS = {
     "selection_metric": "accuracy",
     "accuracy": 0.983333,
     "accuracy_interval": [0.96, 0.99],
@@ -31,7 +31,7 @@ RESULTS: dict[str, Any] = {
     "provenance": None,
     "versions": {"torch": "2.15.0", "transformers": "5.23.0"},
 }
-FLAGS: dict[str, Any] = {
+FLAGS = {
     "output_dir": "./runs/out",
     "model": "vitcls-tiny",
     "dataset": "digits",

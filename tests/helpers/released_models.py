@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 import modeling_vitcls as vitcls
 from helpers.load_without_package import flatten
-from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.version import __version__
 from scripts.tools.random_weights import randomize_weights
 
@@ -26,7 +25,7 @@ from scripts.tools.random_weights import randomize_weights
 RELEASED = Path(__file__).parents[1] / "fixtures/released"
 ANSWERS = "answers.safetensors"
 
-SIZES: Fields = {
+SIZES = {
     "image_size": [16, 24],
     "patch_size": 8,
     "hidden_size": 8,
@@ -35,7 +34,7 @@ SIZES: Fields = {
     "intermediate_size": 12,
 }
 # Kind -> model class, configuration fields and processor settings.
-KINDS: dict[str, tuple[type, Fields, dict[str, Any]]] = {
+KINDS = {
     "classifier": (
         vitcls.ViTCLSForImageClassification,
         {
@@ -109,7 +108,7 @@ def write(kind: str, folder: Path) -> None:
 @torch.no_grad()
 def compute_outputs(model: Any, processor: Any) -> dict[str, torch.Tensor]:
     """Return the outputs of the model and the processor, by name."""
-    inputs: dict[str, Any] = {"pixel_values": build_pixel_values(model.config)}
+    inputs = {"pixel_values": build_pixel_values(model.config)}
     if isinstance(model, vitcls.ViTCLSForMaskedImageModeling):
         inputs["bool_masked_pos"] = torch.arange(2 * 6).view(2, 6) % 3 == 0  # [2, patches]
     found = {name: tensor.clone() for name, tensor in flatten(dict(model.eval()(**inputs))).items()}

@@ -24,7 +24,7 @@ from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
-SIZES: Fields = {
+SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -35,7 +35,7 @@ SIZES: Fields = {
 }
 
 # Name -> fields of the token layouts with which all model classes are tested.
-LAYOUTS: dict[str, Fields] = {
+LAYOUTS = {
     "one_cls": {},
     "cls_distillation_registers": {"num_distillation_tokens": 1, "num_register_tokens": 4},
     "no_cls": {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"},
@@ -52,7 +52,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 # Two CLS, one distillation and three register tokens.
-TOKENS: Fields = {
+TOKENS = {
     "num_cls_tokens": 2,
     "num_distillation_tokens": 1,
     "num_register_tokens": 3,
@@ -101,7 +101,7 @@ KINDS = {
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 # Name -> fields that change the blocks.
-BLOCKS: dict[str, Fields] = {
+BLOCKS = {
     "layer_scale": {"layer_scale_init_value": 1e-5},
     "drop_path": {"drop_path_rate": 0.5},
     "dropout": {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3},

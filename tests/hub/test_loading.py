@@ -129,7 +129,7 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
 
 
 # One line for what a person can mend: model, what happens before, words of the line.
-ERRORS: list[tuple[str, Callable[[LocalHub, pytest.MonkeyPatch], Any] | None, list[str]]] = [
+ERRORS = [
     ("/not/there", None, ["/not/there is not a folder", "not a valid id of a model"]),
     ("https://huggingface.co/ann/open/tree/main", None, ["`model='ann/open'`"]),
     ("ann/typo", None, ["ann/typo is not a folder", "the Hub has no such model", "hf auth login"]),

@@ -42,7 +42,7 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
 ) -> None:
     model = build_random(model_class, **fields)
     threshold = 0.0 if "problem_type" in fields else None
-    columns: Any = (
+    columns = (
         FeatureColumns(model, [features], "float32")
         if features
         else LabelColumns(model, get_heads(model.config, threshold), 2)

@@ -175,7 +175,7 @@ async def read_later() -> bytes:
     return await asyncio.sleep(0, b"photo")
 
 
-BAD_PHOTOS: dict[str, tuple[Callable[[], Any], str]] = {
+BAD_PHOTOS = {
     "a path with a null character": (lambda: "a\0.jpg", "null byte"),
     "a closed file": (build_closed_file, "closed file"),
     "a text file": (lambda: io.StringIO("text"), "mode 'rb'"),
@@ -379,7 +379,7 @@ def test_the_lines_for_spark_in_the_docs_work(
     monkeypatch.chdir(tmp_path)
     shutil.copy(photos / "a.jpg", "photo.jpg")
     predictor = Predictor(encoder, ["cls", "mean"])
-    found: dict[str, Any] = {"__name__": "__main__", "predictor": predictor}
+    found = {"__name__": "__main__", "predictor": predictor}
     exec(read_lines("Spark"), found)
     found["spark"].stop()
     (row,) = found["rows"]

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -167,7 +166,7 @@ def test_the_handler_of_an_inference_endpoint(model: Path, photos: Photos, rows:
     """It receives and returns JSON, and needs no package."""
     source = read_program("handler.py")
     assert "vitcls" not in source
-    program: dict[str, Any] = {}
+    program = {}
     exec(source, program)
     handler = program["EndpointHandler"](str(model))
 
@@ -224,7 +223,7 @@ def test_the_lines_without_torch(
     answers = read_program("answer.py")
     imported = set(re.findall(r"^(?:import|from) (\w+)", answers, re.MULTILINE))
     assert imported == {"io", "json", "numpy", "onnxruntime", "PIL"}
-    program: dict[str, Any] = {}
+    program = {}
     exec(answers, program)
     found = program["predictor"]([file.read_bytes() for file in photos.values()])
     assert program["version"] == hash_weights(model)["model.safetensors"]
@@ -243,7 +242,7 @@ def test_the_lines_without_torch(
 
 
 def test_the_server(model: Path, photos: Photos, rows: Rows) -> None:
-    program: dict[str, Any] = {}
+    program = {}
     source = read_program("serve.py").replace("runs/photos", str(model))
     exec(source, program)
     program["predictor"] = Predictor(model, top_k=TOP_K, mixed_precision="no")
@@ -296,7 +295,7 @@ def test_the_page_of_the_demo(model: Path, photos: Photos, rows: Rows) -> None:
 # Orientation --------------------------------------------------------------------------------------
 
 # What shows an image upright, by EXIF orientation (CIPA DC-008, 4.6.4): rows, columns, both axes
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+TURNS = {
     1: lambda stored: stored,
     2: lambda stored: stored[:, ::-1],
     3: lambda stored: stored[::-1, ::-1],

@@ -35,7 +35,7 @@ from modeling_vitcls.hub.model_files import hash_weights
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 PHOTO = draw_noise((20, 30))[0]
-FIELDS: Fields = {
+FIELDS = {
     "id2label": LABELS,
     "num_distillation_tokens": 1,
     "num_register_tokens": 2,

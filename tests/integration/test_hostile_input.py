@@ -43,7 +43,7 @@ FORBIDDEN_EVENTS = (
     "pickle.find_class",
     "socket.connect",
 )
-watched: list[str] = []
+watched = []
 
 
 def watch(event: str, arguments: Any) -> None:
@@ -100,7 +100,7 @@ def test_random_configurations_are_accepted_or_one_line_errors(fields: dict[str,
 WEIGHTS = build_timm_vit("deit_small_patch16_224", num_classes=3).state_dict()
 
 
-CHANGED_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
+CHANGED_TENSORS = {
     "flat": torch.Tensor.flatten,
     "scalar": torch.Tensor.sum,
     "empty": lambda tensor: tensor[:0],
@@ -112,7 +112,7 @@ CHANGED_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "array": lambda tensor: tensor.numpy(),
     "dict": lambda tensor: {"x": tensor},
 }
-CHANGED_NAMES: dict[str, Callable[[str], str]] = {
+CHANGED_NAMES = {
     "gone": lambda name: "",
     "gap": lambda name: name.replace("blocks.1.", "blocks.999999."),
     "huge": lambda name: name.replace("blocks.1.", f"blocks.{10**30}."),
@@ -130,7 +130,7 @@ CHANGES = st.tuples(
 def test_damaged_state_dicts_are_converted_or_one_line_errors(
     family: str, changes: list[tuple[str, str]]
 ) -> None:
-    weights: dict[str, Any] = dict(WEIGHTS)
+    weights = dict(WEIGHTS)
     for name, change in changes:
         tensor = weights.pop(name, None)
         if change in CHANGED_NAMES and tensor is not None:

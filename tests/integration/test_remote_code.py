@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -40,9 +39,7 @@ ALLOWED_LIBRARIES = {
 CHILD = ROOT / "tests/helpers/load_without_package.py"
 
 # Name of the checkpoint -> its class and configuration fields.
-CHECKPOINTS: dict[str, tuple[Any, Fields]] = {
-    name: (model_class, fields) for name, (model_class, fields, _) in KINDS.items()
-}
+CHECKPOINTS = {name: (model_class, fields) for name, (model_class, fields, _) in KINDS.items()}
 CHECKPOINTS["backbone"] = (vitcls.ViTCLSBackbone, {"out_features": ["stage1", "stage2"]})
 CHECKPOINTS["attention"] = (vitcls.ViTCLSModel, {"pooling": "attention"})
 CHECKPOINTS["added task"] = (

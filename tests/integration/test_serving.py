@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -106,7 +105,7 @@ def test_a_request_beyond_a_limit_is_refused_and_the_server_lives(address: str) 
 
 def test_a_queue_that_is_full_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    program: dict[str, Any] = {}
+    program = {}
     exec((folder / "serve.py").read_text().replace("MAX_WAITING = 32", "MAX_WAITING = 0"), program)
     answer = TestClient(program["app"]).post("/predict", files=[("photos", encode((8, 8), 0))])
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

@@ -55,7 +55,7 @@ LOADERS = {
 
 # Changes of a checkpoint with 2 CLS, 1 distillation and 2 register tokens, images of 32 x 48 and
 # patches of 8 x 8.
-CHANGES: dict[str, Fields] = {
+CHANGES = {
     "registers": {"num_register_tokens": 6},
     "none_left": {"num_cls_tokens": 1, "num_distillation_tokens": 0, "num_register_tokens": 0},
     "image": {"image_size": [24, 64]},
@@ -69,7 +69,7 @@ CHANGES: dict[str, Fields] = {
     },
 }
 COUNTS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 2}
-FIELDS_THAT_ADAPT: Fields = {**COUNTS, "image_size": [32, 48]}
+FIELDS_THAT_ADAPT = {**COUNTS, "image_size": [32, 48]}
 FIELDS = FIELDS_THAT_ADAPT | {"position_embedding_tokens": "all"}
 
 GROUPS = {"cls": "cls_token", "distillation": "distillation_token", "registers": "register_tokens"}
@@ -460,7 +460,7 @@ def test_quantized_weights_shortened_models_and_adapters_are_not_adapted(tmp_pat
     del shortened.vitcls.layers[-1]
     with raises_one_line("shortened"):
         shortened.adapt(num_register_tokens=2)
-    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     with raises_one_line("merge_and_unload"):
         adapted.adapt(num_register_tokens=2)
     assert adapted.merge_and_unload().adapt(num_register_tokens=2).config.num_register_tokens == 2

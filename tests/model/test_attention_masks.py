@@ -8,13 +8,12 @@ import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, randomize
 
-from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.model.attention_masks_vitcls import RelativePositionBias, TokenGates
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-FIELDS: Fields = {
+FIELDS = {
     "num_cls_tokens": 1,
     "num_register_tokens": 2,
     "attn_implementation": "sdpa",

@@ -239,7 +239,7 @@ def test_an_adapter_that_is_merged_or_loaded_has_its_logits_and_no_distance_once
 ) -> None:
     model = build_model()
     expected = model(IMAGES).distance
-    adapted: Any = peft.get_peft_model(copy.deepcopy(model), ADAPTERS[kind]).eval()
+    adapted = peft.get_peft_model(copy.deepcopy(model), ADAPTERS[kind]).eval()
     torch.testing.assert_close(adapted(IMAGES).distance, expected)
 
     for weight in adapted.parameters():
@@ -287,7 +287,7 @@ def test_a_module_that_peft_copies_keeps_the_distance_until_the_copy_is_trained(
     config = peft.LoraConfig(
         target_modules=["q_proj", "v_proj"], r=2, modules_to_save=["vitcls.embeddings"]
     )
-    adapted: Any = peft.get_peft_model(model, config).eval()
+    adapted = peft.get_peft_model(model, config).eval()
     assert torch.equal(adapted(IMAGES).distance, expected)
 
     adapted.base_model.model.vitcls.embeddings.cls_token.normal_()
@@ -300,7 +300,7 @@ def test_statistics_of_a_model_with_an_adapter_are_those_of_the_merged_model() -
     model = build_model()
     statistics = fit_statistics(model)
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
-    adapted: Any = peft.get_peft_model(model, config).eval()
+    adapted = peft.get_peft_model(model, config).eval()
     statistics.set_in_model(adapted.base_model.model)
     expected = adapted(IMAGES).distance
     merged = adapted.merge_and_unload()
@@ -311,7 +311,7 @@ def test_a_compiled_model_knows_its_weights_after_eval_and_those_that_are_loaded
     model = build_model()
     expected = model(IMAGES).distance
     weights = copy.deepcopy(model.state_dict())
-    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(IMAGES).distance, expected)
     compiled.train()
     train_steps(model)
@@ -350,7 +350,7 @@ def test_statistics_of_other_features_or_labels_are_dropped(
 
 # What `from_pretrained(classifier, field=value)` does with a classifier: the same logits, other ones
 # with a line that names the field, or an error. docs/configuration.md has this table, too.
-OTHER_FIELDS: list[tuple[Fields, str, bool]] = [
+OTHER_FIELDS = [
     ({"compute_all_tokens": True}, "equal", True),
     ({"gated_tokens": {}}, "equal", True),
     ({"num_register_tokens": 6}, "equal", True),

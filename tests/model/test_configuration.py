@@ -39,7 +39,7 @@ from scripts.tools.make_field_tables import PAGE, build_tables, replace_tables
 NAN = float("nan")
 
 # Contradictory fields; the error names the first of them.
-CONTRADICTIONS: list[Fields] = [
+CONTRADICTIONS = [
     {"num_cls_tokens": 0},
     {"num_attention_heads": 4, "hidden_size": 18},
     {"image_size": [32, 20]},
@@ -83,7 +83,7 @@ CONTRADICTIONS: list[Fields] = [
 ]
 
 # Values of a wrong type or out of range.
-WRONG_VALUES: list[tuple[str, Any]] = [
+WRONG_VALUES = [
     *(("hidden_size", value) for value in (16.0, "16", None, True)),
     *(("drop_path_rate", value) for value in (-0.1, 1.0, NAN)),
     *(("patch_size", value) for value in (0, [8], [8, 0], 5000)),

@@ -29,7 +29,7 @@ from modeling_vitcls.speed.lean_layers import use_fast_modules
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 LABELS = ["rain", "snow", "sun"]
-HEADS: dict[str, dict[str, Any]] = {
+HEADS = {
     "weather": {"labels": LABELS, "pooling": "cls_mean", "pooled_layers": [-2, -1]},
     "indoors": {"labels": LABELS[:2]},
     "objects": {
@@ -41,7 +41,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 # Models with the width of ViT-S, for which the products of one row and of all rows are computed by
 # different kernels.
-WIDE: Fields = {
+WIDE = {
     "hidden_size": 384,
     "num_attention_heads": 6,
     "num_hidden_layers": 2,
@@ -49,7 +49,7 @@ WIDE: Fields = {
     "image_size": 48,
     "patch_size": 16,
 }
-MODELS: dict[str, Fields] = {
+MODELS = {
     "cls": {},
     "mean": {"pooling": "mean", "num_register_tokens": 4},
     "several layers": {"pooled_layers": [-2, -1], "num_distillation_tokens": 1},
@@ -207,7 +207,7 @@ HEAD = HEADS["indoors"]
 ADDED = {"labels": ["x"], "adds_classes": True}
 NO_CLS = {"num_cls_tokens": 0, "pooling": "mean"}
 # Name -> extra heads, other fields, and a word of the error.
-INVALID: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+INVALID = {
     "name": ({"in doors": HEAD}, {}, "in doors"),
     "output name": ({"logits": HEAD}, {}, "logits"),
     "name of a task": ({"age": HEAD}, {"num_cls_tokens": 2, "tasks": TASKS}, "age"),

@@ -21,7 +21,7 @@ from modeling_vitcls.model.image_processing_vitcls import image_to_tensor, read_
 
 
 CROP = {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 33}
-SIZES: list[dict[str, Any]] = [
+SIZES = [
     {"size": {"height": 48, "width": 48}, "resample": 3},
     CROP | {"resample": 3},
     CROP | {"crop_rounding": "even", "resample": 2},
@@ -105,7 +105,7 @@ ARITHMETIC = (
     "2//Z"
 )
 ADOBE = b"Adobe\0\x64\0\0\0\0"  # The last byte of the segment is the color transform
-ODD_JPEG: dict[str, bytes] = {
+ODD_JPEG = {
     **{
         f"{name} {quality}": encode_image(PHOTO.convert(mode), "JPEG", quality=quality, **options)
         for quality in (20, 95)

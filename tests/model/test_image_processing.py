@@ -446,7 +446,7 @@ def test_pipes_and_devices_are_errors(backend: type, tmp_path: Path) -> None:
 
 
 # Image, settings, and what the error names.
-UNUSABLE: list[tuple[object, dict, str]] = [
+UNUSABLE = [
     ([], {}, "empty"),
     ([build_gradient(), None], {}, "NoneType"),
     ([build_gradient(), 3], {}, "int"),

@@ -34,7 +34,7 @@ from modeling_vitcls.conversion.weight_rules import Fields
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 # Fields, and the number of tokens that the classifiers read; None means all.
-NUM_READ: list[tuple[Fields, int | None]] = [
+NUM_READ = [
     ({"num_hidden_layers": 1, "num_register_tokens": 3}, 1),
     ({"position_embedding_type": "rope_2d"}, 1),
     (TOKENS, 3),

@@ -41,7 +41,7 @@ def build_multi_task() -> ViTCLSForMultiTaskClassification:
 
 # Kinds of labels: fields of the configuration, labels of four images, the formula of the loss.
 
-KINDS: dict[str, tuple[Fields, torch.Tensor, Any]] = {
+KINDS = {
     "classes": ({}, torch.tensor([0, 2, 1, 2]), functional.cross_entropy),
     "ignored_int32": (
         {},
@@ -118,7 +118,7 @@ def test_both_heads_are_trained() -> None:
 
 
 # Labels, and words of the error.
-WRONG_LABELS: list[tuple[Any, tuple[str, ...]]] = [
+WRONG_LABELS = [
     (
         torch.ones(2, 3, dtype=torch.long),
         ("no indices", "problem_type", "single_label", "multi_label"),

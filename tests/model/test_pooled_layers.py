@@ -23,7 +23,7 @@ from modeling_vitcls.conversion.weight_rules import Fields
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 # test_tokens.py compares these and other poolings of the last layer with formulas.
-POOLINGS: dict[str, Fields] = {
+POOLINGS = {
     "cls": {},
     "several cls": {"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]},
     "cls_mean": {"pooling": "cls_mean"},
@@ -41,7 +41,7 @@ def test_the_head_reads_the_concatenated_poolings_of_the_normalized_layers(
     fields: Fields, layers: list[int]
 ) -> None:
     model = build_classifier(**fields, pooled_layers=layers)
-    pool: Any = ViTCLSModel(build_tiny_config(**fields)).pooler
+    pool = ViTCLSModel(build_tiny_config(**fields)).pooler
 
     encoded = model.vitcls(IMAGES, output_hidden_states=True)
     states = [encoded.hidden_states[layer] for layer in layers]

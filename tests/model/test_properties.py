@@ -43,7 +43,7 @@ def hide_progress_bars() -> Iterator[None]:
     logging.enable_progress_bar()
 
 
-CLASSES: list[type[ViTCLSPreTrainedModel]] = [
+CLASSES = [
     ViTCLSModel,
     ViTCLSForImageClassification,  # or the multi-task class, if there are tasks
     ViTCLSForImageClassification,
@@ -152,7 +152,7 @@ def valid_fields(draw: st.DrawFn) -> Fields:
 def build_inputs(model: ViTCLSPreTrainedModel, height: int, width: int) -> dict[str, Any]:
     """Return two images, and the labels of the class."""
     config = model.config
-    inputs: dict[str, Any] = {"pixel_values": build_images(2, height, width, config.num_channels)}
+    inputs = {"pixel_values": build_images(2, height, width, config.num_channels)}
     if isinstance(model, ViTCLSForImageClassification) and config.num_labels:
         inputs["labels"] = torch.tensor([0, config.num_labels - 1])
     if isinstance(model, ViTCLSForMultiTaskClassification):

@@ -68,7 +68,7 @@ def test_half_precision_is_close_to_float32_for_float32_images(
     kind: Kind, dtype: torch.dtype
 ) -> None:
     """Images may be float32; positions are resampled in float32 for other image sizes."""
-    model: Any = kind.model_class(build_tiny_config(**kind.fields)).eval()
+    model = kind.model_class(build_tiny_config(**kind.fields)).eval()
     expected = model(IMAGES, **kind.inputs)
     model.to(dtype)
     output = model(IMAGES, **kind.inputs)

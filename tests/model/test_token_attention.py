@@ -27,7 +27,7 @@ from modeling_vitcls.model.token_attention_vitcls import record_attention
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 # Fields that change attention scores or masks.
-ATTENTIONS: dict[str, Fields] = {
+ATTENTIONS = {
     "scopes": {"cls_scopes": ["image", [2, 2, 0, 1]]},
     "gates": {"gated_tokens": {"registers": 2}},
     "scopes and gates": {"cls_scopes": [[2, 1, 1, 0], "image"], "gated_tokens": {"cls": 1}},

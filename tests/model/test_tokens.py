@@ -97,7 +97,7 @@ def _mean_of_patches(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 # Name -> fields, and the pooled vector as a function of the tokens.
-POOLED: dict[str, tuple[Fields, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
+POOLED = {
     "cls": ({}, lambda tokens: tokens["cls"][:, 0]),
     "first": ({"num_cls_tokens": 3}, lambda tokens: tokens["cls"][:, 0]),
     "mean_of_cls": (

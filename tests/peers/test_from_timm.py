@@ -61,7 +61,7 @@ SMALL_HEADS = type(
 PLAIN = "vit_tiny_patch16_224"
 
 # What no name has, but a user may ask `timm.create_model` for, by default for PLAIN.
-OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
+OWN_ARGUMENTS = {
     "oblong": {"patch_size": (8, 16), "in_chans": 1},
     "no biases": {"qkv_bias": False, "proj_bias": False},
     "CLS token, included": {"global_pool": "token", "pool_include_prefix": True},
@@ -100,7 +100,7 @@ OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 
-REFUSED: dict[str, dict[str, Any]] = {
+REFUSED = {
     "an MLP gated by gelu": {"mlp_layer": GluMlp},
     "MLP gated by gelu": {"mlp_layer": SwiGLU},
     "global_pool='')": {"global_pool": ""},
@@ -199,7 +199,7 @@ def change_rotation(**settings: Any) -> Callable[[Any], None]:
 
 
 # Name of an architecture, a change of the model, and a part of the error message.
-CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+CHANGES = {
     "block": (
         PLAIN,
         lambda model: use_another_class(model.blocks[0]),

@@ -17,14 +17,13 @@ from modeling_vitcls import (
     convert_from_transformers,
     convert_to_transformers,
 )
-from modeling_vitcls.conversion.weight_rules import Fields
 from peers.transformers_cases import CASES, compute_outputs, compute_source_outputs, images
 from scripts.tools.random_weights import randomize_weights
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-BASE: Fields = SIZES | {"intermediate_size": 32, "layer_norm_eps": 0.01}
+BASE = SIZES | {"intermediate_size": 32, "layer_norm_eps": 0.01}
 LAYER_SCALE = {"layer_scale_init_value": 0.1}
 REGISTERS = {"num_register_tokens": 4, "position_antialias": True}
 DISTILLED = {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
@@ -293,7 +292,7 @@ def test_pooling_without_weights_is_left_to_the_user() -> None:
     model = randomize_weights(
         ViTCLSModel(ViTCLSConfig(**BASE, pooling="mean", position_embedding_tokens="cls"))
     )
-    native: Any = convert_to_transformers(model)
+    native = convert_to_transformers(model)
     assert type(native).__name__ == "ViTModel"
     assert native.pooler is None
     assert_same_outputs(model, native, "vit without pooler", (32, 32))

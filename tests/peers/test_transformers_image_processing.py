@@ -32,7 +32,7 @@ class SmallImages(common.ImageProcessingTester):
 
     def __init__(self, image_processing_classes: dict[str, type]) -> None:
         self.image_processing_classes = image_processing_classes
-        self.settings: dict[str, Any] = {
+        self.settings = {
             "do_resize": True,
             "size": self.size,
             "do_normalize": True,

@@ -42,7 +42,7 @@ AUTO_TABLES = {
 }
 
 # 5 x 5 patches: enough for every mixin, and fast.
-SIZES: dict[str, int] = {
+SIZES = {
     "image_size": 10,
     "patch_size": 2,
     "num_channels": 3,

@@ -188,7 +188,7 @@ def build_inputs(case: Case, pixels: torch.Tensor) -> dict[str, Any]:
     """Build the keyword arguments of a source for images [B, C, H, W]."""
     if case.model.startswith("Siglip2"):
         return flatten_patches(pixels, case.values.get("vision_config", case.values)["patch_size"])
-    inputs: dict[str, Any] = {"pixel_values": pixels}
+    inputs = {"pixel_values": pixels}
     if case.model == "ViTMAEModel":  # It sorts the patches by this noise
         num_patches = pixels[0, 0].numel() // case.values["patch_size"] ** 2
         inputs["noise"] = torch.arange(num_patches).expand(len(pixels), -1)

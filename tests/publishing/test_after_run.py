@@ -4,7 +4,6 @@ import base64
 import re
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +25,7 @@ from modeling_vitcls.publishing.report import finish_run, write_report
 from modeling_vitcls.runtime.files import read_json
 
 
-RUN: dict[str, Any] = vars(TINY) | {"dataset": "digits", "num_workers": 0}
+RUN = vars(TINY) | {"dataset": "digits", "num_workers": 0}
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return target
 
 
-CURVE: dict[str, Any] = {
+CURVE = {
     "num_images": [16, 32, 48, 64],
     "accuracy": [0.59, 0.66, 0.76, 0.79],
     "fitted": [0.58, 0.68, 0.74, 0.78],

@@ -57,7 +57,7 @@ def test_models_with_different_outputs_are_not_compared(
     convert = benchmark.convert_from_timm
 
     def convert_wrongly(timm_model: Any) -> Any:
-        converted: Any = convert(timm_model)
+        converted = convert(timm_model)
         converted.classifier.bias.data += error
         return converted
 

@@ -32,7 +32,7 @@ from modeling_vitcls.speed.lean_layers import find_plan
 from scripts.benchmark import build_timm_vit, count_kernels
 
 
-VARIANTS: dict[str, Fields] = {
+VARIANTS = {
     "default": {},
     "all_tokens": {"compute_all_tokens": True},
     "no_biases": {"qkv_bias": False, "projection_bias": False, "mlp_bias": False},

@@ -47,7 +47,7 @@ def load_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def train(folder: Path, encoder: Path, **flags: Any) -> Path:
     """Train, and keep the weights of steps 2 and 4, without the mean."""
-    kept: dict[str, Any] = {"save_every": 2, "keep_checkpoints": 2}
+    kept = {"save_every": 2, "keep_checkpoints": 2}
     return run_to_folder(build_options(folder / "run", encoder, **kept | flags))
 
 

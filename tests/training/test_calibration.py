@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("few_digits")
 def test_predictions_that_are_all_alike_have_words_instead_of_a_huge_temperature(
     highest: float, is_alike: bool
 ) -> None:
-    probe: Any = SimpleNamespace(
+    probe = SimpleNamespace(
         losses_=np.array([0.7, 0.7]),
         lines_=None,
         temperature_=429237059.16,

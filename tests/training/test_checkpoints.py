@@ -8,9 +8,7 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -141,7 +139,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+DAMAGES = {
     "truncated tensors": ("model.safetensors", truncate),
     "a flipped bit in the tensors": ("optimizer.safetensors", flip),
     "missing tensors": ("optimizer.safetensors", Path.unlink),

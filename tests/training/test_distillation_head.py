@@ -23,7 +23,7 @@ from modeling_vitcls.runtime.files import read_json
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
-TEACHING: dict[str, Any] = {
+TEACHING = {
     "max_steps": 12,
     "batch_size": 32,
     "held_out_fraction": 0.3,

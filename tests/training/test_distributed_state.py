@@ -33,7 +33,7 @@ pytestmark = pytest.mark.integration
 
 def build(kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model: Any = ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2))
+    model = ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2))
     if kind == "head only":
         model.vitcls.requires_grad_(False)
     if kind == "LoRA":
@@ -74,7 +74,7 @@ def check_resume(
     expected = [step_once(model, optimizer, step) for step in range(3, 6)]
 
     other, other_optimizer = second
-    checkpoint: Any = store.load_newest(pytest.fail)
+    checkpoint = store.load_newest(pytest.fail)
     scatter_state(checkpoint, accelerator, other, other_optimizer, start={})
 
     assert [step_once(other, other_optimizer, step) for step in range(3, 6)] == expected
@@ -103,7 +103,7 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     tensors, facts = gather_state(accelerator, model, optimizer, start={})
     assert tensors.keys() == {"model", "optimizer"}
     store.save(1, tensors, facts)
-    checkpoint: Any = store.load_newest(pytest.fail)
+    checkpoint = store.load_newest(pytest.fail)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     scatter_state(checkpoint, accelerator, model, optimizer, start={})
     state = accelerator.scaler.state_dict()
@@ -127,7 +127,7 @@ def build_sharded(
     seed: int, mesh: distributed.DeviceMesh
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return a model that is sharded with FSDP2, and its optimizer."""
-    model: Any = build("plain", seed)
+    model = build("plain", seed)
     for layer in model.vitcls.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -154,7 +154,7 @@ def test_old_tokens_of_a_sharded_group_that_grew_get_no_gradient(
     model(pixel_values=torch.randn(2, 3, 32, 32)).logits.square().sum().backward()
     name = "vitcls.embeddings.register_tokens"
     keep_old_tokens(model, {name: [False, True]})
-    gradient: Any = model.get_parameter(name).grad
+    gradient = model.get_parameter(name).grad
     old, new = gradient.full_tensor()[0]
     assert not old.any()
     assert new.any()
@@ -163,7 +163,7 @@ def test_old_tokens_of_a_sharded_group_that_grew_get_no_gradient(
 def test_a_sharded_model_never_predicts_a_class_without_readable_images(
     mesh: distributed.DeviceMesh,
 ) -> None:
-    model: Any = build_sharded(0, mesh)[0]
+    model = build_sharded(0, mesh)[0]
     data = Mock(train=Mock(labels=[0, 1, 2, 2]), label_space=Mock(names=["cat", "dog", "owl"]))
     before = model.classifier.bias.full_tensor().clone()
     exclude_unreadable_classes(model, data, {1}, Mock())

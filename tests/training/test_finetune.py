@@ -315,7 +315,7 @@ def teacher(module_path: Path) -> Path:
 def test_a_teacher_trains_the_distillation_token_or_without_one_the_only_head(
     teacher: Path, tmp_path: Path, kind: str, num_tokens: int
 ) -> None:
-    flags: dict[str, Any] = {"num_distillation_tokens": num_tokens, "max_steps": 4, "mixup": 0.2}
+    flags = {"num_distillation_tokens": num_tokens, "max_steps": 4, "mixup": 0.2}
     results = train(tmp_path, "digits", teacher=str(teacher), distillation=kind, **flags)
     assert results["token_layout"]["distillation"] == num_tokens
     assert ("distillation_accuracy" in results) == bool(num_tokens)

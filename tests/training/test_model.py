@@ -199,9 +199,9 @@ def test_contradictory_flags_are_errors() -> None:
     check_model_flags("some/checkpoint", (), "head", True)
 
 
-LAYOUT: Fields = {"num_distillation_tokens": 1, "num_register_tokens": 2}
-TASKS: Fields = {"num_cls_tokens": 2, "tasks": {"species": 4, "age": 2}}
-MODELS: dict[str, tuple[Any, Fields]] = {
+LAYOUT = {"num_distillation_tokens": 1, "num_register_tokens": 2}
+TASKS = {"num_cls_tokens": 2, "tasks": {"species": 4, "age": 2}}
+MODELS = {
     "two heads": (ViTCLSForImageClassification, LAYOUT),
     "attention pooling": (
         ViTCLSForImageClassification,

@@ -140,7 +140,7 @@ def test_a_model_is_continued_with_all_of_its_few_images(
     encoder = save_encoder(tmp_path / "encoder")
     (tmp_path / "photos").mkdir()
     photos = write_two_colors(tmp_path / "photos", 23)
-    flags: dict[str, Any] = {"probe": True}
+    flags = {"probe": True}
     options = build_tiny_options(tmp_path / "first", photos, model=str(encoder), **flags)
     first = run_to_folder(options)
 

@@ -108,7 +108,7 @@ def test_a_run_resumes_with_any_flag_spelled_as_the_value_that_it_used(
 ) -> None:
     """The value of a flag that is not set is derived, or its default."""
     record = read_record(stopped)
-    value: Any = record["chosen_flags"].get(name, record["flags"][name])
+    value = record["chosen_flags"].get(name, record["flags"][name])
     words = [] if value in (None, [], ()) else to_arguments(name, value)
     for more_words in ([], words):
         resume(stopped, [*command, *more_words])

@@ -112,7 +112,7 @@ def test_a_resumed_run_has_the_same_results(
 # Changes between start and resume -----------------------------------------------------------------
 
 
-CHANGES: list[tuple[dict[str, Any], str]] = [
+CHANGES = [
     ({"batch_size": 4}, "has 8 images per step, but this run has 4"),
     # The launcher of the resumed run may set it, too.
     ({"mixed_precision": "bf16"}, "requires `mixed_precision='no'`"),

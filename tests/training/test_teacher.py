@@ -59,7 +59,7 @@ def build_pil_images(batch: torch.Tensor) -> list[Image.Image]:
 def build_tiny_resnet(
     names: list[str] | None = NAMES, **fields: Any
 ) -> ResNetForImageClassification:
-    sizes: dict[str, Any] = {
+    sizes = {
         "embedding_size": 8,
         "hidden_sizes": [8, 8],
         "depths": [1, 1],
