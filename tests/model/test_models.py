@@ -105,6 +105,17 @@ def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> 
     assert {"cls_token", "mask_token", "cls", "patches", "probe", "weight"} == set(seen)
 
 
+def test_a_new_differential_model_starts_as_in_the_paper_with_two_maps_per_head() -> None:
+    """peers/test_from_timm.py compares differential attention with that of timm."""
+    fields = {"attention_type": "differential", "attn_implementation": "eager"}
+    model = ViTCLSModel(build_tiny_config(**fields))
+    attention = model.layers[0].attention
+    assert attention.lambda_full.item() == pytest.approx(0.8)
+    assert attention.head_norm.weight.mean().item() == pytest.approx(0.2)
+    maps = model(IMAGES, output_attentions=True).attentions[0]
+    assert maps.shape == (2, 2 * model.config.num_attention_heads, 17, 17)
+
+
 @pytest.mark.parametrize(
     ("model_class", "fields", "inputs"),
     [
@@ -198,9 +209,6 @@ def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(
     assert all(branch.shape == embedded.shape for branch in branches)
     for dropped in (embedded, *branches):
         assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
-
-
-# Saving, and loading a checkpoint with another class
 
 
 # Masked image modeling

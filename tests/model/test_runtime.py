@@ -108,7 +108,12 @@ def test_autocast_is_close_to_float32_and_has_finite_gradients(kind: Kind) -> No
 @pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"cls_scopes": ["image", [2, 2, 0, 1]]}, BLOCKS["rope"] | BLOCKS["qk_norm"]],
+    [
+        {},
+        {"cls_scopes": ["image", [2, 2, 0, 1]]},
+        BLOCKS["rope"] | BLOCKS["qk_norm"],
+        {"attention_type": "differential", "qk_norm": True},
+    ],
     ids=str,
 )
 def test_attention_implementations_agree(fields: Fields, mask: torch.Tensor | None) -> None:

@@ -91,18 +91,19 @@ SUPPORTED = [
         {"pooling": "cls_mean"},
         "dinov2 classifier",
     ),
-]
-
-
-# Models that are converted in an equivalent form, and a case of the class.
-SCALED = LAYER_SCALE | {"pooling": "mean"}
-EQUIVALENT = [
+    # A frozen run stores class statistics, and transformers returns no distance
+    (
+        ViTCLSForImageClassification,
+        {"class_statistics": {"tokens": [[-1, "cls"]], "num_classes": 3}},
+        "vit classifier",
+    ),
+    # In an equivalent form
     (
         ViTCLSForImageClassification,
         LAYER_SCALE,
         "dinov2 classifier",
     ),
-    (ViTCLSForImageClassification, SCALED, "dinov2 classifier"),
+    (ViTCLSForImageClassification, LAYER_SCALE | {"pooling": "mean"}, "dinov2 classifier"),
     (
         ViTCLSForImageClassification,
         REGISTERS,
@@ -133,7 +134,7 @@ EQUIVALENT = [
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "interpolated"])
-@pytest.mark.parametrize(("model_class", "values", "case"), [*SUPPORTED, *EQUIVALENT])
+@pytest.mark.parametrize(("model_class", "values", "case"), SUPPORTED)
 def test_converted_models_have_the_same_outputs(
     model_class: Any, values: dict, case: str, size: tuple[int, int]
 ) -> None:
@@ -150,11 +151,10 @@ def assert_same_outputs(model: Any, converted: Any, case: str, size: tuple[int, 
 
 
 # The demo model, and others whose positions are resampled differently.
-DEMO = {"num_register_tokens": 2}
 NATIVE_SIZE = [
     (
         ViTCLSForImageClassification,
-        DEMO,
+        {"num_register_tokens": 2},
         "registers classifier",
     ),
     (ViTCLSModel, {"position_interpolation": "bilinear"}, "vit without pooler"),
@@ -202,13 +202,6 @@ def test_everything_about_the_model_is_kept() -> None:
         ViTCLSModel(ViTCLSConfig(**BASE, position_antialias=True)), native_size_only=True
     )
     assert type(exact).__name__ == "Dinov2WithRegistersModel"  # at all sizes, unlike ViTModel
-
-
-def test_a_classifier_with_class_statistics_is_converted_without_them() -> None:
-    """A frozen run stores them, and transformers returns no distance."""
-    statistics = {"tokens": [[-1, "cls"]], "num_classes": 3}
-    model = ViTCLSForImageClassification(ViTCLSConfig(**BASE, class_statistics=statistics)).eval()
-    assert_same_outputs(model, convert_to_transformers(model), "vit classifier", (32, 32))
 
 
 def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
