@@ -61,11 +61,6 @@ def run(*flags: Any) -> str:
     return printed.getvalue()
 
 
-def list_all(folder: Path) -> list[Path]:
-    """Return all files and folders, including hidden ones."""
-    return sorted(folder.rglob("*"))
-
-
 # The script itself
 
 
@@ -180,16 +175,8 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
         return model
 
     monkeypatch.setattr(source_models, "convert_timm_model", wrong)
-    assert (
-        run_in_process(
-            "convert.py",
-            "--model",
-            save_timm_model(tmp_path / "source"),
-            "--output",
-            tmp_path / "deep/made",
-        )
-        == 1
-    )
+    source = save_timm_model(tmp_path / "source")
+    assert run_in_process("convert.py", source, tmp_path / "deep/made") == 1
     check_error(capsys, message, "1e-05")
     assert get_file_names(tmp_path) == {"source"}
 
@@ -371,7 +358,7 @@ def test_unsupported_sources_are_one_line_errors_and_write_nothing(
     message: str, tmp_path: Path
 ) -> None:
     source = UNSUPPORTED[message](tmp_path / "source")
-    before = list_all(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
     with raises_one_line(message, error=(ValueError, OSError)):
         convert_checkpoint(source, tmp_path / "made")
-    assert list_all(tmp_path) == before
+    assert sorted(tmp_path.rglob("*")) == before

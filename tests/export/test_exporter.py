@@ -14,6 +14,7 @@ from helpers.photo_folders import get_file_names
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import (
     build_images,
+    build_random,
     build_tiny_config,
     edit_config,
     raises_one_line,
@@ -318,11 +319,15 @@ def test_a_preset_is_exported_to_a_folder(tmp_path: Path) -> None:
 def test_a_new_folder_has_the_processor_of_a_graph_of_one_size_with_resampled_positions(
     tmp_path: Path,
 ) -> None:
-    model = checkpoint(tmp_path / "model", ViTCLSModel, num_hidden_layers=1)
+    """Also of a folder without one, and of a model in half precision, without its dropout."""
+    fields = {"num_hidden_layers": 1, "hidden_dropout_prob": 0.5}
+    model = build_random(ViTCLSModel, **fields).bfloat16()
+    model.save_pretrained(tmp_path / "model")
     report = export(tmp_path / "model", tmp_path / "served", image_size=(24, 56), dynamic=False)
     assert report["input"]["shape"] == ["batch", 3, 24, 56]
     assert report["preprocessing"]["size"] == {"height": 24, "width": 56}
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "served")
     images = processor(Image.new("RGB", (40, 30)), return_tensors="pt")["pixel_values"]
     assert images.shape == (1, 3, 24, 56)
-    check_outputs(tmp_path / "served/model.onnx", model, images)
+    assert report["dtype"] == "float32"
+    check_outputs(tmp_path / "served/model.onnx", model.float(), images)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_random, build_tiny_config
+from helpers.tiny_models import IMAGES, build_images, build_random, build_tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.export.tracing import (
     GraphShape,
+    NamedOutputsModel,
     get_smallest_size,
     select_graph_shape,
     trace_model,
@@ -33,6 +34,11 @@ def test_models_that_cannot_be_traced_are_errors(is_dynamic: bool) -> None:
     with pytest.raises(ValueError, match="cannot trace") as error:
         trace_model(model, select_graph_shape(model, None, is_dynamic), torch.float32)
     assert ("`dynamic=False`" in str(error.value)) is is_dynamic
+
+
+def test_an_encoder_without_a_pooler_has_one_output() -> None:
+    model = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
+    assert list(NamedOutputsModel(model)(IMAGES)) == ["last_hidden_state"]
 
 
 def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:

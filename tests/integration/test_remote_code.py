@@ -202,25 +202,16 @@ def test_configuration_and_image_processor_load_without_the_package(
 
 
 @each_checkpoint
-def test_a_checkpoint_contains_all_its_code_and_no_pickle(name: str, saved: Path) -> None:
-    code = {file.name for file in SHIPPED_FILES}
-    assert get_file_names(saved / name) == code | {
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    }
-    for file in SHIPPED_FILES:
-        assert (saved / name / file.name).read_bytes() == file.read_bytes()
-
-
-@each_checkpoint
-def test_saving_without_the_package_writes_the_same_files(
+def test_saving_with_and_without_the_package_writes_all_code_and_no_pickle(
     child: LoadedCheckpoints, name: str, saved: Path
 ) -> None:
+    code = {file.name for file in SHIPPED_FILES}
+    names = code | {"config.json", "model.safetensors", "preprocessor_config.json"}
     folder = child.folder / name
-    assert get_file_names(folder) == get_file_names(saved / name)
-    for file in SHIPPED_FILES:
-        assert (folder / file.name).read_bytes() == file.read_bytes()
+    for each in (saved / name, folder):
+        assert get_file_names(each) == names
+        for file in SHIPPED_FILES:
+            assert (each / file.name).read_bytes() == file.read_bytes()
     assert read_json(folder / "config.json") == read_json(saved / name / "config.json")
 
     settings = read_json(folder / "preprocessor_config.json")

@@ -32,8 +32,8 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
 ) -> None:
     monkeypatch.setattr(benchmark, "measure_calls_per_second", lambda function: 5.0)
     monkeypatch.setattr(benchmark, "NUM_CHECKED_IMAGES", 1)
-    settings = BenchmarkOptions(model, ("inference", "step"), ("torch", "openvino"), **SMALL)
-    settings = BenchmarkOptions(**vars(settings) | {"precisions": ("fp32", "bf16")})
+    choices = {"backends": ("torch", "openvino"), "precisions": ("fp32", "bf16")}
+    settings = BenchmarkOptions(model, ("inference", "step"), **choices, **SMALL)
     rows = run_benchmarks(settings)
     peers = [
         (peer, precision) for peer in ("timm", "transformers") for precision in ("fp32", "bf16")

@@ -100,19 +100,14 @@ def test_a_space_requires_a_model_on_the_hub(hub: LocalHub, tmp_path: Path) -> N
     hub.create("ann/bare", files={"config.json": classifier})
     hub.create("ann/encoder", files={"config.json": code})
 
-    words = {
+    remedies = {
         str(tmp_path): f"vitcls push --model {tmp_path} ",
         "ann/vit": "vitcls convert",
         "ann/code": "vitcls convert",
+        "ann/encoder": "classifier",
+        "ann/bare": "preprocessor_config.json",
+        "ann/none": "no such model",
     }
-
-    for source, remedy in (
-        words
-        | {
-            "ann/encoder": "classifier",
-            "ann/bare": "preprocessor_config.json",
-            "ann/none": "no such model",
-        }
-    ).items():
+    for source, remedy in remedies.items():
         with raises_one_line(source, remedy, error=(ValueError, OSError)):
             find_published_model(source)
