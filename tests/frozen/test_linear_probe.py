@@ -86,14 +86,12 @@ def test_images_without_a_group_are_one_group() -> None:
     assert LinearProbe().fit(*draw_images(12), groups).num_folds_ == 3
 
 
-def test_a_probe_that_is_not_fitted_says_so() -> None:
-    with pytest.raises(NotFittedError):
-        LinearProbe().predict(draw_images(40)[0])
-
-
 def test_features_of_an_unreadable_image_and_wrong_labels_are_refused() -> None:
     features, labels = draw_images(40)
-    probe = LinearProbe().fit(features, labels)
+    probe = LinearProbe()
+    with pytest.raises(NotFittedError):
+        probe.predict(features)
+    probe.fit(features, labels)
     with raises_one_line("continuous"):
         probe.fit(features, labels + 0.5)
     with raises_one_line("[N]"):

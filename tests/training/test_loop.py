@@ -231,14 +231,11 @@ def test_permanently_non_finite_gradients_stop_the_run(build: Any, step: int) ->
     assert bench.saved == []
 
 
-# Tokens -------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
     return pixels / 255
-
-
-# Losses -------------------------------------------------------------------------------------------
 
 
 def test_soft_and_hard_labels_agree() -> None:

@@ -219,17 +219,19 @@ def test_a_class_with_one_photo_causes_no_warning_of_scikit_learn() -> None:
     assert "--class-balance weights changes" in printed
 
 
-def test_the_recipe_of_a_frozen_run_repeats_it(frozen: Any) -> None:
-    recipe = frozen["folder"] / "config.resolved.yaml"
-    again = finetune("vit", "my photos", "again", "--config", str(recipe))
-    assert again["frozen"]["candidates"] == frozen["frozen"]["candidates"]
-    assert again["steps"] == 0
-
-
-def test_a_frozen_run_names_the_flags_that_only_steps_read() -> None:
+def test_a_recipe_other_file_names_and_flags_of_steps_change_no_result(frozen: Any) -> None:
+    """A line names the flags that only steps read."""
+    for index, photo in enumerate(list_photos()[::-1]):
+        folder = Path("renamed", photo.parent.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, folder / f"{index:02}.png")
+    recipe = str(frozen["folder"] / "config.resolved.yaml")
     flags = ["--mixup", "0.8", "--augment", "cutmix=1", "--log-with", "tensorboard"]
-    printed = finetune("vit", "my photos", "frozen", *flags)["printed"]
-    (line,) = (line for line in printed.splitlines() if line.startswith("no steps"))
+    again = finetune("vit", "renamed", "again", "--config", recipe, *flags)
+    assert again["steps"] == 0
+    assert again["confusion_matrix"] == frozen["confusion_matrix"]
+    assert again["frozen"]["candidates"] == frozen["frozen"]["candidates"]
+    (line,) = (line for line in again["printed"].splitlines() if line.startswith("no steps"))
     assert {"--mixup", "--augment", "--log-with"} <= {
         *line.replace(",", " ").replace(":", "").split()
     }
@@ -487,16 +489,6 @@ def test_groups_of_one_label_each_are_the_reason_that_nothing_is_measured() -> N
     printed = finetune("vit", "table.csv", "run", "--group-column", "place")["printed"]
     reason = "each value of place has photos of one label only: Nord vase, South bowl"
     assert f"not evaluated, because {reason}" in printed
-
-
-def test_other_file_names_change_no_result(frozen: Any) -> None:
-    for index, photo in enumerate(list_photos()[::-1]):
-        folder = Path("renamed", photo.parent.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(photo, folder / f"{index:02}.png")
-    renamed = finetune("vit", "renamed", "run")
-    assert renamed["confusion_matrix"] == frozen["confusion_matrix"]
-    assert renamed["frozen"]["candidates"] == frozen["frozen"]["candidates"]
 
 
 def test_shots_of_one_scene_in_all_classes_are_not_joined_and_a_line_says_so() -> None:

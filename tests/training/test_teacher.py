@@ -14,7 +14,6 @@ from helpers.tiny_models import (
     randomize,
     save_with_processor,
 )
-from PIL import Image
 from timm.models import save_for_hf
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -49,11 +48,6 @@ def load_labeled_teacher(source: object, *names: str, channels: int = 3) -> Teac
 def build_pixels(channels: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
     """Return random 8-bit images [2, C, H, W]."""
     return torch.from_numpy(draw_pixels(2, channels, height, width))
-
-
-def build_pil_images(batch: torch.Tensor) -> list[Image.Image]:
-    """Return the same images as PIL images."""
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in batch]
 
 
 def build_tiny_resnet(
@@ -119,9 +113,7 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
     shown = torch.nn.functional.interpolate(batch.float(), size=size).to(torch.uint8)
     processor = AutoImageProcessor.from_pretrained(folder)
     alone = AutoModelForImageClassification.from_pretrained(folder).eval()
-    whole = processor(
-        build_pil_images(shown), do_resize=False, do_center_crop=False, return_tensors="pt"
-    )
+    whole = processor(list(shown), do_resize=False, do_center_crop=False, return_tensors="pt")
     assert get_largest_difference(teacher(shown), alone(**whole).logits) <= 1e-5
     expected = alone(**processor(list(batch), return_tensors="pt")).logits
     assert get_largest_difference(teacher(batch), expected) <= 1e-5
@@ -222,25 +214,25 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "words"),
+    ("build", "message"),
     [
         # whose scores do not exclude one another, so they are no probabilities of one label
         (
             lambda: build_tiny_resnet(problem_type="multi_label_classification"),
-            ("not trained with one label per image",),
+            "not trained with one label per image",
         ),
         (
             lambda: build_tiny_resnet(problem_type="regression"),
-            ("not trained with one label per image",),
+            "not trained with one label per image",
         ),
-        (lambda: ResNetModel(build_tiny_resnet().config), ("lacks the weight classifier",)),
+        (lambda: ResNetModel(build_tiny_resnet().config), "lacks the weight classifier"),
     ],
 )
 def test_a_teacher_without_a_classifier_of_one_label_is_an_error(
-    build: Any, words: tuple[str, ...], tmp_path: Path
+    build: Any, message: str, tmp_path: Path
 ) -> None:
     folder = save_with_processor(build(), tmp_path, build_half_processor())
-    with raises_one_line(*words):
+    with raises_one_line(message):
         load_labeled_teacher(folder)
 
 
@@ -272,7 +264,7 @@ def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
     transform = timm.data.create_transform(**settings, is_training=False)
     height, width = settings["input_size"][1:]
     batch = build_pixels(height=height, width=width)
-    expected = model(torch.stack([transform(picture) for picture in build_pil_images(batch)]))
+    expected = model(torch.stack([transform(functional.to_pil_image(each)) for each in batch]))
     assert get_largest_difference(teacher(batch), expected[:, [2, 1, 0]]) <= 1e-5
     resized = functional.resize(
         build_pixels(), [height, width], InterpolationMode.BICUBIC, antialias=True
