@@ -181,7 +181,7 @@ def test_an_unsupported_architecture_is_named_before_any_download(
         assert words in fail("convert", "--model", source, "--output", tmp_path / "converted")
 
 
-def test_the_help_of_training_fits_on_a_screen(
+def test_the_help_of_training_fits_on_a_screen_and_the_whole_one_has_all_flags(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -190,8 +190,6 @@ def test_the_help_of_training_fits_on_a_screen(
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 80
 
-
-def test_the_whole_help_of_training_shows_all_flags(capsys: pytest.CaptureFixture) -> None:
     assert run_here("finetune", "--help-all") == 0
     text = capsys.readouterr().out
     names = get_flag_fields(FinetuneOptions)

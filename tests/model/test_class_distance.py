@@ -24,6 +24,7 @@ from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.model import class_distance_vitcls
+from modeling_vitcls.model.class_distance_vitcls import sum_weights
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -57,6 +58,13 @@ def build_model(kinds: Iterable[tuple[int, str]] = TOKENS, **fields: Any) -> Any
     model = build_random(ViTCLSForImageClassification, **fields)
     fit_statistics(model, kinds).set_in_model(model)
     return model
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Count how often the weights are read."""
+    monkeypatch.setattr(class_distance_vitcls, "sum_weights", Mock(wraps=sum_weights))
+    return class_distance_vitcls.sum_weights
 
 
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
@@ -396,12 +404,11 @@ def test_an_encoder_with_another_pooling_has_no_line(
 
 @torch.enable_grad()
 def test_training_in_evaluation_mode_is_one_line_and_reads_the_weights_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    reads: Mock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Lightning keeps the mode of a loaded model, which is evaluation."""
     model = build_model()
-    reads = Mock(wraps=class_distance_vitcls.sum_weights)
-    monkeypatch.setattr(class_distance_vitcls, "sum_weights", reads)
+    reads.reset_mock()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(4):
         loss = model(IMAGES, labels=IMAGE_LABELS).loss

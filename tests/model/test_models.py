@@ -237,16 +237,6 @@ def test_masked_image_modeling_reconstructs_each_patch_from_its_token(
     torch.testing.assert_close(output.loss, (expected - images).abs()[is_masked].mean())
 
 
-# Backbone
-
-
-def test_maps_of_tokens_require_a_cls_token() -> None:
-    with raises_one_line("reshape_hidden_states", "num_cls_tokens"):
-        ViTCLSBackbone(
-            build_tiny_config(reshape_hidden_states=False, num_cls_tokens=0, pooling="mean")
-        )
-
-
 # Errors
 
 
@@ -259,11 +249,14 @@ def test_images_of_a_wrong_shape_are_errors(kind: Kind) -> None:
             model(build_images(batch, height, width, channels))
 
 
-def test_tasks_and_the_multi_task_class_require_each_other() -> None:
+def test_classes_require_the_fields_that_they_read() -> None:
     with raises_one_line("tasks"):
         ViTCLSForMultiTaskClassification(build_tiny_config())
     with raises_one_line("tasks", "ViTCLSForMultiTaskClassification"):
         ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
+    fields = {"num_cls_tokens": 0, "pooling": "mean", "reshape_hidden_states": False}
+    with raises_one_line("reshape_hidden_states", "num_cls_tokens"):
+        ViTCLSBackbone(build_tiny_config(**fields))
 
 
 def test_wrong_inputs_are_errors() -> None:
