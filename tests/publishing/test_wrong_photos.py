@@ -211,6 +211,25 @@ def test_the_page_shows_pairs_of_photos_that_nearly_repeat_each_other(page: Page
     assert pairs == [["pants and trousers", "skirt"], ["pants and trousers"] * 2]
 
 
+def test_only_a_pair_with_two_labels_shows_the_names_of_its_photos(page: Page) -> None:
+    texts = page.locator("#scenes .pair").all_inner_texts()
+    assert ["WhatsApp" in text for text in texts] == [True, False]
+
+
+@pytest.mark.parametrize(("width", "has_more"), [(200, True), (1366, False)])
+def test_a_table_says_that_it_continues_to_the_right_only_if_it_does(
+    page: Page, width: int, has_more: bool
+) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    page.wait_for_timeout(100)  # The state of scrolling is known after a frame
+    states = page.locator(".wide").evaluate_all(
+        "all => all.map(each => [each.scrollWidth > each.clientWidth,"
+        " getComputedStyle(each.firstElementChild, '::before').content != 'none'])"
+    )
+    assert all(says == continues for continues, says in states)
+    assert any(says for _, says in states) is has_more
+
+
 @pytest.fixture
 def labels(page: Page) -> Page:
     """Open the page that asks about labels."""
