@@ -466,6 +466,6 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
 
     # README's command, shorter
     flags = ["--config", "digits", "--output-dir", "runs/digits", "--epochs", "5", "--no-report"]
-    run([*MODULE, "finetune", *flags])
+    run([*MODULE, "finetune", *flags, "--overwrite"])
     (tmp_path / "page.py").write_text("\n\n".join(lines))
     run(["page.py"])
