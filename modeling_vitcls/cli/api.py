@@ -86,9 +86,9 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
 
     Examples:
         >>> from modeling_vitcls import evaluate
-        >>> results = evaluate("runs/photos", "photos")
+        >>> results = evaluate("runs/photos", "more")
         >>> results["num_images"]
-        40
+        20
     """
     from ..evaluation.evaluate import evaluate_checkpoint
 
@@ -164,7 +164,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
     Examples:
         >>> from modeling_vitcls import inspect_tokens
-        >>> inspection = inspect_tokens("runs/photos", dataset="photos", output="report.html")
+        >>> inspection = inspect_tokens("runs/photos", dataset="more", output="report.html")
         >>> for effect in inspection.effects:
         ...     print(effect["token"], effect["verdict"])
     """
