@@ -7,7 +7,7 @@
                                   the CPU multiplies it, float32 with AVX-512 but not AMX
     attend                        bfloat16 with avx512_bf16 but not AMX: a few heads at a time
 
-If a private name is missing, models stay plain. docs/speed.md lists the speedups.
+If a private name is missing, models stay plain. docs/speed.md has the times of whole models.
 """
 
 import os

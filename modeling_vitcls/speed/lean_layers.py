@@ -8,7 +8,7 @@ A GPU, and a CPU with a small model, computes faster than Python calls modules. 
 values are one product, as are the two inputs of a gated MLP: a pass joins their weights. Packed
 weights are joined, cast to the precision of the pass and put into the order of the CPU
 (cpu_kernels.py) once, instead of in every pass. The plain class computes what is unusual: hooks, replaced parts and
-functions, other attention functions, compiled programs. docs/speed.md lists the speedups.
+functions, other attention functions, compiled programs. docs/speed.md has the times of whole models.
 """
 
 from collections.abc import Callable, Collection, Sequence
