@@ -246,9 +246,13 @@ def drop_intervals(results: MetricValues) -> None:
                 del metrics[name]
 
 
-def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    """Select the scalar metrics, in their original order, for logging and comparison."""
-    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+def select_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
+    """Select the scalar metrics, in their original order, with a prefix of the flat names of a log."""
+    return {
+        f"{prefix}{name}": value
+        for name, value in metrics.items()
+        if isinstance(value, int | float)
+    }
 
 
 # Helpers ------------------------------------------------------------------------------------------

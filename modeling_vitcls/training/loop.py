@@ -263,15 +263,9 @@ class TrainingLoop:
     def evaluate_step(self) -> MetricValues:
         """Evaluate the model, and log the pending record."""
         metrics = self.evaluate()
-        # The names of a log are flat.
-        scalars = {
-            f"{self.evaluated_images}_{name}": value
-            for name, value in select_scalars(metrics).items()
-        }
+        record = self.pending_record | select_scalars(metrics, f"{self.evaluated_images}_")
         for task, task_metrics in metrics.get("tasks", {}).items():
-            for name, value in select_scalars(task_metrics).items():
-                scalars[f"{self.evaluated_images}_{task}_{name}"] = value
-        record = self.pending_record | scalars
+            record |= select_scalars(task_metrics, f"{self.evaluated_images}_{task}_")
         self.log(record)
         self.reporter.print_evaluation(record)
         self.pending_record = {}

@@ -45,8 +45,8 @@ def build_parameter_groups(
 def get_parameter_depths(model: nn.Module) -> dict[str, int]:
     """Find the depth of each parameter, for the layer decay.
 
-    It is 0 for tokens, position embeddings and patch embeddings; 1, 2, ... for the layers; and the
-    next number for the final norm and the heads.
+    It is 0 for tokens, position embeddings and patch embeddings; 1, 2, ... for the layers; that of the
+    last layer for the final norm, as in timm; and the next number for the heads.
     """
     names = [name for name, _ in model.named_parameters()]
     layer_indices = {
@@ -55,6 +55,7 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
     head_depth = max(layer_indices.values(), default=-1) + 2
 
     depths = {name: 0 if "embeddings." in name else head_depth for name in names}
+    depths |= {name: head_depth - 1 for name in names if "vitcls.layernorm." in name}
     return depths | {name: index + 1 for name, index in layer_indices.items()}
 
 

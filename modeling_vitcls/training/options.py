@@ -165,7 +165,8 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     alone, as from random weights."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head),
-    `lora`, or `tokens` (the new special tokens, or all of them if none is new, and the head)."""
+    `lora` (of rank 8, on queries and values), or `tokens` (the new special tokens, or all of them if none
+    is new, and the head)."""
     probe: bool = True
     """Fit a linear classifier to the features of a pre-trained, frozen encoder: a run without steps
     saves it, and steps start from it. --no-probe: start from random values."""

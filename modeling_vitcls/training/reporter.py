@@ -64,7 +64,7 @@ class Reporter:
             with write_atomically(self.metrics_file) as temporary_file:
                 temporary_file.write_text("".join(earlier_lines), encoding="utf-8")
 
-    def start_trackers(self, flags: dict[str, str]) -> None:
+    def start_trackers(self, flags: dict[str, Any]) -> None:
         """Start the trackers of the accelerator, if it has any, with the flags of the run."""
         folder = self.metrics_file.parent.resolve()
         self.accelerator.init_trackers(folder.name, flags, {"wandb": {"dir": str(folder)}})

@@ -21,7 +21,7 @@ from ..frozen.head_search import (
     warn_about_unreadable_classes,
 )
 from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
-from ..inference.metrics import compute_mean, get_task_metrics
+from ..inference.metrics import compute_mean, get_task_metrics, select_scalars
 from ..inference.token_names import read_gates
 from ..runtime.distributed import configure_layer_sharding
 from .calibration import Calibration, calibrate
@@ -117,6 +117,7 @@ def run_steps(
         predictions = held_out.predict(model)
     if predictions is not None:
         metrics = predictions.metrics
+    reporter.accelerator.log(select_scalars(metrics, "saved_"), step=loop.step)
     if data.label_space.kind == "multi_task":
         predictions = None
     if predictions is not None and options.flip:
@@ -372,8 +373,15 @@ def build_loop(
     # A checkpoint saved before the evaluation of its step has a record that was never logged.
     reporter.start_after(loop.step - bool(loop.pending_record), num_steps, inputs.selection_metric)
     used_flags = run_metadata["flags"] | run_metadata["chosen_flags"]
-    # TensorBoard accepts no lists.
-    reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
+    # TensorBoard accepts no lists, and its axes are of numbers.
+    reporter.start_trackers(
+        {
+            name: value if isinstance(value, int | float) else format_flag_value(value)
+            for name, value in used_flags.items()
+        }
+    )
+    before = run_metadata["start"].get("before_steps", {})
+    reporter.accelerator.log(select_scalars(before, f"{loop.evaluated_images}_"), step=0)
 
     images = TrainingImages(
         data.train,

@@ -366,13 +366,15 @@ def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> None:
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(tmp_path, "digits", log_with=("tensorboard",))
+    results = train(tmp_path, "digits", log_with=("tensorboard",))
     folder = next((tmp_path / "trackers" / tmp_path.name).rglob("events.out.tfevents*")).parent
     events = event_files.EventAccumulator(str(folder))
     events.Reload()
 
     assert {"loss", "learning_rate", "held_out_accuracy"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    (saved,) = events.Scalars("saved_accuracy")
+    assert saved.value == pytest.approx(results["accuracy"])
 
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())
     assert flags["learning_rate"] == 0.003

@@ -54,7 +54,7 @@ def frozen(converted_encoder: Path, module_path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def tuned(converted_encoder: Path, frozen: dict[str, Any], module_path: Path) -> dict[str, Any]:
     """Return what a run with three steps on these photos says."""
-    flags = ("--epochs", "1", "--batch-size", "8")
+    flags = ("--epochs", "1", "--batch-size", "8", "--log-with", "tensorboard")
     return finetune(converted_encoder, module_path / "my photos", module_path / "tuned", *flags)
 
 
@@ -79,6 +79,15 @@ def list_photos(folder: str = "my photos") -> list[Path]:
 def write_rows(file: str, header: str, rows: list[str]) -> None:
     """Write a table."""
     Path(file).write_text("\n".join([header, *rows]))
+
+
+def test_a_tracker_begins_with_the_frozen_model(tuned: Any) -> None:
+    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tuned["folder"] / "trackers/tuned"
+    events = event_files.EventAccumulator(str(folder)).Reload()
+    first, *_ = events.Scalars("held_out_accuracy")
+    assert first.step == 0
+    assert first.value == pytest.approx(tuned["before_steps"]["accuracy"])
 
 
 def test_a_run_without_steps_says_how_to_train_all_layers(frozen: Any, tuned: Any) -> None:
