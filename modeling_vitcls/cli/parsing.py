@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_origin
@@ -62,7 +62,9 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Any]:
             raise SystemExit(0)
 
         if name == "convert":
-            flags = name_arguments(flags)
+            flags = name_arguments(flags, {0: "--model", 2: "--output"})
+        if "more_data" in get_flag_fields(options_class) and "--dataset" in flags:
+            flags = name_arguments(flags, {flags.index("--dataset") + 2: "--more-data"})
         recipe = read_recipe_of_flags(flags, options_class)
         check_flags(name, flags, options_class, recipe)
 
@@ -125,9 +127,9 @@ def shorten_error(text: str) -> str:
     return ". ".join(part for part in parts if part)
 
 
-def name_arguments(flags: list[str]) -> list[str]:
-    """Put flags before the arguments at the start that have none: `convert MODEL OUTPUT`."""
-    for place, name in ((0, "--model"), (2, "--output")):
+def name_arguments(flags: list[str], names: Mapping[int, str]) -> list[str]:
+    """Put flags before the arguments at some places that have none: `convert MODEL OUTPUT`."""
+    for place, name in names.items():
         if flags[place:] and not flags[place].startswith("-"):
             flags = [*flags[:place], name, *flags[place:]]
     return flags

@@ -62,7 +62,7 @@ def load_evaluation_data(
     if use_labels:
         images = add_keys({name: images})[name]
         check_contradictions([images], loaded.label_space, dataset)
-        images = merge_rows(images, dataset)
+        images = merge_rows(images, options)
     is_trained = find_trained_images(images, splits)
     num_trained = int(is_trained.sum())
 

@@ -45,7 +45,7 @@ from ..runtime.errors import (
     warn_on_first_process,
 )
 from ..runtime.files import check_parquet_size
-from .cells import spell_label
+from .cells import NO_SEPARATOR, normalize_name, spell_label
 from .columns import (
     FILE_NAME,
     NO_GROUPS,
@@ -70,8 +70,8 @@ from .image_folder import (
     warn_about_skipped,
 )
 from .images import LabeledImages, resolve_path
-from .in_memory import MEMORY_PREFIX, convert_split, get_dataset, get_title
-from .labels import UNLABELED, LabelSpace
+from .in_memory import MEMORY_PREFIX, TITLES, add_dataset, convert_split, get_dataset, get_title
+from .labels import UNLABELED, LabelSpace, OneLabel
 from .options import DataOptions
 from .tables import read_table
 
@@ -122,8 +122,9 @@ def load_splits(
     use_labels: bool = True,
     select: SplitSelector = list,
     trained: Mapping[str, Any] | None = None,
+    keeps_unlabeled: bool = False,
 ) -> Splits:
-    """Load the splits of `dataset`.
+    """Load the splits of `dataset`; with `more_data`, all are one split.
 
     Args:
         use_labels: whether labels are read. If False, every label is missing, and no label column is
@@ -132,11 +133,14 @@ def load_splits(
             not read.
         trained: `label_column` and `label_separator` of a model's training, which are used if the
             dataset has these columns.
+        keeps_unlabeled: whether images without a label are kept, as None.
 
     Raises:
         ValueError: if the dataset cannot be read, or has no image or label column.
         OSError: if the dataset cannot be found.
     """
+    if options.more_data:
+        return load_several(options, use_labels, select)
     wanted = options.label_column or (trained or {}).get("label_column") or ()
     name, folder, splits = open_dataset(
         options.dataset, use_labels, wanted, options.group_column != NO_GROUPS
@@ -178,7 +182,9 @@ def load_splits(
         parts, lines = apply_answers(parts, label_space, read_answers(options.answers))
         facts |= lines
     labeled = {
-        split: drop_unlabeled_images(part, f"{dataset}, split {split!r}", columns)
+        split: part
+        if keeps_unlabeled
+        else drop_unlabeled_images(part, f"{dataset}, split {split!r}", columns)
         for split, part in parts.items()
     }
     tables = {split: table.select(labeled[split].images.rows) for split, table in tables.items()}
@@ -200,6 +206,52 @@ def load_splits(
         )
     grouped = {split: replace(part, groups=groups.get(split)) for split, part in labeled.items()}
     return Splits(name, label_space, grouped, facts, reason)
+
+
+def load_several(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
+    """Load `dataset` and `more_data` as one split: a table in memory, with images that are no files.
+
+    With `answers`, a further image folder without a folder of a known class has images without labels: its
+    folders may be years.
+
+    Raise ValueError if a dataset has several splits, or several labels per image.
+    """
+    import pandas as pd
+
+    loaded: list[Splits] = []
+    tables = []
+    for dataset in (options.dataset, *options.more_data):
+        has_labels = use_labels
+        if options.answers and loaded and Path(dataset).is_dir():
+            folder = scan_folder(Path(dataset))
+            classes = loaded[0].label_space.names
+            is_known = any(normalize_name(Path(each).name) in classes for each in folder.folders)
+            has_labels = is_known or not folder.is_image_folder
+        part = load_splits(
+            replace(options, dataset=dataset, more_data=(), answers=()),
+            has_labels,
+            keeps_unlabeled=True,
+        )
+        if len(part.images_by_split) > 1 or part.label_space.kind != OneLabel.kind:
+            raise ValueError(
+                "`more_data` requires one split and one label per image in each dataset. Name a folder or file of "
+                "one split, set `label_column`, or remove `more_data`"
+            )
+        loaded.append(part)
+        images, groups = part.train.images, part.train.groups
+        table = {
+            "image": map(images.get_encoded_image, range(len(images))),
+            "label": map(part.label_space.format, part.train.labels),
+            FOLDER_COLUMN: None if groups is None else [f"{dataset} {each}" for each in groups],
+        }
+        tables.append(pd.DataFrame(table))
+    joined = add_dataset(pd.concat(tables))
+    TITLES[joined] = loaded[0].name
+    return load_splits(
+        DataOptions(dataset=joined, answers=options.answers, label_separator=NO_SEPARATOR),
+        use_labels,
+        select,
+    )
 
 
 def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:

@@ -173,7 +173,7 @@ def load_undivided_images(
                 )
     parts = add_keys(loaded.images_by_split)
     check_contradictions(parts.values(), labels, title)
-    merged = {split: merge_rows(part, title) for split, part in parts.items()}
+    merged = {split: merge_rows(part, options) for split, part in parts.items()}
     return replace(loaded, images_by_split=merged)
 
 
@@ -232,10 +232,11 @@ def connect(pairs: np.ndarray, number: int) -> np.ndarray:
     return connected_components(graph, directed=False)[1]  # type: ignore[no-any-return]
 
 
-def merge_rows(images: LabeledImages, dataset: str) -> LabeledImages:
+def merge_rows(images: LabeledImages, options: DataOptions) -> LabeledImages:
     """Join the rows of one image, such as one row per annotator: each image counts once.
 
-    The labels of tasks complete each other; `check_contradictions` has found no different ones.
+    A copy with another name is the same image if there are several datasets. The labels of tasks complete
+    each other; `check_contradictions` has found no different ones.
     """
     rows_by_image: dict[Any, list[int]] = {}
     named = zip(
@@ -243,13 +244,14 @@ def merge_rows(images: LabeledImages, dataset: str) -> LabeledImages:
     )
     for index, (name, row, key) in enumerate(named):
         # An image without a file is named by its row, and known by its content.
-        identity = ("" if name == str(row) else name, key)
+        identity = ("" if options.more_data or name == str(row) else name, key)
         rows_by_image.setdefault(index if key == NO_CONTENT_KEY else identity, []).append(index)
     if len(rows_by_image) == len(images):
         return images
 
     warn_on_first_process(
-        f"{dataset}: {len(images):,} rows name {len(rows_by_image):,} images. Each image counts once"
+        f"{get_title(options.dataset)}: {len(images):,} rows name {len(rows_by_image):,} images. Each image "
+        "counts once"
     )
     labels = list(images.labels)
     for first, *others in rows_by_image.values():

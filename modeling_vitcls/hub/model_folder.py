@@ -70,7 +70,7 @@ MAX_PARAMETERS_PER_BYTE = 10  # No format of weights stores more
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # Flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run
 # was started
-PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite", "answers")
+PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite", "answers", "more_data")
 
 
 def build_processor(config: ViTCLSConfig) -> ViTCLSImageProcessor:
@@ -448,10 +448,14 @@ class ModelFolder:
 
     @property
     def private_files(self) -> set[str]:
-        """The files that show images, unless the dataset is public."""
+        """The files that show images, unless the only dataset is public."""
         dataset = self.shown_flags.get("dataset")
         is_public = dataset == BUILT_IN_DATASET or is_hub_dataset(dataset)
-        return set() if is_public else {REPORT_FILE, SAMPLE_IMAGES_FILE}
+        return (
+            set()
+            if is_public and not self.shown_flags.get("more_data")
+            else {REPORT_FILE, SAMPLE_IMAGES_FILE}
+        )
 
     @property
     def additions(self) -> dict[str, Any]:

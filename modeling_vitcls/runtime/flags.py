@@ -24,7 +24,7 @@ from .files import find_file, replace_control_characters
 
 
 # Flags with a path or another name, such as one on the Hub
-PATH_FLAGS = ("model", "teacher", "dataset", "answers", "old", "new", "paths")
+PATH_FLAGS = ("model", "teacher", "dataset", "more_data", "answers", "old", "new", "paths")
 # A parameter in a message: `batch_size` or `batch_size=64`
 PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 # Names of the flags of the command that runs (cli/parsing.py); empty in other programs

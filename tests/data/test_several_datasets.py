@@ -1,0 +1,77 @@
+"""Several datasets as one: photos with labels, and a collection of which a person has answered some."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from helpers.command_in_process import fail, run_here
+from helpers.photo_folders import write_photos
+from helpers.read_datasets import read_undivided
+from helpers.tiny_models import raises_one_line
+
+from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.inference.inputs import compute_checksum
+
+
+@pytest.fixture(autouse=True)
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write ten labeled photos in `start`, and ten others in two years of `collection`, half of them answered."""
+    monkeypatch.chdir(tmp_path)
+    write_photos(Path("start"), range(5))
+    files = sorted(write_photos(Path("collection"), range(5), "2024", "2025").rglob("*.png"))
+    pd.DataFrame({"file_name": files, "label": ""}).to_csv("table.csv")
+    table = pd.DataFrame({"checksum": map(compute_checksum, files[:5]), "label": "cat"})
+    table.assign(chosen="random", time="").to_csv("answers.csv")
+
+
+def read(other: str, *answers: str) -> Any:
+    """Read the photos of `start` and of another dataset."""
+    return read_undivided("start", more_data=other, answers=answers)
+
+
+@pytest.mark.parametrize("other", ["collection", "table.csv"])
+def test_photos_without_labels_are_used_if_they_have_an_answer(other: str) -> None:
+    names = read(other, "answers.csv").train.images.get_names()
+    assert len(names) == 15
+    assert names[10:] == [f"collection/2024/{number}.png" for number in range(5)]
+
+
+@pytest.mark.parametrize("other", ["photos", "photos.parquet"])
+def test_labels_are_united_by_name(other: str) -> None:
+    files = sorted(write_photos(Path("photos"), range(10, 12), "ant", "dog").rglob("*.png"))
+    table = {"image": map(Path.read_bytes, files), "animal": ["ant", "ant", "dog", "dog"]}
+    pd.DataFrame(table).to_parquet("photos.parquet")
+    loaded = read(other)
+    labels = map(loaded.label_space.format, loaded.train.labels)
+    assert Counter(labels) == {"ant": 2, "cat": 5, "dog": 7}
+
+
+def test_a_copy_in_another_dataset_counts_once() -> None:
+    write_photos(Path("copies"), range(4, 6))
+    assert len(read("copies").train) == 12
+
+
+def test_folders_below_classes_stay_groups() -> None:
+    for name in ("cat", "dog"):
+        write_photos(Path("more", name), range(20, 23), f"{name} 1", f"{name} 2")
+    assert len({*read("more").train.groups}) == 14
+
+
+def test_another_dataset_with_several_splits_is_an_error() -> None:
+    for split in ("train", "test"):
+        write_photos(Path("more", split), range(2))
+    with raises_one_line("requires one split"):
+        read("more")
+
+
+def test_a_run_trains_on_all_and_evaluation_knows_them(converted_encoder: Path) -> None:
+    data = ["--dataset", "start", "collection", "--answers", "answers.csv"]
+    run = ["finetune", "--model", converted_encoder, *data, "--output-dir", "run", "--no-report"]
+    assert run_here(*run) == 0
+    folder = ModelFolder(Path("run"))
+    assert folder.results["num_images"] == 15
+    assert "more_data" not in folder.shareable_flags
+    assert run_here(*run, "--resume") == 0
+    assert "on all 15 images" in fail("evaluate", "--model", "run", *data)
