@@ -206,7 +206,10 @@ def resolve_schedule(
     rate = options.learning_rate
     if rate is None:
         changes["learning_rate"] = rate = choose_learning_rate(method, width)
-        lines["rate"] = f"{rate:g}: {method}, width {width}"
+        decay = changes.get("layer_decay", options.layer_decay)
+        lines["rate"] = (
+            f"{rate:g}: {method}, width {width}; times {decay:g} per layer below the head"
+        )
     if has_new_tokens:
         rate, new_token_rate = rate if isinstance(rate, tuple) else (rate, NEW_TOKEN_RATE)
         changes["learning_rate"] = (rate, new_token_rate)

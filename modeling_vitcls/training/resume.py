@@ -126,7 +126,8 @@ def build_run_record(
         "data": hash_data(images),
     }
     if recorded is None:
-        chosen = {name: value for name, value in to_flags(options).items() if value != flags[name]}
+        resolved = to_flags(options) | {"mixed_precision": state.mixed_precision}
+        chosen = {name: value for name, value in resolved.items() if value != flags[name]}
         return record | {"flags": make_flags_relative(flags), "chosen_flags": chosen}
 
     check_run_unchanged(recorded, record, options.output_dir)
