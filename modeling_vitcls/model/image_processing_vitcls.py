@@ -436,7 +436,7 @@ def read_image(source: str | os.PathLike[str] | bytes | bytearray) -> PIL.Image.
             return image
     except PIL.UnidentifiedImageError as error:
         # PIL's message contains the repr of a BytesIO object
-        reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
+        reason = f"it is not an image in a supported format ({', '.join(get_image_formats())}). A table is a `dataset`"
         if starts_like_an_image(path if content is None else content):
             reason = (
                 "the file is damaged, such as by a wrong checksum, or has bands that are not supported. Export "
