@@ -26,7 +26,7 @@ from ..runtime.distributed import resolve_precision
 from ..runtime.progress import build_console, print_warning, track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
 from .options import PAGE_SUFFIXES, InspectOptions
-from .report import list_effects, write_page, write_table
+from .report import list_effects, write_page, write_tables
 from .token_use import find_token_use
 
 
@@ -74,7 +74,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
         commit = get_cached_commit(str(folder.path))
         write_page(options.output, title, inspection, photos, data.description, commit)
     else:
-        write_table(options.output, inspection)
+        write_tables(options.output, inspection)
     print_inspection(inspection, console)
     console.print(f"{inspection.num_images:,} images, {len(photos)} shown")
     console.print(f"saved {options.output}", markup=False)
