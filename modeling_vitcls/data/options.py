@@ -21,8 +21,8 @@ class DataOptions(Options):
     file, a folder written by `save_to_disk`, or a dataset id on the Hub. Several have labels of one
     kind: `--dataset photos collection` sets --more-data to those after the first one."""
     more_data: tuple[str, ...] = ()
-    """More datasets, whose labels are matched by name. With --answers, a folder without folders of known
-    classes has photos without labels, of which those with an answer are used, and a photo counts once."""
+    """More datasets. Labels are matched by name, and copies of a photo count once. If --answers is set, and no
+    subfolder of an image folder has the name of a class, only its answered photos are used."""
     answers: tuple[str, ...] = ()
     """Files with the labels that a person gave on pages of photos (labels.html of a run). They replace
     the labels of the dataset, and belong to the content of a photo, whatever its name is."""

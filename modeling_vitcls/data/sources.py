@@ -211,8 +211,8 @@ def load_splits(
 def load_several(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
     """Load `dataset` and `more_data` as one split: a table in memory, with images that are no files.
 
-    With `answers`, a further image folder without a folder of a known class has images without labels: its
-    folders may be years.
+    If there are `answers`, the images of a further folder have no labels unless one of its folders has the
+    name of a class: they may be years.
 
     Raise ValueError if a dataset has several splits, or several labels per image.
     """
@@ -224,9 +224,9 @@ def load_several(options: DataOptions, use_labels: bool, select: SplitSelector) 
         has_labels = use_labels
         if options.answers and loaded and Path(dataset).is_dir():
             folder = scan_folder(Path(dataset))
-            classes = loaded[0].label_space.names
-            is_known = any(normalize_name(Path(each).name) in classes for each in folder.folders)
-            has_labels = is_known or not folder.is_image_folder
+            names = {normalize_name(Path(each).name) for each in folder.folders}
+            is_unknown = names.isdisjoint(map(normalize_name, loaded[0].label_space.names))
+            has_labels = not (folder.is_image_folder and is_unknown)
         part = load_splits(
             replace(options, dataset=dataset, more_data=(), answers=()),
             has_labels,

@@ -165,8 +165,9 @@ def load_undivided_images(
             if len(names) < min_classes:
                 found = f"the single class {names[0]!r}" if names else "no labels"
                 remedy = "Add images of another class"
-                if Path(options.dataset).is_dir():
-                    remedy = explain_layout(scan_folder(Path(options.dataset)))
+                path = Path(options.dataset)
+                if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
+                    remedy = explain_layout(folder)
                 raise ValueError(
                     f"a classifier requires two or more classes, but {title} has {found} in "
                     f"{column!r}. {remedy}"

@@ -418,7 +418,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.estimate_: dict[str, Any] | None = None
         self.losses_ = np.full(len(labels), np.nan)
         self.out_of_fold_ = np.full((len(labels), len(self.classes_)), np.nan)
-        weights = np.ones(len(labels))  # Of the images in the log loss
+        weights = np.ones(len(labels))  # Weight of each image in the log loss
         if self.is_balanced:
             weights = compute_sample_weight("balanced", labels)
         if not self.num_folds_:

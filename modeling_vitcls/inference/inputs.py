@@ -69,7 +69,7 @@ LARGE_IMAGE = Lock()
 EQUAL_PIXELS = (
     "almost of one color after reading, such as white on transparent, or dark 16-bit values"
 )
-MIN_SPREAD = 64  # Of 255 gray levels: a scan that uses 14 of 16 bits has less
+MIN_SPREAD = 64  # Gray levels of 255; a scan that uses 14 of 16 bits has fewer
 
 
 class ImageRecord(NamedTuple):
@@ -323,7 +323,7 @@ def find_note(content: Any, bit_depth: int) -> str | None:
         open_encoded_image(to_encoded_image(content, Path())) as stream,
         Image.open(stream, formats=("TIFF", "PNG", "GIF", "WEBP")) as image,
     ):
-        # Only these lose something, and only these are decoded here
+        # Reading may hide what such images show, so they are decoded here
         is_odd = image.has_transparency_data or re.search(";(16|32)", str(image.tile))
         with suppress(EOFError):  # Counting thousands of pages would take minutes
             image.seek(1)

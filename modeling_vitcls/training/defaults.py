@@ -207,9 +207,7 @@ def resolve_schedule(
     if rate is None:
         changes["learning_rate"] = rate = choose_learning_rate(method, width)
         decay = changes.get("layer_decay", options.layer_decay)
-        lines["rate"] = (
-            f"{rate:g}: {method}, width {width}; times {decay:g} per layer below the head"
-        )
+        lines["rate"] = f"{rate:g}: {method}, width {width}; layer decay {decay:g}"
     if has_new_tokens:
         rate, new_token_rate = rate if isinstance(rate, tuple) else (rate, NEW_TOKEN_RATE)
         changes["learning_rate"] = (rate, new_token_rate)

@@ -85,7 +85,7 @@ class TrainingLoop:
         # Durations of the steps of this process since the last record, without evaluations and
         # checkpoints
         self.step_seconds: list[float] = []
-        self.recent_losses: list[dict[str, float]] = []  # Of the same steps
+        self.recent_losses: list[dict[str, float]] = []  # Losses of these steps
         self.unreadable_images: set[int] = set()  # The reported ones
         # Messages of unreadable images that are not reported yet
         self.unreported_errors: dict[int, str] = {}

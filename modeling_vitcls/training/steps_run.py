@@ -124,8 +124,8 @@ def run_steps(
         mirrored = held_out.predict(model, is_mirrored=True)
         if (part := (predictions.answers != mirrored.answers).mean()) > MAX_MIRRORED:
             reporter.warn(
-                f"{part:.0%} of the held-out answers change when the images are mirrored, and mirror images "
-                "train the model. If left and right matter, set `flip=False`"
+                f"{part:.0%} of the held-out predictions change if the images are mirrored, and the model was trained "
+                "on mirror images. If left and right matter, set `flip=False`"
             )
     reshard(model)
     tokens, tokens_text = measure_tokens(inputs, data.held_out, predictions)

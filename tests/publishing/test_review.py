@@ -46,7 +46,9 @@ def test_photos_are_asked_about_once(
     assert rows.loc[[first, second], "label"].fillna("none").tolist() == ["mine", "none"]
     assert rows.loc[[first, second], "probability"].isna().all()
     assert rows["source"].value_counts().to_dict() == {"model": 7, "person": 2}
-    assert "2 of 9 labels are a person's; to estimate" in capsys.readouterr().out
+    assert (
+        "2 of the 9 labels of photos outside the training are a person's" in capsys.readouterr().out
+    )
 
 
 def test_the_least_sure_photos_are_asked_about(folder: Path, photos: Path) -> None:
@@ -81,5 +83,5 @@ def test_what_a_person_corrects_is_right_and_random_draws_tell_how_many_others_a
         {(True, True): 30, (True, False): 10, (False, True): 50, (False, False): 110}
     )
     text = describe_labels(answered, 1000)
-    assert text.startswith("200 of 1,000 labels are a person's")
+    assert text.startswith("200 of the 1,000 labels of photos outside the training are a person's")
     assert "about 87% of the labels are right (72% to 98%)" in text
