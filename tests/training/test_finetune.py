@@ -224,7 +224,7 @@ def test_answers_that_change_in_the_mirror_are_named(
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.training.steps_run.MAX_MIRRORED", -1)
     train(tmp_path / "out", write_photos(tmp_path / "photos", range(8)), flip=True, max_steps=1)
-    assert "change when the images are mirrored" in capsys.readouterr().out
+    assert "change if the images are mirrored" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
