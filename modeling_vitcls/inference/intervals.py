@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 
 CONFIDENCE_LEVEL = 0.95
@@ -32,6 +31,8 @@ def compute_proportion_interval(
     Args:
         groups: [num_trials], such as patients, or the copies of an image.
     """
+    from scipy import stats  # Slow to import, and `predict` needs no interval without answers
+
     num_units = num_trials if groups is None else len(np.unique(groups))
     num_right = round(num_successes / num_trials * num_units)
     interval = stats.binomtest(num_right, num_units).proportion_ci(
@@ -42,6 +43,8 @@ def compute_proportion_interval(
 
 def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
     """Compute the percentile bootstrap interval of the mean of the values."""
+    from scipy import stats
+
     if len(values) < 2:
         return float(values[0]), float(values[0])
     interval = stats.bootstrap(
