@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from .images import LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace
 from .options import DataOptions
-from .sources import choose_split, load_splits
+from .sources import choose_split, drop_unlabeled_images, load_splits
 from .splits import HELD_OUT_SPLITS, add_keys, check_contradictions, merge_rows
 from .splits_table import EMPTY_TABLE, find_trained_images
 
@@ -26,6 +27,9 @@ class EvaluationData(NamedTuple):
     split: str
     num_trained: int  # Number of images that trained the model: left out, unless a split is named
     description: str  # Says which images these are
+    outside: LabeledImages | None = (
+        None  # Images that show none of the classes, as a person has answered
+    )
 
 
 def load_evaluation_data(
@@ -57,8 +61,13 @@ def load_evaluation_data(
         names.extend(found)
         return [choose_split(split, dataset, found, EVALUATION_SPLITS)]
 
-    loaded = load_splits(options, use_labels, choose, trained)
+    loaded = load_splits(options, use_labels, choose, trained, bool(options.answers))
     ((name, images),) = loaded.images_by_split.items()
+    outside = None
+    if images.chosen is not None:
+        is_missing = np.array([label is None for label in images.labels])
+        outside = images.select(np.flatnonzero(is_missing & (images.chosen != "")))
+        images = drop_unlabeled_images(images, dataset, ["label"])
     if use_labels:
         images = add_keys({name: images})[name]
         check_contradictions([images], loaded.label_space, dataset)
@@ -87,4 +96,4 @@ def load_evaluation_data(
         description = f"drawn at random from {description}"
     if text := loaded.facts.get("answers"):
         description += f"; answers: {text}"
-    return EvaluationData(loaded.label_space, drawn, name, num_trained, description)
+    return EvaluationData(loaded.label_space, drawn, name, num_trained, description, outside)

@@ -117,6 +117,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             return select_logits(label_space, outputs)
         return outputs.task_logits[options.task]  # type: ignore[no-any-return]
 
+    def select_distance(outputs: Any) -> Tensor:
+        return outputs.distance[:, None]  # type: ignore[no-any-return]
+
     start_time = time.perf_counter()
     features = encoder.compute_features(data.images, layout, select, console=console)
     outputs = features
@@ -128,6 +131,12 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         names = trained_scenes.recognize(features)
         predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(names, predictions)
     seconds = time.perf_counter() - start_time
+    if data.outside and config.distance_threshold is not None and model.distance_layers:
+        distances = encoder.compute_features(data.outside, layout, select_distance).logits
+        predictions.metrics["outside"] = {
+            "num_images": len(distances),
+            "num_unknown": int((distances > config.distance_threshold).sum()),
+        }
     if options.split and data.num_trained:
         drop_intervals(predictions.metrics)
 
@@ -244,6 +253,12 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
         console.print(table)
     if text := describe_in_trained_scenes(results.get("in_trained_scenes", {})):
         console.print(text, style="bold yellow", markup=False)
+    if outside := results.get("outside"):
+        console.print(
+            f"{outside['num_unknown']:,} of {outside['num_images']:,} photos that show none of the classes "
+            "are `unknown`",
+            markup=False,
+        )
 
 
 # Labels of a dataset as labels of a model ---------------------------------------------------------

@@ -20,13 +20,8 @@ from ..inference.metrics import round_floats
 from .border import describe_border, measure_border
 from .camera import describe_camera, measure_camera
 from .curve import describe_learning_curve, measure_learning_curve
-from .heads import (
-    FrozenHead,
-    describe_class_weights,
-    describe_threshold,
-    measure_class_weights,
-    measure_threshold,
-)
+from .heads import FrozenHead, describe_threshold, measure_threshold
+from .pairs import describe_pairs, measure_pairs
 
 
 Record = dict[str, Any]
@@ -59,8 +54,8 @@ FINDINGS = (
     Finding("camera", measure_camera, describe_camera, (RUN, PAGE, CARD)),
     # The page has a section with its numbers instead of a line.
     Finding("curve", measure_learning_curve, describe_learning_curve, (RUN, PAGE), True),
+    Finding("pairs", measure_pairs, describe_pairs, (RUN, PAGE, CARD), True),
     Finding("unknown", measure_threshold, describe_threshold, (RUN,), True),
-    Finding("weights", measure_class_weights, describe_class_weights, (RUN,), True),
 )
 
 

@@ -11,16 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from sklearn.utils.class_weight import compute_sample_weight
-from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..data.labels import LabelSpace, PerTask
-from ..data.splits import MAX_CLASS_RATIO, TrainingData
+from ..data.splits import TrainingData
 from ..inference.features import Features, Tokens
-from ..inference.stated_result import format_percent
 from ..model.field_checks_vitcls import Size
 from .class_statistics import expand_rows
 from .linear_probe import (
@@ -196,68 +192,6 @@ def describe_choice(record: dict[str, Any]) -> str:
         f"{text}: the lowest of {1 + len(others)} candidates {folds} "
         f"({describe_candidate(default)}: {default['loss']:.2f})"
     )
-
-
-def measure_class_weights(data: TrainingData, head: FrozenHead) -> dict[str, Any] | None:
-    """Measure what equal weights of the classes would change, by a second cross-validation.
-
-    Returns:
-        The rarest class, its recall and the metrics as they are and with equal weights. None for
-        classes of similar size, if they have equal weights already, for several labels per image, and
-        without folds.
-    """
-    probe = head.probe
-    if probe.is_balanced or probe.lines_ is not None or not probe.num_folds_:
-        return None
-    if data.train.class_ratio <= MAX_CLASS_RATIO:
-        return None
-    # The images of the choice are the first ones.
-    images = head.features.take(slice(len(probe.losses_)))
-    candidate = probe.candidate_
-    weighted = LinearProbe(candidate.layers, candidate.pooling, "balanced")
-    with threadpool_limits(limits=1):
-        weighted.fit(images.get_tokens(), images.labels, images.groups)
-
-    known = np.isfinite(probe.losses_)  # Both have the same folds
-    labels = images.labels[known]
-    class_weights = compute_sample_weight("balanced", labels)  # Each class counts equally
-    rarest = labels[class_weights.argmax()]
-    rows = []
-    for each in (probe, weighted):
-        is_right = each.classes_[each.out_of_fold_[known].argmax(axis=1)] == labels
-        recalls = pd.Series(is_right).groupby(labels).mean()
-        rows.append(
-            {
-                "recall": float(recalls[rarest]),
-                "balanced_accuracy": float(recalls.mean()),
-                "accuracy": float(is_right.mean()),
-                "loss": float(np.average(each.losses_[known], weights=class_weights)),
-            }
-        )
-    return {
-        "class": head.labels.names[rarest],
-        "num_images": len(labels),
-        "none": rows[0],
-        "weights": rows[1],
-    }
-
-
-def describe_class_weights(record: dict[str, Any]) -> str:
-    """Say what equal weights of the classes would change, and whether they are worth it."""
-    before, after = record["none"], record["weights"]
-    advice = ""
-    if after["loss"] < before["loss"] and after["balanced_accuracy"] > before["balanced_accuracy"]:
-        advice = ". Choose it if rare classes matter as much as the others"
-    titles = {
-        "recall": f"recall of {record['class']}",
-        "balanced_accuracy": "balanced accuracy",
-        "accuracy": "accuracy",
-    }
-    texts = []
-    for name, title in titles.items():
-        percents = [format_percent(each[name], record["num_images"]) for each in (before, after)]
-        texts.append(f"{title} {' -> '.join(percents)}")
-    return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation{advice}"
 
 
 def measure_threshold(_: TrainingData, head: FrozenHead) -> dict[str, Any] | None:

@@ -3,8 +3,8 @@
     measure(label_space, logits, labels)    a dict with numbers first, then lists
     METRICS                                 how each is named, formatted and compared
 
-The labels are in the format of data/labels.py. Undefined values (0 / 0) are None. Evaluator
-(evaluator.py) and frozen runs compute the logits.
+The labels are in the format of data/labels.py. Undefined values (0 / 0) are None or NaN, which
+`round_floats` makes None. Evaluator (evaluator.py) and frozen runs compute the logits.
 """
 
 import math
@@ -15,7 +15,12 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, log_softmax, softmax
 from scipy.stats import binned_statistic
-from sklearn.metrics import average_precision_score, confusion_matrix
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+)
 
 from ..data.labels import LabelKind, LabelSpace, PerTask, SeveralLabels
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -126,11 +131,7 @@ def measure_one_label(
     predictions = logits.argmax(axis=1)
     is_right = predictions == labels
     num_right = int(is_right.sum())
-    counts = [
-        np.bincount(each, minlength=num_classes).tolist()
-        for each in (labels[is_right], predictions, labels)
-    ]
-    per_class = compute_class_metrics(names, counts)
+    per_class = measure_classes(names, labels, predictions)
 
     values: MetricValues = {
         "accuracy": float(is_right.mean()),
@@ -183,16 +184,14 @@ def measure_several_labels(
     """
     probabilities = expit(logits)
     predictions = probabilities >= threshold
-    counts = [each.sum(axis=0).tolist() for each in (predictions & labels, predictions, labels)]
-    num_correct, num_predicted, num_true = map(sum, counts)
-    per_class = compute_class_metrics(names, counts)
+    per_class = measure_classes(names, labels, predictions)
     for row, scores, is_true in zip(per_class, probabilities.T, labels.T, strict=True):
         average_precision = average_precision_score(is_true, scores) if row["images"] else None
         row["average_precision"] = average_precision
     is_exact = (predictions == labels).all(axis=1)
     return {
         "mean_average_precision": compute_mean([row["average_precision"] for row in per_class]),
-        "micro_f1": safe_divide(2 * num_correct, num_predicted + num_true),
+        "micro_f1": f1_score(labels, predictions, average="micro", zero_division=np.nan),
         "macro_f1": compute_mean([row["f1"] for row in per_class]),
         "exact_match": float(is_exact.mean()),
         "loss": compute_mean_loss(logits, labels),
@@ -258,20 +257,20 @@ def select_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, in
 # Helpers ------------------------------------------------------------------------------------------
 
 
-def compute_class_metrics(names: Sequence[str], counts: Sequence[list[int]]) -> list[MetricValues]:
-    """Compute the recall, precision and F1 of each class.
+def measure_classes(
+    names: Sequence[str], labels: np.ndarray, predictions: np.ndarray
+) -> list[MetricValues]:
+    """Measure the recall, precision and F1 of each class; NaN where one is 0 / 0.
 
-    Each class has three counts: correct predictions, all predictions, and images.
+    Labels and predictions are indices [N] of one label, or masks [N, L].
     """
+    measured = precision_recall_fscore_support(
+        labels, predictions, labels=range(len(names)), zero_division=np.nan
+    )
+    columns = [each.tolist() for each in measured]
     return [
-        {
-            "name": name,
-            "images": num_images,
-            "recall": safe_divide(num_correct, num_images),
-            "precision": safe_divide(num_correct, num_predicted),
-            "f1": safe_divide(2 * num_correct, num_images + num_predicted),
-        }
-        for name, num_correct, num_predicted, num_images in zip(names, *counts, strict=True)
+        {"name": name, "images": images, "recall": recall, "precision": precision, "f1": f1}
+        for name, precision, recall, f1, images in zip(names, *columns, strict=True)
     ]
 
 
@@ -296,14 +295,9 @@ def compute_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.abs(sums).sum() / len(labels))
 
 
-def safe_divide(numerator: int, denominator: int) -> float | None:
-    """Divide; the result is None if the denominator is 0."""
-    return numerator / denominator if denominator else None
-
-
 def compute_mean(values: list[float | None]) -> float | None:
-    """Average the values that are not None; the result is None if all are."""
-    defined_values = [value for value in values if value is not None]
+    """Average the values that are neither None nor NaN; the result is None if all are."""
+    defined_values = [value for value in values if value is not None and math.isfinite(value)]
     return sum(defined_values) / len(defined_values) if defined_values else None
 
 

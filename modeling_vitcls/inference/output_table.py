@@ -2,6 +2,7 @@
 
 labels.csv              the table
 labels.edited.csv       what a person has made of it, after `overwrite`
+labels.changed.csv      photos that an earlier table had with another label
 .labels.csv.written     digests of the tables that `predict` has written there
 """
 
@@ -13,8 +14,10 @@ from glob import escape
 from itertools import islice
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 
+from ..data.sources import READERS, read_tables
 from ..runtime.files import (
     UNFINISHED_SUFFIX,
     compute_file_digest,
@@ -88,8 +91,23 @@ class OutputTable:
                     kept = kept.with_stem(f"{kept.stem}.edited")
                 shutil.copy2(self.file, kept)
                 print(f"{kept}: the table as you have edited it")
+            elif kept.exists():
+                self.list_changes(summary)
             # Earlier ones stay known: this one may not replace a table that is in use
             digests = [*self.read_digests(), compute_file_digest(file)]
             with write_atomically(self.digest_file) as digest_file:
                 digest_file.write_text("\n".join(digests), encoding="utf-8")
         return summary
+
+    def list_changes(self, summary: list[Row]) -> None:
+        """Write which photos of the table that is replaced have another label now, and print their number."""
+        reader = READERS[self.file.suffix.lower()]
+        before = read_tables(self.file.parent, reader, {"": [self.file]})[""].to_pandas()
+        if "label" not in before:
+            return
+        both = pd.DataFrame(summary).merge(before, on="checksum", suffixes=("", "_before"))
+        changed = both[both["label"].fillna("") != both["label_before"].fillna("")]
+        if len(changed):
+            file = self.file.with_suffix(".changed.csv")
+            changed[["image", "label_before", "label"]].to_csv(file, index=False)
+            print(f"{file}: the {len(changed):,} photos whose label has changed")

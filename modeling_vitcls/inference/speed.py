@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..runtime.system import format_device_name
-
 
 MAX_SPEED_BATCH_SIZE = 32  # Maximum batch size in images
 NUM_REPEATS = 3  # Number of measured forward passes
@@ -18,8 +16,8 @@ MEASUREMENT_SECONDS = 0.5  # Approximate duration of the measurement in seconds
 
 
 @torch.no_grad()  # A model that trains afterwards must not keep tensors of inference mode
-def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
-    """Measure the median speed in images per second, under conditions that are part of the result.
+def measure_inference_speed(model: Any, device: torch.device) -> float:
+    """Measure the median speed in images per second.
 
     The batch size is 32, or smaller if the measurement would otherwise take too long.
     """
@@ -42,13 +40,7 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     batch = image.repeat(max(1, min(MAX_SPEED_BATCH_SIZE, batch_size)), 1, 1, 1)
 
     seconds = [measure_seconds(batch) for _ in range(NUM_REPEATS)]
-    return {
-        # Four digits, because a large model may need more than ten seconds for an image
-        "images_per_second": float(f"{len(batch) / statistics.median(seconds):.4g}"),
-        "batch_size": len(batch),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": format_device_name(device),
-    }
+    return len(batch) / statistics.median(seconds)
 
 
 @torch.no_grad()

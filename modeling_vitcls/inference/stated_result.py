@@ -167,13 +167,13 @@ def describe_classes(metrics: MetricValues, class_ratio: float) -> str | None:
     worst = min(rows, key=lambda row: row["recall"])
     values = (metrics["balanced_accuracy"], metrics["macro_f1"], worst["recall"])
     accuracy, f1, recall = (format_percent(value, metrics["num_images"]) for value in values)
-    text = (
-        f"of different sizes: balanced accuracy {accuracy}, macro F1 {f1}, lowest recall {recall} "
-        f"({worst['name']})"
-    )
+    few = f", measured on {worst['images']} of its photos: {FEW_PHOTOS} or more would help"
     if worst["images"] >= FEW_PHOTOS:
-        return text
-    return f"{text}, measured on {worst['images']} of its photos: {FEW_PHOTOS} or more would help"
+        few = ""
+    return (
+        f"of different sizes: balanced accuracy {accuracy}, macro F1 {f1}, lowest recall {recall} "
+        f"({worst['name']}{few}). `class_balance='weights'` gives all classes the same weight"
+    )
 
 
 # Metrics as tables --------------------------------------------------------------------------------

@@ -25,8 +25,6 @@ import math
 from dataclasses import replace
 from typing import Any, Literal
 
-from accelerate import PartialState
-
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size, to_pair
 from .model import InitialModel
@@ -78,7 +76,6 @@ FINETUNING_SIDE = 224
 MAX_SMALL_IMAGE_SIZE = 64  # Maximum length of the longer side of a small image, in pixels
 MIN_LARGE_DATASET_SIZE = 10_000  # Minimum number of training images in a large dataset
 FINE_TUNING_EPOCHS = 5.0  # Enough if the classifier already fits the encoder, and for LoRA
-MAX_CPU_FLOPS = 1e15  # The limit of all training steps: about an hour at 300 GFLOP/s
 
 
 def resolve_defaults(
@@ -147,7 +144,6 @@ def resolve_schedule(
     initial: InitialModel,
     num_training_images: int,
     has_frozen_start: bool,
-    forward_flops: int,
     has_new_tokens: bool = False,
 ) -> tuple[FinetuneOptions, dict[str, str | None]]:
     """Fill in the flags that only steps read, if they are not set; also return lines about them.
@@ -157,7 +153,6 @@ def resolve_schedule(
         initial: initial model.
         num_training_images: number of training images.
         has_frozen_start: whether the classifier starts from the frozen model's.
-        forward_flops: floating-point operations of a forward pass of one image.
         has_new_tokens: whether tokens or gates have a rate of their own.
     """
     config_values = options.get_config_values()
@@ -187,15 +182,6 @@ def resolve_schedule(
     if method in ("LoRA", "special tokens", "from the frozen model's classifier"):
         epochs = FINE_TUNING_EPOCHS
     reason = f"{method}, {num_training_images:,} images"
-    if options.epochs is None and options.max_steps is None and PartialState().device.type == "cpu":
-        # The limit is for the default: a number of epochs that a person sets is kept, however long
-        # it takes.
-        step_flops = 3 * forward_flops  # A backward pass is two forward passes
-        max_epochs = max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
-        if max_epochs < epochs:
-            reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"
-            epochs = max_epochs
-
     lines: dict[str, str | None] = {}
     if options.epochs is None:
         changes["epochs"] = epochs

@@ -117,7 +117,6 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
             inputs.initial,
             num_images,
             inputs.head_search is not None,
-            inputs.forward_flops,
             has_new_tokens=bool(new_tokens),
         )
     elif changed:
@@ -157,7 +156,7 @@ def choose_by_duration(
 def measure_step_minutes(model: Any, accelerator: Accelerator, num_images: int) -> int:
     """Estimate the duration of the default steps from forward passes, with all processes together."""
     with accelerator.autocast():
-        speed = measure_inference_speed(model.eval(), accelerator.device)["images_per_second"]
+        speed = measure_inference_speed(model.eval(), accelerator.device)
     images_per_second = float(accelerator.reduce(torch.tensor(speed), "sum"))
     num_passes = FORWARD_PASSES_OF_STEP * FINE_TUNING_EPOCHS * num_images
     return math.ceil(num_passes / images_per_second / 60)

@@ -55,7 +55,8 @@ def train(asked: FinetuneOptions) -> Path:
     asked = convert_sources(asked, resolve_name)
     check_model_flags(asked.model, asked.model_config or (), asked.trainable, asked.gate_new_tokens)
     folder = asked.output_dir
-    check_output_is_not_read(folder, asked.dataset)
+    for dataset in (asked.dataset, *asked.more_data):
+        check_output_is_not_read(folder, dataset)
 
     accelerator = build_accelerator(
         asked.gradient_accumulation_steps,

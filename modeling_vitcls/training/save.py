@@ -21,12 +21,10 @@ from ..hub.model_files import (
     hash_weights,
 )
 from ..hub.provenance import find_provenance
-from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, describe_error, format_error
 from ..runtime.files import write_json
 from ..runtime.staging import stage_files
-from ..speed.lean_layers import use_fast_modules
 from .checkpoints import WRITE_ERRORS, Tensors
 from .distributed_state import gather_weights
 from .model import merge_lora
@@ -59,7 +57,7 @@ def save_output(
             # A run that is killed at any time is continued by --resume: results.json marks a finished
             # run, so it is moved last.
             with stage_files(output_dir, RESULTS_FILE) as folder, silence_transformers():
-                model_class = write_model(inputs, folder, weights)
+                write_model(inputs, folder, weights)
                 # The hashes tie the results to these weights and settings: nothing publishes them
                 # with others.
                 weights_hash = hash_weights(folder)
@@ -74,12 +72,6 @@ def save_output(
                 if inputs.options.teacher is not None:
                     teacher_provenance = find_provenance(inputs.options.teacher)
                     record["teacher_provenance"] = teacher_provenance.to_dict()
-                # Read back from disk: the trained model may be sharded or have LoRA layers, and
-                # this is what others will load.
-                device = inputs.model.device
-                saved_model = model_class.from_pretrained(folder).to(device)
-                use_fast_modules(saved_model, packed=True)
-                record["inference"] = measure_inference_speed(saved_model, device)
                 write_json(folder / RESULTS_FILE, results | record)
                 data = outcome.data
                 parts = {"train": data.train, "validation": data.selection, "test": data.held_out}
@@ -101,18 +93,14 @@ def save_output(
         ) from error
 
 
-def write_model(inputs: RunInputs, folder: Path, weights: Tensors) -> Any:
-    """Write weights, configuration, code and image processor, and return the class of the model.
+def write_model(inputs: RunInputs, folder: Path, weights: Tensors) -> None:
+    """Write weights, configuration, code and image processor.
 
     LoRA weights are merged. `weights` are full tensors, because the model may be sharded.
     """
     model = inputs.model
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save
     # PyTorch's source files as the model's code.
-    model_class: Any = next(
-        base for base in type(model).__mro__ if not issubclass(base, FSDPModule)
-    )
-    model.__class__ = model_class
+    model.__class__ = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     model.save_pretrained(folder, state_dict=merge_lora(weights))
     inputs.processor.save_pretrained(folder)
-    return model_class

@@ -4,7 +4,6 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,6 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
-from modeling_vitcls.frozen.heads import describe_class_weights, measure_class_weights
-from modeling_vitcls.frozen.linear_probe import LinearProbe
 from modeling_vitcls.inference.options import EvaluateOptions
 
 
@@ -222,41 +219,6 @@ def test_class_weights_raise_the_recall_of_a_small_class(
         for balance in recalls
     ]
     assert not torch.equal(*weights)
-
-
-@pytest.mark.parametrize(
-    ("counts", "distance", "is_advised"),
-    [((100, 20), 1.5, True), ((100, 20), 20.0, False), ((100, 3), 1.5, True)],
-)
-def test_class_weights_are_advised_if_loss_and_balanced_accuracy_improve(
-    counts: tuple[int, int], distance: float, is_advised: bool
-) -> None:
-    """Both with equal weights of the classes, as a second cross-validation measures them."""
-    labels = np.repeat([0, 1], counts)
-    noise = np.random.default_rng(0).normal(size=(len(labels), 4))
-    features = noise + distance * labels[:, None] / 2
-    probe = LinearProbe().fit(features, labels)
-    weighted = LinearProbe(class_weight="balanced").fit(features, labels)
-    losses = [balance(each.losses_, labels) for each in (probe, weighted)]
-    is_right = [each.out_of_fold_.argmax(axis=1) == labels for each in (probe, weighted)]
-    accuracies = [balance(each, labels) for each in is_right]
-    assert (losses[1] < losses[0] and accuracies[1] > accuracies[0]) == is_advised
-
-    images = SimpleNamespace(labels=labels, groups=None, get_tokens=lambda: {(-1, "own"): features})
-    frozen = SimpleNamespace(
-        probe=probe,
-        features=SimpleNamespace(take=lambda rows: images),
-        labels=SimpleNamespace(names=["dress", "hat"]),
-    )
-    data = SimpleNamespace(train=SimpleNamespace(class_ratio=5))
-    line = describe_class_weights(measure_class_weights(data, frozen))
-    assert f"balanced accuracy {accuracies[0]:.0%} -> {accuracies[1]:.0%}" in line
-    assert ("Choose it if rare classes matter" in line) == is_advised
-
-
-def balance(values: np.ndarray, labels: np.ndarray) -> float:
-    """Average values [N] over images, and then over classes."""
-    return pd.Series(values).groupby(labels).mean().mean()
 
 
 def test_steps_start_from_the_frozen_model_also_after_a_damaged_checkpoint(

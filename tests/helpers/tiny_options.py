@@ -37,7 +37,7 @@ TINY = ModelOptions(
     num_register_tokens=2,
 )
 PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, augment={"shift": 0.0})
-SPEEDS = ("images_per_second", "seconds", "inference", "versions")
+SPEEDS = ("images_per_second", "seconds", "versions")
 
 
 def build_tiny_options(output_dir: Path, dataset: object, **flags: Any) -> FinetuneOptions:

@@ -10,7 +10,9 @@ import pytest
 from helpers.command_in_process import finetune
 from helpers.photo_folders import write_photos
 
+from modeling_vitcls import evaluate, predict
 from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.inference.inputs import compute_checksum
 from modeling_vitcls.publishing.report import write_report
 
 
@@ -48,3 +50,22 @@ def test_who_believes_the_model_gets_no_estimate_and_unsure_photos_only_train(
 def test_photos_that_are_held_out_are_never_on_a_page(run: Any) -> None:
     _, questions = run("held out", "--held-out-fraction", "0.2")
     assert questions.empty
+
+
+def test_unknown_photos_are_counted_among_those_that_show_none_of_the_classes(
+    run: Any, module_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, _ = run("third")
+    others = write_photos(module_path / "others", range(40, 44))
+    checksums = [*map(compute_checksum, sorted(others.rglob("*.png"))[:2])]
+    answers = pd.DataFrame({"checksum": checksums, "label": "", "chosen": "unsure", "time": ""})
+    answers.to_csv(module_path / "none.csv")
+    rows = predict(results["folder"], str(others))
+    near, far = sorted(row["distance"] for row in rows if row["checksum"] in checksums)
+    file = results["folder"] / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"distance_threshold": (near + far) / 2}))
+    measured = evaluate(results["folder"], str(others), answers=(str(module_path / "none.csv"),))
+    assert measured["num_images"] == 6
+    assert measured["outside"] == {"num_images": 2, "num_unknown": 1}
+    assert "1 of 2 photos that show none of the classes" in capsys.readouterr().out
