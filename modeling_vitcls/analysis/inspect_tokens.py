@@ -1,4 +1,4 @@
-"""Inspect a saved model on images, write the report or its numbers, and print a table: `vitcls inspect`.
+"""Inspect a saved model on images, write the report or its numbers, and print a summary: `vitcls inspect`.
 
 PATHS       photographs: files and folders, without labels
 --dataset   a dataset, loaded as in `vitcls evaluate`
@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ..conversion.open_model import open_model
 from ..data.evaluation_data import EvaluationData
@@ -17,6 +15,7 @@ from ..data.images import DatasetImages, LabeledImages
 from ..data.labels import UNLABELED, LabelSpace, get_label_space
 from ..data.options import read_data_options
 from ..evaluation.evaluate import load_data
+from ..evaluation.token_effects import describe_effect
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
 from ..hub.model_folder import ModelFolder
@@ -26,12 +25,12 @@ from ..runtime.distributed import resolve_precision
 from ..runtime.progress import build_console, print_warning, track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
 from .options import PAGE_SUFFIXES, InspectOptions
-from .report import list_effects, write_page, write_table
+from .report import write_page, write_tables
 from .token_use import find_token_use
 
 
 def write_inspection(options: InspectOptions) -> Inspection:
-    """Inspect a saved model, write the report, and print its table.
+    """Inspect a saved model, write the report, and print a summary.
 
     Raises:
         ValueError, OSError: if the model or the images cannot be read, the images do not match the
@@ -74,7 +73,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
         commit = get_cached_commit(str(folder.path))
         write_page(options.output, title, inspection, photos, data.description, commit)
     else:
-        write_table(options.output, inspection)
+        write_tables(options.output, inspection)
     print_inspection(inspection, console)
     console.print(f"{inspection.num_images:,} images, {len(photos)} shown")
     console.print(f"saved {options.output}", markup=False)
@@ -85,16 +84,10 @@ def write_inspection(options: InspectOptions) -> Inspection:
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Print the table and the faults."""
-    rows = list_effects(inspection)
-    if not rows:
-        console.print("The model has no special tokens.")
-    else:
-        table = Table(*rows[0], box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*map(escape, row.values()))
-        console.print(table)
-    for line in inspection.lines:
+    """Print what each token has, the gates, and the faults."""
+    lines = [describe_effect(effect) for effect in inspection.effects]
+    lines += [f"{name}: gate {gate:.3f}" for name, gate in inspection.gates.items()]
+    for line in [*(lines or ["The model has no special tokens."]), *inspection.lines]:
         console.print(line, markup=False)
 
 

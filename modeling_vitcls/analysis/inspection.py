@@ -1,14 +1,14 @@
 """What a page shows (report.py): effects of the special tokens, faults, patches, and photos.
 
 images -> batches in random order -> one pass: outputs, states
-       -> effects (evaluation/token_effects.py), faults, and the images to show -> photo.py, one by one
+       -> effects (evaluation/token_effects.py), layers (layer_table.py), faults
+       -> the images to show -> photo.py, one by one
 
 The images of `vitcls inspect` are opened in inspect_tokens.py.
 
     list_faults(use, states, movement)
         find_identical_tokens(...)            tokens that do the work of another token
         find_unmoved_tokens(...)              tokens that training did not reach
-    is_outlier(norms)                         patches that store something global (Darcet et al. 2023)
 
 A token's output in a layer counts only if an output of the model depends on it (`TokenUse`).
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -36,10 +37,10 @@ from ..evaluation.token_effects import (
     measure_states,
     read_batches,
 )
-from ..frozen.targets import Target
 from ..inference.interventions import LayerRange
 from ..inference.token_names import read_gates
 from ..model.heads_vitcls import IGNORED_LABEL
+from .layer_table import OUTLIER_RATIO, measure_layers
 from .photo import measure_photo
 from .sheet import ShownPhoto
 from .token_use import TokenUse, find_token_use
@@ -64,8 +65,8 @@ class Inspection:
         effects: records of each special token and each group (`measure_effects`).
         gates: gate of each gated token, by its name: 0 hides the token, 1 makes it ordinary.
         faults: one sentence per identical token, and per token that training did not move.
-        outlier_share: fraction of the patches with outlier norms after `outlier_layer`, the last
-            layer in which the patches are used.
+        layers: a row for each layer and each group of tokens (`measure_layers`).
+        patch_layer: the last layer in which the patches are used, from 1.
         error_messages: one message per image that could not be read.
     """
 
@@ -76,18 +77,19 @@ class Inspection:
     effects: list[dict[str, Any]]
     gates: dict[str, float]
     faults: list[str]
-    outlier_share: float
-    outlier_layer: int
+    layers: pd.DataFrame
+    patch_layer: int
     error_messages: list[str]
 
     @property
     def lines(self) -> list[str]:
         """One sentence per fault, and one about outlier patches, if there are any."""
         lines = list(self.faults)
-        if self.outlier_share >= MIN_OUTLIER_SHARE:
+        outlier_share = self.layers.loc[(self.patch_layer, "patches"), "outliers"]
+        if outlier_share >= MIN_OUTLIER_SHARE:
             lines.append(
-                f"{self.outlier_share:.2%} of the patches have outlier norms after layer "
-                f"{self.outlier_layer} (more than {OUTLIER_RATIO:g} times the median of the image)"
+                f"{outlier_share:.2%} of the patches have outlier norms after layer "
+                f"{self.patch_layer} (more than {OUTLIER_RATIO:g} times the median of the image)"
             )
         return lines
 
@@ -136,16 +138,14 @@ def inspect_images(
     measured_model = model if use.has_head else model.base_model
 
     with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bfloat16):
-        outputs, states, patch_norms = measure_states(
-            measured_model, watch(batches, "measuring tokens"), use.num_layers[-1]
-        )
+        outputs, states = measure_states(measured_model, watch(batches, "measuring tokens"))
+        layer_records = measure_layers(measured_model, watch(batches, "measuring layers"))
         labels = collect_labels(batches, use.config)
         if effects is None:
             token_sets = list_token_sets(use.config)
             effects = measure_effects(measured_model, batches, token_sets, layers, watch)
 
     indices = [index for batch in batches for index in batch.indices]
-    outliers = [is_outlier(norms).flatten() for norms in patch_norms]
     inspection = Inspection(
         config=use.config,
         model_class=type(model).__name__,
@@ -154,8 +154,8 @@ def inspect_images(
         effects=list(effects),
         faults=list_faults(use, states, token_movement or {}),
         gates=read_gates(model.base_model),
-        outlier_share=torch.cat(outliers).float().mean().item(),
-        outlier_layer=use.num_layers[-1],
+        layers=layer_records,
+        patch_layer=use.num_layers[-1],
         error_messages=error_messages,
     )
 
@@ -197,26 +197,17 @@ def choose_images(
     if not use.has_head:
         return dict.fromkeys(indices[:num_shown])
     target = get_target(use.config)
-    predicted = {task: predict_labels(rows, target) for task, rows in outputs.items()}
-    confidences = [
-        target.compute_confidences(torch.stack(rows).numpy()) for rows in outputs.values()
-    ]
-    is_wrong = torch.zeros(len(indices), dtype=torch.bool)
+    logits = {task: torch.stack(rows).numpy() for task, rows in outputs.items()}
+    is_wrong = np.zeros(len(indices), dtype=bool)
     for task, known in labels.items():
-        is_wrong |= ((predicted[task] != known) & (known != IGNORED_LABEL)).any(dim=1)
-    classes, *_ = predicted.values()  # Photos are chosen by the classes of the first task
-    lowest = np.min(confidences, axis=0)
-    selected = select_images(lowest.tolist(), is_wrong.tolist(), classes[:, 0].tolist(), num_shown)
+        answers = target.predict(logits[task])
+        truth = known.numpy().reshape(answers.shape)
+        is_wrong |= ~target.find_right(np.where(truth == IGNORED_LABEL, truth, answers), truth)
+    lowest = np.min([target.compute_confidences(each) for each in logits.values()], axis=0)
+    first_task, *_ = logits.values()  # Photos are chosen by its classes
+    classes = first_task.argmax(axis=1)
+    selected = select_images(lowest.tolist(), is_wrong.tolist(), classes.tolist(), num_shown)
     return {indices[position]: kind for position, kind in selected.items()}
-
-
-def predict_labels(rows: list[Tensor], target: Target) -> Tensor:
-    """Predict the class [images, 1] from the logits [labels] of each image.
-
-    With several labels per image, the prediction is a mask [images, labels].
-    """
-    answers = torch.from_numpy(target.predict(torch.stack(rows).numpy()))
-    return answers.view(len(rows), -1)
 
 
 def select_images(
@@ -256,9 +247,6 @@ def select_images(
 # Maximum distance between identical tokens, relative to their variation over images
 MAX_IDENTICAL_DISTANCE = 0.01
 ROUNDING_ERROR = 1e-6  # The error of a state, as a fraction of its norm
-# Minimum norm of an outlier patch, as a multiple of the median patch norm of the image. Darcet et
-# al. choose an absolute norm for each model.
-OUTLIER_RATIO = 3.0
 
 
 def list_faults(use: TokenUse, states: Layers, movement: Mapping[str, float]) -> list[str]:
@@ -297,10 +285,12 @@ def find_identical_tokens(states: Layers, used_layers: Sequence[int]) -> dict[in
             layer = min(own_layer, other_layer)
             # In float32, the variation of a token with a large norm would be lost to rounding.
             pair = states[layer][:, [index, other]].double()  # [images, 2, D]
-            mean = pair.mean(dim=0)
-            variation = (pair - mean).square().sum(dim=-1).mean(dim=0).sqrt()  # [2]
-            distance = (pair[:, 0] - pair[:, 1]).square().sum(dim=-1).mean().sqrt()
-            limit = MAX_IDENTICAL_DISTANCE * variation.min() + ROUNDING_ERROR * mean[0].norm()
+            variation = pair.std(dim=0, correction=0).norm(dim=-1)  # [2]
+            distance = pair.diff(dim=1).square().sum(dim=-1).mean().sqrt()
+            limit = (
+                MAX_IDENTICAL_DISTANCE * variation.min()
+                + ROUNDING_ERROR * pair[:, 0].mean(dim=0).norm()
+            )
             if other != index and distance <= limit:
                 candidates.append((distance.item(), other, layer))
         if candidates:
@@ -326,8 +316,3 @@ def find_unmoved_tokens(
         for number, index in enumerate(indices)
         if movement.get(f"{group}[{number}]") == 0
     ]
-
-
-def is_outlier(norms: Tensor) -> Tensor:
-    """Mark the norms [B, P] of patches that exceed OUTLIER_RATIO times the median of their image."""
-    return norms > OUTLIER_RATIO * norms.median(dim=1, keepdim=True).values

@@ -6,14 +6,14 @@ PATHS -> measure_photo (photo.py) -> build_sheet (sheet.py) -> HTML (pages.py) o
 import textwrap
 import warnings
 from collections.abc import Callable
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import HPacker, OffsetImage, TextArea, VPacker
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -30,7 +30,7 @@ from ..runtime.progress import build_console, print_warning, track
 from .options import LookOptions
 from .pages import render
 from .photo import measure_photo
-from .sheet import Row, Section, Sheet, build_sheet
+from .sheet import Row, Section, Sheet, Tile, build_sheet
 from .token_use import find_token_use
 
 
@@ -105,16 +105,17 @@ def open_sheets(options: LookOptions) -> Callable[[Any], Sheet]:
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:
     """Choose the file for a sheet: `output`, `output`-STEM, or STEM.html in the folder `output`.
 
-    A number is appended if the command has already written a sheet with this name.
+    If the command has already written a sheet with this name, "-2" is appended.
     """
     is_folder = not output.suffix
     if is_single and not is_folder:
         return output
     file = output / f"{stem}.html" if is_folder else output.with_stem(f"{output.stem}-{stem}")
-    numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
     # The sheets of one command never replace each other, but they replace the sheets of an earlier
     # command.
-    return next(each for each in chain([file], numbered) if each not in written)
+    while file in written:
+        file = file.with_stem(f"{file.stem}-2")
+    return file
 
 
 def save_sheet(sheet: Sheet, title: str, file: Path) -> None:
@@ -129,20 +130,19 @@ def save_sheet(sheet: Sheet, title: str, file: Path) -> None:
             draw_sheet(sheet, title).save(temporary_file, format=kind, optimize=True, quality=90)
 
 
-# The sheet as one image, drawn by matplotlib ------------------------------------------------------
+# The sheet as one image, laid out by matplotlib ---------------------------------------------------
 
-# Sizes and places are in inches; y is the distance from the top. The font has no Chinese and no emoji, which
+# Sizes are in pixels, which are points at this resolution. The font has no Chinese and no emoji, which
 # browsers have.
 
 
-WIDTH = 12.0
-DPI = 150
-MARGIN = 0.3
+DPI = 72
+WIDTH = 1800
+MARGIN = 45
+GAP = 14  # Between lines
 TILE_WIDTH = 0.92  # Part of the column; the rest is the gap between tiles
-GAP = 0.12  # Below tiles
 PALE = 0.35  # Opacity of tiles that no output depends on
-CHARACTER_WIDTH = 0.0088  # average, with a font of one point
-LINE_HEIGHT = 0.0195
+CHARACTER_WIDTH = 0.66  # average, with a font of one pixel
 
 
 def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
@@ -151,25 +151,30 @@ def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
     Returns:
         An RGB image that is 1,800 pixels wide.
     """
-    figure = Figure(dpi=DPI)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    y = write(axes, title, MARGIN, MARGIN, size=15, weight="bold")
-    for line in sheet.lines:
-        y = write(axes, line, MARGIN, y)
-    overview = Section("", "", 4, [Row(sheet.overview)])
+    lines: list[Artist] = []
+    width = WIDTH - 2 * MARGIN
+    overview = Section(title, "\n".join(sheet.lines), 4, [Row(sheet.overview)])
     for section in (overview, *sheet.sections):
-        y = write(axes, section.heading, MARGIN, y + GAP, size=12, weight="bold")
-        y = write(axes, section.explanation, MARGIN, y)
+        lines.append(write(section.heading, width, size=26, weight="bold"))
+        lines.append(write(section.explanation, width))
         for row in section.rows:
-            y = draw_row(axes, row, section.num_columns, sheet.shape, y)
+            lines.append(write(f"{row.name}  {row.note}", width, color=row.color))
+            tiles = [
+                draw_tile(tile, width / section.num_columns, sheet.shape) for tile in row.tiles
+            ]
+            lines += [
+                HPacker(children=tiles[start : start + section.num_columns], align="bottom")
+                for start in range(0, len(tiles), section.num_columns)
+            ]
 
-    # The height is known only now
-    axes.set(xlim=(0, WIDTH), ylim=(y + MARGIN, 0))
-    figure.set_size_inches(WIDTH, y + MARGIN)
+    figure = Figure(dpi=DPI)
     # Without pyplot, which would keep every figure in memory until it is closed.
     canvas = FigureCanvasAgg(figure)
+    page = figure.add_artist(VPacker(children=lines, sep=GAP))
     with warnings.catch_warnings(record=True) as caught:
+        bounds = page.get_bbox(canvas.get_renderer())
+        page.set_offset((MARGIN, MARGIN - bounds.y0))
+        figure.set_size_inches(WIDTH / DPI, (bounds.height + 2 * MARGIN) / DPI)
         canvas.draw()
     if any("Glyph" in str(warning.message) for warning in caught):
         warn_on_first_process(
@@ -178,44 +183,25 @@ def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3])
 
 
-def draw_row(axes: Axes, row: Row, num_columns: int, shape: tuple[int, int], y: float) -> float:
-    """Draw a row of tiles in the proportions of `shape`, at most 1:4, in lines; return the y below."""
-    y = write(axes, f"{row.name}  {row.note}", MARGIN, y, color=row.color)
-    column_width = (WIDTH - 2 * MARGIN) / num_columns
-    width = TILE_WIDTH * column_width
-    for start in range(0, len(row.tiles), num_columns):
-        places = {
-            MARGIN + column_width * column: tile
-            for column, tile in enumerate(row.tiles[start : start + num_columns])
-        }
-        top = max(
-            write(axes, tile.caption, left, write(axes, tile.title, left, y, width), width)
-            for left, tile in places.items()
-        )
-        # With its own proportions, a photo of one column would have a sheet of gigabytes
-        bottom = top + width * min(shape[1] / shape[0], 4)
-        for left, tile in places.items():
-            axes.imshow(
-                tile.picture,
-                extent=(left, left + width, bottom, top),
-                aspect="auto",
-                alpha=1 if tile.is_used else PALE,
-            )
-        y = bottom + GAP
-    return y
+def draw_tile(tile: Tile, column_width: float, shape: tuple[int, int]) -> VPacker:
+    """Draw a picture in the proportions of `shape`, at most 1:4, below its texts."""
+    width, height = shape
+    # With its own proportions, a photo of one column would have a sheet of gigabytes
+    picture = tile.picture.resize((width, min(height, 4 * width)), Image.Resampling.NEAREST)
+    tile_width = TILE_WIDTH * column_width
+    alpha = 1 if tile.is_used else PALE
+    parts = [
+        write(f"{tile.title}\n{tile.caption}", tile_width),
+        OffsetImage(np.asarray(picture), zoom=tile_width / width, alpha=alpha),
+    ]
+    return VPacker(children=parts, width=column_width, sep=GAP / 2, align="left")
 
 
-def write(
-    axes: Axes,
-    text: str,
-    left: float,
-    y: float,
-    width: float = WIDTH - 2 * MARGIN,
-    size: float = 8.0,
-    **style: Any,
-) -> float:
-    """Write a text of a size in points, in lines of a width, and return the y below it."""
-    lines = textwrap.wrap(text, int(width / (size * CHARACTER_WIDTH)))
+def write(text: str, width: float, size: float = 16, **style: Any) -> TextArea:
+    """Write the lines of a text of a size in pixels, wrapped to a width."""
+    num_characters = int(width / (size * CHARACTER_WIDTH))
+    lines = [textwrap.fill(line, num_characters) for line in text.splitlines()]
     # Without `parse_math`, a name with two dollar signs is a name
-    axes.text(left, y, "\n".join(lines), fontsize=size, va="top", parse_math=False, **style)
-    return y + len(lines) * size * LINE_HEIGHT
+    return TextArea(
+        "\n".join(lines).strip(), textprops={"size": size, "parse_math": False, **style}
+    )

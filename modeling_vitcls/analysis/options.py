@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..hub.model_files import check_output_files
 from ..inference.options import ImageOptions, Paths
-from ..runtime.flags import Options, check_minimum, check_suffix
+from ..runtime.flags import Options, check_each, check_minimum, check_suffix
 
 
 PAGE_SUFFIXES = (".html", ".htm")
@@ -76,11 +76,8 @@ class LookOptions(Options):
         super().check()
         check_minimum(self, 1, "image_size")
         suffixes = ("", ".html", ".png", ".jpg", ".jpeg", ".webp")
-        if self.output is not None and self.output.suffix.lower() not in suffixes:
-            raise ValueError(
-                f"`output={str(self.output)!r}`: set a .html, .png, .jpg or .webp file, or a "
-                "folder without a suffix"
-            )
+        requirement = "a .html, .png, .jpg or .webp file, or a folder without a suffix"
+        check_each(self, lambda file: file.suffix.lower() in suffixes, requirement, "output")
 
     def check_files(self) -> None:
         if not self.paths:

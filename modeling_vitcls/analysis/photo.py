@@ -11,6 +11,7 @@ Patches of one object have similar features and thus similar colors (Oquab et al
 2304.07193, figure 1). Features are hidden states before the final norm.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +146,7 @@ def measure_photo(
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     heads = get_heads(config) if use.has_head else config.get_added_tasks()
-    outputs, attention = trace_attention(model, pixel_values)
+    outputs, attention = trace_shown_tokens(model, pixel_values)
 
     # [L, N, D]
     states = torch.stack([state[0].detach().float().cpu() for state in outputs.hidden_states[1:]])
@@ -277,33 +278,53 @@ def match_colors(colors: Tensor, reference: int) -> Tensor:
 
 
 @torch.no_grad()
-def trace_attention(model: Any, pixel_values: Tensor) -> tuple[Any, Tensor]:
-    """Run a model on images, and compute the attention of each special token to all tokens.
+def trace_attention(
+    model: Any,
+    pixel_values: Tensor,
+    reduce: Callable[[Tensor], Tensor],
+    num_rows: int | None = None,
+) -> tuple[Any, list[Tensor]]:
+    """Run a model on images, and compute the attention in each layer, in float32.
 
     Args:
         model: any ViTCLS model without wrappers, in evaluation mode.
         pixel_values: [B, C, H, W].
+        reduce: function of the attention [B, maps, num_rows, N] of a layer. Each head has one map, or
+            two with differential attention.
+        num_rows: number of tokens whose attention is computed. Default: all.
 
     Returns:
-        The outputs of the model, with hidden states, and the attention [B, L, maps, S, N], computed in
-        float32. Each head has one map, or two with differential attention. In a model without CLS
-        tokens, the mean over the patches comes first.
+        The outputs of the model, with hidden states, and what `reduce` returns for each layer.
     """
-    layout = model.config.token_layout
-    num_rows = layout.num_prefix_tokens if model.config.num_cls_tokens else None
     layers: list[Tensor] = []
 
     # Only one layer has full maps at a time: all of them may not fit into memory.
     def record(_: int, query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
         query = query[:, :, :num_rows].float()
-        weights = compute_attention_rows(query, key.float(), mask, scaling)
-        if num_rows is None:
-            patches = weights[:, :, layout.patches].mean(dim=2, keepdim=True)
-            weights = torch.cat([patches, weights[:, :, : layout.num_prefix_tokens]], dim=2)
-        layers.append(weights)
+        layers.append(reduce(compute_attention_rows(query, key.float(), mask, scaling)))
 
     with record_attention(model, range(len(model.base_model.layers)), record):
-        outputs = model(pixel_values, output_hidden_states=True)
+        # Accelerate replaces `forward` of a model by one in the precision of a run
+        outputs = type(model).forward(model, pixel_values, output_hidden_states=True)
+    return outputs, layers
+
+
+def trace_shown_tokens(model: Any, pixel_values: Tensor) -> tuple[Any, Tensor]:
+    """Run a model on images, and compute the attention [B, L, maps, S, N] of each special token.
+
+    In a model without CLS tokens, the mean over the patches comes first.
+    """
+    layout = model.config.token_layout
+    has_cls = model.config.num_cls_tokens > 0
+
+    def select(weights: Tensor) -> Tensor:
+        if has_cls:
+            return weights
+        patches = weights[:, :, layout.patches].mean(dim=2, keepdim=True)
+        return torch.cat([patches, weights[:, :, : layout.num_prefix_tokens]], dim=2)
+
+    num_rows = layout.num_prefix_tokens if has_cls else None
+    outputs, layers = trace_attention(model, pixel_values, select, num_rows)
     return outputs, torch.stack(layers, dim=1)
 
 

@@ -19,6 +19,7 @@ from ..evaluation.token_effects import EFFECT_TITLES, describe_change
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .inspection import Inspection
+from .layer_table import OUTLIER_RATIO
 from .pages import render
 from .sheet import ShownPhoto
 
@@ -60,41 +61,27 @@ def write_page(
         photos=photos,
         predictions=predictions,
         tables=tables or {},
-        effects=list_effects(inspection),
+        titles=EFFECT_TITLES,
+        describe_change=describe_change,
+        outlier_ratio=f"{OUTLIER_RATIO:g}",
     )
     with write_atomically(file) as partial_file:
         partial_file.write_text(text, encoding="utf-8")
 
 
-def list_effects(inspection: Inspection) -> list[dict[str, str]]:
-    """Format the table of effects, for the page and the terminal, with gates if the model has any."""
-    kinds = {kind for effect in inspection.effects for kind in effect}
-    rows = []
-    for effect in inspection.effects:
-        row = {"token": effect["token"]}
-        if inspection.gates:
-            gate = inspection.gates.get(effect["token"])
-            row["gate"] = "–" if gate is None else f"{gate:.3f}"
-        row |= {"output": effect["output"] or "predictions", "verdict": effect["verdict"]}
-        for kind, title in EFFECT_TITLES.items():
-            if kind in kinds:
-                row[title] = describe_change(effect[kind]) if kind in effect else "–"
-        rows.append(row)
-    return rows
-
-
-def write_table(file: Path, inspection: Inspection) -> None:
-    """Write the effects as numbers to a CSV or Parquet file.
+def write_tables(file: Path, inspection: Inspection) -> None:
+    """Write the effects as numbers to a CSV or Parquet file, and the layers to FILE-layers beside it.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: if a file cannot be written.
     """
     columns = ["token", "group", "output", "verdict"]
-    table = (
-        pd.json_normalize(inspection.effects, sep="_")
-        if inspection.effects
-        else pd.DataFrame(columns=columns)
-    )
-    write = table.to_csv if file.suffix.lower() == ".csv" else table.to_parquet
-    with write_atomically(file) as partial_file:
-        write(partial_file, index=False)
+    effects = pd.json_normalize(inspection.effects, sep="_")
+    tables = {
+        file: pd.DataFrame(columns=columns) if effects.empty else effects,
+        file.with_stem(f"{file.stem}-layers"): inspection.layers.reset_index(),
+    }
+    for target, table in tables.items():
+        write = table.to_csv if file.suffix.lower() == ".csv" else table.to_parquet
+        with write_atomically(target) as partial_file:
+            write(partial_file, index=False)

@@ -140,7 +140,7 @@ def measure_effects(
 
         return gather_outputs(model, batches, run)
 
-    before, states, _ = measure_states(model, batches)
+    before, states = measure_states(model, batches)
     labels = collect_labels(batches, config)
     donors = choose_donors(labels, states.shape[1])
     sources = states[:, donors].split([len(batch.indices) for batch in batches], dim=1)
@@ -233,6 +233,17 @@ def average(values: np.ndarray) -> tuple[float, Interval]:
     return float(values.mean()), compute_bootstrap_interval(values.tolist())
 
 
+def describe_effect(record: Mapping[str, Any]) -> str:
+    """Say what a token has, and what each intervention changes (a record of `measure_effects`)."""
+    changes = [
+        f"{title} {describe_change(record[kind])}"
+        for kind, title in EFFECT_TITLES.items()
+        if kind in record
+    ]
+    name = ", ".join(filter(None, (record["token"], record["output"])))
+    return f"{name}: {record['verdict']} ({'; '.join(changes)})"
+
+
 def describe_change(record: Mapping[str, Any]) -> str:
     """Say what an intervention changes (fields of a `Change`), with 95% confidence intervals."""
     low, high = record["loss_interval"]
@@ -307,22 +318,18 @@ def read_batches(
     return batches, error_messages
 
 
-def measure_states(
-    model: Any, batches: Iterable[ImageBatch], patch_layer: int = 0
-) -> tuple[Outputs, Tensor, list[Tensor]]:
+def measure_states(model: Any, batches: Iterable[ImageBatch]) -> tuple[Outputs, Tensor]:
     """Run the model on all images once.
 
     Returns:
-        The outputs of all images; the states [1 + layers, images, S, D] of the special tokens before
-        the first layer and after each layer; and the norms [B, P] of the patches of each batch after
-        the layer `patch_layer`.
+        The outputs of all images, and the states [1 + layers, images, S, D] of the special tokens before
+        the first layer and after each layer.
 
     Raises:
         ValueError: if the states are not finite.
     """
-    layout = model.config.token_layout
+    num_special = model.config.token_layout.num_prefix_tokens
     states = []
-    patch_norms = []
 
     def run(pixel_values: Tensor) -> Any:
         # Accelerate replaces `forward` of a model by one in the precision of a run
@@ -332,13 +339,11 @@ def measure_states(
                 "The hidden states of the model are not finite. Check the weights, or load them in "
                 "float32."
             )
-        special = [each[:, : layout.num_prefix_tokens] for each in outputs.hidden_states]
+        special = [each[:, :num_special] for each in outputs.hidden_states]
         states.append(torch.stack(special).float().cpu())
-        patches = outputs.hidden_states[patch_layer][:, layout.patches]
-        patch_norms.append(patches.float().norm(dim=-1).cpu())
         return outputs
 
-    return gather_outputs(model, batches, run), torch.cat(states, dim=1), patch_norms
+    return gather_outputs(model, batches, run), torch.cat(states, dim=1)
 
 
 def gather_outputs(

@@ -8,8 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..data.images import LabeledImages
 from ..evaluation.evaluator import Predictions
 from ..evaluation.token_effects import (
-    EFFECT_TITLES,
-    describe_change,
+    describe_effect,
     list_token_sets,
     measure_effects,
     read_batches,
@@ -50,12 +49,5 @@ def measure_tokens(
     )
     token_sets = list_token_sets(model.config, has_members=False)
     records = measure_effects(model, batches, token_sets)
-    lines = []
-    for record in records:
-        texts = [
-            f"{title} {describe_change(record[kind])}"
-            for kind, title in EFFECT_TITLES.items()
-            if kind in record
-        ]
-        lines.append(f"{record['token']}: {record['verdict']} ({'; '.join(texts)})")
+    lines = map(describe_effect, records)
     return {"tokens": {record["group"]: record for record in records}}, "\n".join(lines)

@@ -1,13 +1,9 @@
-"""Identical tokens, tokens that training did not move, and patches with outlier norms."""
+"""Identical tokens, and tokens that training did not move."""
 
 import pytest
 import torch
 
-from modeling_vitcls.analysis.inspection import (
-    find_identical_tokens,
-    find_unmoved_tokens,
-    is_outlier,
-)
+from modeling_vitcls.analysis.inspection import find_identical_tokens, find_unmoved_tokens
 
 
 def build_states(num_tokens: int = 4, num_images: int = 6) -> torch.Tensor:
@@ -49,11 +45,3 @@ def test_a_token_that_did_not_move_while_others_did_is_found(
     movement: dict[str, float], expected: list[int]
 ) -> None:
     assert find_unmoved_tokens({"cls": [0], "registers": [1]}, movement) == expected
-
-
-def test_outliers_have_three_times_the_median_norm_of_their_image() -> None:
-    norms = torch.ones(2, 5)
-    norms[0, 1] *= 3.1
-    norms[0, 2] *= 2.9
-    norms[1] *= 10
-    assert is_outlier(norms).nonzero().tolist() == [[0, 1]]

@@ -19,6 +19,7 @@ from helpers.tiny_models import (
 )
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from playwright.sync_api import Browser
 
@@ -136,7 +137,7 @@ def test_no_text_of_an_image_covers_a_tile_or_another_text_or_is_cut_off(
     draw_sheet(sheet, "model · " + "photo" * 30)
 
     (figure,) = figures
-    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
     boxes = [text.get_window_extent().padded(-2) for text in texts]
     for text in texts:
         text.set_visible(False)
@@ -190,7 +191,7 @@ def test_the_function_returns_and_writes_the_image_of_the_command(
     sheet = look(model, photo, image_size=64, output=tmp_path / "mine.png")
     for name in ("out.png", "mine.png"):
         assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / name)))
-    with raises_one_line("`output=", ".png"):
+    with raises_one_line("`output`", ".png"):
         look(model, photo, output="sheet.pdf")
 
 

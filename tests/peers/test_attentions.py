@@ -12,7 +12,7 @@ import torch
 from helpers.tiny_models import build_images, get_largest_difference
 
 from modeling_vitcls import convert_from_timm, convert_from_transformers
-from modeling_vitcls.analysis.photo import trace_attention
+from modeling_vitcls.analysis.photo import trace_shown_tokens
 from peers import test_from_timm as timm_cases
 from peers.transformers_cases import CASES, build_inputs, get_encoder, images
 
@@ -45,7 +45,7 @@ REPRESENTATIVES = [
 def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Check three ways to compute attention maps; return the maps [B, maps, N, N] per layer."""
     rows = ours.token_attention(pixels)  # [B, layer, map, special token, N]
-    _, traced = trace_attention(ours, pixels)
+    _, traced = trace_shown_tokens(ours, pixels)
     ours.set_attn_implementation("eager")
     maps = ours(pixels, output_attentions=True).attentions
     num_special = ours.config.token_layout.num_prefix_tokens
