@@ -87,7 +87,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print what each token has, the gates, and the faults."""
     lines = [describe_effect(effect) for effect in inspection.effects]
     lines += [f"{name}: gate {gate:.3f}" for name, gate in inspection.gates.items()]
-    for line in [*(lines or ["The model has no special tokens."]), *inspection.lines]:
+    for line in [*(lines or ["The model has no special tokens."]), *inspection.faults]:
         console.print(line, markup=False)
 
 

@@ -32,7 +32,6 @@ from ..evaluation.token_effects import (
     Watch,
     collect_labels,
     get_target,
-    list_token_sets,
     measure_effects,
     measure_states,
     read_batches,
@@ -40,14 +39,13 @@ from ..evaluation.token_effects import (
 from ..inference.interventions import LayerRange
 from ..inference.token_names import read_gates
 from ..model.heads_vitcls import IGNORED_LABEL
-from .layer_table import OUTLIER_RATIO, measure_layers
+from .layer_table import measure_layers
 from .photo import measure_photo
 from .sheet import ShownPhoto
 from .token_use import TokenUse, find_token_use
 
 
 MAX_BATCH_SIZE = 32  # On GPUs, unless the person sets one
-MIN_OUTLIER_SHARE = 1e-4  # Below it, a sentence about outlier patches says nothing
 
 Layers = Mapping[int, Tensor] | Tensor  # Layer -> states [images, S, D] of the special tokens
 ChosenPhotos = Sequence[tuple[Any, dict[str, Any]]]  # Images, and other fields of `ShownPhoto`
@@ -66,7 +64,6 @@ class Inspection:
         gates: gate of each gated token, by its name: 0 hides the token, 1 makes it ordinary.
         faults: one sentence per identical token, and per token that training did not move.
         layers: a row for each layer and each group of tokens (`measure_layers`).
-        patch_layer: the last layer in which the patches are used, from 1.
         error_messages: one message per image that could not be read.
     """
 
@@ -78,20 +75,7 @@ class Inspection:
     gates: dict[str, float]
     faults: list[str]
     layers: pd.DataFrame
-    patch_layer: int
     error_messages: list[str]
-
-    @property
-    def lines(self) -> list[str]:
-        """One sentence per fault, and one about outlier patches, if there are any."""
-        lines = list(self.faults)
-        outlier_share = self.layers.loc[(self.patch_layer, "patches"), "outliers"]
-        if outlier_share >= MIN_OUTLIER_SHARE:
-            lines.append(
-                f"{outlier_share:.2%} of the patches have outlier norms after layer "
-                f"{self.patch_layer} (more than {OUTLIER_RATIO:g} times the median of the image)"
-            )
-        return lines
 
 
 def inspect_images(
@@ -142,8 +126,7 @@ def inspect_images(
         layer_records = measure_layers(measured_model, watch(batches, "measuring layers"))
         labels = collect_labels(batches, use.config)
         if effects is None:
-            token_sets = list_token_sets(use.config)
-            effects = measure_effects(measured_model, batches, token_sets, layers, watch)
+            effects = measure_effects(measured_model, batches, layers, watch=watch)
 
     indices = [index for batch in batches for index in batch.indices]
     inspection = Inspection(
@@ -155,7 +138,6 @@ def inspect_images(
         faults=list_faults(use, states, token_movement or {}),
         gates=read_gates(model.base_model),
         layers=layer_records,
-        patch_layer=use.num_layers[-1],
         error_messages=error_messages,
     )
 

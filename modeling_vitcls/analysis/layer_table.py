@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..evaluation.token_effects import list_groups
 from ..inference.image_pass import ImageBatch, pass_over_images
@@ -41,19 +41,18 @@ def measure_layers(model: Any, batches: Iterable[ImageBatch]) -> pd.DataFrame:
         `config.token_layout`) that the model has.
     """
 
-    def average(weights: Tensor) -> Tensor:
-        return weights.mean(dim=(1, 2)) * weights.shape[-1]  # [B, N]
-
     groups = {**list_groups(model.config), "patches": model.config.token_layout.patches}
     parts = []
-    run = partial(trace_attention, model, reduce=average)
+    # [B, N] of each layer
+    run = partial(trace_attention, model, reduce=lambda weights: weights.mean(dim=(1, 2)))
     for _, (outputs, attention) in pass_over_images(run, batches, model.device):
         layers = zip(pairwise(outputs.hidden_states), attention, strict=True)
         for layer, ((before, after), received) in enumerate(layers, start=1):
             norms = after.float().norm(dim=-1)  # [B, N]
             limits = OUTLIER_RATIO * norms[:, groups["patches"]].median(dim=1, keepdim=True).values
             similarity = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            measures = torch.stack([norms, received, norms > limits, similarity], dim=-1)
+            times_uniform = received * received.shape[1]
+            measures = torch.stack([norms, times_uniform, norms > limits, similarity], dim=-1)
             for group, tokens in groups.items():
                 rows = measures[:, tokens].mean(dim=1).cpu()  # [B, measures]
                 table = pd.DataFrame(rows, columns=MEASURES)

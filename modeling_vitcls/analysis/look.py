@@ -139,6 +139,7 @@ def save_sheet(sheet: Sheet, title: str, file: Path) -> None:
 DPI = 72
 WIDTH = 1800
 MARGIN = 45
+LINE_WIDTH = WIDTH - 2 * MARGIN
 GAP = 14  # Between lines
 TILE_WIDTH = 0.92  # Part of the column; the rest is the gap between tiles
 PALE = 0.35  # Opacity of tiles that no output depends on
@@ -152,15 +153,13 @@ def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
         An RGB image that is 1,800 pixels wide.
     """
     lines: list[Artist] = []
-    width = WIDTH - 2 * MARGIN
     overview = Section(title, "\n".join(sheet.lines), 4, [Row(sheet.overview)])
     for section in (overview, *sheet.sections):
-        lines.append(write(section.heading, width, size=26, weight="bold"))
-        lines.append(write(section.explanation, width))
+        lines += [write(section.heading, size=26, weight="bold"), write(section.explanation)]
         for row in section.rows:
-            lines.append(write(f"{row.name}  {row.note}", width, color=row.color))
+            lines.append(write(f"{row.name}  {row.note}", color=row.color))
             tiles = [
-                draw_tile(tile, width / section.num_columns, sheet.shape) for tile in row.tiles
+                draw_tile(tile, LINE_WIDTH / section.num_columns, sheet.shape) for tile in row.tiles
             ]
             lines += [
                 HPacker(children=tiles[start : start + section.num_columns], align="bottom")
@@ -170,11 +169,12 @@ def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
     figure = Figure(dpi=DPI)
     # Without pyplot, which would keep every figure in memory until it is closed.
     canvas = FigureCanvasAgg(figure)
-    page = figure.add_artist(VPacker(children=lines, sep=GAP))
+    page = VPacker(children=lines, pad=MARGIN, sep=GAP)
+    figure.add_artist(page)
     with warnings.catch_warnings(record=True) as caught:
         bounds = page.get_bbox(canvas.get_renderer())
-        page.set_offset((MARGIN, MARGIN - bounds.y0))
-        figure.set_size_inches(WIDTH / DPI, (bounds.height + 2 * MARGIN) / DPI)
+        page.set_offset(-bounds.p0)
+        figure.set_size_inches(WIDTH / DPI, bounds.height / DPI)
         canvas.draw()
     if any("Glyph" in str(warning.message) for warning in caught):
         warn_on_first_process(
@@ -183,21 +183,21 @@ def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3])
 
 
-def draw_tile(tile: Tile, column_width: float, shape: tuple[int, int]) -> VPacker:
+def draw_tile(tile: Tile, column_width: float, shape: tuple[int, int]) -> Artist:
     """Draw a picture in the proportions of `shape`, at most 1:4, below its texts."""
     width, height = shape
     # With its own proportions, a photo of one column would have a sheet of gigabytes
     picture = tile.picture.resize((width, min(height, 4 * width)), Image.Resampling.NEAREST)
     tile_width = TILE_WIDTH * column_width
     alpha = 1 if tile.is_used else PALE
-    parts = [
+    parts: list[Artist] = [
         write(f"{tile.title}\n{tile.caption}", tile_width),
         OffsetImage(np.asarray(picture), zoom=tile_width / width, alpha=alpha),
     ]
     return VPacker(children=parts, width=column_width, sep=GAP / 2, align="left")
 
 
-def write(text: str, width: float, size: float = 16, **style: Any) -> TextArea:
+def write(text: str, width: float = LINE_WIDTH, size: float = 16, **style: Any) -> Artist:
     """Write the lines of a text of a size in pixels, wrapped to a width."""
     num_characters = int(width / (size * CHARACTER_WIDTH))
     lines = [textwrap.fill(line, num_characters) for line in text.splitlines()]

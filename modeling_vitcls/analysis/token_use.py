@@ -82,7 +82,7 @@ class TokenUse:
         config = self.config
         last_layer = max(config.pooled_layer_indices) if self.has_head else config.num_hidden_layers
         last_layers = dict.fromkeys(self.readers, last_layer)
-        if self.has_head and "distillation" in last_layers:
+        if "distillation" in last_layers:
             last_layers["distillation"] = config.num_hidden_layers
 
         num_layers = [max(last_layers.values()) - 1] * (config.token_layout.num_prefix_tokens + 1)

@@ -5,7 +5,7 @@
                the token holds about the photo. It works for tokens that a head reads, too.
     without    (distillation tokens) the model without the tokens and without their head
 
-    records = measure_effects(model, batches, list_token_sets(model.config))
+    records = measure_effects(model, batches)
     records[0]      {"token": "CLS", "group": "cls", "output": "", "verdict": "content", "hidden": {...}, ...}
 
 These records are the effects of an `Inspection`, `tokens` in results.json, and what page and card show.
@@ -109,21 +109,21 @@ def judge(absent: Change, content: Change) -> str:
 def measure_effects(
     model: Any,
     batches: Batches,
-    token_sets: Mapping[str, list[int]],
     layers: LayerRange = None,
+    has_members: bool = True,
     watch: Watch = lambda items, description: items,
 ) -> list[dict[str, Any]]:
-    """Measure what hiding and replacing tokens changes, in two passes for each set of tokens.
+    """Measure what hiding and replacing tokens changes, in two passes for each token and each group.
 
     Args:
         model: a classifier or an encoder, in evaluation mode.
         batches: batches of images.
-        token_sets: positions of tokens, by name (`list_token_sets`).
         layers: the first and the last layer of the interventions, from 1. Default: all.
+        has_members: whether tokens are measured one by one, and not in groups alone.
         watch: function that returns the same items and shows the progress.
 
     Returns:
-        A record for each set and output: `token`, `group`, `output`, `verdict`, and of `hidden`,
+        A record for each of them and each output: `token`, `group`, `output`, `verdict`, and of `hidden`,
         `content` and perhaps `without` the fields of a `Change`.
     """
     config = model.config
@@ -146,7 +146,8 @@ def measure_effects(
     sources = states[:, donors].split([len(batch.indices) for batch in batches], dim=1)
     groups = list_groups(config)
     records = []
-    for name, positions in watch(token_sets.items(), "hiding and replacing tokens"):
+    token_sets = list_token_sets(config, has_members).items()
+    for name, positions in watch(token_sets, "hiding and replacing tokens"):
         (group,) = (each for each, members in groups.items() if positions[0] in members)
         after = {
             "hidden": gather(positions, repeat(None)),
@@ -262,7 +263,7 @@ def describe_change(record: Mapping[str, Any]) -> str:
 # Tokens -------------------------------------------------------------------------------------------
 
 
-def list_token_sets(config: ViTCLSConfig, has_members: bool = True) -> dict[str, list[int]]:
+def list_token_sets(config: ViTCLSConfig, has_members: bool) -> dict[str, list[int]]:
     """List the positions of each special token, if they are asked for, and of each group, by name."""
     names = get_token_names(config)
     token_sets: dict[str, list[int]] = {}

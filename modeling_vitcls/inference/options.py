@@ -124,8 +124,9 @@ class PredictOptions(ImageOptions, EngineOptions):
     labels with a probability of at least --threshold."""
     features: tuple[str, ...] | None = None
     """Features to write instead of labels: `cls`, `registers`, `distillation` or `patches`, or
-    `mean` for the mean of the patch tokens. `cls@6` is the output of layer 6 after the final norm;
-    the default is the last layer. Each of several features has a column."""
+    `mean` for the mean of the patch tokens. `cls@6` is the output of layer 6; the default is the
+    last layer. All are after the final norm of the model, also those of other layers. Each of
+    several features has a column."""
     feature_dtype: Literal["float32", "float16"] = "float32"
     """Data type of the features."""
     delimiter: Literal[",", ";"] = ","

@@ -25,6 +25,7 @@ from ..data.batches import Batch
 from ..data.images import count_unreadable
 from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import MetricValues, select_scalars
+from ..inference.token_names import read_gates
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from ..runtime.progress import track
@@ -284,7 +285,7 @@ class TrainingLoop:
         self.unreported_errors.clear()
 
     def compute_recent_metrics(self) -> MetricValues:
-        """Measure the losses and the speed since the last record.
+        """Measure the losses and the speed since the last record, and read the gates.
 
         Losses are means over all processes and these steps. The speed excludes evaluations and
         checkpoints.
@@ -299,7 +300,8 @@ class TrainingLoop:
         means = self.accelerator.reduce(local_tensor, "mean").tolist()
         record = {name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)}
         recent_losses.clear()
-        return record | {"images_per_second": images_per_second}
+        gates = {f"gate_{name}": gate for name, gate in read_gates(self.unwrapped.vitcls).items()}
+        return record | {"images_per_second": images_per_second} | gates
 
     def measure_token_movement(self) -> dict[str, float]:
         """Measure how far each trained token has moved since the start of training (Euclidean norm)."""

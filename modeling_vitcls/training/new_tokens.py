@@ -9,7 +9,6 @@ from ..data.images import LabeledImages
 from ..evaluation.evaluator import Predictions
 from ..evaluation.token_effects import (
     describe_effect,
-    list_token_sets,
     measure_effects,
     read_batches,
 )
@@ -47,7 +46,6 @@ def measure_tokens(
         inputs.pass_arguments["label_space"],
         inputs.pass_arguments["batch_size"],
     )
-    token_sets = list_token_sets(model.config, has_members=False)
-    records = measure_effects(model, batches, token_sets)
+    records = measure_effects(model, batches, has_members=False)
     lines = map(describe_effect, records)
     return {"tokens": {record["group"]: record for record in records}}, "\n".join(lines)

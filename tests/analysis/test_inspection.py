@@ -81,8 +81,7 @@ def test_planted_faults_are_named() -> None:
     assert [fault.partition(" ")[0] for fault in found.faults] == ["register"] * 3
     assert "register 1: identical to register 3 after layer 1" in found.faults
     assert found.faults[-1].startswith("register 2: not moved")
-    # The classifier reads CLS of the last layer, so patches count after the first one
-    assert found.lines[-1].startswith("6.25% of the patches have outlier norms after layer 1")
+    assert found.layers.loc[(1, "patches"), "outliers"] == 1 / 16
 
 
 def test_hidden_states_that_are_not_finite_are_errors() -> None:

@@ -12,7 +12,6 @@ from modeling_vitcls.evaluation.token_effects import (
     choose_donors,
     compare,
     judge,
-    list_token_sets,
     measure_effects,
 )
 from modeling_vitcls.frozen.targets import OneLabelTarget
@@ -90,7 +89,7 @@ def test_a_head_reads_the_content_of_cls_and_a_register_that_mends_a_bias_has_a_
         ImageBatch(HELD_OUT[0][rows], HELD_OUT[1][rows], rows.tolist())
         for rows in torch.arange(128).chunk(2)
     ]
-    found = measure_effects(model.eval(), batches, list_token_sets(model.config))
+    found = measure_effects(model.eval(), batches)
     verdicts = [record["verdict"] for record in found[:4]]
     assert verdicts == ["content", "place", "not shown", "not shown"]
     for kind in ("hidden", "content"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import save_encoder
-from helpers.tiny_options import build_tiny_options, forget_end, run_to_folder
+from helpers.tiny_options import build_tiny_options, forget_end, read_metrics, run_to_folder
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification, evaluate
@@ -114,6 +114,8 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
     found = read_json(folder / "results.json")["gates"]
     assert list(found) == [f"register {number}" for number in range(1, 9)]
     torch.testing.assert_close(torch.tensor([*found.values()]), gates, atol=1e-4, rtol=0)
+    last_record = read_metrics(folder)[-1]
+    assert {name: last_record[f"gate_{name}"] for name in found} == found
 
     results = read_json(folder / "results.json")
     found = results["tokens"]["registers"]
