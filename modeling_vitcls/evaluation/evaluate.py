@@ -256,8 +256,7 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
     if outside := results.get("outside"):
         console.print(
             f"{outside['num_unknown']:,} of {outside['num_images']:,} photos that show none of the classes "
-            "are `unknown`",
-            markup=False,
+            "are `unknown`"
         )
 
 

@@ -2,11 +2,11 @@
 
 import copy
 import statistics
-import time
+import timeit
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -16,31 +16,20 @@ MEASUREMENT_SECONDS = 0.5  # Approximate duration of the measurement in seconds
 
 
 @torch.no_grad()  # A model that trains afterwards must not keep tensors of inference mode
-def measure_inference_speed(model: Any, device: torch.device) -> float:
-    """Measure the median speed in images per second.
+def measure_cpu_speed(model: Any) -> float:
+    """Measure the median speed of a model on the CPU in images per second.
 
     The batch size is 32, or smaller if the measurement would otherwise take too long.
     """
-
-    def measure_seconds(pixel_values: Tensor) -> float:
-        start_time = time.perf_counter()
-        model(pixel_values)
-        if device.type != "cpu":  # Until all work of the device is complete
-            torch.accelerator.synchronize(device)
-        return time.perf_counter() - start_time
-
     config = model.config
-    image = torch.rand(
-        1, config.num_channels, *config.image_height_width, device=device, dtype=model.dtype
-    )
+    image = torch.rand(1, config.num_channels, *config.image_height_width, dtype=model.dtype)
     # The first pass allocates memory and chooses kernels. The second one shows how many images fit
     # into the time.
-    measure_seconds(image)
-    batch_size = int(MEASUREMENT_SECONDS / NUM_REPEATS / measure_seconds(image))
+    *_, seconds = timeit.repeat(partial(model, image), repeat=2, number=1)
+    batch_size = int(MEASUREMENT_SECONDS / NUM_REPEATS / seconds)
     batch = image.repeat(max(1, min(MAX_SPEED_BATCH_SIZE, batch_size)), 1, 1, 1)
-
-    seconds = [measure_seconds(batch) for _ in range(NUM_REPEATS)]
-    return len(batch) / statistics.median(seconds)
+    measured = timeit.repeat(partial(model, batch), repeat=NUM_REPEATS, number=1)
+    return len(batch) / statistics.median(measured)
 
 
 @torch.no_grad()

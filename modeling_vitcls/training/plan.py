@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from ..data.sources import Splits
 from ..data.splits import check_can_divide
-from ..inference.speed import measure_inference_speed
+from ..inference.speed import measure_cpu_speed
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
 from .model import find_new_tokens
 from .options import FinetuneOptions
@@ -156,7 +156,7 @@ def choose_by_duration(
 def measure_step_minutes(model: Any, accelerator: Accelerator, num_images: int) -> int:
     """Estimate the duration of the default steps from forward passes, with all processes together."""
     with accelerator.autocast():
-        speed = measure_inference_speed(model.eval(), accelerator.device)
+        speed = measure_cpu_speed(model.eval())
     images_per_second = float(accelerator.reduce(torch.tensor(speed), "sum"))
     num_passes = FORWARD_PASSES_OF_STEP * FINE_TUNING_EPOCHS * num_images
     return math.ceil(num_passes / images_per_second / 60)

@@ -123,11 +123,11 @@ def test_the_speed_of_this_cpu_decides_if_nothing_else_does(
 ) -> None:
     """A step takes as long as three forward passes."""
 
-    def measure(model: Any, device: torch.device) -> float:
+    def measure(model: Any) -> float:
         assert step_seconds is not None
         return 3 * 5 * num_images / step_seconds
 
-    monkeypatch.setattr(plan, "measure_inference_speed", measure)
+    monkeypatch.setattr(plan, "measure_cpu_speed", measure)
     leave_model_unread(monkeypatch)
     inputs = make_inputs(num_images)
     assert plan_run(inputs, Accelerator(cpu=True), is_resumed=False).reason == reason
