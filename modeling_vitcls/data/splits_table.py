@@ -3,7 +3,7 @@
 It is a file of every run, and is published with the model. Each row is an image:
 
     key      a checksum of its content (images.py); there are no names
-    split    train, validation (selects the checkpoint), test (held out), or encoder (trained the
+    split    train, validation (calibrates), test (held out), or encoder (trained the
              encoder in the steps of an earlier run, or a classifier that this run kept)
     task     the added task that saw it; "" is the model itself
 

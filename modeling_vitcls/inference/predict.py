@@ -141,7 +141,7 @@ def describe_labels(answered: Counter[tuple[bool, bool]], num_labels: int) -> st
     share, low, high = (min(1, part + corrected) for part in (num_right / num_drawn, *bounds))
     return (
         f"{text}; of {num_drawn:,} that were drawn at random, the model had {num_right:,} right: "
-        f"about {share:.0%} of the labels are right ({low:.0%} to {high:.0%})"
+        f"about {share:.0%} of the labels are right (95% interval: {low:.0%} to {high:.0%})"
     )
 
 

@@ -387,8 +387,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     are stored with the weights. A layer is a negative index, and a kind is "cls" or "mean" (of the
     patches). `outputs.distance` is computed from them."""
     distance_threshold: float | None = finite(default=None)
-    """An image farther than this from the nearest class is unlikely to show any of the labels
-    (arXiv 1807.03888)."""
+    """An image above this distance is farther from every class than 95% of the training images, or
+    after steps of the held-out images (arXiv 1807.03888)."""
 
     # Masked image modeling
     mim_loss: Literal["l1", "l2"] = "l1"

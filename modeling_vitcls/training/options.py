@@ -195,8 +195,8 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     save_every: int | None = None
     """Number of steps between checkpoints. Default: a checkpoint at each evaluation."""
     keep_checkpoints: int | None = None
-    """Number of most recent checkpoints to keep, besides the best one, also after the run. Default:
-    2, which are removed when the run is finished."""
+    """Number of most recent checkpoints to keep, also after the run. Default: 2, which are removed
+    when the run is finished."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to log to, in addition to metrics.jsonl."""
     report: bool = True

@@ -87,4 +87,4 @@ def test_what_a_person_corrects_is_right_and_random_draws_tell_how_many_others_a
     )
     text = describe_labels(answered, 1000)
     assert text.startswith("200 of the 1,000 labels of photos outside the training are a person's")
-    assert "about 87% of the labels are right (72% to 98%)" in text
+    assert "about 87% of the labels are right (95% interval: 72% to 98%)" in text
