@@ -4,8 +4,8 @@
 
 ENCODER is a ViT, as `vitcls convert` takes it. PHOTOS has the folders train and test with a folder
 per class. Every image passes the encoder once. Each class is then left out in turn: of the others,
-shrinkage LDA on the last four layers, which `vitcls finetune` chooses for so few photos, is the
-classifier. `vitcls add-class` adds the class by its mean; `together` is LDA of all classes.
+shrinkage LDA on CLS and the mean of the patches of the last four layers is the classifier.
+`vitcls add-class` adds the class by its mean; `together` is LDA of all classes.
 """
 
 from dataclasses import dataclass
