@@ -10,6 +10,7 @@
     findings.py          possible problems of a result: how each is measured and judged, and where it is shown
     border.py            does the classifier read the border?
     camera.py            can it recognize who took the photo?
+    pairs.py             are two classes one kind?
     curve.py             would more photos help?
 
 The pass that computes features is in inference/features.py. Predictions are measured in evaluation/,
