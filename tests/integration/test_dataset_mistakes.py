@@ -23,14 +23,14 @@ def finetune(output_dir: Path, *flags: str) -> int:
 # The output folder --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", [".", "cat"])
+@pytest.mark.parametrize(("folder", "earlier"), [(".", []), ("cat", []), ("cat", ["digits"])])
 def test_an_output_folder_with_images_of_the_dataset_is_refused_before_anything_is_written(
-    folder: str, tmp_path: Path
+    folder: str, earlier: list[str], tmp_path: Path
 ) -> None:
     """The next scan would skip them, as figures of the run."""
     photos = write_photos(tmp_path / "photos", range(5))
     files = sorted(tmp_path.rglob("*"))
-    flags = ["--dataset", photos, "--output-dir", photos / folder]
+    flags = ["--dataset", *earlier, photos, "--output-dir", photos / folder]
     assert "contains images of the dataset" in fail("finetune", "--model", "vitcls-tiny", *flags)
     assert sorted(tmp_path.rglob("*")) == files
 
