@@ -3,8 +3,8 @@
     measure(label_space, logits, labels)    a dict with numbers first, then lists
     METRICS                                 how each is named, formatted and compared
 
-The labels are in the format of data/labels.py. Undefined values (0 / 0) are None or NaN, which
-`round_floats` makes None. Evaluator (evaluator.py) and frozen runs compute the logits.
+The labels are in the format of data/labels.py. Undefined values (0 / 0) are None, or NaN until
+they are rounded. Evaluator (evaluator.py) and frozen runs compute the logits.
 """
 
 import math
@@ -260,14 +260,14 @@ def select_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, in
 def measure_classes(
     names: Sequence[str], labels: np.ndarray, predictions: np.ndarray
 ) -> list[MetricValues]:
-    """Measure the recall, precision and F1 of each class; NaN where one is 0 / 0.
+    """Measure the recall, precision and F1 of each class; None where one is 0 / 0.
 
     Labels and predictions are indices [N] of one label, or masks [N, L].
     """
     measured = precision_recall_fscore_support(
         labels, predictions, labels=range(len(names)), zero_division=np.nan
     )
-    columns = [each.tolist() for each in measured]
+    columns = [np.where(np.isnan(each), None, each).tolist() for each in measured]  # type: ignore[attr-defined]
     return [
         {"name": name, "images": images, "recall": recall, "precision": precision, "f1": f1}
         for name, precision, recall, f1, images in zip(names, *columns, strict=True)
@@ -296,8 +296,8 @@ def compute_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def compute_mean(values: list[float | None]) -> float | None:
-    """Average the values that are neither None nor NaN; the result is None if all are."""
-    defined_values = [value for value in values if value is not None and math.isfinite(value)]
+    """Average the values that are not None; the result is None if all are."""
+    defined_values = [value for value in values if value is not None]
     return sum(defined_values) / len(defined_values) if defined_values else None
 
 

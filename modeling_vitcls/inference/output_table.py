@@ -14,10 +14,8 @@ from glob import escape
 from itertools import islice
 from pathlib import Path
 
-import pandas as pd
 import pyarrow as pa
 
-from ..data.sources import READERS, read_tables
 from ..runtime.files import (
     UNFINISHED_SUFFIX,
     compute_file_digest,
@@ -101,8 +99,12 @@ class OutputTable:
 
     def list_changes(self, summary: list[Row]) -> None:
         """Write which photos of the table that is replaced have another label now, and print their number."""
-        reader = READERS[self.file.suffix.lower()]
-        before = read_tables(self.file.parent, reader, {"": [self.file]})[""].to_pandas()
+        import pandas as pd  # Slow to import, as what reads tables is
+
+        from ..data.sources import READERS, read_tables
+
+        reader = READERS.get(self.file.suffix.lower(), "json")
+        before = read_tables(self.file.parent, reader, {"old": [self.file]})["old"].to_pandas()
         if "label" not in before:
             return
         both = pd.DataFrame(summary).merge(before, on="checksum", suffixes=("", "_before"))

@@ -144,8 +144,7 @@ def choose_by_duration(
     if accelerator.device.type != "cpu":
         return "steps", images_text
     minutes = measure_step_minutes(model, accelerator, num_images)
-    unit = "minute" if minutes == 1 else "minutes"
-    duration = f"about {minutes:,} {unit} on this CPU"
+    duration = f"about {minutes:,} min on this CPU"
     if minutes <= MAX_STEP_MINUTES:
         return "steps", f"{images_text}, {duration}"
     return "frozen", (

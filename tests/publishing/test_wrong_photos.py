@@ -86,7 +86,7 @@ def test_the_headline_says_what_the_result_of_a_rare_class_is_worth(folder: Path
         "20 of 23 right (95%: 68 to 96%), no better than always saying dusk: 20 of 23"
     )
     assert "balanced accuracy 50%" in summary["classes"]
-    assert "lowest recall 0% (x), measured on 3 of its photos: 10 or" in summary["classes"]
+    assert "lowest recall 0% (x, measured on 3 of its photos: 10 or" in summary["classes"]
 
 
 def test_the_wrong_images_with_the_largest_losses_come_first(folder: Path) -> None:

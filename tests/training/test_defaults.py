@@ -1,16 +1,13 @@
 """Defaults that depend on the weights, the image size and the number of images."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from helpers.tiny_models import save_classifier
 from helpers.tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSConfig
-from modeling_vitcls.training import defaults
 from modeling_vitcls.training.defaults import resolve_defaults, resolve_schedule
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions
@@ -31,12 +28,6 @@ def build_initial(hidden_size: int = 96, image_size: int = 28, **fields: Any) ->
     sizes = {"image_size": image_size, "patch_size": image_size, "num_attention_heads": 1}
     config = ViTCLSConfig(hidden_size=hidden_size, **sizes)
     return InitialModel(**{"name": "model", "folder": None, "config": config} | fields)
-
-
-def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr(
-        defaults, "PartialState", lambda: SimpleNamespace(device=torch.device(device))
-    )
 
 
 # Flags, initial model, number of images, whether a frozen model is the start, and values of the run
@@ -108,12 +99,10 @@ def test_defaults_follow_the_weights_their_width_the_image_size_and_the_number_o
     num_images: int,
     is_frozen: bool,
     expected: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    set_device(monkeypatch, "cuda")
     model = build_initial(**initial)
     resolved, _ = resolve_defaults(build_options(**flags), model, num_images)
-    options, _ = resolve_schedule(resolved, model, num_images, is_frozen, 1)
+    options, _ = resolve_schedule(resolved, model, num_images, is_frozen)
     values = vars(options) | (options.augment or {}) | (options.model_config or {})
     assert {name: values[name] for name in expected} == expected
 
@@ -124,28 +113,9 @@ def test_every_default_can_be_overridden() -> None:
     asked = build_tiny_options(Path("out"), "digits", **flags)
     options, lines = resolve_defaults(asked, initial, 2000)
     assert resolve_defaults(options, initial, 2000) == (options, lines)
-    options, _ = resolve_schedule(options, initial, 2000, False, 1)
+    options, _ = resolve_schedule(options, initial, 2000, False)
     assert options.augment == {"shift": 0.0, "zoom": 0.1}
     assert options.crop_scale == 1
-
-
-def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ViT-S/16 of 224 pixels computes 9.2 GFLOP per image, three times as many in a step."""
-    set_device(monkeypatch, "cpu")
-
-    def resolve(options: Any, num_images: int) -> Any:
-        return resolve_schedule(options, build_initial(**PRETRAINED), num_images, False, 9.2e9)
-
-    options, lines = resolve(build_options(), 9_000)
-    assert options.epochs == 1e15 // (3 * 9.2e9 * 9_000) == 4
-    assert "CPUs" in lines["epochs"]
-    assert "`epochs=30`" in lines["epochs"]
-    assert resolve(build_options(), 900)[0].epochs == 30
-    assert resolve(build_options(), 10**6)[0].epochs == 1
-    assert resolve(build_options(epochs=20.0), 9_000)[0].epochs == 20
-    set_device(monkeypatch, "cuda")
-
-    assert resolve(build_options(), 9_000)[0].epochs == 30
 
 
 def test_only_a_preset_has_random_weights(tmp_path: Path) -> None:

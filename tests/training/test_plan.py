@@ -113,8 +113,8 @@ def test_a_run_has_steps_if_somebody_asks_or_they_pay_and_only_then_holds_out_an
 @pytest.mark.parametrize(
     ("num_images", "step_seconds", "reason"),
     [
-        (2_000, 30, "2,000 images, about 1 minute on this CPU"),
-        (2_000, 601, "5 epochs would take about 11 minutes on this CPU, more than 10"),
+        (2_000, 30, "2,000 images, about 1 min on this CPU"),
+        (2_000, 601, "5 epochs would take about 11 min on this CPU, more than 10"),
         (600, None, "600 images, fewer than 2,000"),  # nothing is measured
     ],
 )
