@@ -106,7 +106,7 @@ def apply_answers(
     drawn, disputed = (is_changed[known["chosen"] == kind] for kind in (RANDOM, CONTRADICTED))
     if len(drawn):
         text += (
-            f"; of {len(drawn):,} labels that no classifier disputed, {drawn.sum():,} were changed"
+            f"; of {len(drawn):,} labels of photos drawn at random, {drawn.sum():,} were changed"
         )
     facts = {"answers": text}
     if len(disputed) >= MIN_DISPUTED and disputed.mean() >= BELIEVED_PART:

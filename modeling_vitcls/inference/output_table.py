@@ -109,7 +109,6 @@ class OutputTable:
             return
         both = pd.DataFrame(summary).merge(before, on="checksum", suffixes=("", "_before"))
         changed = both[both["label"].fillna("") != both["label_before"].fillna("")]
-        if len(changed):
-            file = self.file.with_suffix(".changed.csv")
-            changed[["image", "label_before", "label"]].to_csv(file, index=False)
-            print(f"{file}: the {len(changed):,} photos whose label has changed")
+        file = self.file.with_suffix(".changed.csv")
+        changed.filter("image label_before label source".split()).to_csv(file, index=False)
+        print(f"{file}: {len(changed):,} photos whose label has changed")

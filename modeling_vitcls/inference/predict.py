@@ -133,15 +133,16 @@ def describe_labels(answered: Counter[tuple[bool, bool]], num_labels: int) -> st
     text = f"{answered.total():,} of the {num_labels:,} labels of photos outside the training are a person's"
     if num_drawn < MIN_DRAWN:
         return (
-            f"{text}. An estimate of how many are right requires {MIN_DRAWN} answers about random photos: write "
-            "another page with `review`"
+            f"{text}. An estimate of how many are right requires {MIN_DRAWN} answers about random photos that did "
+            "not train the model: write another page with `--review`"
         )
     bounds = compute_proportion_interval(num_right, num_drawn)
     corrected = (answered[True, False] + answered[False, False]) / num_labels
     share, low, high = (min(1, part + corrected) for part in (num_right / num_drawn, *bounds))
     return (
         f"{text}; of {num_drawn:,} that were drawn at random, the model had {num_right:,} right: "
-        f"about {share:.0%} of the labels are right (95% interval: {low:.0%} to {high:.0%})"
+        f"with those that you have corrected, about {share:.0%} of the labels are right (95% interval: {low:.0%} "
+        f"to {high:.0%})"
     )
 
 

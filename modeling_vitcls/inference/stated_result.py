@@ -58,7 +58,7 @@ class Measurement:
         if self.num_folds:
             text = f"Estimated by {self.num_folds}-fold cross-validation"
         if number := self.metrics.get("num_uncounted"):
-            text += f" of the others: {number:,} that a model was unsure about only train it"
+            text += f" without the {number:,} photos that a model was unsure about, which are only trained on"
         if f"{self.metric}_interval" not in self.metrics or self.metrics.get("no_estimate"):
             return f"{text}, without an interval"
         if self.metrics["num_images"] < MIN_CORRECTED_IMAGES:

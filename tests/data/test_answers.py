@@ -48,7 +48,7 @@ def test_answers_replace_labels_and_are_counted() -> None:
     assert labels == {"0.png": "cat", "1.png": "Äpfel", "2.png": "cat", "4.png": "Äpfel"}
     assert text == (
         "1 labels changed, 2 confirmed, 1 photos without a label got one, 1 show none of the classes; "
-        "1 answers are about other photos; of 2 labels that no classifier disputed, 1 were changed"
+        "1 answers are about other photos; of 2 labels of photos drawn at random, 1 were changed"
     )
 
 
