@@ -7,10 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from helpers.tiny_models import raises_one_line, save_classifier
+from PIL import Image
+from playwright.sync_api import Browser
 
 from modeling_vitcls.cli.commands import run_predict
 from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.inference.predict import apply_labels, describe_labels
+from modeling_vitcls.publishing.labels_page import write_labels_page
 
 
 def ask(folder: Path, photos: Path, **flags: object) -> dict[str, str]:
@@ -88,3 +91,21 @@ def test_what_a_person_corrects_is_right_and_random_draws_tell_how_many_others_a
     text = describe_labels(answered, 1000)
     assert text.startswith("200 of the 1,000 labels of photos outside the training are a person's")
     assert "about 87% of the labels are right (95% interval: 72% to 98%)" in text
+
+
+def test_of_ten_classes_only_letters_that_one_begins_with_answer(
+    folder: Path, browser: Browser
+) -> None:
+    names = ["shirt", "shirts", "shoes", *"abcdefg"]
+    photo = {"label": "", "prediction": "a", "chosen": "random", "image": "1.png"}
+    picture = Image.new("RGB", (8, 8))
+    photos = [photo | {"checksum": f"{n:016x}", "picture": picture} for n in range(3)]
+    write_labels_page(folder / "page.html", photos, names)
+    page = browser.new_page()
+    page.goto((folder / "page.html").as_uri())
+    numbers = []
+    for keys in ("sh", "oe", "shirt"):
+        page.keyboard.type(keys)
+        page.keyboard.press("Enter")
+        numbers.append(page.evaluate("Object.values(answers).map(each => each.label).join()"))
+    assert numbers == ["", "shoes", "shoes,shirt"]
