@@ -55,6 +55,6 @@ def describe_pairs(record: dict[str, Any]) -> str | None:
     if right > MAX_ACCURACY * count:
         return None
     return (
-        f"{' and '.join(record['classes'])} cannot be told apart ({right:,} of {count:,} right): are they one "
-        "kind? If so, join them; more photos of them would not help"
+        f"{' and '.join(record['classes'])} are hardly told apart ({right:,} of {count:,} right): are they one "
+        "kind? If so, join them"
     )
