@@ -140,7 +140,7 @@ def load_splits(
         OSError: if the dataset cannot be found.
     """
     if options.more_data:
-        return load_several(options, use_labels, select, trained, keeps_unlabeled)
+        return load_several(options, use_labels, select, keeps_unlabeled)
     wanted = options.label_column or (trained or {}).get("label_column") or ()
     name, folder, splits = open_dataset(
         options.dataset, use_labels, wanted, options.group_column != NO_GROUPS
@@ -212,7 +212,6 @@ def load_several(
     options: DataOptions,
     use_labels: bool,
     select: SplitSelector,
-    trained: Mapping[str, Any] | None,
     keeps_unlabeled: bool,
 ) -> Splits:
     """Load `dataset` and `more_data` as one split: a table in memory, with images that are no files.
@@ -236,7 +235,6 @@ def load_several(
         part = load_splits(
             replace(options, dataset=dataset, more_data=(), answers=()),
             has_labels,
-            trained=trained,
             keeps_unlabeled=True,
         )
         if len(part.images_by_split) > 1 or part.label_space.kind != OneLabel.kind:

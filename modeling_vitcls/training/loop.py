@@ -326,6 +326,7 @@ class TrainingLoop:
         metadata = self.run_metadata | {
             "step": self.step,
             "training_seconds": self.get_training_seconds(),
+            "recent_losses": self.recent_losses,  # Of the main process: they are logged as means
             "pending_record": self.pending_record,
             "unreadable_images": sorted(self.unreadable_images),
         }
@@ -345,6 +346,7 @@ class TrainingLoop:
         metadata = checkpoint.metadata
         scatter_state(checkpoint, self.accelerator, self.model, self.optimizer, self.start)
         self.step = checkpoint.step
+        self.recent_losses = metadata["recent_losses"]
         self.pending_record = metadata["pending_record"]
         self.unreadable_images.update(metadata["unreadable_images"])
         self.earlier_seconds = metadata["training_seconds"]
