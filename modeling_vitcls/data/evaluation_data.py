@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from .images import LabeledImages
@@ -27,9 +26,8 @@ class EvaluationData(NamedTuple):
     split: str
     num_trained: int  # Number of images that trained the model: left out, unless a split is named
     description: str  # Says which images these are
-    outside: LabeledImages | None = (
-        None  # Images that show none of the classes, as a person has answered
-    )
+    # Images that show none of the classes, as a person has answered, without those chosen as unknown
+    outside: LabeledImages | None = None
 
 
 def load_evaluation_data(
@@ -65,8 +63,12 @@ def load_evaluation_data(
     ((name, images),) = loaded.images_by_split.items()
     outside = None
     if images.chosen is not None:
-        is_missing = np.array([label is None for label in images.labels])
-        outside = images.select(np.flatnonzero(is_missing & (images.chosen != "")))
+        # A page that asks about unknown photos would measure its own choice
+        outside = images.select(
+            index
+            for index, why in enumerate(images.chosen)
+            if images.labels[index] is None and why not in ("", "unknown")
+        )
         images = drop_unlabeled_images(images, dataset, ["label"])
     if use_labels:
         images = add_keys({name: images})[name]

@@ -117,9 +117,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             return select_logits(label_space, outputs)
         return outputs.task_logits[options.task]  # type: ignore[no-any-return]
 
-    def select_distance(outputs: Any) -> Tensor:
-        return outputs.distance[:, None]  # type: ignore[no-any-return]
-
     start_time = time.perf_counter()
     features = encoder.compute_features(data.images, layout, select, console=console)
     outputs = features
@@ -132,7 +129,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(names, predictions)
     seconds = time.perf_counter() - start_time
     if data.outside and config.distance_threshold is not None and model.distance_layers:
-        distances = encoder.compute_features(data.outside, layout, select_distance).logits
+        distances = encoder.compute_features(
+            data.outside, layout, lambda outputs: outputs.distance[:, None]
+        ).logits
         predictions.metrics["outside"] = {
             "num_images": len(distances),
             "num_unknown": int((distances > config.distance_threshold).sum()),
@@ -256,7 +255,7 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
     if outside := results.get("outside"):
         console.print(
             f"{outside['num_unknown']:,} of {outside['num_images']:,} photos that show none of the classes "
-            "are `unknown`"
+            "are `unknown`, without those that were asked about because they are"
         )
 
 

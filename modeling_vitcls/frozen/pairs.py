@@ -1,6 +1,6 @@
 """Are two classes one kind with two names?
 
-answers of cross-validation -> the pair that is exchanged most often -> a question
+predictions out of fold -> the pair of classes that are exchanged most often -> a question
 """
 
 from typing import Any
@@ -29,7 +29,8 @@ def measure_pairs(_: TrainingData, head: FrozenHead) -> dict[str, Any] | None:
     probe = head.probe
     if probe.lines_ is not None or not probe.num_folds_:
         return None
-    known = np.isfinite(probe.losses_)
+    # Photos that were chosen because a model was unsure about them are harder than others
+    known = np.isfinite(probe.losses_) & probe.is_counted_
     matrix = confusion_matrix(
         head.features.labels[: len(known)][known],
         probe.classes_[probe.out_of_fold_[known].argmax(axis=1)],
@@ -55,6 +56,6 @@ def describe_pairs(record: dict[str, Any]) -> str | None:
     if right > MAX_ACCURACY * count:
         return None
     return (
-        f"{' and '.join(record['classes'])} are hardly told apart ({right:,} of {count:,} right): are they one "
-        "kind? If so, join them"
+        f"{' and '.join(record['classes'])} are exchanged about as often as by chance ({right:,} of {count:,} "
+        "right): are they one kind? If so, join them"
     )

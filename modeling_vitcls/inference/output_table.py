@@ -104,11 +104,12 @@ class OutputTable:
         from ..data.sources import READERS, read_tables
 
         reader = READERS.get(self.file.suffix.lower(), "json")
-        before = read_tables(self.file.parent, reader, {"old": [self.file]})["old"].to_pandas()
-        if "label" not in before:
-            return
-        both = pd.DataFrame(summary).merge(before, on="checksum", suffixes=("", "_before"))
-        changed = both[both["label"].fillna("") != both["label_before"].fillna("")]
-        file = self.file.with_suffix(".changed.csv")
-        changed.filter("image label_before label source".split()).to_csv(file, index=False)
-        print(f"{file}: {len(changed):,} photos whose label has changed")
+        # A list that cannot be made, such as after a table of features, must not cost the new table
+        with suppress(KeyError, OSError, ValueError):
+            table = read_tables(self.file.parent, reader, {"old": [self.file]})["old"]
+            before = table.to_pandas().drop_duplicates("checksum")
+            both = pd.DataFrame(summary).merge(before, on="checksum", suffixes=("", "_before"))
+            changed = both[both["label"].fillna("") != both["label_before"].fillna("")]
+            file = self.file.with_suffix(".changed.csv")
+            changed.filter("image label_before label source".split()).to_csv(file, index=False)
+            print(f"{file}: {len(changed):,} photos whose label has changed")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from helpers.prediction_photos import write_predictions
 from helpers.tiny_models import raises_one_line, save_classifier
@@ -95,3 +96,19 @@ def test_left_out_folders_are_named_again_at_the_end(
     folder = shutil.copytree(photos, table.with_name("photos"))  # A line is said once
     write_predictions(model, folder, table)
     assert f"left out: {folder / '.hidden'} (images: 1)" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_copies_of_a_photo_are_listed_once_each_if_their_label_changes(
+    suffix: str, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    folder, table = tmp_path / "photos", tmp_path / f"table{suffix}"
+    shutil.copytree(photos / "inner", folder)
+    first, *_ = sorted(folder.iterdir())
+    shutil.copy(first, first.with_stem("copy"))
+    write_predictions(model, folder, table)
+    other = save_classifier(tmp_path / "other", "new", "names")
+    write_predictions(other, folder, table)
+    changed = pd.read_csv(tmp_path / "table.changed.csv")
+    assert changed["image"].is_unique
+    assert len(changed) == 7
