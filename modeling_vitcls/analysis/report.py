@@ -70,7 +70,7 @@ def write_page(
 
 
 def write_tables(file: Path, inspection: Inspection) -> None:
-    """Write the effects as numbers to a CSV or Parquet file, and the layers to FILE-layers beside it.
+    """Write the effects as numbers to a CSV or Parquet file, and the layers to FILE-layers in the same folder.
 
     Raises:
         OSError: if a file cannot be written.

@@ -27,16 +27,16 @@ def measure_pairs(_: TrainingData, head: FrozenHead) -> dict[str, Any] | None:
         for several labels per image, and if no pair has `MIN_PHOTOS`.
     """
     probe = head.probe
-    if probe.lines_ is not None or not probe.num_folds_:
-        return None
     # Photos that were chosen because a model was unsure about them are harder than others
     known = np.isfinite(probe.losses_) & probe.is_counted_
+    if probe.lines_ is not None or not known.any():
+        return None
     matrix = confusion_matrix(
         head.features.labels[: len(known)][known],
         probe.classes_[probe.out_of_fold_[known].argmax(axis=1)],
         labels=probe.classes_,
     )
-    right = np.add.outer(matrix.diagonal(), matrix.diagonal())
+    right = matrix.diagonal() + matrix.diagonal()[:, None]
     counts = right + matrix + matrix.T
     np.fill_diagonal(counts, 0)
     accuracies = np.where(counts < MIN_PHOTOS, np.inf, right) / np.maximum(counts, 1)

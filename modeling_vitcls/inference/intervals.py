@@ -31,7 +31,7 @@ def compute_proportion_interval(
     Args:
         groups: [num_trials], such as patients, or the copies of an image.
     """
-    from scipy import stats  # Slow to import, and `predict` needs no interval without answers
+    from scipy import stats  # Slow to import; predictions without answers have no interval
 
     num_units = num_trials if groups is None else len(np.unique(groups))
     num_right = round(num_successes / num_trials * num_units)

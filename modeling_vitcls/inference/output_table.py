@@ -106,8 +106,8 @@ class OutputTable:
         reader = READERS.get(self.file.suffix.lower(), "json")
         # A list that cannot be made, such as after a table of features, must not cost the new table
         with suppress(KeyError, OSError, ValueError):
-            table = read_tables(self.file.parent, reader, {"old": [self.file]})["old"]
-            before = table.to_pandas().drop_duplicates("checksum")
+            table = read_tables(self.file.parent, reader, {"old": [self.file]})["old"].to_pandas()
+            before = table.drop_duplicates("checksum")
             both = pd.DataFrame(summary).merge(before, on="checksum", suffixes=("", "_before"))
             changed = both[both["label"].fillna("") != both["label_before"].fillna("")]
             file = self.file.with_suffix(".changed.csv")

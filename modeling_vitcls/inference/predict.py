@@ -133,8 +133,8 @@ def describe_labels(answered: Counter[tuple[bool, bool]], num_labels: int) -> st
     text = f"{answered.total():,} of the {num_labels:,} labels of photos outside the training are a person's"
     if num_drawn < MIN_DRAWN:
         return (
-            f"{text}. An estimate of how many are right requires {MIN_DRAWN} answers about random photos that did "
-            "not train the model: write another page with `--review`"
+            f"{text}. An estimate of how many are right requires {MIN_DRAWN} answers about random photos that the "
+            "model was not trained on: write another page with `--review`"
         )
     bounds = compute_proportion_interval(num_right, num_drawn)
     corrected = (answered[True, False] + answered[False, False]) / num_labels

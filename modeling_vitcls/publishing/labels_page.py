@@ -69,4 +69,4 @@ def write_labels_page(
     text = render("labels.html.j2", questions=photos, class_names=class_names)
     with write_atomically(file) as temporary_file:
         temporary_file.write_text(text, encoding="utf-8")
-    print(f"labels    {file} asks what {len(photos):,} photos show")
+    print(f"labels    {file}: a page for answers about {len(photos):,} photos")

@@ -12,15 +12,18 @@ from modeling_vitcls.frozen.pairs import describe_pairs, measure_pairs
 NAMES = ["coat", "hat", "shoes", "sneakers"]
 
 
-def measure(distance: float, num_images: int = 160) -> dict | None:
-    """Measure four classes of which the last two have this distance between their features."""
+def measure(distance: float, num_images: int = 160, num_unsure: int = 0) -> dict | None:
+    """Measure four classes of which the last two have this distance between their features.
+
+    A model was unsure about the first `num_unsure` photos.
+    """
     generator = np.random.default_rng(0)
     labels = np.arange(num_images) % 4
     centers = 5 * np.eye(4, 16)
     centers[3] = centers[2] + distance * np.eye(4, 16)[3]
     features = generator.normal(size=(num_images, 16)) + centers[labels]
     head = SimpleNamespace(
-        probe=LinearProbe().fit(features, labels),
+        probe=LinearProbe().fit(features, labels, is_counted=np.arange(num_images) >= num_unsure),
         features=SimpleNamespace(labels=labels),
         labels=SimpleNamespace(names=NAMES),
     )
@@ -39,5 +42,8 @@ def test_classes_that_are_told_apart_are_not(distance: float) -> None:
     assert describe_pairs(measure(distance)) is None
 
 
-def test_nothing_is_measured_on_too_few_photos() -> None:
-    assert measure(0.0, 40) is None
+@pytest.mark.parametrize(("num_images", "num_unsure"), [(40, 0), (160, 120), (160, 160)])
+def test_too_few_photos_that_no_model_chose_measure_nothing(
+    num_images: int, num_unsure: int
+) -> None:
+    assert measure(0.0, num_images, num_unsure) is None
