@@ -28,6 +28,7 @@ import difflib
 import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -728,7 +729,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     @property
     def token_counts(self) -> tuple[int, ...]:
         """The numbers of CLS, distillation and register tokens, in sequence order."""
-        return tuple(getattr(self, field) for field in COUNT_FIELDS.values())
+        return attrgetter(*COUNT_FIELDS.values())(self)
 
     @property
     def image_height_width(self) -> Size:

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from helpers.command_in_process import run_here
 from helpers.photo_folders import get_unicode_forms, write_photos
 from helpers.scripts_in_process import SCRIPTS
+from packaging import version
 from PIL import Image
 
 import modeling_vitcls
@@ -116,6 +118,10 @@ def test_help_and_wrong_flags_do_not_load_torch(arguments: tuple[str, ...]) -> N
     assert ran.returncode == (2 if "--epoch" in arguments else 0)
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.22"),
+    reason="transformers below 5.22 imports scikit-learn with its pipelines",
+)
 def test_a_photo_is_predicted_without_libraries_of_tables_and_training(tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.new("RGB", (40, 30)).save(photo)

@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
+from helpers.tiny_models import initialize
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 
 
@@ -42,9 +43,8 @@ def train_digits_model(epochs: int = 12, **fields: Any) -> ViTCLSForImageClassif
 
     `fields` overrides fields of the configuration. With fewer labels, the other digits are left out.
     """
-    torch.manual_seed(0)
     config = build_digits_config(**{"num_register_tokens": 2, "num_labels": 10} | fields)
-    model = ViTCLSForImageClassification(config).train()
+    model = initialize(ViTCLSForImageClassification(config)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     known = torch.nonzero(LABELS[:NUM_TRAINED] < config.num_labels)[:, 0]
     schedule = torch.optim.lr_scheduler.OneCycleLR(

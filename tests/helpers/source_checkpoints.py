@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import transformers
 from timm.models import save_for_hf
 
-from helpers.tiny_models import raises_one_line, save_both
+from helpers.tiny_models import initialize, raises_one_line, save_both
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from scripts.tools.random_weights import randomize_weights
 
@@ -67,8 +66,7 @@ def save_large_encoder(folder: Path, num_layers: int = 2) -> str:
         image_size=280,
         patch_size=28,
     )
-    torch.manual_seed(0)
-    transformers.Dinov2Model(config).save_pretrained(folder)
+    initialize(transformers.Dinov2Model(config)).save_pretrained(folder)
     processor = transformers.ViTImageProcessor(size={"height": 280, "width": 280})
     processor.save_pretrained(folder)
     return str(folder)

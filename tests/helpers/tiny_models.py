@@ -145,6 +145,16 @@ def randomize(model: Model, seed: int = 0) -> Model:
     return model.eval()
 
 
+@torch.no_grad()
+def initialize(model: Model) -> Model:
+    """Draw the matrices of a new model, equal with all versions of PyTorch; `trunc_normal_` is not."""
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.copy_(torch.randn(parameter.shape) * 0.02)
+    return model
+
+
 def build_random(model_class: Callable[[ViTCLSConfig], Model], **fields: Any) -> Model:
     """Return a tiny model with random parameters, in eval mode; `fields` are of its configuration."""
     return randomize(model_class(build_tiny_config(**fields)))

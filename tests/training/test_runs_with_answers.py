@@ -36,7 +36,9 @@ def test_who_believes_the_model_gets_no_estimate_and_unsure_photos_only_train(
     run: Any, module_path: Path
 ) -> None:
     results, questions = run("first")
-    answers = questions.assign(label=questions["answer"], time="")
+    # Photos that only look like one scene with two labels may have the label that the model says.
+    believed = questions.query("chosen == 'random' or answer != before")
+    answers = believed.assign(label=believed["answer"], time="")
     answers["chosen"] = answers["chosen"].replace("random", "unsure")
     answers.to_csv(module_path / "answers.csv")
     second, others = run("second", "--answers", str(module_path / "answers.csv"))
@@ -44,7 +46,7 @@ def test_who_believes_the_model_gets_no_estimate_and_unsure_photos_only_train(
     assert second["num_uncounted"] == num_unsure
     assert second["num_images"] == results["num_images"] - num_unsure
     assert re.search(r"\d right\. No estimate: (\d+) of \1 labels", second["printed"])
-    assert not {*questions["checksum"]} & {*others["checksum"]}
+    assert not {*answers["checksum"]} & {*others["checksum"]}
 
 
 def test_photos_that_are_held_out_are_never_on_a_page(run: Any) -> None:
