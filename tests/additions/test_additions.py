@@ -110,7 +110,7 @@ def test_an_added_task_is_better_than_chance_and_keeps_the_logits(
     results = evaluate(
         with_parity, build_dataset(TASKS["parity"]), task="parity", split="train", num_workers=0
     )
-    assert results["accuracy"] > 0.7
+    assert results["accuracy"] > 0.65  # By chance, one run in a thousand has as many of 120
 
 
 def test_an_earlier_task_keeps_its_bits(with_parity: Path, tmp_path: Path) -> None:
