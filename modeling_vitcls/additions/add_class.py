@@ -15,7 +15,6 @@ from ..data.cells import normalize_name, warn_about_similar_names
 from ..data.images import LabeledImages
 from ..data.in_memory import get_title
 from ..data.labels import LabelSpace, OneLabel, get_label_space
-from ..data.sources import Splits
 from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, read_splits
 from ..evaluation.evaluator import build_predictions, build_rows
@@ -123,7 +122,10 @@ def load_new_images(
     """Load the training images of the new classes."""
     images = load_undivided_images(options, min_classes=1)
     check_has_one_label(images.label_space, images.name)
-    label_space, train = keep_classes_with_images(images)
+    ((column, names),) = images.label_space.columns.items()
+    # A filtered dataset still declares the classes without images.
+    labels, indices = np.unique(images.train.labels, return_inverse=True)
+    label_space = OneLabel({column: [names[label] for label in labels]})
     old = set(map(normalize_name, old_names))
     if unused := set(images.label_space.names) - {*label_space.names, *old}:
         warn_on_first_process(
@@ -134,15 +136,7 @@ def load_new_images(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
     warn_about_similar_names(f"{images.name} and the model", [*old_names, *label_space.names])
-    return label_space, train
-
-
-def keep_classes_with_images(images: Splits) -> tuple[LabelSpace, LabeledImages]:
-    """Leave out the classes without images, which a filtered dataset still declares."""
-    ((column, names),) = images.label_space.columns.items()
-    labels, indices = np.unique(images.train.labels, return_inverse=True)
-    kept = OneLabel({column: [names[label] for label in labels]})
-    return kept, replace(images.train, labels=indices.tolist())
+    return label_space, replace(images.train, labels=indices.tolist())
 
 
 def build_class_rows(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchangedOptions
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
-from ..runtime.flags import Options, check_value
+from ..runtime.flags import Options, check_each
 from ..training.options import FinetuneOptions
 from .demo import run_demo
 from .export import run_export
@@ -250,8 +250,8 @@ class PushOptions(Options):
 
     def check(self) -> None:
         super().check()
-        is_identifier = self.license is None or re.fullmatch(r"[a-z0-9.-]+", self.license)
-        check_value(self, "license", bool(is_identifier), "an identifier, such as apache-2.0")
+        is_identifier = re.compile(r"[a-z0-9.-]+").fullmatch
+        check_each(self, is_identifier, "an identifier, such as apache-2.0", "license")
 
 
 def run_push(options: PushOptions) -> None:

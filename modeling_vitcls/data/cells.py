@@ -121,7 +121,11 @@ def read_label_names(
             check_numbers(where, found_names, has_lists)
         elif separator != NO_SEPARATOR:
             warn_about_joined_names(where, found_names)
-        classes = sort_classes(found_names)
+        # By their spelling, class 10 would come before class 2.
+        classes = sorted(
+            found_names,
+            key=lambda text: int(text) if text.removeprefix("-").isdecimal() else math.inf,
+        )
     warn_about_similar_names(where, classes)
     return classes, names, has_lists
 
@@ -280,15 +284,6 @@ def check_numbers(where: str, names: Collection[str], has_lists: bool) -> None:
             f"WARNING: {where} has the class {missing[0]}. If it means that an image has no label, leave "
             "these cells empty; if it means that it does not have this one, write 0"
         )
-
-
-def sort_classes(names: Collection[str]) -> list[str]:
-    """Sort the different labels of a column; numbers by value."""
-    # By their spelling, class 10 would come before class 2.
-    return sorted(
-        names,
-        key=lambda text: (int(text) if text.removeprefix("-").isdecimal() else math.inf, text),
-    )
 
 
 def warn_about_joined_names(where: str, names: Sequence[str]) -> None:

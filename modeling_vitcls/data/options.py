@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..runtime.flags import Options, check_minimum, check_value, get_flag_fields
+from ..runtime.flags import Options, check_each, check_minimum, get_flag_fields
 
 
-DEFAULT_HELD_OUT_FRACTION = 0.2
 # A shift or zoom of 1 would leave nothing of an image.
 LARGEST_AUGMENT = {"rotation": 180, "shift": 0.9, "zoom": 0.9, "random_erasing": 1, "cutmix": 10}
 
@@ -53,16 +52,9 @@ class DataOptions(Options):
     """Number of processes that load training images, per training process, and of threads that
     load other images. 0: images are loaded when they are needed."""
 
-    @property
-    def held_out_part(self) -> float:
-        """The fraction of the images to hold out."""
-        fraction = self.held_out_fraction
-        return DEFAULT_HELD_OUT_FRACTION if fraction is None else fraction
-
     def check(self) -> None:
         super().check()
-        fraction = self.held_out_part
-        check_value(self, "held_out_fraction", 0 <= fraction < 1, "at least 0 and below 1")
+        check_each(self, lambda part: 0 <= part < 1, "at least 0 and below 1", "held_out_fraction")
         check_minimum(self, 0, "num_workers")
 
 
@@ -96,12 +88,7 @@ class AugmentationOptions(Options):
 
     def check(self) -> None:
         super().check()
-        check_value(
-            self,
-            "crop_scale",
-            self.crop_scale is None or 0 < self.crop_scale <= 1,
-            "above 0 and at most 1",
-        )
+        check_each(self, lambda scale: 0 < scale <= 1, "above 0 and at most 1", "crop_scale")
         for name, value in (self.augment or {}).items():
             largest = LARGEST_AUGMENT.get(name, -1)
             if not isinstance(value, int | float) or not 0 <= value <= largest:

@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from pandas.util import hash_array
 from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor
 
@@ -44,17 +45,10 @@ def draw_numbers(keys: np.ndarray, seed: int) -> np.ndarray:
 
     It is the first one of a SplitMix64 sequence (Steele, Lea and Flood 2014).
     """
-    starts = mix_bits(
-        np.uint64(derive_seed(seed)) ^ mix_bits(keys.astype(np.uint64) + GOLDEN_GAMMA)
+    starts = hash_array(
+        np.uint64(derive_seed(seed)) ^ hash_array(keys.astype(np.uint64) + GOLDEN_GAMMA)
     )
-    return mix_bits(starts + GOLDEN_GAMMA)
-
-
-def mix_bits(counters: np.ndarray) -> np.ndarray:
-    """Compute the SplitMix64 output for each counter value."""
-    counters = (counters ^ (counters >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    counters = (counters ^ (counters >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return counters ^ (counters >> np.uint64(31))
+    return hash_array(starts + GOLDEN_GAMMA)
 
 
 # Epochs -------------------------------------------------------------------------------------------

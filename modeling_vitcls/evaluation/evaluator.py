@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from ..data.batches import MAX_CACHE_BYTES
@@ -143,15 +142,13 @@ class Evaluator(ImagePass):
     pass_name = "evaluating"
     max_cache_bytes = MAX_CACHE_BYTES
 
-    def __call__(self, model: nn.Module, console: Console | None = None) -> MetricValues:
+    def __call__(self, model: nn.Module) -> MetricValues:
         """Measure a model; without images, there are only their numbers."""
         if not len(self.images):
             return NOTHING_MEASURED
-        return self.predict(model, console).metrics
+        return self.predict(model).metrics
 
-    def predict(
-        self, model: nn.Module, console: Console | None = None, is_mirrored: bool = False
-    ) -> Predictions:
+    def predict(self, model: nn.Module, is_mirrored: bool = False) -> Predictions:
         """Measure a model on the device in evaluation mode, and keep the logits.
 
         All processes must call this method.
@@ -169,7 +166,7 @@ class Evaluator(ImagePass):
             pixel_values = pixel_values.flip(-1) if is_mirrored else pixel_values
             return {"logits": select_logits(self.label_space, model(pixel_values))}
 
-        return build_predictions(self.label_space, self.collect(model, compute, console))
+        return build_predictions(self.label_space, self.collect(model, compute))
 
 
 def select_logits(label_space: LabelSpace, outputs: Any) -> Tensor:

@@ -197,8 +197,8 @@ class ClassStatistics:
         features: TokenFeatures,
         labels: np.ndarray,
         num_labels: int,
-        groups: np.ndarray | None = None,
-        threshold: float | None = None,
+        groups: np.ndarray,
+        threshold: float | None,
     ) -> "ClassStatistics":
         """Append the means of `num_labels` further classes; their labels begin with 0.
 
@@ -209,7 +209,6 @@ class ClassStatistics:
         new_means = [compute_means(features[token], labels, counts) for token in self.tokens]
         scales = np.ones(num_labels)
         if threshold:
-            groups = np.arange(len(labels)) if groups is None else groups
             distances = pd.Series(self.measure_left_out(features, labels, groups))
             # Interpolated: of a handful of images, the farthest would decide. It skips NaN.
             farthest = distances.groupby(labels).quantile(KNOWN_RECALL)

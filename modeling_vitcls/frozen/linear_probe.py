@@ -313,7 +313,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             # With one or two images of each class, it takes the classes for numbers.
             warnings.simplefilter("ignore")
             check_classification_targets(labels)
-        groups = None if groups is None else pd.factorize(np.asarray(groups))[0]
+        groups = np.arange(len(labels)) if groups is None else pd.factorize(np.asarray(groups))[0]
         check_consistent_length(*features.values(), labels, groups)
         if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
             raise ValueError(
@@ -332,9 +332,12 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.refit(features, labels)
         self.calibrate(spreads[self.candidate_], features, targets)
         self.distance_threshold_: float | None = None
-        # Pairs have no covariance, in which a photo of another class would be far.
-        if self.has_covariance(targets):
-            self.set_threshold(distances, features)
+        # Distances out of fold: an image is closer to a mean that contains it than a new image would
+        # be. Pairs have no covariance, in which a photo of another class would be far.
+        own = distances.get(choose_statistics_tokens(features, self.candidate_), np.empty(0))
+        own = own[np.isfinite(own)]
+        if self.has_covariance(targets) and len(own) >= MIN_DISTANCE_IMAGES:
+            self.distance_threshold_ = float(np.quantile(own, KNOWN_RECALL, method="higher"))
         return self
 
     def cross_validate(
@@ -407,7 +410,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self,
         logits: Mapping[Candidate, np.ndarray],
         labels: np.ndarray,
-        groups: np.ndarray | None,
+        groups: np.ndarray,
     ) -> None:
         """Choose the candidate with the lowest log loss; without folds, the simplest one.
 
@@ -437,15 +440,14 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.losses_ = chosen.losses
         known = np.isfinite(chosen.losses)
         self.out_of_fold_[known] = self.target_.to_probabilities(chosen.logits[known])
-        own_groups = None if groups is None else groups[known]
         if self.lines_ is not None:
             self.estimate_ = estimate_average_precision(
-                chosen.logits[known], labels[known], own_groups
+                chosen.logits[known], labels[known], groups[known]
             )
             return
         losses = np.stack([score.losses[known] for score in scores])
         is_right = np.stack([score.is_right for score in scores])
-        self.estimate_ = estimate_after_choice(losses * weights[known], is_right, own_groups)
+        self.estimate_ = estimate_after_choice(losses * weights[known], is_right, groups[known])
 
     def refit(self, features: TokenFeatures, labels: np.ndarray) -> None:
         """Fit what was chosen to all images, also to images that took no part in the choice."""
@@ -494,17 +496,6 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # features have no spread.
         if spread > 1e-6:
             self.temperature_ *= min(1.0, spread / np.mean(fold_spreads).item())
-
-    def set_threshold(
-        self, distances: Mapping[Tokens, np.ndarray], features: TokenFeatures
-    ) -> None:
-        """Set the distance from which an image is unknown, if there are enough images."""
-        # Distances out of fold: an image is closer to a mean that contains it than a new image
-        # would be.
-        own = distances.get(choose_statistics_tokens(features, self.candidate_), np.empty(0))
-        own = own[np.isfinite(own)]
-        if len(own) >= MIN_DISTANCE_IMAGES:
-            self.distance_threshold_ = float(np.quantile(own, KNOWN_RECALL, method="higher"))
 
     @property
     def is_balanced(self) -> bool:
@@ -612,7 +603,7 @@ def stack_tokens(features: TokenFeatures, tokens: Sequence[Token]) -> np.ndarray
 
 def split_folds(
     labels: np.ndarray,
-    groups: np.ndarray | None,
+    groups: np.ndarray,
     num_folds: int | None = None,
     min_classes: int = 2,
 ) -> Folds:
@@ -633,7 +624,7 @@ def split_folds(
     if num_folds is None:
         num_folds = NUM_FOLDS_OF_FEW if len(labels) <= FEW_IMAGES else NUM_FOLDS
     # Numbered in the order of the images, whatever the numbers were; images without a group are one
-    groups = np.arange(len(labels)) if groups is None else pd.factorize(groups)[0]
+    groups = pd.factorize(groups)[0]
     is_grouped = groups.max() + 1 < len(labels)
     num_groups = np.array(
         [len(np.unique(groups[labels == label])) for label in range(labels.max() + 1)]

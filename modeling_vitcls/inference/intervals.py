@@ -61,7 +61,7 @@ def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
 def estimate_after_choice(
     losses: np.ndarray,
     is_right: np.ndarray,
-    groups: np.ndarray | None = None,
+    groups: np.ndarray,
 ) -> dict[str, Any]:
     """Estimate the accuracy of the candidate with the lowest loss, corrected for the choice.
 
@@ -79,7 +79,8 @@ def estimate_after_choice(
         The metric and its interval, as fields of results.json.
     """
     num_images = losses.shape[1]
-    groups, num_groups = number_groups(groups, num_images)
+    unique, groups = np.unique(groups, return_inverse=True)
+    num_groups = len(unique)
     generator = np.random.default_rng(0)
     accuracies = []
     for _ in range(NUM_RESAMPLES):
@@ -101,7 +102,7 @@ def estimate_after_choice(
 
 
 def estimate_average_precision(
-    scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+    scores: np.ndarray, labels: np.ndarray, groups: np.ndarray
 ) -> dict[str, Any]:
     """Estimate the mean average precision of several labels, with a bootstrap interval over images.
 
@@ -117,7 +118,8 @@ def estimate_average_precision(
         The metric and its interval, as fields of results.json.
     """
     num_images = len(labels)
-    groups, num_groups = number_groups(groups, num_images)
+    unique, groups = np.unique(groups, return_inverse=True)
+    num_groups = len(unique)
     generator = np.random.default_rng(0)
     draws = generator.multinomial(num_groups, np.ones(num_groups) / num_groups, NUM_RESAMPLES)
     # How often each image is in each sample; the first one is the images themselves
@@ -145,11 +147,3 @@ def estimate_average_precision(
     # With many labels of one image, every sample looks better than the images themselves.
     interval = [min(low, float(means[0])), max(high, float(means[0]))]
     return {"mean_average_precision": float(means[0]), "mean_average_precision_interval": interval}
-
-
-def number_groups(groups: np.ndarray | None, num_images: int) -> tuple[np.ndarray, int]:
-    """Number the groups [N] of images from 0, and count them; without groups, each image is one."""
-    unique, numbers = np.unique(
-        np.arange(num_images) if groups is None else groups, return_inverse=True
-    )
-    return numbers, len(unique)

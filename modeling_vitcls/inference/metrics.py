@@ -44,7 +44,6 @@ class Metric:
     """How a metric is named and formatted."""
 
     title: str  # In tables, cards and reports
-    is_percentage: bool = True  # Otherwise, it is a number, which may be negative
     count_text: str = ""  # Words after the count of a metric that counts images
 
 

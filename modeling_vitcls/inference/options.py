@@ -8,7 +8,7 @@ from tyro.conf import Positional, arg
 
 from ..data.options import DataOptions
 from ..hub.model_files import check_output_files
-from ..runtime.flags import Options, check_minimum, check_suffix, check_value
+from ..runtime.flags import Options, check_each, check_minimum, check_suffix, check_value
 
 
 # Written without a flag
@@ -29,8 +29,7 @@ class EngineOptions(Options):
 
     def check(self) -> None:
         super().check()
-        is_probability = self.threshold is None or 0 <= self.threshold <= 1
-        check_value(self, "threshold", is_probability, "from 0 to 1")
+        check_each(self, lambda value: 0 <= value <= 1, "from 0 to 1", "threshold")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,10 +85,10 @@ def state_result(
         format_label: formats the name of a class.
     """
     value, num_images = metrics[name], metrics["num_images"]
-    text = format_value(name, value, num_images)
+    text = format_percent(value, num_images)
     bounds = None
     if interval := metrics.get(f"{name}_interval"):
-        low, high = (format_value(name, each, num_images).removesuffix("%") for each in interval)
+        low, high = (format_percent(each, num_images).removesuffix("%") for each in interval)
         bounds = f"{low} to {high}"
     if not counts_images(metrics, name):
         return text if bounds is None else f"{text} ({bounds})"
@@ -137,13 +137,6 @@ def compare_with_guess(metrics: MetricValues, format_label: Callable[[str], str]
 def counts_images(metrics: MetricValues, name: str) -> bool:
     """Check whether a metric is a part of the images. A mean over tasks is none."""
     return bool(METRICS[name].count_text) and not metrics.get("tasks")
-
-
-def format_value(name: str, value: float | None, num_images: int) -> str:
-    """Format a metric of images as a percentage, or as the number that it is; None is a dash."""
-    if value is None or METRICS[name].is_percentage:
-        return format_percent(value, num_images)
-    return f"{value:.2f}"
 
 
 def format_percent(value: float | None, num_images: int) -> str:
@@ -248,7 +241,7 @@ def build_class_row(
     }
     for key in ("precision", "f1", "average_precision"):
         if key in row:
-            cells[METRICS[key].title] = format_value(key, row[key], num_images)
+            cells[METRICS[key].title] = format_percent(row[key], num_images)
     if matrix := metrics.get("confusion_matrix"):
         index = metrics["per_class"].index(row)
         mistakes = [*matrix[index]]

@@ -265,16 +265,18 @@ def get_gated_tokens(
     config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool
 ) -> dict[str, int] | None:
     """Decide which tokens are gated after `changes`; `gate_new_tokens` includes all added tokens."""
-    counts = {field: getattr(config, field) for field in COUNT_FIELDS.values()}
-    new_counts = {field: changes.get(field, count) for field, count in counts.items()}
-    remaining_gated_tokens = update_gated_tokens(config.gated_tokens, counts, new_counts)
+    num_added = {
+        field: changes[field] - getattr(config, field)
+        for field in changes.keys() & COUNT_FIELDS.values()
+    }
+    remaining_gated_tokens = update_gated_tokens(config.gated_tokens, num_added)
     new_gated_tokens = dict(changes.get("gated_tokens", remaining_gated_tokens) or {})
 
     for kind in TOKEN_KINDS:
-        num_added = new_counts[kind.count_field] - counts[kind.count_field]
+        added = num_added.get(kind.count_field, 0)
         is_gated = gate_new_tokens and kind.is_gated
-        if is_gated and num_added > new_gated_tokens.get(kind.group, 0):
-            new_gated_tokens[kind.group] = num_added
+        if is_gated and added > new_gated_tokens.get(kind.group, 0):
+            new_gated_tokens[kind.group] = added
     return new_gated_tokens or None
 
 

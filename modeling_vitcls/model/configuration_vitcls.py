@@ -629,11 +629,13 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             stored.pop("distance_threshold", None)
             logger.warning(f"class_statistics: removed, because {changes[0]} is new")
 
-        counts = {name: stored.get(name, getattr(cls, name)) for name in COUNT_FIELDS.values()}
-        new_counts = {name: overrides.get(name, count) for name, count in counts.items()}
         gated_tokens = stored.get("gated_tokens")
         if isinstance(gated_tokens, dict):  # Another type is an error of the check of the field
-            stored["gated_tokens"] = update_gated_tokens(gated_tokens, counts, new_counts)
+            num_added = {
+                name: overrides[name] - stored.get(name, getattr(cls, name))
+                for name in overrides.keys() & COUNT_FIELDS.values()
+            }
+            stored["gated_tokens"] = update_gated_tokens(gated_tokens, num_added)
 
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any

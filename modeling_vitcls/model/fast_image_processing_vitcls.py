@@ -26,7 +26,6 @@ import PIL.Image
 import torch
 from PIL.ExifTags import Base
 from torch import Tensor
-from transformers.image_utils import SizeDict
 
 
 try:
@@ -96,14 +95,6 @@ def open_regular_file(path: str | os.PathLike[str]) -> BufferedReader:
             f"{path} is a pointer of Git LFS instead of the file. Run `git lfs pull` in its folder"
         )
     return stream
-
-
-def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:
-    """Copy the settings of an image processor, to compare them later."""
-    values = (getattr(processor, name, None) for name in names)
-    return tuple(
-        tuple(vars(value).values()) if isinstance(value, SizeDict) else value for value in values
-    )
 
 
 def can_use_fast_path(processor: Any) -> bool:

@@ -36,6 +36,7 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
     PILImageResampling,
+    SizeDict,
     infer_channel_dimension_format,
     is_valid_image,
 )
@@ -45,7 +46,6 @@ from transformers.utils import is_torchvision_available, logging
 from .fast_image_processing_vitcls import (
     URL_PREFIXES,
     can_use_fast_path,
-    get_settings,
     normalize_batch,
     open_regular_file,
     resize_and_crop,
@@ -238,7 +238,11 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
             )
         if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:
             raise ValueError(f"unknown resample {resample!r}: use one of {filters}")
-        if is_cropped and is_larger(crop_size, size):
+        is_larger = any(
+            (crop_size.get(edge) or 0) > (size.get(edge) or size.get("shortest_edge") or math.inf)
+            for edge in ("height", "width")
+        )
+        if is_cropped and is_larger:
             raise ValueError(
                 f"crop_size {crop_size} is larger than an image resized to {size}: reduce crop_size"
             )
@@ -345,7 +349,11 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
         # Settings are attributes that a person may change between two calls, so they are compared
         # each time.
-        settings = get_settings(self, self._valid_kwargs_names)
+        values = (getattr(self, name, None) for name in self._valid_kwargs_names)
+        settings = tuple(
+            tuple(vars(value).values()) if isinstance(value, SizeDict) else value
+            for value in values
+        )
         inputs = list(flatten_images(images))
         is_on_cpu = bool(inputs) and all(getattr(image, "is_cpu", True) for image in inputs)
         if settings == self._checked_settings and is_on_cpu:
@@ -712,14 +720,6 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
     for keyword in keywords.keys() - settings.keys():
         if matches := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85):
             raise ValueError(f"unknown setting {keyword!r}: did you mean {matches[0]!r}?")
-
-
-def is_larger(crop_size: dict[str, int | None], size: dict[str, int | None]) -> bool:
-    """Tell whether a crop has a longer side than an image that is resized to `size` before."""
-    return any(
-        (crop_size.get(edge) or 0) > (size.get(edge) or size.get("shortest_edge") or math.inf)
-        for edge in ("height", "width")
-    )
 
 
 def check_same_shape(images: list[Any]) -> None:

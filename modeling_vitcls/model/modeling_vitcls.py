@@ -495,15 +495,6 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         model.train(self.training)
         return model
 
-    def combine_heads(self, cls_logits: Tensor, distillation_logits: Tensor) -> Tensor:
-        """Select the logits [B, L] to return, of one of two heads, or average them."""
-        choices = {
-            "mean": (cls_logits + distillation_logits) / 2,
-            "cls": cls_logits,
-            "distillation": distillation_logits,
-        }
-        return choices[self.config.distillation_inference]
-
     @property
     def distance_layers(self) -> list[int]:
         """The layers that valid class statistics read in evaluation mode."""
@@ -586,7 +577,12 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             # [B, layers * D]
             pooled = torch.cat([each.mean(dim=1) for each in tokens], dim=-1)
             distillation_logits = self.distillation_classifier(pooled)
-            logits = self.combine_heads(cls_logits, distillation_logits)
+            choices = {
+                "mean": (cls_logits + distillation_logits) / 2,
+                "cls": cls_logits,
+                "distillation": distillation_logits,
+            }
+            logits = choices[self.config.distillation_inference]
         elif torch.onnx.is_in_onnx_export():
             # The graph would have the same output twice.
             cls_logits = None

@@ -115,9 +115,9 @@ class TokenLayout:
 
 
 def update_gated_tokens(
-    gated_tokens: Mapping[Any, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
+    gated_tokens: Mapping[Any, int] | None, num_added: Mapping[str, int]
 ) -> dict[Any, int] | None:
-    """Keep the gates of the tokens that remain when the token counts change to `new_counts`.
+    """Keep the gates of the tokens that remain when token counts change by `num_added`, by field.
 
     Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the
     end are also gated.
@@ -125,7 +125,7 @@ def update_gated_tokens(
     remaining_gated_tokens = {}
     for group, field in COUNT_FIELDS.items():
         num_gated = (gated_tokens or {}).get(group, 0)
-        if num_gated and (num_remaining := num_gated + new_counts[field] - counts[field]) > 0:
+        if num_gated and (num_remaining := num_gated + num_added.get(field, 0)) > 0:
             remaining_gated_tokens[group] = num_remaining
     return remaining_gated_tokens or None
 

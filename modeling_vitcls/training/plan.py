@@ -68,7 +68,7 @@ class RunPlan:
     @property
     def is_drawn(self) -> bool:
         """Whether images are drawn to measure the model."""
-        return bool(self.options.held_out_part) and len(self.images.images_by_split) == 1
+        return bool(self.options.held_out_fraction) and len(self.images.images_by_split) == 1
 
 
 def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:

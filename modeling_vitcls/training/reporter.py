@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..inference.metrics import select_scalars
-from ..inference.stated_result import format_value
+from ..inference.stated_result import format_percent
 from ..runtime.files import write_atomically
 from ..runtime.flags import spell_flags
 from ..runtime.progress import build_console, print_warning
@@ -93,6 +93,6 @@ class Reporter:
         for split in ("held_out", "selection"):
             if f"{split}_{name}" in record:
                 num_images = record.get(f"{split}_num_images", 0)
-                value = format_value(name, record[f"{split}_{name}"], num_images)
+                value = format_percent(record[f"{split}_{name}"], num_images)
                 text += f"  {split}: {name} {value}".replace("_", " ")
         self.console.print(text, markup=False)

@@ -147,7 +147,7 @@ def divide_run(
         groups = encoded.groups
     data = divide_images(
         plan.images,
-        plan.options.held_out_part,
+        plan.options.held_out_fraction or 0.0,
         groups if plan.is_drawn else None,  # The splits of a dataset keep their own
     )
     print_division(inputs, plan, data, reporter)

@@ -122,7 +122,8 @@ def leave_out(
     for num_images in options.sizes:
         chosen_new = drawn[-1][:num_images]
         new = train.take(chosen_new)
-        extended = statistics.extend(new.features, np.zeros(len(new.labels), np.int64), 1)
+        numbers = np.arange(len(new.labels))
+        extended = statistics.extend(new.features, 0 * numbers, 1, groups=numbers, threshold=None)
         new_weight, new_bias = extended.build_new_rows(num_classes - 1)
         with_new = np.vstack([weight, new_weight]), np.append(bias, new_bias)
         everything = train.take(np.append(chosen_old, chosen_new))

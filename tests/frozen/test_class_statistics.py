@@ -85,7 +85,9 @@ def test_an_added_class_of_many_images_has_the_row_of_a_fitted_one() -> None:
     statistics = ClassStatistics.fit({CLS: features[labels < 2]}, labels[labels < 2], 2)
     is_new = labels == 2
     new = features[is_new]
-    rows, _ = statistics.extend({CLS: new}, np.zeros(len(new), np.int64), 1).build_new_rows(2)
+    numbers = np.arange(len(new))
+    extended = statistics.extend({CLS: new}, 0 * numbers, 1, groups=numbers, threshold=None)
+    rows, _ = extended.build_new_rows(2)
 
     weight, _ = ClassStatistics.fit({CLS: features}, labels, 3).build_classifier()
     assert np.corrcoef(rows[0], weight[2])[0, 1] > 0.99
@@ -98,7 +100,8 @@ def test_a_class_of_five_images_is_found_as_often_as_one_of_many() -> None:
     weight, bias = statistics.build_classifier(has_equal_priors=True)
 
     def measure_recall(images: np.ndarray) -> float:
-        added = statistics.extend({CLS: images}, np.zeros(len(images), np.int64), 1)
+        numbers = np.arange(len(images))
+        added = statistics.extend({CLS: images}, 0 * numbers, 1, groups=numbers, threshold=None)
         rows, biases = added.build_new_rows(2)
         logits = features[is_new][500:] @ np.vstack([weight, rows]).T + [*bias, *biases]
         return float((logits.argmax(axis=1) == 2).mean())

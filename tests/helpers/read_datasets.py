@@ -21,8 +21,9 @@ def read_training_data(dataset: object, **flags: Any) -> TrainingData:
     """Read a dataset, and divide its images as a run with steps does."""
     options = DataOptions(dataset=str(dataset), **flags)
     images = load_undivided_images(options)
-    check_can_divide(images, options.held_out_part)
-    return divide_images(images, options.held_out_part)
+    fraction = 0.2 if options.held_out_fraction is None else options.held_out_fraction
+    check_can_divide(images, fraction)
+    return divide_images(images, fraction)
 
 
 def read_splits_of(dataset: object, **options: Any) -> Splits:

@@ -27,7 +27,7 @@ def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
 def test_the_interval_of_images_that_are_all_right_is_not_empty() -> None:
     """Wilson's interval of 14 of 14 begins at 78.5%."""
     is_right = np.ones((3, 14))
-    accuracy, (low, high) = estimate_after_choice(1 - is_right, is_right).values()
+    accuracy, (low, high) = estimate_after_choice(1 - is_right, is_right, np.arange(14)).values()
     assert accuracy == 1
     assert low == pytest.approx(0.785, abs=1e-3)
     assert high == pytest.approx(1)
@@ -42,7 +42,7 @@ def test_mean_average_precision_is_scikit_learns_and_its_interval_that_of_new_im
         return np.round(labels + generator.normal(size=labels.shape), 1), labels
 
     scores, labels = draw(300)
-    precision, interval = estimate_average_precision(scores, labels).values()
+    precision, interval = estimate_average_precision(scores, labels, np.arange(300)).values()
     with_images = [
         average_precision_score(labels[:, label], scores[:, label]) for label in range(3)
     ]

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from modeling_vitcls.inference.metrics import METRICS, Metric
 from modeling_vitcls.inference.stated_result import build_metric_table, state_result
 
 
@@ -52,15 +51,6 @@ def test_the_share_of_guessing_is_said_if_the_sizes_of_the_classes_differ(
     rows = [{"name": name, "images": size} for name, size in sizes.items()]
     text = state_result(build_metrics(66, 80, per_class=rows))
     assert text.removeprefix(state_result(build_metrics(66, 80))) == expected
-
-
-def test_a_metric_that_is_no_percentage_may_be_negative(monkeypatch: pytest.MonkeyPatch) -> None:
-    kappa = Metric("Kappa", is_percentage=False)
-    monkeypatch.setitem(METRICS, "kappa", kappa)
-    assert (
-        state_result({"kappa": -0.123, "kappa_interval": [-0.2, 0.0004], "num_images": 50}, "kappa")
-        == "-0.12 (-0.20 to 0.00)"
-    )
 
 
 def test_a_mean_over_tasks_is_named_and_counts_no_images() -> None:

@@ -74,7 +74,8 @@ def test_a_report_without_rows_of_photos_has_a_table_of_the_metrics(tmp_path: Pa
     """There are none of several labels per image."""
     write_photos(tmp_path / "photos", range(4), "dusk", "noon", "x")
     results = {"steps": 0, "accuracy": 0.75, "num_images": 400}
-    run = write_run_folder(tmp_path / "run", results, {"dataset": str(tmp_path / "photos")})
+    flags = {"dataset": str(tmp_path / "photos"), "held_out_fraction": 0.2}
+    run = write_run_folder(tmp_path / "run", results, flags)
     write_report(ModelFolder(run))
     assert "<td>300 of 400 right" in (run / "report.html").read_text()
 
