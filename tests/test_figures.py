@@ -35,10 +35,6 @@ EXCEPTIONS = {
     ): "95% is what the threshold is defined by",
     ("docs/converting.md", "The functions compare"): "limits",
     ("docs/converting.md", "242 of"): "scripts/tools/make_coverage.py writes the section",
-    (
-        "docs/fine-tuning.md",
-        "With 40 to 1,000 photos",
-    ): "parts of the photos, as the run takes them",
     ("docs/fine-tuning.md", "Photos are compared"): "a rule",
     ("docs/looking.md", "| part | what"): "what a printed number means",
     ("docs/looking.md", "The map is measured"): "how it is measured",

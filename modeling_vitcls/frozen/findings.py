@@ -52,7 +52,6 @@ class Finding:
 FINDINGS = (
     Finding("border", measure_border, describe_border, (RUN, PAGE, CARD)),
     Finding("camera", measure_camera, describe_camera, (RUN, PAGE, CARD)),
-    # The page has a section with its numbers instead of a line.
     Finding("curve", measure_learning_curve, describe_learning_curve, (RUN, PAGE), True),
     Finding("pairs", measure_pairs, describe_pairs, (RUN, PAGE, CARD), True),
     Finding("unknown", measure_threshold, describe_threshold, (RUN,), True),
