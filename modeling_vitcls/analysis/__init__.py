@@ -1,11 +1,11 @@
-"""What the special tokens of a model do: attention, effects and faults.
+"""What the special tokens of a model do: attention, effects and layers.
 
-photo -> sheet -> page; many images -> effects (evaluation/token_effects.py), faults -> page
+photo -> sheet -> page; many images -> effects (evaluation/token_effects.py), layers -> page
 
 options.py              flags of `vitcls inspect` and `vitcls look`
 token_use.py            which tokens the outputs of a model read, and in how many layers
 maps.py                 attention to patches as maps, and as pictures over the photo
-inspection.py           all measurements for a model and images: what a page shows; faults of tokens
+inspection.py           all measurements for a model and images: what a page shows
 layer_table.py          norms, attention, outliers and similarities of each layer and group
 report.py               the HTML report
 pages.py                HTML of the report and of sheets, from templates

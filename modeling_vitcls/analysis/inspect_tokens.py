@@ -62,7 +62,6 @@ def write_inspection(options: InspectOptions) -> Inspection:
         batch_size=batch_size,
         num_shown=options.num_images if is_page else 0,
         layers=options.layers,
-        token_movement=folder.results_of_any_weights.get("token_movement"),
         uses_bfloat16=precision == "bf16",
         watch=partial(track, console=error_console, unit=""),
     )
@@ -84,10 +83,10 @@ def write_inspection(options: InspectOptions) -> Inspection:
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Print what each token has, the gates, and the faults."""
+    """Print what each token has, and the gates."""
     lines = [describe_effect(effect) for effect in inspection.effects]
     lines += [f"{name}: gate {gate:.3f}" for name, gate in inspection.gates.items()]
-    for line in [*(lines or ["The model has no special tokens."]), *inspection.faults]:
+    for line in lines or ["The model has no special tokens."]:
         console.print(line, markup=False)
 
 

@@ -1,16 +1,10 @@
-"""What a page shows (report.py): effects of the special tokens, faults, patches, and photos.
+"""What a page shows (report.py): effects of the special tokens, layers, and photos.
 
-images -> batches in random order -> one pass: outputs, states
-       -> effects (evaluation/token_effects.py), layers (layer_table.py), faults
-       -> the images to show -> photo.py, one by one
+images -> batches in random order
+       -> effects (evaluation/token_effects.py), layers (layer_table.py)
+       -> outputs -> the images to show -> photo.py, one by one
 
 The images of `vitcls inspect` are opened in inspect_tokens.py.
-
-    list_faults(use, states, movement)
-        find_identical_tokens(...)            tokens that do the work of another token
-        find_unmoved_tokens(...)              tokens that training did not reach
-
-A token's output in a layer counts only if an output of the model depends on it (`TokenUse`).
 """
 
 from collections import Counter
@@ -33,7 +27,6 @@ from ..evaluation.token_effects import (
     collect_labels,
     get_target,
     measure_effects,
-    measure_states,
     read_batches,
 )
 from ..inference.interventions import LayerRange
@@ -47,7 +40,6 @@ from .token_use import TokenUse, find_token_use
 
 MAX_BATCH_SIZE = 32  # On GPUs, unless the person sets one
 
-Layers = Mapping[int, Tensor] | Tensor  # Layer -> states [images, S, D] of the special tokens
 ChosenPhotos = Sequence[tuple[Any, dict[str, Any]]]  # Images, and other fields of `ShownPhoto`
 
 
@@ -62,7 +54,6 @@ class Inspection:
         num_images: number of images that were measured.
         effects: records of each special token and each group (`measure_effects`).
         gates: gate of each gated token, by its name: 0 hides the token, 1 makes it ordinary.
-        faults: one sentence per identical token, and per token that training did not move.
         layers: a row for each layer and each group of tokens (`measure_layers`).
         error_messages: one message per image that could not be read.
     """
@@ -73,7 +64,6 @@ class Inspection:
     num_images: int
     effects: list[dict[str, Any]]
     gates: dict[str, float]
-    faults: list[str]
     layers: pd.DataFrame
     error_messages: list[str]
 
@@ -89,7 +79,6 @@ def inspect_images(
     num_shown: int = 6,
     effects: Sequence[dict[str, Any]] | None = None,
     layers: LayerRange = None,
-    token_movement: Mapping[str, float] | None = None,
     uses_bfloat16: bool = False,
     watch: Watch = lambda items, description: items,
 ) -> tuple[Inspection, list[ShownPhoto]]:
@@ -107,8 +96,6 @@ def inspect_images(
         effects: records of effects that were measured. Default: they are measured, which takes two
             passes per token and image (`measure_effects`).
         layers: the first and the last layer in which tokens are hidden and replaced. Default: all.
-        token_movement: distance by which training moved each token (`token_movement` in
-            results.json).
         uses_bfloat16: whether the values over all images are computed in bfloat16.
         watch: function that returns the same items and shows the progress.
 
@@ -122,8 +109,7 @@ def inspect_images(
     measured_model = model if use.has_head else model.base_model
 
     with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bfloat16):
-        outputs, states = measure_states(measured_model, watch(batches, "measuring tokens"))
-        layer_records = measure_layers(measured_model, watch(batches, "measuring layers"))
+        layer_table, outputs = measure_layers(measured_model, watch(batches, "measuring layers"))
         labels = collect_labels(batches, use.config)
         if effects is None:
             effects = measure_effects(measured_model, batches, layers, watch=watch)
@@ -135,9 +121,8 @@ def inspect_images(
         num_parameters=model.num_parameters(),
         num_images=len(indices),
         effects=list(effects),
-        faults=list_faults(use, states, token_movement or {}),
         gates=read_gates(model.base_model),
-        layers=layer_records,
+        layers=layer_table,
         error_messages=error_messages,
     )
 
@@ -221,80 +206,3 @@ def select_images(
             best = min(candidates, key=lambda index: num_selected_by_class[classes[index]])
             selected[best] = kind
     return selected
-
-
-# Faults of tokens ---------------------------------------------------------------------------------
-
-
-# Maximum distance between identical tokens, relative to their variation over images
-MAX_IDENTICAL_DISTANCE = 0.01
-ROUNDING_ERROR = 1e-6  # The error of a state, as a fraction of its norm
-
-
-def list_faults(use: TokenUse, states: Layers, movement: Mapping[str, float]) -> list[str]:
-    """Write one sentence per identical token, and per token that training did not move.
-
-    `states` has the form in which `measure_states` returns it.
-    """
-    *used_layers, _ = use.num_layers
-    # CLS tokens of tasks start as twins, and each has a classifier of its own.
-    identical = {} if use.config.tasks else find_identical_tokens(states, used_layers)
-    faults = [
-        f"{use.names[index]}: identical to {use.names[other]} after layer {layer}"
-        for index, (other, layer) in identical.items()
-    ]
-    return faults + [
-        f"{use.names[index]}: not moved by training, which moved others"
-        for index in find_unmoved_tokens(use.groups, movement)
-    ]
-
-
-def find_identical_tokens(states: Layers, used_layers: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Find tokens with the same state as another token: token -> nearest such token, and layer.
-
-    Two tokens are compared after the last layer in which both are used, because a head may ignore
-    a difference that arises later.
-
-    Args:
-        states: [images, S, D] of the special tokens, before the first layer and after each layer.
-        used_layers: [S], last layer in which each token is used.
-    """
-    identical = {}
-    for index, own_layer in enumerate(used_layers):
-        candidates = []
-        for other, other_layer in enumerate(used_layers):
-            # After its last layer, a token's state has no effect.
-            layer = min(own_layer, other_layer)
-            # In float32, the variation of a token with a large norm would be lost to rounding.
-            pair = states[layer][:, [index, other]].double()  # [images, 2, D]
-            variation = pair.std(dim=0, correction=0).norm(dim=-1)  # [2]
-            distance = pair.diff(dim=1).square().sum(dim=-1).mean().sqrt()
-            limit = (
-                MAX_IDENTICAL_DISTANCE * variation.min()
-                + ROUNDING_ERROR * pair[:, 0].mean(dim=0).norm()
-            )
-            if other != index and distance <= limit:
-                candidates.append((distance.item(), other, layer))
-        if candidates:
-            identical[index] = min(candidates)[1:]
-    return identical
-
-
-def find_unmoved_tokens(
-    groups: Mapping[str, Sequence[int]], movement: Mapping[str, float]
-) -> list[int]:
-    """Find the tokens that training did not move although it moved others.
-
-    Args:
-        groups: sequence indices of the tokens of each group (`TokenUse.groups`).
-        movement: distance by which training moved each token (`token_movement` in results.json),
-            by keys such as `cls[0]`.
-    """
-    if not any(movement.values()):
-        return []  # The run trained no token at all, but perhaps a head
-    return [
-        index
-        for group, indices in groups.items()
-        for number, index in enumerate(indices)
-        if movement.get(f"{group}[{number}]") == 0
-    ]

@@ -10,16 +10,15 @@ no content.
 """
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..evaluation.token_effects import list_groups
-from ..inference.image_pass import ImageBatch, pass_over_images
+from ..evaluation.token_effects import Outputs, gather_outputs, list_groups
+from ..inference.image_pass import ImageBatch
 from .photo import trace_attention
 
 
@@ -29,7 +28,7 @@ MEASURES = ["norm", "attention", "outliers", "similarity"]
 OUTLIER_RATIO = 3.0
 
 
-def measure_layers(model: Any, batches: Iterable[ImageBatch]) -> pd.DataFrame:
+def measure_layers(model: Any, batches: Iterable[ImageBatch]) -> tuple[pd.DataFrame, Outputs]:
     """Measure the tokens of each group after each layer, in one pass over the images.
 
     Args:
@@ -38,14 +37,17 @@ def measure_layers(model: Any, batches: Iterable[ImageBatch]) -> pd.DataFrame:
 
     Returns:
         The columns MEASURES, with a row for each layer (from 1) and each group of tokens (of
-        `config.token_layout`) that the model has.
+        `config.token_layout`) that the model has; and the outputs of the model for all images.
     """
 
     groups = {**list_groups(model.config), "patches": model.config.token_layout.patches}
     parts = []
-    # [B, N] of each layer
-    run = partial(trace_attention, model, reduce=lambda weights: weights.mean(dim=(1, 2)))
-    for _, (outputs, attention) in pass_over_images(run, batches, model.device):
+
+    def run(pixel_values: Tensor) -> Any:
+        # [B, N] of each layer
+        outputs, attention = trace_attention(
+            model, pixel_values, lambda rows: rows.mean(dim=(1, 2))
+        )
         layers = zip(pairwise(outputs.hidden_states), attention, strict=True)
         for layer, ((before, after), received) in enumerate(layers, start=1):
             norms = after.float().norm(dim=-1)  # [B, N]
@@ -57,4 +59,7 @@ def measure_layers(model: Any, batches: Iterable[ImageBatch]) -> pd.DataFrame:
                 rows = measures[:, tokens].mean(dim=1).cpu()  # [B, measures]
                 table = pd.DataFrame(rows, columns=MEASURES)
                 parts.append(table.assign(layer=layer, group=group))
-    return pd.concat(parts).groupby(["layer", "group"], sort=False).mean()
+        return outputs
+
+    outputs = gather_outputs(model, batches, run)
+    return pd.concat(parts).groupby(["layer", "group"], sort=False).mean(), outputs

@@ -52,25 +52,23 @@ NUM_MEASURED_IMAGES = 32
 BATCH_SIZE = 8
 
 
-def write_report(folder: ModelFolder) -> str | None:
-    """Write report.html and the card's image, and return the faults that the report names.
+def write_report(folder: ModelFolder) -> None:
+    """Write report.html and the card's image.
 
-    The faults are one line, "" if there are none; without a report, the result is None. The report is
-    about the last addition or, without one, about the run that wrote the folder. Errors are printed,
-    and the missing files are not written.
+    The report is about the last addition or, without one, about the run that wrote the folder. Errors
+    are printed, and the missing files are not written.
     """
     # Without a record, there is nothing to read the images from.
     if not folder.results or "dataset" not in folder.shown_flags:
-        return None
+        return
     write_page_of = write_addition_page if folder.additions else write_run_page
     try:
-        return write_page_of(folder)
+        write_page_of(folder)
     except Exception as error:  # The model is written, and does not fail by its report
         print(f"WARNING: {REPORT_FILE} could not be written: {format_error(error)}", flush=True)
-        return None
 
 
-def write_run_page(folder: ModelFolder) -> str | None:
+def write_run_page(folder: ModelFolder) -> None:
     """Measure the model of a run in the precision of the run, and write both files.
 
     The held-out images are measured or, if the run was cross-validated, the training images. The
@@ -85,11 +83,11 @@ def write_run_page(folder: ModelFolder) -> str | None:
         images = data.train
         source = "training images"
     if not len(images):
-        return None
+        return
 
     # Tasks have folds of their own, and no common result
     num_folds = results["frozen"].get("num_folds", 0) if is_cross_validated else 0
-    return draw_page(
+    draw_page(
         folder,
         images,
         source=f"{results['dataset']}, {source}",
@@ -101,12 +99,12 @@ def write_run_page(folder: ModelFolder) -> str | None:
     )
 
 
-def write_addition_page(folder: ModelFolder) -> str:
+def write_addition_page(folder: ModelFolder) -> None:
     """Show the photos of the last addition, and what was said of them when they were left out."""
     *_, record = folder.additions.values()
     data = load_undivided_images(read_data_options(folder.shown_flags), min_classes=1)
     name = format_name_list(data.label_space.names, 5)
-    return draw_page(
+    draw_page(
         folder,
         # The classifier of the model has other labels
         replace(data.train, labels=[None] * len(data.train)),
@@ -128,8 +126,8 @@ def draw_page(
     measured: Measurement,
     record: dict[str, Any],
     label_space: LabelSpace = UNLABELED,
-) -> str:
-    """Measure a model with images, write both files, and return the faults.
+) -> None:
+    """Measure a model with images, and write both files.
 
     Args:
         source: description of the images.
@@ -172,7 +170,6 @@ def draw_page(
         num_shown=NUM_SHOWN_IMAGES,
         # The page shows what the run has measured.
         effects=list(folder.results.get("tokens", {}).values()),
-        token_movement=folder.results.get("token_movement"),
         uses_bfloat16=folder.results.get("mixed_precision") == "bf16",
         watch=partial(track, unit="", has_bar=False),
     )
@@ -196,7 +193,6 @@ def draw_page(
         for tile in sheet.overview[:3]
     ]
     Image.fromarray(np.hstack(tiles)).save(sheet_file)
-    return "; ".join(inspection.faults)
 
 
 def finish_run(folder: ModelFolder, has_report: bool = True) -> None:
@@ -208,9 +204,7 @@ def finish_run(folder: ModelFolder, has_report: bool = True) -> None:
     # A finished run that is repeated with --resume has its report already.
     if has_report and not report.exists():
         with silence_transformers():
-            faults = write_report(folder)
-        if faults:
-            print(f"faults    {faults}")
+            write_report(folder)
 
     write_card(folder)
     print(f"written   {folder.path / CARD_FILE}" + (f", {report}" if report.exists() else ""))

@@ -285,7 +285,7 @@ class TrainingLoop:
         self.unreported_errors.clear()
 
     def compute_recent_metrics(self) -> MetricValues:
-        """Measure the losses and the speed since the last record, and read the gates.
+        """Measure the losses and the speed since the last record, and the norms and gates of tokens.
 
         Losses are means over all processes and these steps. The speed excludes evaluations and
         checkpoints.
@@ -300,8 +300,10 @@ class TrainingLoop:
         means = self.accelerator.reduce(local_tensor, "mean").tolist()
         record = {name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)}
         recent_losses.clear()
+        tokens = copy_special_tokens(self.unwrapped).items()
+        norms = {f"norm_{name}": token.norm().item() for name, token in tokens}
         gates = {f"gate_{name}": gate for name, gate in read_gates(self.unwrapped.vitcls).items()}
-        return record | {"images_per_second": images_per_second} | gates
+        return record | {"images_per_second": images_per_second} | norms | gates
 
     def measure_token_movement(self) -> dict[str, float]:
         """Measure how far each trained token has moved since the start of training (Euclidean norm)."""

@@ -70,20 +70,6 @@ def test_images_of_several_shapes_keep_their_labels() -> None:
         assert label == index
 
 
-def test_planted_faults_are_named() -> None:
-    """Two registers are equal, one was not moved, and a neuron writes to one patch of 16."""
-    model = build_classifier(num_register_tokens=3)
-    registers = model.vitcls.embeddings.register_tokens.data
-    registers[:, 2] = registers[:, 0]
-    model.vitcls.embeddings.position_embeddings.patches.data[:, 5] = 1e4
-    movement = {"cls[0]": 1.0, "registers[0]": 1.0, "registers[1]": 0.0, "registers[2]": 1.0}
-    found, _ = inspect(model, effects=[], token_movement=movement)
-    assert [fault.partition(" ")[0] for fault in found.faults] == ["register"] * 3
-    assert "register 1: identical to register 3 after layer 1" in found.faults
-    assert found.faults[-1].startswith("register 2: not moved")
-    assert found.layers.loc[(1, "patches"), "outliers"] == 1 / 16
-
-
 def test_hidden_states_that_are_not_finite_are_errors() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")).eval()
     model.vitcls.layers[0].mlp.fc2.bias.data[0] = torch.inf

@@ -19,9 +19,10 @@ def test_norms_attention_outliers_and_similarities_are_those_of_states_and_maps(
     model = randomize(ViTCLSForImageClassification(config)).eval()
     model.vitcls.embeddings.position_embeddings.patches.data *= torch.logspace(0, 3, 16)[:, None]
     pixels = torch.randn(6, 3, 32, 32)
-    table = measure_layers(model, [ImageBatch(part) for part in pixels.split(4)])
+    table, found = measure_layers(model, [ImageBatch(part) for part in pixels.split(4)])
 
     outputs = model(pixels, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(torch.stack(found[""]), outputs.logits)
     states = outputs.hidden_states
     assert len(table) == len(GROUPS) * len(outputs.attentions)
     for (layer, group), row in table.iterrows():

@@ -124,7 +124,8 @@ def test_a_run_without_a_report_is_finished(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_model_saved_by_hand_gets_a_card(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path / "mine", "a", "b", "c")
-    assert write_report(ModelFolder(folder)) is None
+    write_report(ModelFolder(folder))
+    assert not (folder / "report.html").exists()
 
     write_card(ModelFolder(folder))
     card = ModelCard.load(folder / "README.md")

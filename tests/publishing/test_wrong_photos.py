@@ -160,7 +160,7 @@ def report(module_path: Path) -> Path:
     write_predictions(run, pd.DataFrame(rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modeling_vitcls.publishing.report.NUM_MEASURED_IMAGES", 8)
-        assert write_report(ModelFolder(run)) is not None
+        write_report(ModelFolder(run))
     return run / "report.html"
 
 

@@ -245,7 +245,6 @@ def test_only_new_tokens_and_the_heads_are_trained_on_request(
 ) -> None:
     flags = {"trainable": "tokens", "num_register_tokens": 6, "max_steps": 3}
     results = train(tmp_path, "digits", model=pretrained, probe=True, **flags)
-    # CLS, which the run does not train, would be a fault: not moved by training
     assert [*results["token_movement"]] == [f"registers[{index}]" for index in range(6)]
     has_moved = [distance > 0 for distance in results["token_movement"].values()]
     assert has_moved == [False] * 2 + [True] * 4
@@ -259,6 +258,9 @@ def test_only_new_tokens_and_the_heads_are_trained_on_request(
     changed_and_old = sorted(changed & old.keys())
     assert all(name in difference for name in changed_and_old[:3])
     assert f"the other {len(old) - len(changed_and_old)} tensors are equal" in difference
+    record = read_metrics(tmp_path)[-1]
+    norms = [record[f"norm_registers[{index}]"] for index in range(2)]
+    assert norms == pytest.approx(old["vitcls.embeddings.register_tokens"][0].norm(dim=-1).tolist())
 
 
 def test_the_losses_of_classes_are_weighted_on_request(tmp_path: Path) -> None:

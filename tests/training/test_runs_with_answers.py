@@ -23,7 +23,8 @@ def run(converted_encoder: Path, module_path: Path) -> Any:
 
     def run_once(name: str, *flags: str) -> tuple[dict[str, Any], pd.DataFrame]:
         results = finetune(converted_encoder, photos, module_path / name, *flags)
-        assert write_report(ModelFolder(results["folder"])) is not None
+        write_report(ModelFolder(results["folder"]))
+        assert (results["folder"] / "report.html").exists()
         page = results["folder"] / "labels.html"
         text = page.read_text() if page.exists() else ""
         questions = re.findall(r"^ *(\{.*\}),$", text, re.MULTILINE)
