@@ -4,7 +4,6 @@
     folder = get_model_folder("someone/their-model")    # downloaded; from the cache if the Hub does not respond
     folder = get_model_folder("someone/their-model@v1")
     model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
-    model, commit = load_timm_model("vit_small_patch16_224@weights.pth")
     model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
     folder = download_files("someone/their-model", "v1", ["config.json"])
 
@@ -17,7 +16,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
@@ -261,26 +260,14 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
 def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     """Load a timm model, and return it with the commit hash of its repository.
 
-    The hash is None unless `name` starts with `hf-hub:`. In NAME@FILE, `FILE` contains weights for
-    the model, in a format that timm can read; the number of classes is that of the file.
+    The hash is None unless `name` starts with `hf-hub:`.
 
     Raise OSError if the Hub does not have the repository or does not respond. Other timm errors are
     not caught.
     """
     import timm
 
-    kind, separator, location = name.partition(":")
-    if not separator and "@" in name:
-        name, _, file = name.partition("@")
-        open_regular_file(file).close()  # timm's errors about files say less
-        options: dict[str, Any] = {}
-        if not file.endswith(".npz"):
-            classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None)
-            weight = timm.models.load_state_dict(file).get(f"{classifier}.weight")
-            options = {} if weight is None else {"num_classes": len(weight)}
-        overlay = {"file": file} | options
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-        return model, None
+    kind, _, location = name.partition(":")
     if kind == "hf-hub":
         repo_id, _, revision = location.partition("@")
         # Without the hash, a push in the meantime would make the recorded commit wrong.
