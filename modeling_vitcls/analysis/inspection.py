@@ -112,7 +112,7 @@ def inspect_images(
         layer_table, outputs = measure_layers(measured_model, watch(batches, "measuring layers"))
         labels = collect_labels(batches, use.config)
         if effects is None:
-            effects = measure_effects(measured_model, batches, layers, watch=watch)
+            effects, _ = measure_effects(measured_model, batches, layers, watch=watch)
 
     indices = [index for batch in batches for index in batch.indices]
     inspection = Inspection(

@@ -7,7 +7,7 @@ evaluates a saved model and writes the results.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Predictions:
     outputs: ImageOutputs
     metrics: MetricValues
     threshold: float  # The probability from which one of several labels is predicted
+    # Losses of images, by index, with interventions on special tokens (token_effects.py)
+    token_losses: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def target(self) -> Target:
@@ -194,6 +196,8 @@ def select_logits(label_space: LabelSpace, outputs: Any) -> Tensor:
 # loss            cross-entropy                           binary cross-entropy, mean over the labels
 # group           number of its group: its copies, shots of its scene,    same
 #                 and what the person has named
+# loss_hidden_*,  of `finetune`: the loss with a group of tokens hidden,  same
+# loss_content_*  or with another photo's (evaluation/token_effects.py)
 #
 # `finetune` writes the same file for its held-out images, predictions.parquet; `add-task` and
 # `add-class` write it for the images that were left out. Several tasks are not supported. The metadata of the
@@ -214,7 +218,7 @@ def build_rows(predictions: Predictions) -> pd.DataFrame:
         "loss": compute_losses(outputs.logits, outputs.labels),
         "group": outputs.groups,
     }
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns).join(predictions.token_losses, on="index")
 
 
 def write_rows(file: Path, rows: pd.DataFrame, weights_hash: dict[str, str] | None) -> None:

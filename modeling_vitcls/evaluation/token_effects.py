@@ -5,7 +5,7 @@
                the token holds about the photo. It works for tokens that a head reads, too.
     without    (distillation tokens) the model without the tokens and without their head
 
-    records = measure_effects(model, batches)
+    records, losses = measure_effects(model, batches)
     records[0]      {"token": "CLS", "group": "cls", "output": "", "verdict": "content", "hidden": {...}, ...}
 
 These records are the effects of an `Inspection`, `tokens` in results.json, and what page and card show.
@@ -112,7 +112,7 @@ def measure_effects(
     layers: LayerRange = None,
     has_members: bool = True,
     watch: Watch = lambda items, description: items,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Measure what hiding and replacing tokens changes, in two passes for each token and each group.
 
     Args:
@@ -124,7 +124,8 @@ def measure_effects(
 
     Returns:
         A record for each of them and each output: `token`, `group`, `output`, `verdict`, and of `hidden`,
-        `content` and perhaps `without` the fields of a `Change`.
+        `content` and perhaps `without` the fields of a `Change`. And the losses of the images in the last
+        output, as `loss_hidden_registers`, after the last intervention on each group.
     """
     config = model.config
 
@@ -146,6 +147,7 @@ def measure_effects(
     sources = states[:, donors].split([len(batch.indices) for batch in batches], dim=1)
     groups = list_groups(config)
     records = []
+    losses = {}
     token_sets = list_token_sets(config, has_members).items()
     for name, positions in watch(token_sets, "hiding and replacing tokens"):
         (group,) = (each for each, members in groups.items() if positions[0] in members)
@@ -157,16 +159,17 @@ def measure_effects(
         if has_two_heads and layers is None and positions == groups["distillation"]:
             after["without"] = gather(positions, repeat(None), reads_cls_head=True)
         for output, rows in before.items():
-            changes = {
-                kind: compare(rows, outputs[output], get_target(config), labels.get(output))
-                for kind, outputs in after.items()
-            }
+            changes = {}
+            for kind, outputs in after.items():
+                changes[kind], losses[f"loss_{kind}_{group}"] = compare(
+                    rows, outputs[output], get_target(config), labels.get(output)
+                )
             verdict = judge(changes.get("without", changes["hidden"]), changes["content"])
             records.append(
                 {"token": name, "group": group, "output": output, "verdict": verdict}
                 | {kind: asdict(change) for kind, change in changes.items()}
             )
-    return records
+    return records, losses
 
 
 def choose_donors(labels: Mapping[str, Tensor], number: int) -> Tensor:
@@ -184,7 +187,7 @@ def choose_donors(labels: Mapping[str, Tensor], number: int) -> Tensor:
 
 def compare(
     before: list[Tensor], after: list[Tensor], target: Target, labels: Tensor | None = None
-) -> Change:
+) -> tuple[Change, np.ndarray]:
     """Compare one output of all images before and after an intervention.
 
     Args:
@@ -192,11 +195,15 @@ def compare(
         target: what the logits predict.
         labels: [N, columns]. Images without a known label (IGNORED_LABEL) are left out. None: what
             the model predicts.
+
+    Returns:
+        The change, and the loss of each image with a label after it, or the distance of its features.
     """
     if before[0].ndim == 2:  # Several vectors of an image are features
         pairs = zip(before, after, strict=True)
-        distances = [1 - nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
-        return Change(len(before), *average(torch.stack(distances).numpy()))
+        similarities = [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
+        distances = 1 - torch.stack(similarities).numpy()
+        return Change(len(before), *average(distances)), distances
 
     # [2, N, labels]
     logits = np.stack([torch.stack(rows).double().numpy() for rows in (before, after)])
@@ -216,17 +223,18 @@ def compare(
         num_changed=int((~target.find_right(new, predicted)).sum()),
     )
     if labels is None:
-        return change
+        return change, new_losses
     was_right, is_right = (
         target.find_right(each, truth).astype(float) for each in (predicted, new)
     )
     accuracy_change, accuracy_interval = average(is_right - was_right)
-    return replace(
+    change = replace(
         change,
         accuracy=float(is_right.mean()),
         accuracy_change=accuracy_change,
         accuracy_interval=accuracy_interval,
     )
+    return change, new_losses
 
 
 def average(values: np.ndarray) -> tuple[float, Interval]:

@@ -1,6 +1,6 @@
 """Write a graph to an ONNX file, run the file with onnxruntime, and compare it with the model.
 
-    write_onnx(graph, shape, ["logits"], Path("mine.onnx"))
+    write_onnx(graph, shape, ["logits"], Path("mine.onnx"), {"license": "mit"})
     OnnxGraph(Path("mine.onnx"))(pixel_values)              # {"logits": [B, labels]}
     shapes = select_image_shapes(config, graph_shape)
     comparisons = measure_differences(batches, reference_outputs, outputs, LIMITS["float32"])
@@ -34,7 +34,7 @@ def write_onnx(
     graph_shape: GraphShape,
     names: list[str],
     file: Path,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any],
 ) -> None:
     """Write a graph to an ONNX file with torch.onnx.
 
@@ -67,7 +67,7 @@ def write_onnx(
         if match := re.search(r"\blayers\.\d+\b", node.metadata_props.get("namespace", "")):
             node.name = f"{match[0]}/{node.name}"
 
-    for name, value in (metadata or {}).items():
+    for name, value in metadata.items():
         program.model.metadata_props[name] = json.dumps(value)
 
     num_weight_bytes = sum(weight.nbytes for weight in graph.state_dict.values())

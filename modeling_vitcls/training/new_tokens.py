@@ -1,7 +1,9 @@
 """What the special tokens of a run with steps hold, and what their places are worth, on held-out images."""
 
+from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.distributed.fsdp import FSDPModule
 
@@ -21,7 +23,7 @@ MAX_IMAGES = 500
 @torch.no_grad()
 def measure_tokens(
     inputs: RunInputs, images: LabeledImages, predictions: Predictions | None
-) -> tuple[dict[str, Any], str | None]:
+) -> tuple[dict[str, Any], str | None, Predictions | None]:
     """Measure each group of special tokens, in float32. Every process measures the same images.
 
     An open gate is no evidence: noise at the rate of new tokens opens gates, too.
@@ -32,20 +34,24 @@ def measure_tokens(
         predictions: of these images; None without any, or for several tasks.
 
     Returns:
-        The field "tokens" of results.json, and a line for each group; neither without predictions,
-        for fewer than two special tokens, or for a sharded model.
+        The field "tokens" of results.json, a line for each group, and the predictions with the losses of
+        the measured images; none of these without predictions, for fewer than two special tokens, or for
+        a sharded model.
     """
     model = inputs.model
     has_several_tokens = model.config.token_layout.num_prefix_tokens > 1
     if predictions is None or not has_several_tokens or isinstance(model, FSDPModule):
-        return {}, None
+        return {}, None, predictions
+    drawn = replace(images, labels=range(len(images))).draw(MAX_IMAGES).labels
     batches, _ = read_batches(
         model,
         inputs.pass_arguments["processor"],
-        images.draw(MAX_IMAGES),
+        images.select(drawn),
         inputs.pass_arguments["label_space"],
         inputs.pass_arguments["batch_size"],
     )
-    records = measure_effects(model, batches, has_members=False)
-    lines = map(describe_effect, records)
-    return {"tokens": {record["group"]: record for record in records}}, "\n".join(lines)
+    records, losses = measure_effects(model, batches, has_members=False)
+    rows = [drawn[index] for batch in batches for index in batch.indices]
+    predictions = replace(predictions, token_losses=pd.DataFrame(losses, index=rows))
+    text = "\n".join(map(describe_effect, records))
+    return {"tokens": {record["group"]: record for record in records}}, text, predictions

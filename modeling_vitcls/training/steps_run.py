@@ -128,7 +128,7 @@ def run_steps(
                 "on mirror images. If left and right matter, set `flip=False`"
             )
     reshard(model)
-    tokens, tokens_text = measure_tokens(inputs, data.held_out, predictions)
+    tokens, tokens_text, predictions = measure_tokens(inputs, data.held_out, predictions)
     # After the measurement, which a distance to the classes would only slow down.
     trained_scenes = unknown_text = None
     if has_one_label and not isinstance(model, FSDPModule):

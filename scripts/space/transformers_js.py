@@ -163,7 +163,7 @@ def write_graph(model: BrowserModel, dtype: torch.dtype, names: list[str], file:
     graph = graph.run_decompositions({})
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # stack traces contain local paths
-    write_onnx(graph, shape, names, file)
+    write_onnx(graph, shape, names, file, metadata={})
 
 
 def compare_labels(outputs: list[Outputs], reference: list[Outputs]) -> float | None:

@@ -25,11 +25,12 @@ def test_a_change_is_of_pairs_of_images_with_a_known_label() -> None:
     rows = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(40)[:, None] % 3
     labels[30:] = -100
-    found = compare(*map(list, rows), OneLabelTarget, labels)
+    found, losses = compare(*map(list, rows), OneLabelTarget, labels)
 
     before, after = -log_softmax(rows, axis=2)[:, range(30), labels[:30, 0]]
     was_right, is_right = rows[:, :30].argmax(dim=2) == labels[:30, 0]
     assert found.num_images == 30
+    assert losses == pytest.approx(after)
     assert found.loss == pytest.approx(after.mean())
     assert found.loss_change == pytest.approx((after - before).mean())
     low, high = found.loss_interval
@@ -92,7 +93,7 @@ def test_a_head_reads_the_content_of_cls_and_a_register_that_mends_a_bias_has_a_
         ImageBatch(HELD_OUT[0][rows], HELD_OUT[1][rows], rows.tolist())
         for rows in torch.arange(128).chunk(2)
     ]
-    found = measure_effects(model.eval(), batches)
+    found, _ = measure_effects(model.eval(), batches)
     verdicts = [record["verdict"] for record in (*found[:2], found[3])]
     assert verdicts == ["content", "place", "not shown"]
     for kind in ("hidden", "content"):

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
@@ -124,12 +126,17 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
     model = ViTCLSForImageClassification.from_pretrained(folder)
     model.adapt(num_register_tokens=0).save_pretrained(without)
     reset_accelerate()
-    measured = evaluate(without, "digits")
+    measured = evaluate(without, "digits", per_image=tmp_path / "rows.parquet")
     hidden = found["hidden"]
     assert hidden["num_images"] == measured["num_images"]
     assert hidden["accuracy"] == pytest.approx(measured["accuracy"], abs=1e-6)
     assert hidden["loss"] == pytest.approx(measured["loss"], abs=1e-5)
     assert hidden["loss_change"] == pytest.approx(hidden["loss"] - results["loss"], abs=1e-5)
+    own, of_model = map(
+        pd.read_parquet, (folder / "predictions.parquet", tmp_path / "rows.parquet")
+    )
+    np.testing.assert_allclose(own["loss_hidden_registers"], of_model["loss"], atol=1e-4)
+    assert own["loss_content_registers"].notna().all()
 
     finish_run(ModelFolder(folder))
     for file in ("report.html", "README.md"):
