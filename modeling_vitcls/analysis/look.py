@@ -107,10 +107,9 @@ def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -
 
     If the command has already written a sheet with this name, "-2" is appended.
     """
-    is_folder = not output.suffix
-    if is_single and not is_folder:
-        return output
-    file = output / f"{stem}.html" if is_folder else output.with_stem(f"{output.stem}-{stem}")
+    file = output / f"{stem}.html"
+    if output.suffix:
+        file = output if is_single else output.with_stem(f"{output.stem}-{stem}")
     # The sheets of one command never replace each other, but they replace the sheets of an earlier
     # command.
     while file in written:
@@ -152,12 +151,13 @@ def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
     Returns:
         An RGB image that is 1,800 pixels wide.
     """
-    lines: list[Artist] = []
+    sections: list[Artist] = []
     overview = Section(title, "\n".join(sheet.lines), 4, [Row(sheet.overview)])
     for section in (overview, *sheet.sections):
-        lines += [write(section.heading, size=26, weight="bold"), write(section.explanation)]
+        lines = [write(section.heading, size=26, weight="bold"), write(section.explanation)]
         for row in section.rows:
-            lines.append(write(f"{row.name}  {row.note}", color=row.color))
+            if row.name:
+                lines.append(write(f"{row.name}  {row.note}", color=row.color))
             tiles = [
                 draw_tile(tile, LINE_WIDTH / section.num_columns, sheet.shape) for tile in row.tiles
             ]
@@ -165,11 +165,12 @@ def draw_sheet(sheet: Sheet, title: str) -> Image.Image:
                 HPacker(children=tiles[start : start + section.num_columns], align="bottom")
                 for start in range(0, len(tiles), section.num_columns)
             ]
+        sections.append(VPacker(children=lines, sep=GAP))
 
     figure = Figure(dpi=DPI)
     # Without pyplot, which would keep every figure in memory until it is closed.
     canvas = FigureCanvasAgg(figure)
-    page = VPacker(children=lines, pad=MARGIN, sep=GAP)
+    page = VPacker(children=sections, pad=MARGIN, sep=3 * GAP)
     figure.add_artist(page)
     with warnings.catch_warnings(record=True) as caught:
         bounds = page.get_bbox(canvas.get_renderer())
