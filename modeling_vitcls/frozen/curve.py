@@ -6,6 +6,7 @@ No image passes the encoder again. What is said has to be above its noise: the g
 photos to all of them, on the same left-out photos.
 """
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def measure_learning_curve(_: TrainingData, head: FrozenHead) -> dict[str, Any] 
     if probe.lines_ is not None or not MIN_CURVE_IMAGES <= num_images <= FEW_IMAGES:
         return None
     images = head.features.take(slice(num_images))
-    tokens = {token: images.get_tokens()[token] for token in probe.candidate_.tokens}
+    tokens = {token: images.get_tokens()[token] for token in chain(*probe.candidate_.heads)}
     labels = np.searchsorted(probe.classes_, images.labels)
     groups = pd.factorize(images.groups)[0]
     # Images of a group are left out together

@@ -239,11 +239,7 @@ def test_names_that_the_terminal_cannot_encode_are_escaped(monkeypatch: pytest.M
         ("table.csv", "evaluate --model model --dataset table.csv"),
         ("photos/metadata.parquet", "evaluate --model model --dataset photos"),
         ("photos/cat/0.png", "predict --model model photos/cat/0.png"),
-        (
-            "weights.pth",
-            "finetune --model vitcls-tiny --dataset digits --output-dir out "
-            "--teacher timm:resnet18@weights.pth",
-        ),
+        ("weights.pth", "convert timm:test_vit@weights.pth out"),
     ],
 )
 def test_a_pointer_of_git_lfs_is_named_with_the_command_that_replaces_it(
