@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import ThreadingHTTPServer
 from pathlib import Path
+
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 from helpers import local_hub_server as server
 
@@ -189,6 +190,16 @@ class LocalHub:
         return StoredFile(sha256, len(content), oid, is_lfs)
 
 
+class Handler(WSGIRequestHandler):
+    """The connection of a client, which stays open."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_request(self, *args: object) -> None:
+        """Log nothing."""
+
+
 @contextmanager
 def running_hub() -> Iterator[LocalHub]:
     """Start a Hub and its storage.
@@ -196,7 +207,9 @@ def running_hub() -> Iterator[LocalHub]:
     Their host names differ, as on the real Hub, because clients depend on it.
     """
     hub = LocalHub()
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), server.build_handler(hub))
+    listener = make_server(
+        "127.0.0.1", 0, server.build_app(hub), threaded=True, request_handler=Handler
+    )
     listener.daemon_threads = True
     hub.url = f"http://127.0.0.1:{listener.server_port}"
     hub.storage_url = f"http://localhost:{listener.server_port}"

@@ -9,31 +9,25 @@ import hashlib
 import json
 import re
 import socket
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from werkzeug import Request as PlainRequest
+from werkzeug import Response
+from werkzeug.exceptions import HTTPException
 
 
 if TYPE_CHECKING:
     from helpers.local_hub import Files, LocalHub, Repository, Token
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(PlainRequest):
     """A request of a client to a Hub."""
 
     hub: "LocalHub"
     names: dict[str, str]  # Parts of the path, by the names in the pattern of the route
-    headers: dict[str, str]
-    body: bytes
     token: "Token | None"  # None if the request has no token
-
-    def json(self) -> Any:
-        """Return the body, parsed as JSON."""
-        return json.loads(self.body or b"{}")
 
     def get_readable(self) -> "Repository":
         """Return the repository, which the token must be able to read.
@@ -60,16 +54,12 @@ class Request:
         return repository
 
 
-@dataclass(frozen=True)
-class Response:
-    """A response. `content` is bytes, or an object that is converted to JSON."""
-
-    content: Any = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
+def respond(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a response in JSON."""
+    return Response(json.dumps(content), status, headers, content_type="application/json")
 
 
-class ErrorResponse(Exception):
+class ErrorResponse(HTTPException):
     """An error response."""
 
     def __init__(
@@ -79,9 +69,8 @@ class ErrorResponse(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ):
-        super().__init__(message)
         error = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.response = Response({"error": message}, status, error | (headers or {}))
+        super().__init__(response=respond({"error": message}, status, error | (headers or {})))
 
 
 # as in a new repository's .gitattributes
@@ -107,12 +96,12 @@ def get_commit(repository: "Repository", revision: str) -> tuple[str, "Files"]:
 def check_write_access(request: Request) -> Response:
     """Return an empty response if the token may write to the repository."""
     request.get_writable()
-    return Response({})
+    return respond({})
 
 
 def create_repository(request: Request) -> Response:
     """Create a repository with an initial commit; status 409 if the repository exists."""
-    requested = request.json()
+    requested = request.json
     if request.token is None:
         raise ErrorResponse(401, "Invalid username or password.")
     kind = requested.get("type", "model")
@@ -124,22 +113,22 @@ def create_repository(request: Request) -> Response:
         )
     url = f"{request.hub.url}/{repo_id}"
     if repo_id in request.hub.repositories:
-        return Response({"error": f"You already created this {kind} repo", "url": url}, 409)
+        return respond({"error": f"You already created this {kind} repo", "url": url}, 409)
     default = "private" if namespace in request.hub.private_by_default else "public"
     visibility = {True: "private", False: "public", None: requested.get("visibility", default)}
     request.hub.create(repo_id, private=visibility[requested.get("private")] == "private")
-    return Response({"url": url})
+    return respond({"url": url})
 
 
 def validate_card(request: Request) -> Response:
     """Return whether the YAML header of a README.md is valid."""
-    content = request.json()["content"]
+    content = request.json["content"]
     header = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     try:
         yaml.safe_load(header[1] if header else "")
     except yaml.YAMLError as error:
-        return Response({"errors": [{"message": f"bad YAML: {error}"}], "warnings": []}, 400)
-    return Response({"errors": [], "warnings": []})
+        return respond({"errors": [{"message": f"bad YAML: {error}"}], "warnings": []}, 400)
+    return respond({"errors": [], "warnings": []})
 
 
 def create_branch(request: Request) -> Response:
@@ -149,7 +138,7 @@ def create_branch(request: Request) -> Response:
     if branch in repository.branches:
         raise ErrorResponse(409, f"Reference already exists: refs/heads/{branch}")
     repository.branches[branch], _ = get_commit(
-        repository, request.json().get("startingPoint", "main")
+        repository, request.json.get("startingPoint", "main")
     )
     return Response()
 
@@ -162,7 +151,7 @@ def repository_info(request: Request) -> Response:
     repository = request.get_readable()
     name, files = get_commit(repository, request.names["revision"] or "main")
     repo_id = "/".join(request.names["repo"].split("/")[-2:])
-    return Response(
+    return respond(
         {
             "id": repo_id,
             "sha": name,
@@ -187,7 +176,7 @@ def tree(request: Request) -> Response:
             entries.append(entry)
     if start and not entries:
         raise ErrorResponse(404, "not found", "EntryNotFound")
-    return Response(entries)
+    return respond(entries)
 
 
 def resolve(request: Request) -> Response:
@@ -225,7 +214,7 @@ def preupload(request: Request) -> Response:
     """Return for each file whether it is an LFS file, and the hash of the file in the branch."""
     _, files = get_commit(request.get_writable(), request.names["revision"])
     entries = []
-    for path in (file["path"] for file in request.json()["files"]):
+    for path in (file["path"] for file in request.json["files"]):
         there = files.get(path)
         entries.append(
             {
@@ -235,7 +224,7 @@ def preupload(request: Request) -> Response:
                 "oid": None if there is None else there.sha256 if there.is_lfs else there.oid,
             }
         )
-    return Response({"files": entries})
+    return respond({"files": entries})
 
 
 def is_lfs(path: str) -> bool:
@@ -247,21 +236,21 @@ def lfs_batch(request: Request) -> Response:
     """Return upload addresses of LFS files. Files that are already stored need no upload."""
     request.get_writable()
     objects = []
-    for requested in request.json()["objects"]:
+    for requested in request.json["objects"]:
         response = {"oid": requested["oid"], "size": requested["size"]}
         if requested["oid"] not in request.hub.contents:
             response["actions"] = {
                 "upload": {"href": f"{request.hub.storage_url}/objects/{requested['oid']}"},
             }
         objects.append(response)
-    return Response({"transfer": "basic", "objects": objects})
+    return respond({"transfer": "basic", "objects": objects})
 
 
 def store_object(request: Request) -> Response:
     """Store an LFS file; its hash must match the address."""
-    if hashlib.sha256(request.body).hexdigest() != request.names["sha256"]:
+    if hashlib.sha256(request.data).hexdigest() != request.names["sha256"]:
         raise ErrorResponse(400, "XAmzContentSHA256Mismatch")
-    request.hub.contents[request.names["sha256"]] = request.body
+    request.hub.contents[request.names["sha256"]] = request.data
     return Response()
 
 
@@ -269,7 +258,7 @@ def make_commit(request: Request) -> Response:
     """Apply all changes as one commit on a branch, or none of them."""
     repository = request.get_writable()
     branch = request.names["revision"]
-    changes = [json.loads(line) for line in request.body.splitlines()]
+    changes = [json.loads(line) for line in request.data.splitlines()]
     parent, before = get_commit(repository, branch)
     files = dict(before)
     for change in changes:
@@ -291,7 +280,7 @@ def make_commit(request: Request) -> Response:
             case "deletedFile":
                 del files[value["path"]]
     name = repository.commit(branch, files)
-    return Response(
+    return respond(
         {
             "success": True,
             "commitOid": name,
@@ -322,75 +311,34 @@ ROUTES = [
 ]
 
 
-def build_handler(hub: "LocalHub") -> type[BaseHTTPRequestHandler]:
-    """Return a handler of the requests to a Hub and its storage."""
+def build_app(hub: "LocalHub") -> Any:
+    """Return a WSGI application of a Hub and its storage."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def do_GET(self) -> None:
-            fault = hub.next_fault(self.command, self.path)
-            if fault == "drop":
-                self.drop_connection()
-                return
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if fault == "corrupt":
-                body = body[:-1] + bytes([body[-1] ^ 1])
-            if fault == "hang":
+    @Request.application
+    def answer(request: Request) -> Response:
+        path = request.environ["RAW_URI"]
+        match hub.next_fault(request.method, path):
+            case "drop":
+                request.environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                return Response()
+            case "corrupt":
+                request.data = request.data[:-1] + bytes([request.data[-1] ^ 1])
+            case "hang":
                 hub.is_stopped.wait()
-                return
-            if isinstance(fault, int):  # as of an overloaded server or proxy
-                page = b"<html><h1>not now</h1></html>"
-                self.send(Response(page, fault, {"Content-Type": "text/html"}))
-                return
-            self.send(self.response(body))
+                return Response()
+            case int(status):  # as of an overloaded server or proxy
+                return Response("<html><h1>not now</h1></html>", status, mimetype="text/html")
+        sent = request.authorization and request.authorization.token
+        if sent and sent not in hub.tokens:
+            raise ErrorResponse(401, "Invalid credentials in Authorization header")
+        request.hub, request.token = hub, hub.tokens.get(sent)
+        method = request.method.replace("HEAD", "GET")
+        for route_method, pattern, handle in ROUTES:
+            if route_method == method and (found := re.fullmatch(pattern, urlsplit(path).path)):
+                request.names = {
+                    name: unquote(part or "") for name, part in found.groupdict().items()
+                }
+                return handle(request)
+        raise ErrorResponse(404, f"no such route: {method} {path}")
 
-        do_HEAD = do_POST = do_PUT = do_GET
-
-        def response(self, body: bytes) -> Response:
-            """Return the response of the matching route."""
-            where = urlsplit(self.path)
-            method = "GET" if self.command == "HEAD" else self.command
-            try:
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                token = self.token()
-                for route_method, pattern, handle in ROUTES:
-                    if route_method == method and (match := re.fullmatch(pattern, where.path)):
-                        names = {
-                            name: unquote(part or "") for name, part in match.groupdict().items()
-                        }
-                        return handle(Request(hub, names, headers, body, token))
-                raise ErrorResponse(404, f"no such route: {method} {where.path}")
-            except ErrorResponse as refusal:
-                return refusal.response
-
-        def token(self) -> "Token | None":
-            """Return the token of the request. An invalid token is an error for all routes."""
-            sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            if sent and sent not in hub.tokens:
-                raise ErrorResponse(401, "Invalid credentials in Authorization header")
-            return hub.tokens.get(sent)
-
-        def send(self, response: Response) -> None:
-            content = response.content
-            kind = "application/octet-stream"
-            if not isinstance(content, bytes):
-                content = json.dumps(content).encode()
-                kind = "application/json"
-            self.send_response(response.status)
-            headers = {"Content-Type": kind, "Content-Length": str(len(content))}
-            for header, value in (headers | response.headers).items():
-                self.send_header(header, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        def drop_connection(self) -> None:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-        def log_message(self, *args: object) -> None:
-            """Log nothing."""
-
-    return Handler
+    return answer
