@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.source_checkpoints import refuses_conversion
-from helpers.tiny_models import SIZES, assert_same_bits
+from helpers.tiny_models import SIZES, assert_same_bits, get_largest_difference
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -147,7 +147,7 @@ def test_converted_models_have_the_same_outputs(
 def assert_same_outputs(model: Any, converted: Any, case: str, size: tuple[int, int]) -> None:
     outputs = compute_outputs(model, images(size))
     for name, value in compute_source_outputs(CASES[case], converted, images(size)).items():
-        assert (outputs[name] - value).abs().max() <= 1e-5, name
+        assert get_largest_difference(outputs[name], value) <= 1e-5, name
 
 
 # The demo model, and others whose positions are resampled differently.
