@@ -25,8 +25,8 @@ from helpers.tiny_models import (
     raises_one_line,
 )
 from peft import LoraConfig, get_peft_model
+from timm.layers import resample_abs_pos_embed
 from timm.layers.patch_embed import resample_patch_embed
-from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, QuantoConfig
 
 from modeling_vitcls import (
@@ -123,9 +123,9 @@ def assert_adapted(old: Any, new: Any) -> None:
                 assert torch.equal(found[:, :kept], tokens[:, :kept])
                 assert found[:, kept:].any() == ("position" not in name and count > kept)
     name = f"{prefix}embeddings.position_embeddings.patches"
-    assert torch.equal(
-        after.pop(name), resample(expected.pop(name), old.config.grid_size, new.config.grid_size)
-    )
+    grids = (new.config.grid_size, old.config.grid_size)
+    resampled = resample_abs_pos_embed(expected.pop(name), *grids, 0, antialias=False)
+    assert torch.equal(after.pop(name), resampled)
     kernels = [
         name
         for name in before
@@ -146,17 +146,6 @@ def assert_adapted(old: Any, new: Any) -> None:
             if "distillation_classifier" not in name
         }
     assert_same_bits(after, expected)
-
-
-def resample(
-    positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]
-) -> torch.Tensor:
-    """Return positions [1, N, D], resampled with PyTorch's bicubic interpolation."""
-    if grid == new_grid:
-        return positions
-    maps = positions.reshape(1, *grid, -1).permute(0, 3, 1, 2)
-    maps = nn.functional.interpolate(maps, size=new_grid, mode="bicubic", align_corners=False)
-    return maps.permute(0, 2, 3, 1).reshape(1, -1, positions.shape[-1])
 
 
 def test_the_source_model_is_unchanged() -> None:
