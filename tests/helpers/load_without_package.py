@@ -10,7 +10,6 @@ loads its classes instead.
 
 import json
 import sys
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ AUTO_CLASSES = (
 )
 BACKENDS = (None, "torchvision", "pil")
 SEED = 0
-
-
-class PackageBlocker(MetaPathFinder):
-    """Make `import modeling_vitcls` fail, as if the package were not installed."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Raise an error for the package, not for `transformers_modules.x.modeling_vitcls`."""
-        if fullname.partition(".")[0] == "modeling_vitcls":
-            raise ModuleNotFoundError(f"No module named {fullname!r}")
 
 
 def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -> None:
@@ -134,5 +124,5 @@ def add_prefix(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, PackageBlocker())
+    sys.modules["modeling_vitcls"] = None  # `import` fails, as if it were not installed
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
