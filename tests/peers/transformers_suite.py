@@ -14,7 +14,6 @@ directory. The tests that use the mixins are in test_transformers_*.py.
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -47,7 +46,7 @@ def load(name: str) -> ModuleType:
     The calling test module is skipped if the tests cannot be downloaded.
     """
     try:
-        _import_package()
+        sys.path.append(str(fetch()))
     except subprocess.CalledProcessError as error:
         last_line = error.stderr.strip().splitlines()[-1]
         pytest.skip(
@@ -66,6 +65,7 @@ def get_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitcls-tests"
 
 
+@functools.cache
 def fetch() -> Path:
     """Return the folder with the tests of transformers; download them the first time.
 
@@ -88,19 +88,6 @@ def fetch() -> Path:
                 _add_stubs(staged)
                 staged.rename(folder)  # an interrupted run leaves no partial folder
     return folder
-
-
-@functools.cache
-def _import_package() -> None:
-    """Make transformers' tests importable as PACKAGE, without changing sys.path."""
-    folder = fetch() / PACKAGE
-    init = folder / "__init__.py"
-    spec = importlib.util.spec_from_file_location(
-        PACKAGE, init, submodule_search_locations=[str(folder)]
-    )
-    package = importlib.util.module_from_spec(spec)
-    sys.modules[PACKAGE] = package
-    spec.loader.exec_module(package)
 
 
 def _download(version: str, into: Path) -> Path:
