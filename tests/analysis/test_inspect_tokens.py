@@ -1,13 +1,12 @@
 """The command scripts/inspect_tokens.py: folders of images, datasets, and one-line errors."""
 
-import zlib
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from helpers.local_hub import LocalHub, read_files
-from helpers.photo_folders import draw_noise
+from helpers.photo_folders import write_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import edit_weights, raises_one_line, save_classifier
 
@@ -31,12 +30,8 @@ def model(module_path: Path) -> str:
 @pytest.fixture(scope="module")
 def image_folder(module_path: Path) -> Path:
     """Write images of two classes, one without a class, and an unreadable file."""
-    folder = module_path / "photos"
-    for name, count in {"cat": 5, "owl": 5, "else": 1}.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            (photo,) = draw_noise((40, 60), seed=zlib.crc32(f"{name}{number}".encode()))
-            photo.save(folder / name / f"{name}{number}.png")
+    folder = write_photos(module_path / "photos", range(5), "cat", "owl")
+    write_photos(folder, range(1), "else")
     (folder / "cat/broken [old].png").write_bytes(b"no picture")
     return folder
 

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.photo_folders import write_photos
 from helpers.tiny_options import assert_equal_runs
 from helpers.warm_processes import (
     READY,
@@ -28,7 +29,6 @@ from helpers.warm_processes import (
     run_together,
     wait_for_step,
 )
-from PIL import Image
 
 from modeling_vitcls.data import workers
 
@@ -178,13 +178,8 @@ def get_resumed_step(output: str) -> int:
 @pytest.fixture(scope="module")
 def image_folder(module_path: Path) -> Path:
     """Write 36 noise images for training and 10 for testing; one is unreadable."""
-    noise = random.Random(0)
-    for index in range(23):
-        for name, brightest in (("dusk", 120), ("noon", 255)):
-            place = module_path / ("train" if index < 18 else "test") / name
-            place.mkdir(parents=True, exist_ok=True)
-            pixels = bytes(noise.randrange(brightest) for _ in range(3 * 20 * 24))
-            Image.frombytes("RGB", (20, 24), pixels).save(place / f"{index}.png")
+    write_photos(module_path / "train", range(18), "dusk", "noon")
+    write_photos(module_path / "test", range(18, 23), "dusk", "noon")
     broken = module_path / "train/noon/5.png"
     broken.write_bytes(broken.read_bytes()[:100])
     return module_path
