@@ -1,7 +1,7 @@
 """Small models, random weights and images, and a check for one-line errors."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -201,6 +201,20 @@ def save_classifier(folder: Path, *names: str, **fields: Any) -> Path:
 def save_encoder(folder: Path, **fields: Any) -> Path:
     """Save a tiny encoder and its image processor; return the folder."""
     return save_with_processor(ViTCLSModel(build_tiny_config(**fields)), folder)
+
+
+def build_tiny_resnet(
+    names: Iterable[str] | None = ("ant", "bee", "cat"), **fields: Any
+) -> ResNetForImageClassification:
+    """Return a small CNN of transformers, a teacher."""
+    sizes = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    }
+    labels = {"num_labels": 3} if names is None else {"id2label": dict(enumerate(names))}
+    return ResNetForImageClassification(ResNetConfig(**sizes, **labels, **fields))
 
 
 def build_images(

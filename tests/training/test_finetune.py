@@ -21,7 +21,7 @@ from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.full_disk import limited_file_size
 from helpers.photo_folders import write_photos, write_two_colors, write_unequal_photos
 from helpers.scripts_in_process import SCRIPTS, run_in_process
-from helpers.tiny_models import raises_one_line
+from helpers.tiny_models import build_tiny_resnet, raises_one_line, save_with_processor
 from helpers.tiny_options import (
     build_tiny_options,
     forget_end,
@@ -32,7 +32,7 @@ from helpers.tiny_options import (
 )
 from helpers.warm_processes import run_together
 from safetensors.torch import load_file
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import ViTImageProcessor
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -49,8 +49,6 @@ from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.losses import build_objective, compute_single_label_loss
 from modeling_vitcls.training.options import FinetuneOptions
 
-
-pytestmark = pytest.mark.usefixtures("few_digits")
 
 RECIPE = SCRIPTS / "recipes/digits.yaml"
 NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
@@ -302,13 +300,9 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def teacher(module_path: Path) -> Path:
     """Return a small CNN of transformers; its predictions do not matter."""
-    folder = module_path / "teacher"
-    torch.manual_seed(0)
-    labels = dict(enumerate("0123456789"))
-    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
-    config = ResNetConfig(**sizes, id2label=labels)
-    ResNetForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    resnet = build_tiny_resnet("0123456789")
+    folder = save_with_processor(resnet, module_path / "teacher", processor)
     (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     return folder
 

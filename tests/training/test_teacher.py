@@ -9,6 +9,7 @@ import torch
 from helpers.photo_folders import draw_pixels, get_unicode_forms
 from helpers.tiny_models import (
     build_tiny_config,
+    build_tiny_resnet,
     get_largest_difference,
     raises_one_line,
     randomize,
@@ -23,8 +24,6 @@ from transformers import (
     MobileViTConfig,
     MobileViTForImageClassification,
     MobileViTImageProcessor,
-    ResNetConfig,
-    ResNetForImageClassification,
     ResNetModel,
     ViTImageProcessor,
 )
@@ -48,19 +47,6 @@ def load_labeled_teacher(source: object, *names: str, channels: int = 3) -> Teac
 def build_pixels(channels: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
     """Return random 8-bit images [2, C, H, W]."""
     return torch.from_numpy(draw_pixels(2, channels, height, width))
-
-
-def build_tiny_resnet(
-    names: list[str] | None = NAMES, **fields: Any
-) -> ResNetForImageClassification:
-    sizes = {
-        "embedding_size": 8,
-        "hidden_sizes": [8, 8],
-        "depths": [1, 1],
-        "layer_type": "basic",
-    }
-    labels = {"num_labels": 3} if names is None else {"id2label": dict(enumerate(names))}
-    return ResNetForImageClassification(ResNetConfig(**sizes, **labels, **fields))
 
 
 def build_half_processor(**settings: Any) -> ViTImageProcessor:
