@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.photo_folders import draw_pixels
+from helpers.photo_folders import draw_pixels, write_digits
 from helpers.tiny_models import edit_config
 from helpers.tiny_options import (
     build_tiny_options,
@@ -194,23 +194,14 @@ def save_images(folder: Path, pixels: np.ndarray) -> None:
         Image.fromarray(image).save(folder / f"{index}.png")
 
 
-@pytest.fixture(scope="module")
-def unequal_photos(module_path: Path) -> Path:
-    """Return a folder with 60 images of a digit and 8 of a similar one."""
-    folder = module_path / "unequal"
-    digits = load_digits()
-    for digit, count in ((8, 60), (3, 8)):
-        save_images(folder / str(digit), 15 * digits.images[digits.target == digit][:count])
-    return folder
-
-
-def test_class_weights_raise_the_recall_of_a_small_class(
-    encoder: Path, unequal_photos: Path, tmp_path: Path
-) -> None:
+def test_class_weights_raise_the_recall_of_a_small_class(encoder: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    write_digits(photos / "8", 8, slice(60))
+    write_digits(photos / "3", 3, slice(8))
     recalls = {}
     for balance in ("none", "weights"):
         flags = {"class_balance": balance, "pooling": "cls", "pooled_layers": (-1,)}
-        options = build_options(tmp_path / balance, encoder, unequal_photos, **flags)
+        options = build_options(tmp_path / balance, encoder, photos, **flags)
         results = run_training(options)
         recalls[balance] = results["per_class"][0]["recall"]
     assert recalls["weights"] >= recalls["none"]
