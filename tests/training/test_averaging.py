@@ -20,8 +20,6 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.run_results import describe_gates
 
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
 LAST = "checkpoints/step-00000004"
 
 

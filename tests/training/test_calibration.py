@@ -18,9 +18,6 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.calibration import describe_fold_calibration
 
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
-
 @pytest.mark.parametrize(("highest", "is_alike"), [(0.54, True), (0.6, False)])
 def test_predictions_that_are_all_alike_have_words_instead_of_a_huge_temperature(
     highest: float, is_alike: bool

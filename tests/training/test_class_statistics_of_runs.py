@@ -12,13 +12,11 @@ from helpers.tiny_options import build_tiny_options, run_to_folder
 from modeling_vitcls import ViTCLSForImageClassification, predict
 
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
 IMAGES = build_images(4, seed=1)
 
 
 @pytest.fixture(scope="module")
-def trained(module_path: Path, few_digits: None) -> Path:
+def trained(module_path: Path) -> Path:
     """Return the folder of a run with steps."""
     return run_to_folder(build_tiny_options(module_path / "trained", "digits", max_steps=3))
 

@@ -21,8 +21,6 @@ from modeling_vitcls.frozen.linear_probe import LinearProbe
 from modeling_vitcls.runtime.files import read_json
 
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
 TEACHING = {
     "max_steps": 12,
     "batch_size": 32,
@@ -32,7 +30,7 @@ TEACHING = {
 
 
 @pytest.fixture(scope="module")
-def encoder(module_path: Path, few_digits: None) -> Path:
+def encoder(module_path: Path) -> Path:
     """Return a trained encoder of five layers, without a classifier."""
     return save_digits_encoder(module_path, num_hidden_layers=5)
 

@@ -30,9 +30,6 @@ from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.resume import take_derived_values
 
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
-
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
     """Return the options of three steps, which saves after each step."""
     settings = {

@@ -31,9 +31,6 @@ from modeling_vitcls.training.run_folder import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs/mine"

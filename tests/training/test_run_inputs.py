@@ -17,9 +17,6 @@ from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.run_inputs import load_images
 
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
-
 def build_options(folder: Path, dataset: object = "digits", **training: Any) -> Any:
     """Return the options of a run of a tiny model."""
     return build_tiny_options(
