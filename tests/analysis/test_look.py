@@ -13,8 +13,10 @@ from helpers.sample_photographs import photograph
 from helpers.tiny_models import (
     LAYOUTS,
     build_tiny_config,
+    edit_config,
     raises_one_line,
     randomize,
+    save_encoder,
     save_with_processor,
 )
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,15 +42,9 @@ from modeling_vitcls.analysis.token_use import find_token_use
 PROCESSOR = ViTCLSImageProcessor(size=32)
 
 
-def save_encoder(folder: Path, processor: ViTCLSImageProcessor | None = None, **fields: Any) -> str:
-    """Save an encoder with random weights and its image processor, and return the folder."""
-    config = build_tiny_config(**{"num_register_tokens": 2, **fields})
-    return str(save_with_processor(ViTCLSModel(config, add_pooling_layer=False), folder, processor))
-
-
 @pytest.fixture(scope="module")
 def model(module_path: Path) -> str:
-    return save_encoder(module_path)
+    return str(save_encoder(module_path, num_register_tokens=2))
 
 
 @pytest.fixture
@@ -236,12 +232,14 @@ def test_a_photo_of_one_column_has_a_sheet(model: str) -> None:
 
 def test_gray_models_take_color_photos(tmp_path: Path) -> None:
     gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
-    folder = save_encoder(tmp_path, gray, num_channels=1)
+    model = ViTCLSModel(build_tiny_config(num_channels=1))
+    folder = save_with_processor(model, tmp_path, gray)
     assert look(folder, photograph("china.jpg").convert("L")).width == 1800
 
 
 def test_a_photo_of_twelve_bits_is_as_bright_as_the_model_sees_it(tmp_path: Path) -> None:
-    folder = save_encoder(tmp_path, ViTCLSImageProcessor(size=32, bit_depth=12))
+    folder = save_encoder(tmp_path)
+    edit_config(folder, "preprocessor_config.json", bit_depth=12)
     values = np.asarray(photograph("china.jpg").convert("L"), dtype=np.uint16) * 16
     photo = tmp_path / "scan.png"
     Image.fromarray(values).save(photo)

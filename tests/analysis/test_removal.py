@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.command_in_process import run_here
+from helpers.command_in_process import finetune
 from helpers.sample_photographs import photograph
 from helpers.source_checkpoints import save_large_encoder
 from PIL import Image
@@ -69,9 +69,8 @@ def train_classifier(folder: Path, draw: Any, pooling: str) -> tuple[Any, ViTCLS
         photo.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(photo)
     save_large_encoder(folder / "vit", num_layers=5)
-    command = ["finetune", "--model", folder / "vit", "--dataset", folder / "photos", "--no-report"]
-    flags = ["--pooling", pooling, "--mixed-precision", "no", "--output-dir", folder / "run"]
-    assert run_here(*command, *flags) == 0
+    flags = ("--pooling", pooling, "--mixed-precision", "no")
+    finetune(folder / "vit", folder / "photos", folder / "run", *flags)
     model = ViTCLSForImageClassification.from_pretrained(folder / "run").eval()
     return model, ViTCLSImageProcessor.from_pretrained(folder / "run")
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.photo_folders import draw_noise
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import TINY
 from PIL import Image
@@ -29,16 +30,9 @@ FLAGS = vars(TINY) | RUN
 
 
 def build_photos() -> list[tuple[Image.Image, str]]:
-    """Return photographs of two classes: dark and bright noise."""
-    generator = np.random.default_rng(0)
-    return [
-        (
-            Image.fromarray(generator.integers(low, low + 128, (20, 30, 3), dtype=np.uint8)),
-            "dark" if low == 0 else "bright",
-        )
-        for low in (0, 128)
-        for _ in range(10)
-    ]
+    """Return noise of two classes."""
+    photos = draw_noise(*[(20, 30)] * 20)
+    return [(photo, ("cat", "dog")[index // 10]) for index, photo in enumerate(photos)]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.photo_folders import draw_pixels
 from helpers.tiny_models import assert_same_bits
 from torchvision.transforms import v2
 
@@ -31,11 +32,8 @@ def build(**options: Any) -> Any:
     return build_augmentation(AugmentationOptions(**options), ViTCLSImageProcessor(size=[24, 32]))
 
 
-def build_pil_images(count: int, size: tuple[int, int] = (40, 36)) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(count)
-    ]
+def draw_images(count: int, size: tuple[int, int] = (40, 36)) -> list[torch.Tensor]:
+    return list(torch.from_numpy(draw_pixels(count, 3, *size)))
 
 
 def augment(
@@ -49,7 +47,7 @@ def augment(
 @pytest.mark.parametrize("name", [*ALL, "everything"])
 def test_augmentation_depends_only_on_the_seeds(name: str) -> None:
     augmentation = build(**(ALL if name == "everything" else STILL | {name: ALL[name]}))
-    sources = build_pil_images(6)
+    sources = draw_images(6)
     indices = [5, 0, 7, 1, 2, 9]
     state = torch.get_rng_state()
     first = augment(augmentation, sources, 1, indices)
@@ -67,7 +65,7 @@ def test_augmentation_depends_only_on_the_seeds(name: str) -> None:
 
 def test_images_of_different_sizes_become_one_batch() -> None:
     """Each image is augmented as in a batch of its own."""
-    sources = [*build_pil_images(1, (40, 36)), *build_pil_images(1, (17, 90))]
+    sources = [*draw_images(1, (40, 36)), *draw_images(1, (17, 90))]
     for options in (ALL, STILL):
         batch = augment(build(**options), sources, 0, [0, 1])
         assert batch.shape == (2, 3, 24, 32)
@@ -76,7 +74,7 @@ def test_images_of_different_sizes_become_one_batch() -> None:
 
 
 def test_erasing_changes_only_a_rectangle() -> None:
-    (source,) = build_pil_images(1)
+    (source,) = draw_images(1)
     torch.manual_seed(0)
     erased = erase(v2.RandomErasing(1.0, value="random"), source)
     changed = (erased != source).any(dim=0).nonzero()

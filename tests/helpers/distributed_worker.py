@@ -5,7 +5,6 @@ Start with: torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 
 import functools
 import itertools
-import json
 import math
 import signal
 import sys
@@ -25,11 +24,13 @@ from transformers.distributed import DistributedConfig
 
 sys.path.extend(map(str, Path(__file__).parents[1:3]))
 
+
 import modeling_vitcls as vitcls
 from helpers.batch_plans import build_plan
-from helpers.tiny_models import build_tiny_config
+from helpers.tiny_models import build_random
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
+from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.loop import TrainingLoop
 from modeling_vitcls.training.losses import Objective
@@ -259,10 +260,7 @@ CHECKS |= {
 def save_model(layout: str, folder: Path) -> tuple[Any, Path]:
     """Return the model of a layout, equal in all processes, and its saved folder."""
     model_class, overrides = LAYOUTS[layout]
-    torch.manual_seed(0)
-    model = model_class(build_tiny_config(image_size=[16, 24], **overrides))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    model = build_random(model_class, image_size=[16, 24], **overrides)
     path = folder / layout.replace(" ", "_")
     if distributed.get_rank() == 0:
         model.save_pretrained(path)
@@ -336,7 +334,7 @@ def write_report(folder: Path) -> None:
             f"process {rank}: {text}" for rank, text in enumerate(errors) if text
         )
     if distributed.get_rank() == 0:
-        (folder / "report.json").write_text(json.dumps(report))
+        write_json(folder / "report.json", report)
 
 
 def main(folder: Path) -> None:

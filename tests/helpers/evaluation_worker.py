@@ -5,8 +5,6 @@
 The worker writes FOLDER/scenarios.json.
 """
 
-import io
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+
+from helpers.photo_folders import encode_image
 from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
@@ -30,6 +30,7 @@ from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.evaluation.evaluator import Evaluator
 from modeling_vitcls.runtime.distributed import build_accelerator
+from modeling_vitcls.runtime.files import write_json
 
 
 BATCH_SIZE = 3
@@ -85,9 +86,8 @@ def build_labeled_images(
     encoded = []
     labels = []
     for index in range(number):
-        file = io.BytesIO()
-        Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(file, "PNG")
-        content = file.getvalue()
+        noise = random.integers(256, size=(16, 16, 3), dtype=np.uint8)
+        content = encode_image(Image.fromarray(noise))
         encoded.append(
             {"path": f"{index}.png", "bytes": content[:200] if index in unreadable else content}
         )
@@ -147,7 +147,7 @@ def main() -> None:
     accelerator = build_accelerator()
     results = evaluate_all(accelerator)
     if accelerator.is_main_process:
-        (folder / "scenarios.json").write_text(json.dumps(results))
+        write_json(folder / "scenarios.json", results)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHu
     hub.create("ann/old", files=files)
 
     folder = Path(loading.get_external_model_folder("ann/old"))
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+    assert read_files(folder) == {
         name: content for name, content in files.items() if name != "notes.txt"
     }
 

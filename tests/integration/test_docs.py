@@ -42,6 +42,7 @@ from helpers.fresh_processes import run_python
 from helpers.page_commands import SMALL_MODEL
 from helpers.photo_folders import write_digits
 from helpers.scripts_in_process import run_in_process
+from helpers.tiny_models import save_both
 from timm.models.vision_transformer import VisionTransformer
 
 import modeling_vitcls
@@ -341,8 +342,7 @@ def write_encoder(folder: Path, **fields: Any) -> None:
     )
     torch.manual_seed(0)  # To some random encoders, all digits of one kind are shots of one scene.
     model_class = ViTCLSForImageClassification if fields else ViTCLSModel
-    model_class(config).save_pretrained(folder)
-    ViTCLSImageProcessor(size={"height": 56, "width": 56}).save_pretrained(folder)
+    save_both(model_class(config), folder, ViTCLSImageProcessor(size={"height": 56, "width": 56}))
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

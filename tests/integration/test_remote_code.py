@@ -19,7 +19,7 @@ from helpers.fresh_processes import run_python
 from helpers.load_without_package import AUTO_CLASSES, SEED, compute_outputs, main
 from helpers.photo_folders import get_file_names
 from helpers.released_models import KINDS, SIZES
-from helpers.tiny_models import assert_same_bits
+from helpers.tiny_models import assert_same_bits, randomize, save_both
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -89,21 +89,15 @@ def inputs(module_path: Path) -> Path:
 def build_random_model(name: str) -> Any:
     """Return the model of a checkpoint, with reproducible random weights."""
     model_class, overrides = CHECKPOINTS[name]
-    model = model_class(vitcls.ViTCLSConfig(**SIZES, **overrides))
-    torch.manual_seed(SEED)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return randomize(model_class(vitcls.ViTCLSConfig(**SIZES, **overrides)))
 
 
 @pytest.fixture(scope="module")
 def saved(module_path: Path) -> Path:
     """Return a folder with all checkpoints."""
+    processor = vitcls.ViTCLSImageProcessor(size={"height": 16, "width": 24})
     for name in CHECKPOINTS:
-        build_random_model(name).save_pretrained(module_path / name)
-        vitcls.ViTCLSImageProcessor(size={"height": 16, "width": 24}).save_pretrained(
-            module_path / name
-        )
+        save_both(build_random_model(name), module_path / name, processor)
     return module_path
 
 

@@ -1,6 +1,5 @@
 """Pushing model folders to a local Hub, with the real huggingface_hub client."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.hub.model_files import hash_settings
+from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.push import (
@@ -180,11 +179,10 @@ def test_results_of_other_weights_are_not_published(
 
 def write_export(folder: Path, **values: Any) -> None:
     """Write an ONNX file with its weights and its report, as `vitcls export` does."""
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     report = {
         "format": "onnx",
         "dtype": "float16",
-        "weights_sha256": {WEIGHTS: digest},
+        "weights_sha256": hash_weights(folder),
         "settings_sha256": hash_settings(folder),
         "num_bytes": 3 * 2**19,
         "largest_differences": {"logits": 2e-6},

@@ -11,6 +11,7 @@ from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import save_classifier
 from playwright.sync_api import Browser, Page, expect
+from scipy.special import softmax
 
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.evaluation.evaluator import read_predictions
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 3, 400)
     logits = generator.normal(size=(400, 3)) + 2 * np.eye(3)[labels]
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    probabilities = softmax(logits, axis=1)
     columns = {
         "index": range(400),
         "image": [f"dusk/photo {index}.jpg" for index in range(400)],

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from helpers.command_in_process import finetune
 from helpers.photo_folders import write_photos
+from helpers.tiny_models import edit_config
 
 from modeling_vitcls import evaluate, predict
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -66,9 +67,7 @@ def test_unknown_photos_are_counted_among_those_that_show_none_of_the_classes(
     answers.to_csv(module_path / "none.csv")
     rows = predict(results["folder"], str(others))
     near, far = sorted(row["distance"] for row in rows if row["checksum"] in checksums)
-    file = results["folder"] / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"distance_threshold": (near + far) / 2}))
+    edit_config(results["folder"], distance_threshold=(near + far) / 2)
     measured = evaluate(results["folder"], str(others), answers=(str(module_path / "none.csv"),))
     assert measured["num_images"] == 5
     assert measured["outside"] == {"num_images": 2, "num_unknown": 1}
