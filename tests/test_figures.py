@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.doc_pages import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 CODE = re.compile(

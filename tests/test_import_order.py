@@ -8,10 +8,8 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import modeling_vitcls
+from helpers.doc_pages import PACKAGE, ROOT
 
-
-PACKAGE = Path(modeling_vitcls.__file__).parent
 
 # From the bottom up: a folder may import only entries before it in this tuple. Those of one line
 # meet in a model folder, which additions and runs write and publishing reads. Top level: version.py.
@@ -35,7 +33,7 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 def load_import_graph() -> dict[str, list[str]]:
     """Return file -> files of the package that it imports, anywhere in the file."""
     command = [sys.executable, "-m", "ruff", "analyze", "graph", "modeling_vitcls"]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -65,7 +63,7 @@ def test_folders_import_only_lower_folders_and_no_ring_joins_files() -> None:
 
 
 def test_the_picture_of_a_run_names_what_the_code_has() -> None:
-    text = (PACKAGE.parent / "docs/architecture.md").read_text()
+    text = (ROOT / "docs/architecture.md").read_text()
     picture = text.split("```text\n")[1].split("```")[0]
     words = set(re.findall(r"\b(?:[a-z]+_[a-z_]+|[A-Z][a-z]+[A-Z]\w+)\b", picture))
     assert {"open_model", "plan_run", "divide_images", "run_frozen", "save_output"} <= words

@@ -10,14 +10,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
 
 import pytest
+from helpers.doc_pages import ROOT
 
 from modeling_vitcls.training.options import FinetuneOptions
 
-
-ROOT = Path(__file__).parents[1]
 
 # A change that follows a recipe of CONTRIBUTING.md has room; the ceilings are lowered at a release.
 HEADROOM = 1.01

@@ -1,14 +1,14 @@
 """The workflows of GitHub Actions: which code they run, and with which permissions."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from helpers.doc_pages import ROOT
 
 
-FOLDER = Path(__file__).parents[1] / ".github/workflows"
+FOLDER = ROOT / ".github/workflows"
 WORKFLOWS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(FOLDER.glob("*.yml"))}
 JOBS = [
     pytest.param(job, id=f"{name}-{job_name}")

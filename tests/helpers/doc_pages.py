@@ -8,6 +8,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "modeling_vitcls"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

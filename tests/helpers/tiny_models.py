@@ -62,6 +62,13 @@ TOKENS = {
 MASK = torch.ones(2, 6 + 16, dtype=torch.long)
 MASK[1, 10:14] = 0
 
+# Group of special tokens -> its parameter of the embeddings
+PARAMETERS = {
+    "cls": "cls_token",
+    "distillation": "distillation_token",
+    "registers": "register_tokens",
+}
+
 TASKS = {"species": 4, "age": 2}
 
 IMAGE_LABELS = torch.tensor([0, 2])  # of `IMAGES`

@@ -37,7 +37,7 @@ import pytest
 import torch
 import yaml
 from helpers.command_in_process import run_here
-from helpers.doc_pages import PAGES, ROOT, Block, check_imports, read_blocks, read_prose
+from helpers.doc_pages import PACKAGE, PAGES, ROOT, Block, check_imports, read_blocks, read_prose
 from helpers.fresh_processes import run_python
 from helpers.page_commands import SMALL_MODEL
 from helpers.photo_folders import write_digits
@@ -59,7 +59,6 @@ from modeling_vitcls.cli.commands import COMMANDS
 from scripts.tools import make_address
 
 
-PACKAGE = ROOT / "modeling_vitcls"
 MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_COMMANDS = (
     "cd curl python3 git hf sbatch torchrun make pip uvicorn .venv/bin/pip .venv/bin/python "

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.doc_pages import ROOT
+from helpers.doc_pages import PACKAGE, ROOT
 from helpers.fresh_processes import run_python
 from helpers.load_without_package import AUTO_CLASSES, SEED, compute_outputs, main
 from helpers.photo_folders import get_file_names
@@ -27,7 +27,6 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.runtime.files import read_json
 
 
-PACKAGE = Path(vitcls.__file__).parent
 SHIPPED_FILES = sorted((PACKAGE / "model").glob("*_vitcls.py"))
 ALLOWED_LIBRARIES = {
     "torch",

@@ -17,6 +17,7 @@ import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.tiny_models import (
     IMAGES,
+    PARAMETERS,
     assert_same_bits,
     build_images,
     build_random,
@@ -72,8 +73,6 @@ COUNTS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_token
 FIELDS_THAT_ADAPT = {**COUNTS, "image_size": [32, 48]}
 FIELDS = FIELDS_THAT_ADAPT | {"position_embedding_tokens": "all"}
 
-GROUPS = {"cls": "cls_token", "distillation": "distillation_token", "registers": "register_tokens"}
-
 
 # All weights
 
@@ -108,7 +107,7 @@ def assert_adapted(old: Any, new: Any) -> None:
     after = new.state_dict()
     prefix = "" if old.base_model is old else "vitcls."
     expected = dict(before)
-    for group, token in GROUPS.items():
+    for group, token in PARAMETERS.items():
         for name in (
             f"{prefix}embeddings.{token}",
             f"{prefix}embeddings.position_embeddings.{group}",

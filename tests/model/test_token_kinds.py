@@ -3,12 +3,9 @@
 import shutil
 from pathlib import Path
 
+from helpers.doc_pages import PACKAGE
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 
-import modeling_vitcls
-
-
-PACKAGE = Path(modeling_vitcls.__file__).parent
 
 # File -> text, and what is inserted before it.
 EDITS = {

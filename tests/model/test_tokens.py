@@ -9,6 +9,7 @@ from helpers.tiny_models import (
     IMAGE_LABELS,
     IMAGES,
     LAYOUTS,
+    PARAMETERS,
     assert_same_outputs,
     build_images,
     build_random,
@@ -24,13 +25,6 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.conversion.weight_rules import Fields
-
-
-PARAMETERS = {
-    "cls": "cls_token",
-    "distillation": "distillation_token",
-    "registers": "register_tokens",
-}
 
 
 # Layout
