@@ -10,7 +10,6 @@ from helpers.compare import run_step
 from helpers.tiny_models import (
     BLOCKS,
     IMAGES,
-    MASK,
     POSITIONS,
     Kind,
     assert_same_outputs,
@@ -20,7 +19,6 @@ from helpers.tiny_models import (
     each_kind,
     get_largest_difference,
     list_tensors,
-    randomize,
 )
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
@@ -100,34 +98,6 @@ def test_autocast_is_close_to_float32_and_has_finite_gradients(kind: Kind) -> No
         assert all(
             weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None
         )
-
-
-# Attention implementations
-
-
-@pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"cls_scopes": ["image", [2, 2, 0, 1]]},
-        BLOCKS["rope"] | BLOCKS["qk_norm"],
-        {"attention_type": "differential", "qk_norm": True},
-    ],
-    ids=str,
-)
-def test_attention_implementations_agree(fields: Fields, mask: torch.Tensor | None) -> None:
-    """Flex attention is not compiled here, which is mathematically equal."""
-    config = build_tiny_config(**BLOCKS["tokens"] | fields)
-    outputs = []
-    for implementation in ("sdpa", "eager", "flex_attention"):
-        model = randomize(ViTCLSModel(config))
-        model.set_attn_implementation(implementation)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            outputs.append(model(IMAGES, attention_mask=mask).last_hidden_state)
-    assert outputs[0].isfinite().all()
-    assert get_largest_difference(outputs[0], outputs[1]) < 1e-5
-    assert get_largest_difference(outputs[0], outputs[2]) < 1e-5
 
 
 # Compilation and export

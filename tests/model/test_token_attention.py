@@ -45,13 +45,17 @@ ATTENTIONS = {
 }
 
 
-def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Return the special tokens' rows of the full maps, [batch, layer, head, token, key]."""
+def run_eager(model: Any, pixels: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the special tokens' rows of the full maps, [batch, layer, head, token, key].
+
+    The second value is the first output of the model; for an encoder, its last hidden states.
+    """
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    maps = model(pixels, output_attentions=True, **inputs).attentions
+    outputs = model(pixels, output_attentions=True, **inputs)
     model.set_attn_implementation(implementation)
-    return torch.stack(maps, dim=1)[..., : model.config.token_layout.num_prefix_tokens, :]
+    maps = torch.stack(outputs.attentions, dim=1)
+    return maps[..., : model.config.token_layout.num_prefix_tokens, :], outputs[0]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,13 @@ def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Ten
     [
         *((TOKENS | fields, "sdpa") for fields in ATTENTIONS.values()),
         *itertools.product(
-            [*LAYOUTS.values(), TOKENS | ATTENTIONS["scopes"]], ["eager", "flex_attention", "sdpa"]
+            [
+                *LAYOUTS.values(),
+                TOKENS | ATTENTIONS["scopes"],
+                TOKENS | ATTENTIONS["rotary"] | ATTENTIONS["normalised queries"],
+                TOKENS | ATTENTIONS["differential"] | ATTENTIONS["normalised queries"],
+            ],
+            ["eager", "flex_attention", "sdpa"],
         ),
     ],
     ids=str,
@@ -79,8 +89,11 @@ def test_every_layout_and_attention_equals_eager_attention(
                 "force_eager"
             ):  # Compiling flex attention takes 50 CPU s
                 rows = model.token_attention(pixels, attention_mask=mask)
+                states = model(pixels, attention_mask=mask).last_hidden_state
+            eager_rows, eager_states = run_eager(model, pixels, attention_mask=mask)
             assert rows.shape[-2:] == (num_special, is_visible.shape[1])
-            assert_same_outputs(rows, get_eager_rows(model, pixels, attention_mask=mask), 1e-5)
+            assert_same_outputs(rows, eager_rows, 1e-5)
+            assert get_largest_difference(states, eager_states) <= 1e-5
             assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
 
 
@@ -91,8 +104,8 @@ def test_every_layout_and_attention_equals_eager_attention(
 def test_padding_masks_of_flash_attention_equal_eager_attention(fields: Fields) -> None:
     """The model and its token attention mask the same tokens as eager attention."""
     model = build_random(ViTCLSModel, **TOKENS | fields)
-    eager = get_eager_rows(model, IMAGES, attention_mask=MASK)
-    wanted = model(IMAGES, attention_mask=MASK).last_hidden_state[MASK.bool()]
+    eager, states = run_eager(model, IMAGES, attention_mask=MASK)
+    wanted = states[MASK.bool()]
     unmasked = model(IMAGES).last_hidden_state[MASK.bool()]
     model.config._attn_implementation = "flash_attention_2"
     found = model(IMAGES, attention_mask=MASK).last_hidden_state[MASK.bool()]
@@ -105,7 +118,7 @@ def test_padding_masks_of_flash_attention_equal_eager_attention(fields: Fields) 
 @each_kind
 def test_every_class_has_the_rows_of_eager_attention(kind: Kind) -> None:
     model = kind.build()
-    assert_same_outputs(model.token_attention(IMAGES), get_eager_rows(model, IMAGES), 1e-5)
+    assert_same_outputs(model.token_attention(IMAGES), run_eager(model, IMAGES)[0], 1e-5)
 
 
 def test_groups_and_layers_can_be_selected() -> None:
@@ -155,7 +168,7 @@ def test_gradients_equal_those_of_eager_attention() -> None:
     model = build_random(ViTCLSModel, **TOKENS)
     pixels = build_images().requires_grad_()
     gradients = []
-    for rows in (model.token_attention(pixels), get_eager_rows(model, pixels)):
+    for rows in (model.token_attention(pixels), run_eager(model, pixels)[0]):
         gradients.append(torch.autograd.grad(rows.square().sum(), pixels)[0])
     assert gradients[0].abs().max() > 0
     assert get_largest_difference(*gradients) <= 1e-5
