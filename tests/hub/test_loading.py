@@ -15,13 +15,12 @@ import timm
 import transformers
 from helpers.command_in_process import check_error
 from helpers.local_hub import LocalHub, Token, read_files
-from helpers.photo_folders import get_file_names
+from helpers.photo_folders import draw_noise, get_file_names
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_both
 from huggingface_hub import constants
 from huggingface_hub.utils import _http as hub_http
-from PIL import Image
 from timm.models import save_for_hf
 
 import modeling_vitcls as vitcls
@@ -61,18 +60,6 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
     )
     hub.create("ann/notes", files={"x.txt": b"x"})
     return hub
-
-
-def save_photos(hub: LocalHub, folder: Path) -> None:
-    """Create the data set ann/photos with eight photos."""
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    )
-    photos = [Image.new("L", (4, 4), 9 * index) for index in range(8)]
-    rows = {"image": photos, "label": [0, 1] * 4}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
-    content = (folder / "train.parquet").read_bytes()
-    hub.create("datasets/ann/photos", files={"train.parquet": content})
 
 
 def stop_hub(hub: LocalHub, patch: pytest.MonkeyPatch) -> None:
@@ -175,7 +162,10 @@ def test_datasets_come_from_the_hub_or_the_cache_or_are_one_line_with_a_remedy(
         with raises_one_line(*words, error=OSError):
             read(name)
 
-    save_photos(hub, tmp_path)
+    photos = {"image": draw_noise(*[(4, 4)] * 8), "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(photos).to_parquet(tmp_path / "train.parquet")
+    content = (tmp_path / "train.parquet").read_bytes()
+    hub.create("datasets/ann/photos", files={"train.parquet": content})
     with monkeypatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_old")
         check_error("ann/photos", "the Hub refuses the token", "HF_TOKEN")
