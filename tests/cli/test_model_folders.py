@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -181,31 +180,18 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
     assert read_json(Path("a.json"))["weights_sha256"] == read_weights
 
 
-@pytest.fixture(scope="module")
-def run(module_path: Path) -> Path:
-    """Return the folder of a run whose photographs are next to it."""
-    photos = write_photos(module_path / "photos", range(8))
-    command = (
-        "finetune --model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
-        "--intermediate-size 16 --image-size 16 --patch-size 8 --max-steps 1 --batch-size 4 "
-        f"--num-workers 0 --no-report --dataset {photos} --output-dir {module_path / 'run'}"
-    )
-    assert run_here(*command.split()) == 0
-    return module_path / "run"
-
-
-@pytest.fixture
-def trained(run: Path) -> Path:
-    """Return a copy of the run beside the same photographs."""
-    warn_on_first_process.cache_clear()
-    return Path(shutil.copytree(run, "trained"))
-
-
 def test_settings_that_were_edited_after_training_are_named(
-    trained: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also by a push, which then fails because it is offline."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    command = (
+        "finetune --model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
+        "--intermediate-size 16 --image-size 16 --patch-size 8 --max-steps 1 --batch-size 4 "
+        "--num-workers 0 --no-report --dataset photos --output-dir trained"
+    )
+    assert run_here(*command.split()) == 0
+    warn_on_first_process.cache_clear()
     commands = (
         (0, "evaluate --model trained --dataset photos --num-workers 0"),
         (0, "predict --model trained photos --num-workers 1"),
@@ -215,8 +201,8 @@ def test_settings_that_were_edited_after_training_are_named(
         assert run_here(*command.split()) == status
     assert "after training" not in caplog.text
 
-    edit_config(trained, distance_threshold=9.0)
-    edit_config(trained, "preprocessor_config.json", do_normalize=False)
+    edit_config(Path("trained"), distance_threshold=9.0)
+    edit_config(Path("trained"), "preprocessor_config.json", do_normalize=False)
     for status, command in commands:
         warn_on_first_process.cache_clear()
         caplog.clear()
