@@ -33,14 +33,6 @@ def photos(module_path: Path) -> Path:
     return module_path
 
 
-def write_csv(photos: Path, labels: list[str], **columns: Any) -> str:
-    """Write a table of the first images and their labels, with more columns."""
-    file = photos / "table.csv"
-    table = pd.DataFrame({"file_name": FILES[: len(labels)], "label": labels, **columns})
-    table.to_csv(file, index=False)
-    return str(file)
-
-
 def write_table(file: Path, **columns: Any) -> Path:
     """Write a table in the format of the suffix."""
     table = pd.DataFrame(columns)
@@ -51,6 +43,12 @@ def write_table(file: Path, **columns: Any) -> Path:
     else:
         table.to_csv(file, index=False, sep="\t" if file.suffix == ".tsv" else ",")
     return file
+
+
+def write_csv(photos: Path, labels: list[str], **columns: Any) -> str:
+    """Write a table of the first images and their labels, with more columns."""
+    columns = {"file_name": FILES[: len(labels)], "label": labels} | columns
+    return str(write_table(photos / "table.csv", **columns))
 
 
 def read_labels(dataset: Any, split: str = "train", **options: Any) -> list[str | None]:
