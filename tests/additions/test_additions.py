@@ -41,6 +41,7 @@ from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
+NOISE = build_images(3, 8, 8, channels=1)
 NUM_IMAGES = 120
 IMAGES = [
     Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in DIGITS.images[:NUM_IMAGES]
@@ -103,9 +104,8 @@ def compute(folder: Path, images: torch.Tensor) -> Any:
 def test_an_added_task_is_better_than_chance_and_keeps_the_logits(
     digits: Path, with_parity: Path
 ) -> None:
-    images = build_images(3, 8, 8, channels=1)
-    outputs = compute(with_parity, images)
-    assert torch.equal(outputs.logits, compute(digits, images).logits)
+    outputs = compute(with_parity, NOISE)
+    assert torch.equal(outputs.logits, compute(digits, NOISE).logits)
     assert outputs.task_logits["parity"].shape == (3, 2)
     results = evaluate(
         with_parity, build_dataset(TASKS["parity"]), task="parity", split="train", num_workers=0
@@ -114,11 +114,10 @@ def test_an_added_task_is_better_than_chance_and_keeps_the_logits(
 
 
 def test_an_earlier_task_keeps_its_bits(with_parity: Path, tmp_path: Path) -> None:
-    images = build_images(3, 8, 8, channels=1)
     add_task(with_parity, build_dataset(TASKS["size"]), "size", tmp_path / "both")
-    both = compute(tmp_path / "both", images).task_logits
+    both = compute(tmp_path / "both", NOISE).task_logits
     assert set(both) == {"parity", "size"}
-    assert torch.equal(both["parity"], compute(with_parity, images).task_logits["parity"])
+    assert torch.equal(both["parity"], compute(with_parity, NOISE).task_logits["parity"])
 
 
 @pytest.mark.parametrize("name", ["parity", "distance", "loss"])
@@ -196,7 +195,7 @@ def test_a_class_beside_a_task_with_any_name_keeps_the_statistics_without_a_warn
     add_task(digits, build_dataset(TASKS["parity"]), "added_classes_001", tmp_path / "task")
     add_class(tmp_path / "task", STRIPED, tmp_path / "class")
     assert "class statistics" not in caplog.text
-    outputs = compute(tmp_path / "class", build_images(3, 8, 8, channels=1))
+    outputs = compute(tmp_path / "class", NOISE)
     assert outputs.distance.isfinite().all()
     assert outputs.logits.shape == (3, 11)
     assert outputs.task_logits["added_classes_001"].shape == (3, 2)
@@ -385,7 +384,6 @@ def test_the_logits_of_a_new_class_have_the_scale_of_the_others(
         model.classifier.bias.mul_(0.2).add_(5)
     save_both(model, tmp_path / "scaled", ViTCLSImageProcessor.from_pretrained(digits))
     add_class(tmp_path / "scaled", STRIPED, tmp_path / "new")
-    images = build_images(3, 8, 8, channels=1)
-    expected = 0.2 * compute(with_stripes, images).logits + 5
-    torch.testing.assert_close(compute(tmp_path / "new", images).logits, expected)
+    expected = 0.2 * compute(with_stripes, NOISE).logits + 5
+    torch.testing.assert_close(compute(tmp_path / "new", NOISE).logits, expected)
     assert expected[:, 10].std() > 0
