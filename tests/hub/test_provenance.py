@@ -121,16 +121,6 @@ def test_timm_weights_have_their_license() -> None:
     )
 
     assert find_provenance("timm:no_such_model") == Provenance("timm:no_such_model")
-
-
-def test_other_licenses_of_timm_weights_link_to_their_card() -> None:
-    name = "aimv2_1b_patch14_224.apple_pt"
-    metadata = {
-        "license": "other",
-        "license_name": "apple-ascl",
-        "license_link": f"https://huggingface.co/timm/{name}",
-    }
-    assert find_provenance(f"timm:{name}").license_metadata == metadata
     unknown = Provenance("timm:dla60_res2net.in1k", base_model="timm/dla60_res2net.in1k")
     assert find_provenance("timm:dla60_res2net.in1k") == unknown
 
