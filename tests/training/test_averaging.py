@@ -104,6 +104,15 @@ def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_average
     torch.testing.assert_close(mean[weight], (start[weight] + last[weight]) / 2)
 
 
+def evaluate_with(folder: Path, tmp_path: Path, **counts: int) -> dict[str, Any]:
+    """Evaluate the model of a run with other numbers of tokens."""
+    adapted = shutil.copytree(folder, tmp_path / "adapted")
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    model.adapt(**counts).save_pretrained(adapted)
+    reset_accelerate()
+    return evaluate(adapted, "digits")
+
+
 def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_are_worth(
     encoder: Path, tmp_path: Path
 ) -> None:
@@ -120,11 +129,7 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
     results = read_json(folder / "results.json")
     found = results["tokens"]["registers"]
     # The same images, with the same model without these tokens
-    without = shutil.copytree(folder, tmp_path / "without")
-    model = ViTCLSForImageClassification.from_pretrained(folder)
-    model.adapt(num_register_tokens=0).save_pretrained(without)
-    reset_accelerate()
-    measured = evaluate(without, "digits", per_image=tmp_path / "rows.parquet")
+    measured = evaluate_with(folder, tmp_path, num_register_tokens=0)
     hidden = found["hidden"]
     assert hidden["num_images"] == measured["num_images"]
     assert hidden["accuracy"] == pytest.approx(measured["accuracy"], abs=1e-6)
@@ -149,11 +154,8 @@ def test_without_distillation_tokens_the_model_is_that_of_adapt(
     flags = {"num_distillation_tokens": 1, "model_config": {"distillation_inference": "mean"}}
     folder = train(tmp_path, encoder, **flags)
     found = read_json(folder / "results.json")["tokens"]["distillation"]
-    without = shutil.copytree(folder, tmp_path / "without")
-    model = ViTCLSForImageClassification.from_pretrained(folder)
-    model.adapt(num_distillation_tokens=0).save_pretrained(without)
-    reset_accelerate()
-    assert found["without"]["loss"] == pytest.approx(evaluate(without, "digits")["loss"], abs=1e-5)
+    measured = evaluate_with(folder, tmp_path, num_distillation_tokens=0)
+    assert found["without"]["loss"] == pytest.approx(measured["loss"], abs=1e-5)
     assert found["without"]["loss"] != pytest.approx(found["hidden"]["loss"], abs=1e-4)
 
 

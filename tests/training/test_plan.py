@@ -21,7 +21,7 @@ from modeling_vitcls.training.plan import RunPlan, plan_run
 
 
 def make_inputs(
-    num_images: int,
+    num_images: int = 600,
     num_labels: int = 10,
     has_frozen_start: bool = True,
     num_fitted: int = 0,
@@ -51,19 +51,15 @@ def leave_model_unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_plan(
     monkeypatch: pytest.MonkeyPatch,
-    num_images: int = 600,
-    num_labels: int = 10,
-    has_frozen_start: bool = True,
     step_minutes: int | None = None,
     is_resumed: bool = False,
-    num_fitted: int = 0,
-    **flags: Any,
+    **settings: Any,
 ) -> RunPlan:
     """Plan a run of a trained encoder; `step_minutes` is the duration of its steps on a CPU."""
     device = torch.device("cuda" if step_minutes is None else "cpu")
     monkeypatch.setattr(plan, "measure_step_minutes", lambda *arguments: step_minutes)
     leave_model_unread(monkeypatch)
-    inputs = make_inputs(num_images, num_labels, has_frozen_start, num_fitted, **flags)
+    inputs = make_inputs(**settings)
     return plan_run(inputs, SimpleNamespace(device=device), is_resumed)  # type: ignore[arg-type]
 
 
