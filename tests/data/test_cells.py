@@ -135,11 +135,13 @@ def test_a_vector_of_another_length_or_number_is_an_error_with_its_row(odd: list
 
 
 def test_lists_of_indices_are_no_vectors() -> None:
-    names = ("a", "b", "c")
-    assert read([[0, 1], [2], [1, 2], [0]], names=names)[1] == [[0, 1], [2], [1, 2], [0]]
-    # One box per object: an index may be repeated, but most lists have others.
-    assert read([[1, 1], [2], [1, 2], [0]], names=names)[1] == [[1], [2], [1, 2], [0]]
-    assert read([[0], [0, 1], [1], [0]], names=("a", "b"))[1] == [[0], [0, 1], [1], [0]]
+    for lists, names, labels in (
+        ([[0, 1], [2], [1, 2], [0]], "abc", [[0, 1], [2], [1, 2], [0]]),
+        # One box per object: an index may be repeated, but most lists have others.
+        ([[1, 1], [2], [1, 2], [0]], "abc", [[1], [2], [1, 2], [0]]),
+        ([[0], [0, 1], [1], [0]], "ab", [[0], [0, 1], [1], [0]]),
+    ):
+        assert read(lists, names=tuple(names))[1] == labels
 
 
 # Separators ---------------------------------------------------------------------------------------

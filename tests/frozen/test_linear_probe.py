@@ -223,6 +223,7 @@ def test_several_labels_have_calibrated_probabilities() -> None:
     probe = LinearProbe().fit(*draw_tags(120, 0))
     features, labels = draw_tags(2000, 1)
     probabilities = probe.predict_proba(features)
+    assert probabilities[:, 3] == pytest.approx(2 / 122)  # the smoothed share of one image
     losses = [log_loss(labels[:, index], probabilities[:, index]) for index in range(3)]
     shares = [
         log_loss(labels[:, index], np.full(2000, labels[:, index].mean())) for index in range(3)
@@ -233,11 +234,6 @@ def test_several_labels_have_calibrated_probabilities() -> None:
     assert np.mean(probe.losses_) == pytest.approx(sum(losses) / 4, abs=0.04)
     assert "mean_average_precision" in probe.estimate_
     assert np.array_equal(probe.predict(features), probabilities > 0.5)
-
-
-def test_a_label_of_one_image_has_its_smoothed_share() -> None:
-    probe = LinearProbe().fit(*draw_tags(120, 0))
-    assert probe.predict_proba(draw_tags(50, 1)[0])[:, 3] == pytest.approx(2 / 122)
 
 
 def test_tags_of_three_images_are_too_few_for_folds() -> None:
