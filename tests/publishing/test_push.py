@@ -254,10 +254,6 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
         ),
         (lambda folder: (folder / WEIGHTS).unlink(), ["lacks model.safetensors"]),
         (lambda folder: (folder / "modeling_vitcls.py").unlink(), ["modeling_vitcls.py"]),
-        (
-            lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
-            ["is not a vitcls model", "vitcls convert"],
-        ),
         (lambda folder: (folder / "config.json").write_text("{"), ["cannot read", "config.json"]),
         (lambda folder: folder.rename(folder.with_name("other")), ["is not a folder"]),
     ],
