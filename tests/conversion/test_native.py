@@ -43,19 +43,6 @@ def save(folder: Path, kind: str = "classifier", **fields: Any) -> Path:
     return folder
 
 
-def test_the_demo_model_is_compared_at_its_native_size(tmp_path: Path) -> None:
-    folder = save(tmp_path / "mine", **DEMO)
-    report = convert_to_native(str(folder), tmp_path / "native")
-
-    assert report["model_class"] == "Dinov2WithRegistersForImageClassification"
-    assert [comparison["image_size"] for comparison in report["comparisons"]] == [(32, 32)]
-    assert "resample position embeddings differently" in str(report["not_compared"])
-    assert not list((tmp_path / "native").glob("*.py"))
-
-    native = AutoModelForImageClassification.from_pretrained(tmp_path / "native")
-    assert native.config.id2label == DEMO["id2label"]
-
-
 @pytest.mark.parametrize("kind", ["model", "masked", "backbone"])
 def test_only_the_encoder_of_other_models_is_written(tmp_path: Path, kind: str) -> None:
     report = convert_to_native(str(save(tmp_path / "mine", kind)), tmp_path / "native")
@@ -63,15 +50,24 @@ def test_only_the_encoder_of_other_models_is_written(tmp_path: Path, kind: str) 
     assert report["classifier"] == "none"
 
 
-def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_model_is_compared_at_its_native_size_and_requires_no_remote_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_here("convert", save(Path("mine"), **DEMO), "native", "--to", "transformers") == 0
+
+    native = AutoModelForImageClassification.from_pretrained("native")
+    assert native.config.id2label == DEMO["id2label"]
+    assert not list((tmp_path / "native").glob("*.py"))
 
     card = ModelCard.load(tmp_path / "native/README.md")
     assert card.data.license == "mit"
     assert card.data.tags == ["vision", "vit"]
     assert card.data.pipeline_tag == "image-classification"
     report = read_json(tmp_path / "native/parity_report.json")
+    assert report["model_class"] == "Dinov2WithRegistersForImageClassification"
+    assert [comparison["image_size"] for comparison in report["comparisons"]] == [[32, 32]]
+    assert "resample position embeddings differently" in str(report["not_compared"])
     assert report["source"] == "path/to/mine"
     assert report["source_class"] == "ViTCLSForImageClassification"
     assert report["source_revision"] is None
