@@ -27,28 +27,20 @@ from modeling_vitcls.data.splits import (
 from modeling_vitcls.training.summary import describe_class_sizes, describe_splits
 
 
-@pytest.fixture
-def unfinished(tmp_path: Path) -> Any:
-    """Return options that continue a run that did not finish."""
+def test_a_changed_folder_is_an_error(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
     options = build_tiny_options(
         tmp_path / "run", photos, max_steps=2, batch_size=8, keep_checkpoints=1
     )
-    run_training(options)
-    (options.output_dir / "results.json").unlink()
-    return replace(options, resume=True)
-
-
-def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
-    photos = Path(unfinished.dataset)
-    run_training(unfinished)  # with the same data
-    (unfinished.output_dir / "results.json").unlink()
+    for each in (options, replace(options, resume=True)):  # with the same data
+        run_training(each)
+        (tmp_path / "run/results.json").unlink()  # it did not finish
 
     def assert_change(reason: str) -> None:
         with raises_one_line(
             "`resume=True`: the dataset has changed since the run in", reason, "Restore the dataset"
         ):
-            run_training(unfinished)
+            run_training(replace(options, resume=True))
 
     cat, dog = photos / "cat/1.png", photos / "dog/1.png"
     content = cat.read_bytes()

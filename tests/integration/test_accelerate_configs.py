@@ -88,12 +88,6 @@ def train_two(config: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ddp(module_path: Path) -> Path:
-    """Train on two CPU processes, each with the whole model."""
-    return train_two("ddp_cpu.yaml", module_path / "ddp")
-
-
-@pytest.fixture(scope="module")
 def fsdp2(module_path: Path) -> Path:
     """Train on two CPU processes, each with a shard of the weights."""
     return train_two("fsdp2_cpu.yaml", module_path / "fsdp2")
@@ -115,7 +109,8 @@ def test_all_keys_are_known_to_accelerate(file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_like_ddp(ddp: Path, fsdp2: Path) -> None:
+def test_fsdp2_trains_like_ddp(fsdp2: Path, tmp_path: Path) -> None:
+    ddp = train_two("ddp_cpu.yaml", tmp_path / "ddp")  # each process has the whole model
     assert_same_run(ddp, fsdp2, tolerance=1e-4)
 
     for folder in (ddp, fsdp2):

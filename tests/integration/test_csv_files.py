@@ -13,19 +13,6 @@ NAMES = ("=1+1", "@SUM(A1)", "-2\n3")
 FORMULA_PREFIXES = tuple("=+-@\t\r")
 
 
-@pytest.fixture(scope="module")
-def photos(module_path: Path) -> Path:
-    """Return photographs of classes, and of a file, whose names are harmful in a table."""
-    folder = write_photos(module_path / "photos", range(8), *NAMES)
-    (folder / NAMES[0] / "0.png").rename(folder / NAMES[0] / "\x1b[31m\u202e.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(module_path: Path) -> Path:
-    return save_classifier(module_path / "model", *NAMES)
-
-
 def check_cells(file: Path) -> None:
     """Check that no cell begins like a formula, or contains control or invisible characters."""
     with file.open(newline="") as stream:
@@ -36,9 +23,11 @@ def check_cells(file: Path) -> None:
     assert any("\\x1b[31m\\u202e" in cell for cell in cells)
 
 
-def test_predictions_contain_no_formulas(
-    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predictions_contain_no_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of classes and of a file are harmful in a table."""
+    model = save_classifier(tmp_path / "model", *NAMES)
+    photos = write_photos(tmp_path / "photos", range(8), *NAMES)
+    (photos / NAMES[0] / "0.png").rename(photos / NAMES[0] / "\x1b[31m\u202e.png")
     monkeypatch.chdir(photos)
     predict = ["predict", "--model", model, "--top-k", "3", "--output"]
     assert run_here(*predict, tmp_path / "labels.csv", *NAMES[:2]) == 0

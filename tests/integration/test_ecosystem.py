@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers.photo_folders import draw_noise
-from helpers.tiny_models import IMAGES, build_images, build_tiny_config
+from helpers.tiny_models import IMAGES, build_images, build_tiny_config, save_encoder
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,
@@ -54,19 +54,13 @@ def assert_same_logits(model: Any, wanted: Any = None, **tolerance: float) -> No
     torch.testing.assert_close(model.eval()(IMAGES).logits, wanted, **tolerance)
 
 
-@pytest.fixture(params=[ViTCLSImageProcessor, ViTCLSImageProcessorPil])
-def processor(request: pytest.FixtureRequest) -> Any:
-    """Return the image processor of each backend."""
-    return request.param(size=32)
-
-
 # Pipelines ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", [ViTCLSImageProcessor, ViTCLSImageProcessorPil])
 @torch.no_grad()
-def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
-    processor: Any,
-) -> None:
+def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(backend: Any) -> None:
+    processor = backend(size=32)
     torch.manual_seed(0)
     model = ViTCLSModel(build_tiny_config(**FIELDS)).eval()
     outputs = model(**processor(PHOTO, return_tensors="pt"))
@@ -149,17 +143,8 @@ BERT_SIZES = {
 }
 
 
-@pytest.fixture
-def encoder(tmp_path: Path) -> Path:
-    """Return the folder of a saved image encoder."""
-    torch.manual_seed(0)
-    ViTCLSModel(build_tiny_config(**FIELDS)).save_pretrained(tmp_path / "encoder")
-    return tmp_path / "encoder"
-
-
-def test_a_dual_encoder_of_images_and_text_trains_saves_and_loads(
-    encoder: Path, tmp_path: Path
-) -> None:
+def test_a_dual_encoder_of_images_and_text_trains_saves_and_loads(tmp_path: Path) -> None:
+    encoder = save_encoder(tmp_path / "encoder", **FIELDS)
     BertModel(BertConfig(**BERT_SIZES)).save_pretrained(tmp_path / "text")
     model = VisionTextDualEncoderModel.from_vision_text_pretrained(encoder, tmp_path / "text")
     inputs = {
