@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny_models import build_tiny_config, raises_one_line
+from helpers.tiny_models import raises_one_line, save_classifier
 
-from modeling_vitcls import ViTCLSForImageClassification
 from scripts import benchmark
 from scripts.benchmark import BenchmarkOptions, format_markdown, run_benchmarks
 
@@ -14,17 +13,9 @@ from scripts.benchmark import BenchmarkOptions, format_markdown, run_benchmarks
 SMALL = {"batch_sizes": (2,), "rounds": 2}
 
 
-@pytest.fixture(autouse=True)
-def _one_call_per_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "SECONDS_PER_MEASUREMENT", 1e-6)
-
-
 @pytest.fixture(scope="module")
 def model(module_path: Path) -> str:
-    ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)).save_pretrained(
-        module_path
-    )
-    return str(module_path)
+    return str(save_classifier(module_path, num_register_tokens=2))
 
 
 def test_backends_and_peers_have_the_outputs_of_the_model(
