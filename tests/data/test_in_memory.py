@@ -49,37 +49,36 @@ class TorchDataset(Dataset):
 
 def build(kind: str, folder: Path) -> Any:
     """Return the same images and labels as a dataset of one kind."""
-    pairs = [(make_image(index), name_class(index)) for index in range(NUM_IMAGES)]
+    images = [make_image(index) for index in range(NUM_IMAGES)]
+    labels = [name_class(index) for index in range(NUM_IMAGES)]
+    files = [encode_image(image) for image in images]
     if kind == "torch":
         return TorchDataset()
     if kind == "parts of a torch dataset":  # whose class names are those of the dataset
         return ConcatDataset(random_split(TorchDataset(), [30, 10]))
     if kind == "datasets":
-        rows = {"image": [{"bytes": encode_image(image), "path": None} for image, _ in pairs]}
-        columns = rows | {"label": [label for _, label in pairs]}
-        return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        rows = [{"bytes": file, "path": None} for file in files]
+        data = datasets.Dataset.from_dict({"image": rows, "label": labels})
+        return data.cast_column("image", datasets.Image())
     if kind in ("large_binary", "binary_view"):  # as polars writes Parquet
-        files = [encode_image(image) for image, _ in pairs]
-        images = pyarrow.array(files, pyarrow.type_for_alias(kind))
-        return datasets.Dataset(
-            pyarrow.table({"image": images, "label": [label for _, label in pairs]})
-        )
+        column = pyarrow.array(files, pyarrow.type_for_alias(kind))
+        return datasets.Dataset(pyarrow.table({"image": column, "label": labels}))
     if kind == "datasets in another format":
         declared = datasets.ClassLabel(names=["cat", "dog"])
         return build("datasets", folder).cast_column("label", declared).with_format("torch")
-    if kind == "splits":
-        return {"train": pairs[:30], "test": pairs[30:]}
-    if kind == "paths":
-        for index, (image, _) in enumerate(pairs):
-            image.save(folder / f"{index}.png")
-        return [(folder / f"{index}.png", label) for index, (_, label) in enumerate(pairs)]
-    convert: dict[str, Any] = {
-        "images": lambda image: image,
-        "arrays": np.array,
-        "bytes": encode_image,
-        "base64": lambda image: base64.b64encode(encode_image(image)).decode(),
+    paths = [folder / f"{index}.png" for index in range(NUM_IMAGES)]
+    for path, file in zip(paths, files, strict=True):
+        path.write_bytes(file)
+    columns: dict[str, Any] = {
+        "images": images,
+        "paths": paths,
+        "arrays": map(np.array, images),
+        "bytes": files,
+        "base64": [base64.b64encode(file).decode() for file in files],
+        "splits": images,
     }
-    return [(convert[kind](image), label) for image, label in pairs]
+    pairs = list(zip(columns[kind], labels, strict=True))
+    return {"train": pairs[:30], "test": pairs[30:]} if kind == "splits" else pairs
 
 
 KINDS = (
