@@ -190,11 +190,8 @@ class LocalHub:
         return StoredFile(sha256, len(content), oid, is_lfs)
 
 
-class Handler(WSGIRequestHandler):
-    """The connection of a client, which stays open."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+class QuietHandler(WSGIRequestHandler):
+    """A connection whose requests are not logged."""
 
     def log_request(self, *args: object) -> None:
         """Log nothing."""
@@ -208,7 +205,7 @@ def running_hub() -> Iterator[LocalHub]:
     """
     hub = LocalHub()
     listener = make_server(
-        "127.0.0.1", 0, server.build_app(hub), threaded=True, request_handler=Handler
+        "127.0.0.1", 0, server.build_app(hub), threaded=True, request_handler=QuietHandler
     )
     listener.daemon_threads = True
     hub.url = f"http://127.0.0.1:{listener.server_port}"
