@@ -24,7 +24,6 @@ from transformers.distributed import DistributedConfig
 
 sys.path.extend(map(str, Path(__file__).parents[1:3]))
 
-
 import modeling_vitcls as vitcls
 from helpers.batch_plans import build_plan
 from helpers.tiny_models import build_random

@@ -16,8 +16,7 @@ from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+sys.path.extend(map(str, Path(__file__).parents[1:3]))
 
 from helpers.photo_folders import encode_image
 from modeling_vitcls import (
