@@ -110,7 +110,7 @@ def evaluate_with(folder: Path, tmp_path: Path, **counts: int) -> dict[str, Any]
     model = ViTCLSForImageClassification.from_pretrained(folder)
     model.adapt(**counts).save_pretrained(adapted)
     reset_accelerate()
-    return evaluate(adapted, "digits")
+    return evaluate(adapted, "digits", per_image=tmp_path / "rows.parquet")
 
 
 def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_are_worth(
