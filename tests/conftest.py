@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Error, expect, sync_playwright
+from pytest import MonkeyPatch
 from xdist.scheduler import LoadFileScheduling
 
 
@@ -116,7 +117,7 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+def hub(monkeypatch: MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Start an empty Hub here, with a client that is logged in as `ann` and has an empty cache."""
     import transformers.utils.hub
     from helpers import local_hub
@@ -148,7 +149,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(monkeypatch: MonkeyPatch) -> None:
     """Verify pushed files here and with this package, which is faster than in a new process."""
     from modeling_vitcls.publishing.push import PushedCommit
     from modeling_vitcls.publishing.verification_script import collect_outputs
@@ -188,7 +189,7 @@ def few_digits() -> Iterator[None]:
     few = Bunch(
         images=digits.images[:300], target=digits.target[:300], target_names=digits.target_names
     )
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr("sklearn.datasets.load_digits", lambda: few)
         yield
 

@@ -11,6 +11,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.additions import add_class, add_task
 from helpers.command_in_process import finetune
 from helpers.photo_folders import write_bursts, write_shots
+from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
 
 from modeling_vitcls import evaluate
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -39,7 +40,7 @@ def with_other_tokens(converted_encoder: Path, bursts: Path, module_path: Path) 
 
 
 @pytest.fixture(autouse=True)
-def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_page(monkeypatch: MonkeyPatch) -> None:
     """Write no report, which takes longer than the addition, except for `with_task`."""
     monkeypatch.setattr("modeling_vitcls.publishing.report.write_report", lambda folder: None)
 
@@ -47,7 +48,7 @@ def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def one_sheet() -> Iterator[None]:
     """Draw one sheet for each report, instead of six, and certify one image (test_additions.py)."""
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr("modeling_vitcls.publishing.report.NUM_SHOWN_IMAGES", 1)
         patch.setattr("modeling_vitcls.additions.certificate.MAX_IMAGES", {1: 1})
         yield
@@ -77,7 +78,7 @@ def test_shots_of_an_object_are_on_one_side_of_the_held_out_photos_of_a_task(
 
 
 def test_held_out_photos_of_a_dataset_that_repeat_training_photos_are_counted(
-    converted_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    converted_encoder: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     write_bursts(tmp_path / "photos/train")
     write_bursts(tmp_path / "photos/test", [10, 11, 60, 61], [5])
@@ -163,7 +164,7 @@ def test_private_photos_of_an_addition_stay_on_the_machine(
 
 
 def test_photos_in_a_folder_named_like_a_dataset_on_the_hub_are_private(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_shots(tmp_path / "ann/new/vase", 40, range(1))
@@ -173,7 +174,7 @@ def test_photos_in_a_folder_named_like_a_dataset_on_the_hub_are_private(
 
 @pytest.mark.parametrize("shots", [range(1), range(5)], ids=["one photo", "one object"])
 def test_a_class_without_a_result_has_a_page(
-    shots: range, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shots: range, run: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # of `no_page`
     write_shots(tmp_path / "new/vase", 40, shots)
@@ -182,7 +183,7 @@ def test_a_class_without_a_result_has_a_page(
 
 
 def test_classes_beside_one_that_has_one_photo_are_measured(
-    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Path, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     write_shots(tmp_path / "new/vase", 40, [0])
     for scene in range(41, 45):

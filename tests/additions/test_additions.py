@@ -24,7 +24,9 @@ from helpers.tiny_models import (
     save_classifier,
 )
 from PIL import Image
+from pytest import LogCaptureFixture, MonkeyPatch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -88,7 +90,7 @@ def with_parity(digits: Path, module_path: Path) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def no_report() -> Iterator[None]:
     """Write no report, which takes longer than an addition (test_added_photos.py)."""
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr("modeling_vitcls.publishing.report.write_report", lambda folder: None)
         yield
 
@@ -190,7 +192,7 @@ def test_damaged_weights_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_a_class_beside_a_task_with_any_name_keeps_the_statistics_without_a_warning(
-    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    digits: Path, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     add_task(digits, build_dataset(TASKS["parity"]), "added_classes_001", tmp_path / "task")
     add_class(tmp_path / "task", STRIPED, tmp_path / "class")
@@ -202,7 +204,7 @@ def test_a_class_beside_a_task_with_any_name_keeps_the_statistics_without_a_warn
 
 
 def test_nothing_is_written_if_an_old_output_would_change(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     save = ViTCLSForImageClassification.save_pretrained
 
@@ -322,7 +324,7 @@ def test_copies_of_an_image_count_once(digits: Path, tmp_path: Path) -> None:
 
 
 def test_photos_that_trained_the_model_are_counted(
-    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    digits: Path, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     """As photos that were moved to a new class, or have further labels."""
     folder = tmp_path / "model"
@@ -345,7 +347,7 @@ def test_photos_that_trained_the_model_are_counted(
 
 
 def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
-    with_stripes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    with_stripes: Path, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     composed, decomposed = get_unicode_forms("café")
     new = [*build_new(STRIPES[::2], "Stripes "), *build_new(STRIPES[1::2], decomposed)]
@@ -356,7 +358,7 @@ def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
 
 
 def test_classes_that_a_filtered_dataset_only_declares_are_not_added(
-    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    digits: Path, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     names = ["0", "unused", "stripes"]
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
@@ -368,7 +370,7 @@ def test_classes_that_a_filtered_dataset_only_declares_are_not_added(
 
 
 def test_several_processes_are_refused(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with raises_one_line("by one process", "`accelerate launch`"):
@@ -385,5 +387,5 @@ def test_the_logits_of_a_new_class_have_the_scale_of_the_others(
     save_both(model, tmp_path / "scaled", ViTCLSImageProcessor.from_pretrained(digits))
     add_class(tmp_path / "scaled", STRIPED, tmp_path / "new")
     expected = 0.2 * compute(with_stripes, NOISE).logits + 5
-    torch.testing.assert_close(compute(tmp_path / "new", NOISE).logits, expected)
+    assert_close(compute(tmp_path / "new", NOISE).logits, expected)
     assert expected[:, 10].std() > 0

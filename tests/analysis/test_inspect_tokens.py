@@ -9,6 +9,7 @@ from helpers.local_hub import LocalHub, read_files
 from helpers.photo_folders import write_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import edit_weights, raises_one_line, save_classifier
+from pytest import CaptureFixture, approx
 
 from modeling_vitcls import inspect_tokens
 from modeling_vitcls.model.attention_masks_vitcls import TokenGates
@@ -37,7 +38,7 @@ def image_folder(module_path: Path) -> Path:
 
 
 def test_terminal_page_and_the_function_have_the_same_values(
-    model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, image_folder: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     """The unreadable file is named."""
     page = tmp_path / "page.html"
@@ -50,7 +51,7 @@ def test_terminal_page_and_the_function_have_the_same_values(
     text = page.read_text()
     for effect in found.effects:
         assert f"log loss {effect['content']['loss_change']:+.3f} (" in text
-    assert found.gates == {"register 2": pytest.approx(0.031)}
+    assert found.gates == {"register 2": approx(0.031)}
     assert "<td>0.031</td>" in text
     assert "0.031" in printed
     assert str(image_folder) not in text
@@ -67,7 +68,7 @@ def test_a_table_has_the_numbers_of_each_token_and_group(
     assert set(table["verdict"]) == {"not shown"}  # of eleven photos
     for row, effect in zip(table.to_dict("records"), found.effects, strict=True):
         assert row["group"] == effect["group"]
-        assert row["hidden_loss_change"] == pytest.approx(effect["hidden"]["loss_change"])
+        assert row["hidden_loss_change"] == approx(effect["hidden"]["loss_change"])
     with raises_one_line("layers 2 to 9", "1 to 2"):
         inspect_tokens(model, image_folder, output=file, layers=(2, 9))
 
@@ -77,7 +78,7 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     image_folder: Path,
     hub: LocalHub,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: CaptureFixture,
 ) -> None:
     commit = hub.create("ann/pets", files=read_files(Path(model))).branches["main"]
     page = tmp_path / "new/report.html"

@@ -1,9 +1,10 @@
 """The table of layers and groups of tokens agrees with the hidden states and the attention maps."""
 
-import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, randomize
+from pytest import approx
 from torch.nn.functional import cosine_similarity
+from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis.layer_table import measure_layers
@@ -22,7 +23,7 @@ def test_norms_attention_outliers_and_similarities_are_those_of_states_and_maps(
     table, found = measure_layers(model, [ImageBatch(part) for part in pixels.split(4)])
 
     outputs = model(pixels, output_hidden_states=True, output_attentions=True)
-    torch.testing.assert_close(torch.stack(found[""]), outputs.logits)
+    assert_close(torch.stack(found[""]), outputs.logits)
     states = outputs.hidden_states
     assert len(table) == len(GROUPS) * len(outputs.attentions)
     for (layer, group), row in table.iterrows():
@@ -31,9 +32,9 @@ def test_norms_attention_outliers_and_similarities_are_those_of_states_and_maps(
         limits = 3 * norms[:, GROUPS["patches"]].median(dim=1, keepdim=True).values
         attention = outputs.attentions[layer - 1]  # [B, heads, query, key]
         similarity = cosine_similarity(states[layer - 1], states[layer], dim=-1)
-        assert row["norm"] == pytest.approx(norms[:, tokens].mean().item(), rel=1e-4)
+        assert row["norm"] == approx(norms[:, tokens].mean().item(), rel=1e-4)
         received = attention[..., tokens].mean().item() * attention.shape[-1]
-        assert row["attention"] == pytest.approx(received, rel=1e-4)
-        assert row["similarity"] == pytest.approx(similarity[:, tokens].mean().item(), abs=1e-4)
+        assert row["attention"] == approx(received, rel=1e-4)
+        assert row["similarity"] == approx(similarity[:, tokens].mean().item(), abs=1e-4)
         outliers = (norms > limits)[:, tokens].float().mean().item()
-        assert row["outliers"] == pytest.approx(outliers)
+        assert row["outliers"] == approx(outliers)

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 from playwright.sync_api import Browser
+from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch, approx
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -63,7 +64,7 @@ def show(model: Any, processor: Any = PROCESSOR) -> Sheet:
 
 
 def test_a_folder_gives_one_sheet_per_photo_and_names_broken_files(
-    model: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, photo: str, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     write_files(tmp_path / "photos", "a/same.jpg", "b/same.jpg", content=Path(photo).read_bytes())
     write_files(tmp_path / "photos", "broken.png")
@@ -82,7 +83,7 @@ def test_several_photos_do_not_overwrite_one_file(model: str, photo: str, tmp_pa
 
 
 def test_a_folder_without_readable_photos_is_an_error(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     write_files(tmp_path, "a.png", "b.png")
     assert run_here("look", tmp_path, "--model", model, "-o", tmp_path / "out") == 1
@@ -115,7 +116,7 @@ SEVERAL_TOKENS = {"num_register_tokens": 2, "num_distillation_tokens": 1}
     ids=["no_cls", "many_heads", "several_tokens"],
 )
 def test_no_text_of_an_image_covers_a_tile_or_another_text_or_is_cut_off(
-    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, Any], monkeypatch: MonkeyPatch
 ) -> None:
     figures: list[Figure] = []
 
@@ -192,14 +193,14 @@ def test_the_function_returns_and_writes_the_image_of_the_command(
 
 
 def test_characters_that_the_font_lacks_are_one_line(
-    model: str, photo: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: str, photo: str, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     look(model, shutil.copy(photo, tmp_path / "\ue123.jpg"))
     assert "`output='sheet.html'`" in caplog.text
 
 
 @pytest.fixture
-def measured_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def measured_only(monkeypatch: MonkeyPatch) -> None:
     """Let `look` return the measurements instead of a sheet."""
     monkeypatch.setattr(look_module, "build_sheet", lambda measurements, is_trained: measurements)
     monkeypatch.setattr(look_module, "draw_sheet", lambda measurements, title: measurements)
@@ -211,7 +212,7 @@ def test_the_image_size_sets_the_number_of_patches(model: str, photo: str) -> No
     assert found.input_size == (48, 64)
     assert found.norms.shape[1:] == (6, 8)
     left, top, right, bottom = found.visible_region
-    assert (right - left) / (bottom - top) == pytest.approx(64 / 48, rel=0.01)
+    assert (right - left) / (bottom - top) == approx(64 / 48, rel=0.01)
 
 
 @pytest.mark.usefixtures("measured_only")

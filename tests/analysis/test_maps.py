@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from PIL import Image
+from torch.testing import assert_close
 
 from modeling_vitcls import (
     ViTCLSImageProcessor,
@@ -32,7 +33,7 @@ def test_patch_maps_contain_the_attention_to_each_patch():
         attentions = model(pixel_values, output_attentions=True).attentions
 
     expected = torch.stack(attentions, dim=1)[..., :6, config.token_layout.patches]
-    torch.testing.assert_close(maps, expected.unflatten(-1, (3, 10)), atol=1e-6, rtol=0)
+    assert_close(maps, expected.unflatten(-1, (3, 10)), atol=1e-6, rtol=0)
 
 
 # The visible part of the image --------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from helpers.photo_folders import draw_noise
 from helpers.tiny_models import build_random, build_tiny_config, get_largest_difference, randomize
 from PIL import Image
+from pytest import approx
 from sklearn.decomposition import PCA
 
 from modeling_vitcls import (
@@ -40,9 +41,7 @@ def test_predictions_maps_and_norms_are_those_of_the_model() -> None:
     rows = extract_patch_maps(model.token_attention(PIXELS)[0], model.config, (32, 40))
     probabilities, indices = outputs.logits[0].softmax(dim=0).topk(3)
     expected = zip(indices.tolist(), probabilities.tolist(), strict=True)
-    assert found.predictions[None] == [
-        (f"LABEL_{i}", pytest.approx(value)) for i, value in expected
-    ]
+    assert found.predictions[None] == [(f"LABEL_{i}", approx(value)) for i, value in expected]
     assert get_largest_difference(found.maps, rows) < 1e-5
     for norms, states in zip(found.norms, outputs.hidden_states[1:], strict=True):
         assert get_largest_difference(norms.flatten(), states[0, 3:].norm(dim=-1)) < 1e-5
@@ -156,7 +155,7 @@ def test_colors_are_the_principal_components() -> None:
     features = torch.randn(4, 5, 12) * scales + 3
     expected = PCA(3).fit(features.flatten(0, 1).numpy())
     colors, shares = decompose_patches(features)
-    assert shares == pytest.approx(expected.explained_variance_ratio_, rel=1e-4)
+    assert shares == approx(expected.explained_variance_ratio_, rel=1e-4)
     components = expected.transform(features.flatten(0, 1).numpy())
     for color, component in zip(colors.flatten(0, 1).numpy().T, components.T, strict=True):
         assert abs(np.corrcoef(color, component)[0, 1]) > 0.98

@@ -10,6 +10,7 @@ from helpers.command_in_process import finetune
 from helpers.sample_photographs import photograph
 from helpers.source_checkpoints import save_large_encoder
 from PIL import Image
+from pytest import approx
 from sklearn.linear_model import LinearRegression
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
@@ -39,7 +40,7 @@ def test_the_effects_of_a_score_that_adds_up_are_its_parts() -> None:
 
     found = effects.flatten().numpy()
     exact = LinearRegression().fit((1 - masks).flatten(1).numpy(), scores.numpy())
-    assert found == pytest.approx(exact.coef_, abs=0.1)
+    assert found == approx(exact.coef_, abs=0.1)
     assert (np.abs(found - parts) < 3 * errors.flatten().numpy()).all()
 
 
@@ -47,7 +48,7 @@ def test_the_effects_of_a_score_that_adds_up_are_its_parts() -> None:
 def test_no_part_lowers_a_score_that_all_parts_raise(side: int) -> None:
     masks = draw_masks(side, side)
     effects, _ = fit_effects(masks, -masks.flatten(1).sum(dim=1).double())
-    assert effects.flatten().tolist() == pytest.approx([1] * side**2, abs=0.05)
+    assert effects.flatten().tolist() == approx([1] * side**2, abs=0.05)
 
 
 def test_scores_are_log_odds() -> None:

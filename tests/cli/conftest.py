@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from pytest import MonkeyPatch
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: MonkeyPatch) -> Path:
     """Work in a folder with `photos` of cats and dogs, and `model`: a classifier with a task."""
     from helpers.photo_folders import write_photos
     from helpers.tiny_models import save_classifier

@@ -17,6 +17,7 @@ from helpers.photo_folders import draw_noise
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import TINY
 from PIL import Image
+from pytest import approx
 
 from modeling_vitcls import Predictor, evaluate, finetune, inspect_tokens, predict
 from modeling_vitcls.cli.api import build_options
@@ -104,7 +105,7 @@ def test_data_in_memory_is_evaluated_on_its_held_out_images(trained: Path) -> No
     assert evaluated["dataset"] == results["dataset"]
     assert evaluated["mixed_precision"] == "no"
     seconds = evaluated["num_images"] / evaluated["images_per_second"]
-    assert evaluated["seconds"] == pytest.approx(seconds, abs=0.006)  # the duration is rounded
+    assert evaluated["seconds"] == approx(seconds, abs=0.006)  # the duration is rounded
 
 
 @pytest.mark.parametrize("image", [np.zeros((12, 10, 3)), Image.new("RGB", (10, 12))])

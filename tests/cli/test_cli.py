@@ -14,6 +14,7 @@ from helpers.photo_folders import get_unicode_forms, write_photos
 from helpers.scripts_in_process import SCRIPTS
 from packaging import version
 from PIL import Image
+from pytest import CaptureFixture, MonkeyPatch
 
 import modeling_vitcls
 from modeling_vitcls import Predictor, look
@@ -51,9 +52,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_tilde_in_a_path_is_the_home_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_photos(tmp_path / "photos", range(4))
     (tmp_path / "table.csv").write_text("file_name\n~/photos/cat/0.png\n")
@@ -72,7 +71,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(
 
 
 def test_a_path_is_found_in_the_other_unicode_form(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     composed, decomposed = get_unicode_forms("größe")
@@ -132,7 +131,7 @@ def test_a_photo_is_predicted_without_libraries_of_tables_and_training(tmp_path:
     assert ran.stderr.count("\n") == 1  # of COMMAND: nothing is reported at exit
 
 
-def test_numbers_of_threads_that_the_person_sets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_threads_that_the_person_sets_stay(monkeypatch: MonkeyPatch) -> None:
     chosen = {"OPENBLAS_NUM_THREADS": "2", "GOMP_SPINCOUNT": "7"}
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
@@ -140,7 +139,7 @@ def test_numbers_of_threads_that_the_person_sets_stay(monkeypatch: pytest.Monkey
     assert {name: os.environ[name] for name in chosen} == chosen
 
 
-def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> None:
+def test_the_version_is_that_of_the_package(capsys: CaptureFixture) -> None:
     for name in ("--version", "-V"):
         assert run_here(name) == 0
         assert capsys.readouterr().out == f"vitcls {__version__}\n"
@@ -148,7 +147,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> No
 
 @pytest.mark.parametrize("missing", ["tyro", "yaml"])
 def test_a_missing_extra_is_named(
-    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    missing: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture
 ) -> None:
     for name in ("predict", "parsing", "recipes"):
         monkeypatch.delitem(sys.modules, f"modeling_vitcls.cli.{name}", raising=False)
@@ -184,8 +183,8 @@ def test_an_error_is_one_line_in_which_parameters_are_flags(
     rank: int,
     status: int,
     printed: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    monkeypatch: MonkeyPatch,
+    capsys: CaptureFixture,
 ) -> None:
     monkeypatch.setenv("RANK", str(rank))
     with pytest.raises(SystemExit, match=f"^{status}$"), exit_on_error(FinetuneOptions):
@@ -194,7 +193,7 @@ def test_an_error_is_one_line_in_which_parameters_are_flags(
 
 
 def test_an_error_of_all_processes_is_printed_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: MonkeyPatch, capsys: CaptureFixture
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     with (
@@ -208,7 +207,7 @@ def test_an_error_of_all_processes_is_printed_once(
 
 @pytest.mark.parametrize(("command", "script"), WRAPPERS.items())
 def test_scripts_run_the_same_programs(
-    command: str, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    command: str, script: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture
 ) -> None:
     assert {*WRAPPERS, *WITHOUT_SCRIPT} == set(COMMANDS)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])

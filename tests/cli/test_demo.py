@@ -25,6 +25,7 @@ from helpers.tiny_models import (
 )
 from PIL import Image
 from playwright.sync_api import Browser
+from pytest import CaptureFixture, MonkeyPatch
 
 from modeling_vitcls import ViTCLSForImageClassification, look, predict
 from modeling_vitcls.cli.demo import DemoOptions, build_page, run_demo
@@ -45,7 +46,7 @@ def ask(model: Path, photo: Path) -> list[Any]:
 
 
 def test_the_sheet_has_the_numbers_of_the_answer(
-    tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, photo: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The pass of the sheet may be of another precision."""
     measured = {None: [("dog", 0.6149), ("cat", 0.38)]}
@@ -96,9 +97,7 @@ def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def address(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Iterator[str]:
+def address(tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> Iterator[str]:
     """Serve the page of a classifier to the network while the test runs; return its address."""
     import gradio
 

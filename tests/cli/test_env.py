@@ -1,13 +1,13 @@
 """The report of `vitcls env` for bug reports."""
 
-import pytest
 from helpers.command_in_process import run_here
+from pytest import CaptureFixture, MonkeyPatch
 
 from modeling_vitcls.version import __version__
 
 
 def test_the_environment_names_versions_and_the_machine_but_no_secrets(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: MonkeyPatch, capsys: CaptureFixture
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")

@@ -21,6 +21,7 @@ import pytest
 from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import edit_config, save_classifier
+from pytest import CaptureFixture, MonkeyPatch
 from transformers import PreTrainedModel, ViTConfig
 
 from modeling_vitcls.runtime import files
@@ -101,7 +102,7 @@ def test_a_wrong_value_in_a_file_of_the_model_is_named(
 
 
 def test_a_list_of_training_images_that_no_memory_holds_is_not_read(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     rows = {"key": [1, 2, 3], "split": ["train"] * 3, "task": [""] * 3}
     pandas.DataFrame(rows).to_parquet("model/splits.parquet")
@@ -131,7 +132,7 @@ def test_a_table_is_bounded_by_its_texts_in_memory_before_a_copy_is_written(
     assert f"{Path(file).name}: it has 3,000,000 rows, which take more than 2,1" in error
 
 
-def test_weights_of_another_shape_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_another_shape_take_no_memory(monkeypatch: MonkeyPatch) -> None:
     edit_config(Path("model"), hidden_size=60_000)
     loads = Mock()
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", loads)
@@ -188,7 +189,7 @@ def test_an_empty_value_is_an_error_and_not_the_current_folder(flags: list[str])
     assert flags[0] in error
 
 
-def test_a_rank_without_a_launcher_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_a_launcher_hides_no_error(monkeypatch: MonkeyPatch) -> None:
     """Managers of clusters set RANK in each container; the command is still the only process."""
     monkeypatch.setenv("RANK", "1")
     assert "runs/absent" in fail("predict", "--model", "runs/absent", "photos")
@@ -196,15 +197,13 @@ def test_a_rank_without_a_launcher_hides_no_error(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"])
 def test_variables_left_by_a_launcher_start_no_processes(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "3")
     assert run_here(*PREDICT) == 0
 
 
-def test_a_working_folder_that_was_removed_is_named(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_working_folder_that_was_removed_is_named(place: Path, monkeypatch: MonkeyPatch) -> None:
     Path("gone").mkdir()
     monkeypatch.chdir("gone")
     (place / "gone").rmdir()
@@ -218,7 +217,7 @@ def test_an_output_folder_whose_disk_is_gone_is_named(place: Path) -> None:
     assert f"link to {place / 'disk'}, which does not exist" in fail(*FINETUNE)
 
 
-def test_names_that_the_terminal_cannot_encode_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_the_terminal_cannot_encode_are_escaped(monkeypatch: MonkeyPatch) -> None:
     Path("photos/cat/0.png").rename("photos/été.png")
     content = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
@@ -243,7 +242,7 @@ def test_names_that_the_terminal_cannot_encode_are_escaped(monkeypatch: pytest.M
     ],
 )
 def test_a_pointer_of_git_lfs_is_named_with_the_command_that_replaces_it(
-    file: str, command: str, capsys: pytest.CaptureFixture
+    file: str, command: str, capsys: CaptureFixture
 ) -> None:
     ViTConfig().save_pretrained("vit")
     digest = "0" * 64
@@ -261,7 +260,7 @@ def test_a_pointer_of_git_lfs_is_named_with_the_command_that_replaces_it(
     "command", ["predict --model vit photos", "evaluate --model model --dataset table.parquet"]
 )
 def test_a_cache_that_cannot_be_written_to_is_named_by_its_variable(
-    command: str, monkeypatch: pytest.MonkeyPatch
+    command: str, monkeypatch: MonkeyPatch
 ) -> None:
     """As in a container with the home folder of another user."""
     home = "/sys/kernel/.cache"
@@ -296,7 +295,7 @@ def test_weights_without_read_permission_are_not_called_missing(open_folder: Pat
 
 @pytest.mark.parametrize("command", [[*PREDICT, "--output", "rows.csv"], FINETUNE])
 def test_a_folder_that_cannot_be_read_is_not_left_out(
-    command: list[str], monkeypatch: pytest.MonkeyPatch
+    command: list[str], monkeypatch: MonkeyPatch
 ) -> None:
     """The superuser could read it, so that reading is replaced."""
     scandir = os.scandir
@@ -311,9 +310,7 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(
     assert not any(Path(name).exists() for name in ("rows.csv", "run/model.safetensors"))
 
 
-def test_a_limit_of_threads_is_named(
-    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_limit_of_threads_is_named(capfd: CaptureFixture, monkeypatch: MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         # what Python raises at the limit of `ulimit -u`
         raise RuntimeError("can't start new thread")
@@ -328,7 +325,7 @@ def interrupt(*_: Any, **__: Any) -> None:
 
 
 def test_an_interrupted_prediction_ends_with_one_line(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    capsys: CaptureFixture, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.inference.predictor.prepare_image", interrupt)
     capsys.readouterr()
@@ -338,7 +335,7 @@ def test_an_interrupted_prediction_ends_with_one_line(
 
 
 def test_a_frozen_run_that_is_interrupted_starts_again_with_the_same_command(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     flags = [*"--model model --trainable head".split(), "--no-report"]
     with monkeypatch.context() as patch:

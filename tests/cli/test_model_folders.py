@@ -13,6 +13,7 @@ from helpers.photo_folders import write_photos
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
 from helpers.tiny_models import edit_config, edit_weights
 from huggingface_hub import constants
+from pytest import LogCaptureFixture, MonkeyPatch
 from safetensors.torch import load_file, save_file
 
 from modeling_vitcls.hub.model_files import hash_weights
@@ -163,7 +164,7 @@ def test_a_model_of_another_project_is_converted_first(words: str) -> None:
 
 
 def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The weights are replaced while the images are evaluated."""
     read_weights = hash_weights(place / "model")
@@ -181,7 +182,7 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
 
 
 def test_settings_that_were_edited_after_training_are_named(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: LogCaptureFixture, monkeypatch: MonkeyPatch
 ) -> None:
     """Also by a push, which then fails because it is offline."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from helpers.command_in_process import fail, parse_flags, run_here
 from helpers.tiny_models import save_classifier
+from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.cli.parsing import (
@@ -158,7 +159,7 @@ def test_paths_may_follow_a_choice() -> None:
     ],
 )
 def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
-    command: str, module: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
+    command: str, module: str, library: str, extra: str, monkeypatch: MonkeyPatch
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
@@ -171,7 +172,7 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
 
 
 def test_an_unsupported_architecture_is_named_before_any_download(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.conversion.source_models.load_timm_model", None)
     for source, words in (
@@ -182,7 +183,7 @@ def test_an_unsupported_architecture_is_named_before_any_download(
 
 
 def test_the_help_of_training_fits_on_a_screen_and_the_whole_one_has_all_flags(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    capsys: CaptureFixture, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run_here("finetune", "--help") == 0
@@ -212,7 +213,7 @@ def test_every_flag_has_a_help_text(command: str) -> None:
 
 
 def test_commands_do_not_print_transformers_reports_about_weights(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture, capfd: CaptureFixture
 ) -> None:
     save_classifier(tmp_path)
     silence_libraries()
@@ -225,7 +226,7 @@ def test_commands_do_not_print_transformers_reports_about_weights(
     assert "Loading weights" not in printed
 
 
-def test_lines_of_the_log_name_flags(capsys: pytest.CaptureFixture) -> None:
+def test_lines_of_the_log_name_flags(capsys: CaptureFixture) -> None:
     silence_libraries()
     record = logging.makeLogRecord({"msg": "set `%s=%d`", "args": ("num_workers", 0)})
     with exit_on_error(DataOptions):
@@ -274,7 +275,7 @@ def test_a_folder_that_is_not_utf_8_is_an_error_before_training() -> None:
 
 
 def test_a_folder_without_write_permission_is_reported_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     flags = ["--model", "m", "--dataset", "d", "--output", tmp_path / "x.json"]

@@ -35,6 +35,7 @@ from helpers.tiny_models import (
     raises_one_line,
 )
 from peers.transformers_cases import CASES
+from pytest import CaptureFixture, MonkeyPatch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
@@ -167,8 +168,8 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
     spoil: Callable[[Any], None],
     message: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    monkeypatch: MonkeyPatch,
+    capsys: CaptureFixture,
 ) -> None:
     def wrong(*args: Any, **kwargs: Any) -> Any:
         model = convert_from_timm(*args, **kwargs)
@@ -277,9 +278,7 @@ def test_pickles_with_code_are_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_remote_code_is_never_run(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """transformers must not ask for confirmation on the standard input either."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     monkeypatch.setattr(

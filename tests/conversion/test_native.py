@@ -18,6 +18,7 @@ from helpers.tiny_models import (
     save_with_processor,
 )
 from huggingface_hub import ModelCard
+from pytest import MonkeyPatch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -51,7 +52,7 @@ def test_only_the_encoder_of_other_models_is_written(tmp_path: Path, kind: str) 
 
 
 def test_the_demo_model_is_compared_at_its_native_size_and_requires_no_remote_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_here("convert", save(Path("mine"), **DEMO), "native", "--to", "transformers") == 0

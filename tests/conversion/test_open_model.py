@@ -19,6 +19,7 @@ from helpers.tiny_models import (
 )
 from helpers.tiny_options import build_tiny_options, run_to_folder
 from huggingface_hub import constants
+from pytest import LogCaptureFixture, MonkeyPatch
 from timm.models import save_for_hf
 
 from modeling_vitcls import (
@@ -43,7 +44,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own_cache(tmp_path: Path, monkeypatch: MonkeyPatch) -> Iterator[Path]:
     """Use an empty cache without a network, and reset Accelerate."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache/hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -74,7 +75,7 @@ def cached_hub_model() -> str:
 
 
 def test_a_model_of_transformers_is_converted_once(
-    source: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
+    source: Path, own_cache: Path, caplog: LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         folder = open_model(str(source)).path
@@ -90,7 +91,7 @@ def test_a_model_of_transformers_is_converted_once(
 
 
 def test_a_normalization_that_is_assumed_is_named_in_each_run(
-    source: Path, caplog: pytest.LogCaptureFixture
+    source: Path, caplog: LogCaptureFixture
 ) -> None:
     open_model(str(source))
     assert "normalized" not in caplog.text
@@ -105,7 +106,7 @@ def test_a_normalization_that_is_assumed_is_named_in_each_run(
 
 
 def test_conversions_of_other_sources_and_versions_are_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """Two folders may have the same name, and files of the same names, sizes and times."""
     names = []

@@ -9,6 +9,7 @@ import timm
 import torch
 import transformers
 from helpers.sample_photographs import photograph
+from pytest import MonkeyPatch
 from timm.data import create_transform, resolve_data_config
 from transformers import AutoImageProcessor
 
@@ -154,7 +155,7 @@ def test_preprocessing_of_gray_images_of_timm_is_equal() -> None:
     assert pixels.shape == (1, 1, 28, 28)
 
 
-def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_that_differs_is_not_written(monkeypatch: MonkeyPatch) -> None:
     """The check on a test image detects a crop that is shifted by one pixel."""
     settings = processors.convert_timm_settings
     monkeypatch.setattr(

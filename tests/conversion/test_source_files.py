@@ -26,6 +26,7 @@ from helpers.published_weights import (
 )
 from helpers.source_checkpoints import RunWhenUnpickled, refuses_conversion
 from helpers.tiny_models import get_largest_difference, raises_one_line
+from pytest import MonkeyPatch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import interpolate
@@ -185,9 +186,7 @@ def check_outputs(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_are_converted_exactly(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_converted_exactly(name: str, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """All tokens equal those of the authors' code, at the native size and at a non-square size."""
     monkeypatch.chdir(tmp_path)
     family, option, build, wrap, resample = FILES[name]

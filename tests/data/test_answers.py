@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from helpers.photo_folders import draw_noise
 from helpers.tiny_models import raises_one_line
+from pytest import MonkeyPatch
 
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_undivided_images
@@ -14,7 +15,7 @@ from modeling_vitcls.inference.inputs import compute_checksum
 
 
 @pytest.fixture(autouse=True)
-def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def photos(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Write five photos of two classes, of which one has no label, and their table."""
     monkeypatch.chdir(tmp_path)
     for number, image in enumerate(draw_noise(*[(8, 8)] * 5)):

@@ -8,6 +8,7 @@ import torch
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from helpers.tiny_options import build_initial_model
 from PIL import Image
+from torch.testing import assert_close
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -87,7 +88,7 @@ def test_a_white_square_at_each_edge_reaches_the_input(
             assert values.shape[-2:] == (image_size or (32, 32))
             if backend is ViTCLSImageProcessor:
                 normalized = Normalizer(processor, torch.device("cpu"))(seen_in_training[None])
-                torch.testing.assert_close(normalized, values, atol=0.01, rtol=0)
+                assert_close(normalized, values, atol=0.01, rtol=0)
             is_seen.append(bool((values > 1.5).any()))  # white is above 2 after normalization
         assert is_seen == [is_seen[0]] * 3
         assert is_seen[0] or resize in (None, "crop")

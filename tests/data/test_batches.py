@@ -12,6 +12,8 @@ import torch
 from helpers.batch_plans import build_plan
 from helpers.photo_folders import CountedImages, draw_noise
 from helpers.tiny_models import raises_one_line
+from pytest import MonkeyPatch
+from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import batches as batches_module
@@ -84,10 +86,10 @@ def test_pixels_match_the_image_processor(settings: dict[str, Any]) -> None:
     expected = processor(images, return_tensors="pt")["pixel_values"]
     pixels = prepared[keys]["pixels"]
     normalizer = Normalizer(processor, torch.device("cpu"))
-    torch.testing.assert_close(normalizer(pixels), expected, atol=1e-5, rtol=0)
+    assert_close(normalizer(pixels), expected, atol=1e-5, rtol=0)
 
 
-def test_only_small_datasets_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_small_datasets_are_decoded_once(monkeypatch: MonkeyPatch) -> None:
     keys = [(5, 0), (5, 1), (5, 2)]
     num_bytes = 3 * 12 * 10 * 3  # three images before the random crop
     for limit, num_reads in ((num_bytes, 3), (num_bytes - 1, 6)):
@@ -149,7 +151,7 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
 
 @pytest.mark.parametrize(("num_workers", "is_daemon"), [(0, False), (1, False), (1, True)])
 def test_a_dataset_without_any_readable_image_is_a_one_line_error(
-    tmp_path: Path, num_workers: int, is_daemon: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, num_workers: int, is_daemon: bool, monkeypatch: MonkeyPatch
 ) -> None:
     """Also in a process of a `Pool`, which must not start others."""
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", is_daemon)

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import pytest
 from helpers.tiny_models import raises_one_line
+from pytest import LogCaptureFixture
 
 from modeling_vitcls.data.cells import name_items
 from modeling_vitcls.data.columns import read_labels
@@ -149,7 +150,7 @@ def test_lists_of_indices_are_no_vectors() -> None:
 
 @pytest.mark.parametrize("separator", ["|", ";", ",", ", "])
 def test_texts_whose_parts_repeat_more_often_have_several_labels(
-    separator: str, caplog: pytest.LogCaptureFixture
+    separator: str, caplog: LogCaptureFixture
 ) -> None:
     tags = [("dress", "warm"), ("dress", "cold"), ("top", "warm"), ("top",), ("warm", "top")]
     values = list(map(separator.join, tags))
@@ -160,7 +161,7 @@ def test_texts_whose_parts_repeat_more_often_have_several_labels(
     assert read(values, separator="none")[0] == sorted(values)
 
 
-def test_texts_whose_parts_are_not_repeated_are_classes(caplog: pytest.LogCaptureFixture) -> None:
+def test_texts_whose_parts_are_not_repeated_are_classes(caplog: LogCaptureFixture) -> None:
     species = ["tench, Tinca tinca", "goldfish, Carassius auratus", "crane, bird", "crane, machine"]
     for values in (species, ["a b", "a c", "b c"], ["Doe, Jane", "Doe, John"]):
         assert read(values)[0] == sorted(values)
@@ -201,7 +202,7 @@ def test_a_decimal_number_looks_like_a_measurement(values: list[Any]) -> None:
     ],
 )
 def test_whole_numbers_that_may_be_no_classes_are_classes_with_a_warning(
-    values: Any, words: str, caplog: pytest.LogCaptureFixture
+    values: Any, words: str, caplog: LogCaptureFixture
 ) -> None:
     assert len(read(list(values), dataset=f"{values}.csv")[0]) == len(values)
     assert words in caplog.text

@@ -13,6 +13,7 @@ from helpers.photo_folders import write_photos
 from helpers.read_datasets import read_training_data
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
+from pytest import CaptureFixture, LogCaptureFixture
 
 from modeling_vitcls import evaluate, inspect_tokens
 from modeling_vitcls.data.images import DatasetImages
@@ -61,7 +62,7 @@ def test_the_test_split_is_evaluated_or_else_the_validation_split(
 
 
 def test_a_model_without_splits_is_evaluated_on_all_images_and_a_line_says_so(
-    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    photos: Path, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     shutil.copytree(photos / "run", tmp_path / "run")
     (tmp_path / "run/splits.parquet").unlink()
@@ -123,7 +124,7 @@ def test_only_training_images_are_an_error(tmp_path: Path) -> None:
 
 
 def test_a_named_split_is_evaluated_whole(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    photos: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     found = run_evaluate(tmp_path, photos / "run", photos / "train", "--split", "train")
     assert (found["num_images"], found["num_left_out_images"]) == (60, 0)
@@ -148,7 +149,7 @@ def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
 
 
 def test_predictions_of_training_photos_are_said_to_measure_nothing(
-    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    photos: Path, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     """`predict`, `look` and the page recognize them under any name."""
     model = photos / "run"

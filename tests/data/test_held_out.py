@@ -13,6 +13,7 @@ from helpers.photo_folders import write_photos
 from helpers.read_datasets import read_training_data
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
+from pytest import CaptureFixture, LogCaptureFixture, approx
 
 from modeling_vitcls import evaluate
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
@@ -152,7 +153,7 @@ def test_an_image_with_two_labels_among_tags_and_tasks_is_an_error(
         read_training_data(table, label_column=tuple(columns.split(",")), **flags)
 
 
-def test_rows_of_one_image_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_one_image_count_once(tmp_path: Path, caplog: LogCaptureFixture) -> None:
     """There is one row for each annotator, or for each task."""
     write_photos(tmp_path, range(4))
     files = [f"{name}/{number}.png" for number in range(4) for name in ("cat", "dog")]
@@ -190,7 +191,7 @@ def test_empty_parts_are_errors(tmp_path: Path) -> None:
 
 
 def test_the_label_columns_of_a_run_are_used_in_its_evaluation(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     """A model has the names of its tasks; results.json has the column and the separator of tags."""
     paths = sorted(write_photos(tmp_path / "photos", range(10)).glob("*/*.png"))
@@ -208,13 +209,13 @@ def test_the_label_columns_of_a_run_are_used_in_its_evaluation(
         results = run(tmp_path / name, table, **flags)
         metric = results["selection_metric"]
         evaluated = evaluate(tmp_path / name, table, num_workers=0)
-        assert evaluated[metric] == pytest.approx(results[metric], abs=1e-5)
+        assert evaluated[metric] == approx(results[metric], abs=1e-5)
     assert re.search(r"age: \d of \d right .*\s+tags: \d of \d right", capsys.readouterr().out)
     with raises_one_line("`label_column`"):  # the flags are used as a whole
         evaluate(tmp_path / "tags", table, label_separator="|")
 
 
-def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_rare_classes_are_reported(tmp_path: Path, capsys: CaptureFixture) -> None:
     """With a ratio above 3, a line of the result has balanced accuracy and the lowest recall."""
     for num_dogs, is_rare in ((16, True), (13, False)):
         folder = tmp_path / f"{num_dogs}"

@@ -14,6 +14,7 @@ from helpers.read_datasets import read_splits_of, read_training_data, read_undiv
 from helpers.tiny_models import raises_one_line
 from huggingface_hub import constants
 from PIL import Image
+from pytest import LogCaptureFixture, MonkeyPatch
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.image_folder import (
@@ -101,7 +102,7 @@ def test_folders_that_may_be_splits_or_classes_are_errors(
 
 
 def test_a_split_without_class_folders_is_skipped_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     write_classes(tmp_path, {"train/cat": 2, "train/dog": 2, "test": 5})
     write_images(tmp_path, "stray.png")
@@ -130,7 +131,7 @@ def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -
     assert read(tmp_path) == {"train": classes}
 
 
-def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_are_named(tmp_path: Path, caplog: LogCaptureFixture) -> None:
     write_classes(tmp_path, {"cat": 9, "dog": 9})
     write_images(tmp_path, "stray.png")
     (tmp_path / "cat/notes.txt").write_text("?")
@@ -148,7 +149,7 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_folders_with_names_that_are_not_text_have_a_remedy(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     latin = os.fsdecode("café".encode("latin-1"))
     write_images(tmp_path, f"only/{latin}/1.png", f"some/{latin}/2.png", "some/cat/3.png")
@@ -166,7 +167,7 @@ def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
     assert len(found[1]) == 4
 
 
-def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     write_classes(tmp_path, {"elsewhere/felis": 2, "photos/dog": 2})
     (tmp_path / "photos/cat").symlink_to(tmp_path / "elsewhere/felis")
     for name, target in (("all", "photos"), ("self", "photos/dog")):
@@ -262,7 +263,7 @@ def test_the_images_of_a_folder_below_a_class_are_on_one_side(
 
 
 def test_similar_class_folders_are_named_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: LogCaptureFixture, monkeypatch: MonkeyPatch
 ) -> None:
     """The run reads a folder by its absolute path, and its report by the relative one."""
     write_photos(tmp_path / "photos", range(3), "Ameise", "ameise")
@@ -275,7 +276,7 @@ def test_similar_class_folders_are_named_once(
 
 
 def test_what_is_there_instead_of_a_missing_folder_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     write_photos(tmp_path / "photos", range(1))
     monkeypatch.chdir(tmp_path)
@@ -295,9 +296,7 @@ def test_a_single_folder_below_a_class_is_no_group(tmp_path: Path) -> None:
     assert "groups" not in images.facts
 
 
-def test_images_that_may_be_thumbnails_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_images_that_may_be_thumbnails_are_named(tmp_path: Path, caplog: LogCaptureFixture) -> None:
     """Of objects, whose photos may have the same names, none is one."""
     write_classes(tmp_path, {"cat": 2, "cat/thumbnails": 2, "dog/left1": 2, "dog/right1": 2})
     read(tmp_path)
@@ -326,7 +325,7 @@ def test_boxes_of_detection_are_no_classes(tmp_path: Path) -> None:
 
 
 def test_folders_of_the_system_are_no_classes_and_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     write_photos(tmp_path, range(2))
     trash = "#recycle/cat/1.png $RECYCLE.BIN/S-1-5/$R1.png @Recycle/1.png lost+found/1.png".split()
@@ -346,7 +345,7 @@ def test_folders_of_the_system_are_no_classes_and_are_named(
 
 @pytest.mark.parametrize("name", ["{}.json", "{}.png.json", "{}.txt", "{}.csv", "{}.tar"])
 def test_a_file_of_annotations_beside_each_image_is_no_table(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, name: str, caplog: LogCaptureFixture
 ) -> None:
     write_photos(tmp_path, range(3))
     for image in [*tmp_path.glob("*/*.png")]:
@@ -397,7 +396,7 @@ def write_metadata(root: Path, **columns: Any) -> None:
 
 
 def test_class_folders_are_the_labels_beside_a_table_of_captions(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     write_photos(tmp_path, range(4))
     write_metadata(tmp_path, caption=[f"photo {number}" for number in range(6)])
@@ -470,7 +469,7 @@ def write_run(folder: Path) -> None:
 
 
 def test_folders_of_training_runs_are_not_classes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     write_photos(tmp_path / "photos", range(5))
     write_run(tmp_path / "photos/run1")
@@ -492,7 +491,7 @@ def test_folders_with_the_files_of_a_training_run_are_refused(tmp_path: Path) ->
 
 
 def test_folders_without_readable_images_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     write_photos(tmp_path / "train", range(3))
     write_files(tmp_path, "train/shoes/2024/a.nef", "test/shoes/b.nef", content=b"1")

@@ -15,6 +15,7 @@ from helpers.photo_folders import draw_noise, encode_image
 from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
+from pytest import CaptureFixture, MonkeyPatch
 from torch.utils.data import ConcatDataset, Dataset, random_split
 
 from modeling_vitcls import ViTCLSImageProcessor
@@ -115,7 +116,7 @@ def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("build_table", [pd.DataFrame, datasets.Dataset.from_dict, list])
 def test_paths_are_relative_to_the_working_folder(
-    build_table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build_table: Any, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     build("paths", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -130,7 +131,7 @@ def test_paths_are_relative_to_the_working_folder(
 
 
 def test_a_table_has_paths_as_objects_and_is_named_as_in_python(
-    tmp_path: Path, capfd: pytest.CaptureFixture
+    tmp_path: Path, capfd: CaptureFixture
 ) -> None:
     files = [path for path, _ in build("paths", tmp_path)][:3]
     table = pd.DataFrame({"image": [*files[:2], None], "label": list("aba")}, index=[5, 1, 3])

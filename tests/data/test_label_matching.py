@@ -1,8 +1,8 @@
 """Labels of a dataset are matched with those of a model by their names."""
 
-import pytest
 from helpers.photo_folders import get_unicode_forms
 from helpers.tiny_models import raises_one_line
+from pytest import LogCaptureFixture
 
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace, OneLabel, SeveralLabels
@@ -47,7 +47,7 @@ def test_labels_without_names_are_shown_how_to_get_them() -> None:
         )
 
 
-def test_labels_of_the_model_without_a_column_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_of_the_model_without_a_column_are_named(caplog: LogCaptureFixture) -> None:
     """Otherwise, an image that shows an owl is scored as one without an owl, without a word."""
     spaces = [SeveralLabels({"tags": ["dog", "cat", *more]}) for more in ([], ["owl"])]
     assert translate_labels(LabeledImages([], [[0, 1]]), *spaces).labels == [[0, 1]]

@@ -1,9 +1,9 @@
 """Sampling: the order of images, their distribution, class weights, and random numbers."""
 
 import numpy as np
-import pytest
 import torch
 from helpers.batch_plans import build_plan
+from pytest import approx
 
 from modeling_vitcls.data.sampling import (
     BatchPlan,
@@ -57,8 +57,8 @@ def test_the_order_of_images_never_changes() -> None:
 def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
     labels = [0] * 6 + [1] * 3 + [3]
     weights = compute_class_weights(labels, 5)
-    assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 0, 10 / 3, 0])
-    assert sum(weights[label].item() for label in labels) / 10 == pytest.approx(1)
+    assert weights.tolist() == approx([10 / 18, 10 / 9, 0, 10 / 3, 0])
+    assert sum(weights[label].item() for label in labels) / 10 == approx(1)
 
 
 # Random numbers -----------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_photos
 from helpers.read_datasets import read_undivided
 from helpers.tiny_models import raises_one_line
+from pytest import MonkeyPatch
 
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.inputs import compute_checksum
 
 
 @pytest.fixture(autouse=True)
-def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def photos(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Write ten labeled photos in `start`, and ten others in two years of `collection`, half of them answered."""
     monkeypatch.chdir(tmp_path)
     write_photos(Path("start"), range(5))

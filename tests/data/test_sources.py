@@ -12,6 +12,7 @@ from helpers.photo_folders import write_photos, write_two_colors
 from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
+from pytest import LogCaptureFixture
 from sklearn.datasets import load_digits
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
@@ -117,7 +118,7 @@ def test_rows_without_a_label_are_skipped_and_counted(
     hint: str,
     color_images: Path,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    caplog: LogCaptureFixture,
 ) -> None:
     rows = {"image": list_paths(color_images), "label": labels * 5}
     data = read_training_data(write_table(tmp_path / "a.parquet", rows, label=feature))

@@ -14,6 +14,7 @@ from helpers.photo_folders import draw_noise, encode_image, get_unicode_forms, w
 from helpers.read_datasets import read_splits_of, read_training_data, read_undivided
 from helpers.tiny_models import raises_one_line
 from PIL import Image
+from pytest import LogCaptureFixture, MonkeyPatch
 
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import SeveralLabels
@@ -151,7 +152,7 @@ def test_the_unicode_forms_of_a_name_are_one_class(photos: Path) -> None:
     assert read_labels(write_csv(photos, [*forms, "tea"])) == ["café", "café", "tea"]
 
 
-def test_labels_that_look_alike_are_named(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_that_look_alike_are_named(photos: Path, caplog: LogCaptureFixture) -> None:
     table = write_csv(photos, ["cat", "cat\u200b", "Dog", "dog ", "owl"])
     assert len(set(read_labels(table))) == 5
     for name in ("'cat\\u200b'", "'dog '", "separate names"):
@@ -218,7 +219,7 @@ def test_tables_that_cannot_be_used_are_named(content: str, words: list[str], ph
 
 
 def test_names_of_predict_are_read_from_the_working_folder(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.chdir(photos.parent)
     names = [f"{photos.name}/{name}" for name in FILES[:2]]
@@ -235,7 +236,7 @@ def test_names_of_predict_are_read_from_the_working_folder(
     ],
 )
 def test_labels_and_groups_that_may_be_a_mistake_are_asked_about(
-    labels: list[str], flags: Any, words: str, photos: Path, caplog: pytest.LogCaptureFixture
+    labels: list[str], flags: Any, words: str, photos: Path, caplog: LogCaptureFixture
 ) -> None:
     read_splits_of(write_csv(photos, labels, patient=labels), **flags)
     assert words in caplog.text

@@ -30,6 +30,7 @@ from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line, randomize, save_both, save_with_processor
 from helpers.warm_processes import run_together
 from PIL import Image
+from pytest import CaptureFixture, MonkeyPatch
 from torch.nn import functional
 
 from modeling_vitcls import (
@@ -244,7 +245,7 @@ def test_metrics_are_of_the_models_own_logits_whatever_else_it_returns(
 
 
 def test_the_files_are_written_before_the_table_is_printed(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """`vitcls evaluate ... | head` ends when it prints more than is read."""
 
@@ -261,7 +262,7 @@ def test_the_files_are_written_before_the_table_is_printed(
 
 
 def test_an_image_of_other_channels_is_named_and_counted_as_unreadable(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     labels = {0: "[b]dark", 1: "light"}
     config = ViTCLSConfig(**SIZES, num_channels=1, id2label=labels)

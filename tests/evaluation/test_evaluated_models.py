@@ -9,6 +9,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import check_error, run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import save_classifier, save_encoder
+from pytest import CaptureFixture
 
 from modeling_vitcls.runtime.files import read_json
 
@@ -70,7 +71,7 @@ def test_five_copies_of_each_photo_leave_the_interval_as_it_is(
 
 
 def test_labels_with_the_same_name_are_not_evaluated(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    photos: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     """Published models have such labels: two classes of ImageNet are called crane."""
     label2id = {"cat": 3, "dog": 1, "fox": 2}

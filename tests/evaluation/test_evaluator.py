@@ -13,6 +13,7 @@ from helpers.evaluation_worker import (
     build_labeled_images,
 )
 from helpers.tiny_models import raises_one_line
+from pytest import MonkeyPatch
 
 from modeling_vitcls.inference.image_pass import prepare_ahead
 from modeling_vitcls.runtime.distributed import build_accelerator
@@ -35,7 +36,7 @@ def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[s
     assert metrics["accuracy"] == close(right.float().mean().item())
 
 
-def test_too_many_unreadable_images_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_unreadable_images_are_an_error(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr("modeling_vitcls.data.images.MAX_UNREADABLE_IMAGES", 3)
     accelerator = build_accelerator()
     pictures = build_labeled_images("single", unreadable=UNREADABLE)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.digits_models import HELD_OUT, LABELS, NUM_TRAINED, PIXELS, train_digits_model
+from pytest import approx
 from scipy.special import log_softmax
 
 from modeling_vitcls.evaluation.token_effects import (
@@ -30,12 +31,12 @@ def test_a_change_is_of_pairs_of_images_with_a_known_label() -> None:
     before, after = -log_softmax(rows, axis=2)[:, range(30), labels[:30, 0]]
     was_right, is_right = rows[:, :30].argmax(dim=2) == labels[:30, 0]
     assert found.num_images == 30
-    assert losses == pytest.approx(after)
-    assert found.loss == pytest.approx(after.mean())
-    assert found.loss_change == pytest.approx((after - before).mean())
+    assert losses == approx(after)
+    assert found.loss == approx(after.mean())
+    assert found.loss_change == approx((after - before).mean())
     low, high = found.loss_interval
-    assert high - low == pytest.approx(3.92 * (after - before).std() / 30**0.5, rel=0.15)
-    assert 30 * found.accuracy_change == pytest.approx(is_right.sum() - was_right.sum())
+    assert high - low == approx(3.92 * (after - before).std() / 30**0.5, rel=0.15)
+    assert 30 * found.accuracy_change == approx(is_right.sum() - was_right.sum())
 
 
 def change(loss: float, *accuracies: Any) -> Change:
@@ -97,4 +98,4 @@ def test_a_head_reads_the_content_of_cls_and_a_register_that_mends_a_bias_has_a_
     verdicts = [record["verdict"] for record in (*found[:2], found[3])]
     assert verdicts == ["content", "place", "not shown"]
     for kind in ("hidden", "content"):
-        assert found[3][kind]["loss_change"] == pytest.approx(0, abs=1e-7)
+        assert found[3][kind]["loss_change"] == approx(0, abs=1e-7)

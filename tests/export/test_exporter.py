@@ -21,6 +21,8 @@ from helpers.tiny_models import (
     save_with_processor,
 )
 from PIL import Image
+from pytest import MonkeyPatch
+from torch.testing import assert_close
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -149,7 +151,7 @@ def check_outputs(file: Path, model: Any, pixel_values: torch.Tensor) -> None:
     """Check that a file has the outputs of the model, by name."""
     expected = NamedOutputsModel(model)(pixel_values)
     found = OnnxGraph(file)(pixel_values)
-    torch.testing.assert_close(found, expected, atol=LIMIT, rtol=0)
+    assert_close(found, expected, atol=LIMIT, rtol=0)
 
 
 # Models
@@ -185,7 +187,7 @@ def test_the_preprocessing_of_a_graph_of_one_size_makes_this_size(resize: str) -
 
 
 def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     checkpoint(tmp_path / "model", num_hidden_layers=1)
     monkeypatch.setitem(onnx_file.LIMITS, "float32", -1.0)
@@ -206,7 +208,7 @@ def exported(module_path: Path) -> tuple[Any, Path]:
     model_class, fields, _ = MODELS["tokens"]
     model = checkpoint(module_path / "model", model_class, id2label=NAMES, **fields)
     output = module_path / "new/folder/mine.onnx"
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "MAX_ONNX_WEIGHTS", 2 * model.num_parameters())  # bytes
         assert (
             run_in_process("export.py", "--model", module_path / "model", "--output", output) == 0

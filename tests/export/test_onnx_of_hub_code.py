@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_models import IMAGES, LAYOUTS, build_images, build_random
+from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.conversion.weight_rules import Fields
@@ -47,7 +48,7 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(
     expected = [outputs.logits]
     if outputs.distillation_logits is not None:
         expected += [outputs.cls_logits, outputs.distillation_logits]
-    torch.testing.assert_close(list(map(torch.from_numpy, found)), expected, atol=1e-5, rtol=0)
+    assert_close(list(map(torch.from_numpy, found)), expected, atol=1e-5, rtol=0)
 
 
 def test_outside_of_an_export_the_logits_have_both_names() -> None:

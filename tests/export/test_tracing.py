@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.tiny_models import IMAGES, build_images, build_random, build_tiny_config
+from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.weight_rules import Fields
@@ -24,7 +25,7 @@ def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     assert model.config._attn_implementation == "eager"  # the caller's model stays as it was
     for size in ((24, 48), (32, 32)):
         images = build_images(3, *size)
-        torch.testing.assert_close(graph.module()(images)["logits"], model(images).logits)
+        assert_close(graph.module()(images)["logits"], model(images).logits)
 
 
 @pytest.mark.parametrize("is_dynamic", [True, False])

@@ -13,6 +13,7 @@ import torch
 from helpers.command_in_process import finetune
 from helpers.sample_photographs import photograph
 from PIL import Image, ImageOps
+from pytest import approx
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.inference.features import mark_rings
@@ -70,9 +71,9 @@ def test_a_class_in_a_frame_is_named_and_its_share_is_that_of_its_patches(
         ]
         leads.append(means[0] - means[1])
     whole, rest, *without = leads
-    assert border["patches"] == pytest.approx([28 / 64, 28 / 64], abs=1e-3)
+    assert border["patches"] == approx([28 / 64, 28 / 64], abs=1e-3)
     shares = [(whole - each) / (whole - rest) for each in without]
-    assert border["shares"]["pants"] == pytest.approx(shares, abs=2e-3)
+    assert border["shares"]["pants"] == approx(shares, abs=2e-3)
 
 
 @torch.no_grad()

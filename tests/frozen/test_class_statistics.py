@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+from pytest import approx
 from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import LedoitWolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -30,9 +32,9 @@ def test_the_classifier_is_scikit_learns_discriminant_analysis(num_images: int) 
 
     expected = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(features, labels)
     coefficients = expected.coef_ - expected.coef_.mean(axis=0)
-    np.testing.assert_allclose(weight, coefficients, atol=1e-8)
+    assert_allclose(weight, coefficients, atol=1e-8)
     differences = expected.intercept_ - expected.intercept_[0]
-    np.testing.assert_allclose(bias - bias[0], differences, atol=1e-8)
+    assert_allclose(bias - bias[0], differences, atol=1e-8)
 
 
 def test_the_classifier_of_two_tokens_averages_their_logits() -> None:
@@ -46,7 +48,7 @@ def test_the_classifier_of_two_tokens_averages_their_logits() -> None:
     weight, bias = ClassStatistics.fit(tokens, labels, 3).build_classifier()
     combined = np.concatenate(list(tokens.values()), axis=1) @ weight.T + bias
     expected = np.mean(logits, axis=0)
-    np.testing.assert_allclose(combined - combined[:, :1], expected - expected[:, :1])
+    assert_allclose(combined - combined[:, :1], expected - expected[:, :1])
 
 
 def test_a_distance_is_scipys_to_the_nearest_class_mean() -> None:
@@ -63,7 +65,7 @@ def test_a_distance_is_scipys_to_the_nearest_class_mean() -> None:
         )
         for row in features[:2]
     ]
-    np.testing.assert_allclose(distances, np.sqrt(expected))
+    assert_allclose(distances, np.sqrt(expected))
 
 
 def test_left_out_images_are_measured_from_the_mean_of_the_others() -> None:
@@ -75,7 +77,7 @@ def test_left_out_images_are_measured_from_the_mean_of_the_others() -> None:
         others = features[(labels == labels[index]) & (groups != groups[index])]
         square = mahalanobis(features[index], others.mean(axis=0), statistics.precisions[0]) ** 2
         expected = np.sqrt(max(square - statistics.sizes[0] / len(others), 0))
-        assert found[index] == pytest.approx(expected)
+        assert found[index] == approx(expected)
     single = statistics.measure_left_out({CLS: features[:1]}, labels[:1], groups[:1])
     assert np.isnan(single).all()
 
@@ -107,7 +109,7 @@ def test_a_class_of_five_images_is_found_as_often_as_one_of_many() -> None:
         return float((logits.argmax(axis=1) == 2).mean())
 
     few = [measure_recall(features[is_new][start : start + 5]) for start in range(0, 500, 5)]
-    assert np.mean(few) == pytest.approx(measure_recall(features[is_new][:500]), abs=0.1)
+    assert np.mean(few) == approx(measure_recall(features[is_new][:500]), abs=0.1)
 
 
 def test_a_class_without_images_is_never_predicted() -> None:
@@ -154,5 +156,5 @@ def test_several_labels_share_one_covariance_of_all_images() -> None:
         )
         expected[:, label] = (values - values.mean(axis=0)) @ direction
     scores = values @ weight.T + bias
-    np.testing.assert_allclose(scores[:, :2], expected, atol=1e-8)
+    assert_allclose(scores[:, :2], expected, atol=1e-8)
     assert not weight[2].any()  # all images have it

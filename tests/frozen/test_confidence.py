@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pytest import approx
 from scipy.special import expit, softmax
 from sklearn.calibration import _SigmoidCalibration
 
@@ -26,7 +27,7 @@ def draw_outputs(num_images: int, temperature: float) -> tuple[np.ndarray, np.nd
 def test_the_temperature_minimizes_the_cross_entropy(temperature: float) -> None:
     logits, labels = draw_outputs(4000, temperature)
     fitted = fit_temperature(logits, labels)
-    assert fitted == pytest.approx(temperature, rel=0.05)
+    assert fitted == approx(temperature, rel=0.05)
     divided = [torch.from_numpy(logits / (factor * fitted)) for factor in (0.999, 1, 1.001)]
     smoothing = 0.5 / 4001 * NUM_LABELS / (NUM_LABELS - 1)  # torch's is uniform over all labels
     losses = [
@@ -43,7 +44,7 @@ def test_images_that_are_all_right_leave_a_doubt_about_the_next_one(num_images: 
     labels = np.arange(num_images) % 2
     logits = 30 * np.eye(2)[labels]
     probabilities = softmax(logits / fit_temperature(logits, labels), axis=1)
-    assert probabilities.max() == pytest.approx((num_images + 0.5) / (num_images + 1), rel=1e-4)
+    assert probabilities.max() == approx((num_images + 0.5) / (num_images + 1), rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [-30, -1e-12])
@@ -64,12 +65,12 @@ def test_a_line_is_that_of_platt_scaling(num_images: int, scale: float) -> None:
     slope, offset = fit_line(scale * scores, labels)
 
     expected = _SigmoidCalibration().fit(scores, labels)
-    assert slope * scale == pytest.approx(-expected.a_, rel=1e-3)
-    assert offset == pytest.approx(-expected.b_, abs=1e-3)
+    assert slope * scale == approx(-expected.a_, rel=1e-3)
+    assert offset == approx(-expected.b_, abs=1e-3)
 
 
 def test_scores_that_are_lower_with_the_label_say_nothing() -> None:
     scores = np.linspace(1, -1, 20)
     slope, offset = fit_line(scores, np.arange(20) >= 10)
     assert slope == 0
-    assert offset == pytest.approx(0, abs=1e-6)
+    assert offset == approx(0, abs=1e-6)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pytest import approx
 
 from modeling_vitcls.frozen.curve import (
     describe_learning_curve,
@@ -41,8 +42,8 @@ def test_more_photos_help_where_the_classes_are_hard_to_tell_apart() -> None:
     assert curve is not None
     assert curve["num_images"] == [160, 320]
     half, full = curve["accuracy"]
-    assert full == pytest.approx(probe.table_[0]["accuracy"], abs=0.1)
-    assert full - half == pytest.approx(curve["gain"])
+    assert full == approx(probe.table_[0]["accuracy"], abs=0.1)
+    assert full - half == approx(curve["gain"])
     text = f"more photos would help: {half:.0%} with 160, {full:.0%} with 320 training photos"
     assert describe_learning_curve(curve) == text
 

@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
+from pytest import MonkeyPatch
 
 from modeling_vitcls.frozen import findings
 from modeling_vitcls.frozen.findings import CARD, PAGE, RUN, Finding
 
 
 @pytest.fixture(autouse=True)
-def mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+def mirror(monkeypatch: MonkeyPatch) -> None:
     """Replace the table by one new row."""
     row = Finding(
         name="mirror",

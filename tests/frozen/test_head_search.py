@@ -19,7 +19,9 @@ from helpers.tiny_options import (
     run_training,
     save_digits_encoder,
 )
+from numpy.testing import assert_allclose
 from PIL import Image
+from pytest import CaptureFixture, approx
 from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -103,7 +105,7 @@ def check_classifier(run: Path, results: dict[str, Any], parts: list[Any], image
     labels = np.concatenate([part.labels for part in parts])
     logits = predict_with_scikit_learn(features, labels, compute_features(run, images))
     expected = softmax(logits / results["calibration"]["temperature"], axis=1)
-    np.testing.assert_allclose(softmax(compute_logits(run, images), axis=1), expected, atol=5e-3)
+    assert_allclose(softmax(compute_logits(run, images), axis=1), expected, atol=5e-3)
 
 
 def train_frozen(options: Any) -> Any:
@@ -139,7 +141,7 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> No
     held_out = prepare_setup(options).data.held_out
     predictions = compute_logits(options.output_dir, held_out.images).argmax(axis=1)
     assert results["num_images"] == len(held_out)
-    assert results["accuracy"] == pytest.approx((predictions == held_out.labels).mean(), abs=1e-6)
+    assert results["accuracy"] == approx((predictions == held_out.labels).mean(), abs=1e-6)
 
 
 def test_predictions_of_training_images_come_from_classifiers_of_other_images(
@@ -213,7 +215,7 @@ def test_class_weights_raise_the_recall_of_a_small_class(encoder: Path, tmp_path
 
 
 def test_steps_start_from_the_frozen_model_also_after_a_damaged_checkpoint(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    encoder: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     """A resumed run starts after step 1, because the checkpoint of step 2 is damaged."""
     flags = {
@@ -369,7 +371,7 @@ def test_several_labels_train_a_frozen_model_and_are_cross_validated(
     others = evaluate_checkpoint(
         EvaluateOptions(model=str(tmp_path / "run"), dataset=str(tagged_digits / "others.csv"))
     )
-    assert others["loss"] == pytest.approx(results["loss"], abs=0.1)
+    assert others["loss"] == approx(results["loss"], abs=0.1)
     assert low - 0.1 < others["mean_average_precision"]
     rows = predict(str(tmp_path / "run"), str(tagged_digits / "images/0.png"))
     assert set(rows[0]["labels"]) == {"digit", "even", "round", "zero"}
@@ -392,9 +394,9 @@ def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alon
         alone = run_training(build_tag_options(run, encoder, tagged_digits, **flags))
         own = results["tasks"][task]
         assert own["num_images"] == alone["num_images"] < 100
-        assert own["accuracy_interval"] == pytest.approx(alone["accuracy_interval"], abs=1e-3)
+        assert own["accuracy_interval"] == approx(alone["accuracy_interval"], abs=1e-3)
         expected = softmax(compute_logits(run, images), axis=1)
-        np.testing.assert_allclose(found[task].softmax(1).detach(), expected, atol=1e-3)
+        assert_allclose(found[task].softmax(1).detach(), expected, atol=1e-3)
 
 
 def test_a_task_that_no_fold_can_measure_leaves_the_others_their_result(

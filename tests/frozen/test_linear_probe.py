@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.tiny_models import raises_one_line
+from pytest import CaptureFixture, MonkeyPatch, approx
 from scipy.spatial.distance import cdist
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import log_loss
@@ -110,7 +111,7 @@ def test_features_of_an_unreadable_image_and_wrong_labels_are_refused() -> None:
 
 
 def test_a_long_cross_validation_shows_its_folds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: MonkeyPatch, capsys: CaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
     LinearProbe().fit(*draw_images(40))
@@ -223,7 +224,7 @@ def test_several_labels_have_calibrated_probabilities() -> None:
     probe = LinearProbe().fit(*draw_tags(120, 0))
     features, labels = draw_tags(2000, 1)
     probabilities = probe.predict_proba(features)
-    assert probabilities[:, 3] == pytest.approx(2 / 122)  # the smoothed share of one image
+    assert probabilities[:, 3] == approx(2 / 122)  # the smoothed share of one image
     losses = [log_loss(labels[:, index], probabilities[:, index]) for index in range(3)]
     shares = [
         log_loss(labels[:, index], np.full(2000, labels[:, index].mean())) for index in range(3)
@@ -231,7 +232,7 @@ def test_several_labels_have_calibrated_probabilities() -> None:
     assert np.all(np.array(losses) < 0.6 * np.array(shares))
     assert probe.candidate_.pooling != "mean"
     assert np.isfinite(probe.losses_).all()
-    assert np.mean(probe.losses_) == pytest.approx(sum(losses) / 4, abs=0.04)
+    assert np.mean(probe.losses_) == approx(sum(losses) / 4, abs=0.04)
     assert "mean_average_precision" in probe.estimate_
     assert np.array_equal(probe.predict(features), probabilities > 0.5)
 

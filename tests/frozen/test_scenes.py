@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from pytest import LogCaptureFixture
 
 from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.frozen.linear_probe import split_folds
@@ -62,7 +63,7 @@ def test_each_pair_with_two_labels_counts_once() -> None:
 
 
 def test_without_a_limit_an_evaluation_says_that_shots_count_apart(
-    caplog: pytest.LogCaptureFixture,
+    caplog: LogCaptureFixture,
 ) -> None:
     features = build_features(np.ones((3, WIDTH)), np.zeros(3))
     groups = TrainedScenes.of(features, max_distance=0.0).join_shots(features)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
+from pytest import LogCaptureFixture
 
 
 def adapt_with_loader(old: Any, loader: Any, folder: Path, **change: Any) -> Any:
@@ -14,7 +14,7 @@ def adapt_with_loader(old: Any, loader: Any, folder: Path, **change: Any) -> Any
     return loader.from_pretrained(folder, **change)
 
 
-def get_logged_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+def get_logged_lines(caplog: LogCaptureFixture) -> list[str]:
     """Return the messages that adaptation logged."""
     return [
         record.getMessage()

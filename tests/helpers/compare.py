@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 
 from modeling_vitcls import ViTCLSForImageClassification, use_fast_modules
 from modeling_vitcls.speed import cpu_kernels
@@ -31,7 +32,7 @@ def build_models(seed: int = 0, packed: bool = False, **fields: Any) -> tuple[An
     return use_fast_modules(fast, packed), plain
 
 
-def reorder_weights(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def reorder_weights(monkeypatch: MonkeyPatch, dtype: torch.dtype) -> None:
     """Reorder weights of any width in a dtype, also where that is not the fastest."""
     if not cpu_kernels.HAS_ONEDNN:
         pytest.skip("this CPU or PyTorch has no oneDNN")

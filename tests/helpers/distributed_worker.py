@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from torch.testing import assert_close
 from transformers.distributed import DistributedConfig
 
 
@@ -142,7 +143,7 @@ def token_attention_with_fsdp(layout: str, folder: Path) -> None:
     with torch.no_grad():
         rows = sharded.token_attention(build_own_images())
         expected = model.token_attention(build_own_images())
-    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
+    assert_close(rows, expected, rtol=1e-5, atol=1e-6)
 
 
 @check
@@ -307,7 +308,7 @@ def compare_a_step(layout: str, model: Any, sharded: Any) -> None:
 def assert_same_weights(model: Any, other: Any) -> None:
     """Check that weights are equal up to rounding."""
     found = [gather(weight.detach()) for weight in other.parameters()]
-    torch.testing.assert_close(found, list(model.parameters()), rtol=1e-4, atol=1e-6)
+    assert_close(found, list(model.parameters()), rtol=1e-4, atol=1e-6)
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import pytest
 import torch
+from pytest import approx
 
 from helpers.evaluation_worker import build_classifier, build_labeled_images
 from modeling_vitcls import ViTCLSImageProcessor
@@ -19,4 +19,4 @@ def compute_outputs(name: str) -> tuple[Any, list[Any]]:
 
 
 def close(value: float) -> Any:
-    return pytest.approx(value, abs=2e-6)
+    return approx(value, abs=2e-6)

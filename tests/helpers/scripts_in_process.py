@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-import pytest
+from pytest import MonkeyPatch
 
 from helpers.doc_pages import ROOT
 
@@ -13,7 +13,7 @@ SCRIPTS = ROOT / "scripts"
 
 def run_in_process(script: str, *flags: object) -> int:
     """Run a script of scripts/ in this process and return its exit status."""
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.syspath_prepend((SCRIPTS / script).parent)
         patch.setattr(sys, "argv", [script, *map(str, flags)])
         patch.setenv("COLUMNS", "400")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification
 
 from modeling_vitcls import (
@@ -287,7 +288,7 @@ def assert_same_outputs(first: Any, second: Any, tolerance: float = 0.0) -> None
 
 
 # Names, and values to the bit
-assert_same_bits = partial(torch.testing.assert_close, rtol=0, atol=0)
+assert_same_bits = partial(assert_close, rtol=0, atol=0)
 
 
 @contextlib.contextmanager

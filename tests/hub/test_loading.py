@@ -21,6 +21,7 @@ from helpers.source_checkpoints import SIZES
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_both
 from huggingface_hub import constants
 from huggingface_hub.utils import _http as hub_http
+from pytest import CaptureFixture, MonkeyPatch
 from timm.models import save_for_hf
 
 import modeling_vitcls as vitcls
@@ -47,7 +48,7 @@ license_link: LICENSE.md
 
 
 @pytest.fixture
-def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
+def hub(hub: LocalHub, monkeypatch: MonkeyPatch, tmp_path: Path) -> LocalHub:
     """Start a Hub with a private model and a data set, as ann, for all libraries."""
     monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
@@ -62,7 +63,7 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
     return hub
 
 
-def stop_hub(hub: LocalHub, patch: pytest.MonkeyPatch) -> None:
+def stop_hub(hub: LocalHub, patch: MonkeyPatch) -> None:
     """Point all libraries in this process to a closed port."""
     address = f"{DEAD}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     patch.setattr(constants, "ENDPOINT", DEAD)
@@ -70,16 +71,16 @@ def stop_hub(hub: LocalHub, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(datasets.config, "HF_ENDPOINT", DEAD)
 
 
-def go_offline(hub: LocalHub, patch: pytest.MonkeyPatch) -> None:
+def go_offline(hub: LocalHub, patch: MonkeyPatch) -> None:
     for library in (constants, datasets.config):
         patch.setattr(library, "HF_HUB_OFFLINE", True)
 
 
-def use_token(token: str) -> Callable[[LocalHub, pytest.MonkeyPatch], None]:
+def use_token(token: str) -> Callable[[LocalHub, MonkeyPatch], None]:
     return lambda hub, patch: patch.setenv("HF_TOKEN", token)
 
 
-def fail(method: str) -> Callable[[LocalHub, pytest.MonkeyPatch], None]:
+def fail(method: str) -> Callable[[LocalHub, MonkeyPatch], None]:
     return lambda hub, patch: hub.fail(method, "/resolve/", 500, times=99)
 
 
@@ -141,9 +142,9 @@ ERRORS = [
 @pytest.mark.parametrize(("model", "prepare", "words"), ERRORS)
 def test_a_model_that_cannot_be_loaded_is_one_line_with_a_remedy(
     hub: LocalHub,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
     model: str,
-    prepare: Callable[[LocalHub, pytest.MonkeyPatch], Any] | None,
+    prepare: Callable[[LocalHub, MonkeyPatch], Any] | None,
     words: list[str],
 ) -> None:
     if prepare is not None:
@@ -153,7 +154,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line_with_a_remedy(
 
 
 def test_datasets_come_from_the_hub_or_the_cache_or_are_one_line_with_a_remedy(
-    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def read(name: str) -> int:
         return len(load_splits(DataOptions(dataset=name)).images_by_split["train"])
@@ -183,7 +184,7 @@ def test_datasets_come_from_the_hub_or_the_cache_or_are_one_line_with_a_remedy(
 
 @pytest.mark.parametrize("lose_hub", [stop_hub, go_offline])
 def test_a_pinned_model_of_timm_loads_from_the_cache(
-    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose_hub: Callable[..., None]
+    hub: LocalHub, tmp_path: Path, monkeypatch: MonkeyPatch, lose_hub: Callable[..., None]
 ) -> None:
     model = randomize_weights(timm.create_model("test_vit", num_classes=3))
     save_for_hf(model, tmp_path / "theirs", safe_serialization=True)
@@ -213,8 +214,8 @@ def test_a_pinned_model_of_timm_loads_from_the_cache(
 def test_a_mistyped_folder_is_named_in_one_line(
     hub: LocalHub,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    monkeypatch: MonkeyPatch,
+    capsys: CaptureFixture,
     script: str,
     flags: str,
 ) -> None:
@@ -229,7 +230,7 @@ def test_a_mistyped_folder_is_named_in_one_line(
 
 
 def test_a_folder_wins_over_a_model_of_the_same_name(
-    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     (tmp_path / "ann/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -240,7 +241,7 @@ def test_a_folder_wins_over_a_model_of_the_same_name(
 
 
 def test_given_revisions_and_the_newest_are_used_and_found_in_the_cache(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, monkeypatch: MonkeyPatch
 ) -> None:
     repository = hub.repositories["ann/model"]
     old = repository.branches["main"]
@@ -291,7 +292,7 @@ def test_an_old_revision_of_pickled_weights_is_downloaded(hub: LocalHub) -> None
 
 
 def test_a_model_of_which_the_cache_has_a_part_is_not_used_offline(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, monkeypatch: MonkeyPatch
 ) -> None:
     get_model_folder("ann/model", CONFIG_FILES)
     loading.download_files("ann/notes", None, ["x.txt"])

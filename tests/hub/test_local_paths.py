@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers.tiny_models import raises_one_line
+from pytest import MonkeyPatch
 
 from modeling_vitcls.hub.loading import split_revision
 from modeling_vitcls.hub.local_paths import (
@@ -25,7 +26,7 @@ from modeling_vitcls.training.run_folder import make_flags_relative
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: MonkeyPatch) -> Path:
     """Return a working folder with folders of misleading names, next to a data folder."""
     for name in ("digits", "acme/data", "data/teach", ".hidden", "../clinic/scans"):
         (tmp_path / "here" / name).mkdir(parents=True)
@@ -100,7 +101,7 @@ def write_recipe(options: FinetuneOptions) -> None:
 
 
 def test_files_of_a_run_contain_no_local_paths(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The files repeat the run from the same folder, and show that data and teacher are local."""
     monkeypatch.setenv("HOME", str(tmp_path / "clinic"))

@@ -8,6 +8,7 @@ from helpers.local_hub import LocalHub
 from helpers.model_folders import write_results
 from helpers.tiny_models import build_random
 from huggingface_hub import constants
+from pytest import MonkeyPatch
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -129,7 +130,7 @@ def test_timm_weights_have_their_license() -> None:
 
 
 @pytest.fixture
-def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
+def hub(hub: LocalHub, monkeypatch: MonkeyPatch) -> LocalHub:
     """Start a Hub with a model."""
     files = {"README.md": f"---\n{DINOV3}---\n".encode(), "config.json": b"{}"}
     hub.create("ann/dinov3", files=files | {"LICENSE.md": b"the text"})
@@ -163,9 +164,7 @@ def test_a_missing_model_has_an_unknown_license(hub: LocalHub) -> None:
     assert find_provenance("no id at all") == Provenance("no id at all")
 
 
-def test_without_a_network_the_cache_is_used(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_the_cache_is_used(hub: LocalHub, monkeypatch: MonkeyPatch) -> None:
     known = find_provenance("ann/dinov3")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)

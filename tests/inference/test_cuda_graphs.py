@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from pytest import LogCaptureFixture, MonkeyPatch
+from torch.testing import assert_close
 
 from modeling_vitcls.inference import cuda_graphs
 from modeling_vitcls.inference.cuda_graphs import MAX_GRAPHS, GraphedFunction
@@ -27,7 +29,7 @@ class Function:
 
 
 @pytest.fixture
-def function(monkeypatch: pytest.MonkeyPatch) -> Function:
+def function(monkeypatch: MonkeyPatch) -> Function:
     function = Function()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: function)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **settings: nullcontext())
@@ -45,7 +47,7 @@ def compute_sums(function: Any, *sizes: int) -> tuple[list[torch.Tensor], list[t
 def test_the_second_batch_of_a_shape_is_recorded_and_a_smaller_last_one_is_computed(
     function: Function,
 ) -> None:
-    torch.testing.assert_close(*compute_sums(function, 4, 4, 4, 4, 3))
+    assert_close(*compute_sums(function, 4, 4, 4, 4, 3))
     assert [len(images) for images in function.calls] == [4, 4, 3]
 
 
@@ -56,20 +58,20 @@ def test_images_of_many_shapes_do_not_fill_the_memory(function: Function) -> Non
 
 
 def test_a_function_that_cannot_be_recorded_is_called_and_one_line_says_so(
-    function: Function, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    function: Function, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(cuda_graphs, "record_graph", fail)
-    torch.testing.assert_close(*compute_sums(function, 4, 4, 4))
+    assert_close(*compute_sums(function, 4, 4, 4))
     assert [record.getMessage() for record in caplog.records] == [
         "without CUDA graphs, because this model cannot be recorded: operation not permitted"
     ]
 
 
 def test_nothing_is_recorded_if_the_environment_says_so(
-    function: Function, monkeypatch: pytest.MonkeyPatch
+    function: Function, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VITCLS_CUDA_GRAPHS", "0")
     compute_sums(function, 4, 4, 4)

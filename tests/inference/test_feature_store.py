@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest import LogCaptureFixture, MonkeyPatch
 
 from modeling_vitcls.inference import feature_store
 from modeling_vitcls.inference.feature_store import STORE_FILE, FeatureStore
@@ -63,7 +64,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(file: Path, tmp_path: 
 
 
 def test_the_photos_that_were_not_used_for_the_longest_time_are_removed(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, monkeypatch: MonkeyPatch
 ) -> None:
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE features SET day = day - 2")
@@ -103,7 +104,7 @@ def replace_folder(file: Path) -> None:
     [damage, make_link, make_pipe, replace_folder, lambda file: file.chmod(0o602)],
 )
 def test_an_unusual_file_is_not_used_and_said_in_one_line(
-    change: Callable[[Path], None], file: Path, caplog: pytest.LogCaptureFixture
+    change: Callable[[Path], None], file: Path, caplog: LogCaptureFixture
 ) -> None:
     change(file)
     assert not list_found(write(file))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pytest
 from helpers.photo_folders import write_files
 from helpers.tiny_models import raises_one_line
 from PIL import Image
+from pytest import LogCaptureFixture, MonkeyPatch
 
 from modeling_vitcls.data import image_folder
 from modeling_vitcls.inference import inputs
@@ -22,7 +22,7 @@ from modeling_vitcls.inference.options import PredictOptions
 
 
 def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
     """Without pillow-heif, Pillow has no decoder for HEIC."""
     suffixes = image_folder.IMAGE_SUFFIXES - image_folder.HEIF_SUFFIXES
@@ -41,7 +41,7 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
 
 
 def test_images_of_folders_are_sorted_without_hidden_ones_and_figures_of_a_training_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     left = (".c/4.png", "a/.5.png", "a/6.txt", "run/config.resolved.yaml", "run/images/figure.png")
     write_files(tmp_path, "b/2.PNG", "b/1.png", "a/3.jpg", "0.png", *left)
@@ -53,7 +53,7 @@ def test_images_of_folders_are_sorted_without_hidden_ones_and_figures_of_a_train
 
 
 def test_photos_in_several_paths_are_said_to_count_each_time(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     write_files(tmp_path, "b/1.png", "0.png")
     open_input(PredictOptions(model="model", paths=(str(tmp_path), f"{tmp_path}/b")))
@@ -101,9 +101,7 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             open_input(PredictOptions(model="model", **options))
 
 
-def test_large_images_are_decoded_one_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Each thread would need gigabytes for a scan of 169 megapixels."""
     monkeypatch.setattr(inputs, "MAX_SHARED_PIXELS", 100)
     running: list[int] = []

@@ -1,7 +1,7 @@
 """Confidence intervals, compared with published formulas and tables."""
 
 import numpy as np
-import pytest
+from pytest import approx
 from sklearn.metrics import average_precision_score
 
 from modeling_vitcls.inference.intervals import (
@@ -15,13 +15,13 @@ def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
     values = np.random.default_rng(0).normal(3, 2, 400)
     low, high = compute_bootstrap_interval(values)
     standard_error = values.std() / 20
-    assert low == pytest.approx(values.mean() - 1.96 * standard_error, abs=0.3 * standard_error)
-    assert high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.3 * standard_error)
+    assert low == approx(values.mean() - 1.96 * standard_error, abs=0.3 * standard_error)
+    assert high == approx(values.mean() + 1.96 * standard_error, abs=0.3 * standard_error)
     assert low < values.mean() < high
     assert compute_bootstrap_interval(values) == (low, high)
     assert compute_bootstrap_interval([2.0]) == (2.0, 2.0)
     # quantiles of a binomial variable
-    assert compute_bootstrap_interval([0.0] * 9 + [1.0]) == pytest.approx((0, 0.3))
+    assert compute_bootstrap_interval([0.0] * 9 + [1.0]) == approx((0, 0.3))
 
 
 def test_the_interval_of_images_that_are_all_right_is_not_empty() -> None:
@@ -29,8 +29,8 @@ def test_the_interval_of_images_that_are_all_right_is_not_empty() -> None:
     is_right = np.ones((3, 14))
     accuracy, (low, high) = estimate_after_choice(1 - is_right, is_right, np.arange(14)).values()
     assert accuracy == 1
-    assert low == pytest.approx(0.785, abs=1e-3)
-    assert high == pytest.approx(1)
+    assert low == approx(0.785, abs=1e-3)
+    assert high == approx(1)
 
 
 def test_mean_average_precision_is_scikit_learns_and_its_interval_that_of_new_images() -> None:
@@ -46,9 +46,9 @@ def test_mean_average_precision_is_scikit_learns_and_its_interval_that_of_new_im
     with_images = [
         average_precision_score(labels[:, label], scores[:, label]) for label in range(3)
     ]
-    assert precision == pytest.approx(np.mean(with_images))
+    assert precision == approx(np.mean(with_images))
     expected = average_precision_score(*(each[:, :3] for each in draw(20_000)[::-1]))
     assert interval[0] < expected < interval[1]
     copies = [np.concatenate([each] * 4) for each in (scores, labels)]
     _, of_groups = estimate_average_precision(*copies, groups=np.tile(np.arange(300), 4)).values()
-    assert of_groups == pytest.approx(interval, abs=0.02)
+    assert of_groups == approx(interval, abs=0.02)

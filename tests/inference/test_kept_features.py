@@ -15,6 +15,7 @@ from helpers.command_in_process import finetune
 from helpers.photo_folders import write_bursts, write_shots
 from helpers.prediction_photos import write_predictions
 from helpers.tiny_models import save_classifier
+from pytest import MonkeyPatch
 
 from modeling_vitcls import ViTCLSImageProcessor, evaluate
 from modeling_vitcls.frozen.scenes import NUM_MIRRORED
@@ -28,12 +29,12 @@ Label = Callable[..., pd.DataFrame]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv("VITCLS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def passed(monkeypatch: MonkeyPatch) -> list[int]:
     """Return the number of images of each batch that passes an encoder."""
     counts: list[int] = []
     encode = FrozenEncoder.encode
@@ -52,7 +53,7 @@ def model(module_path: Path) -> Path:
 
 
 def test_all_commands_share_what_has_passed_an_encoder(
-    tmp_path: Path, converted_encoder: Path, passed: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, converted_encoder: Path, passed: list[int], monkeypatch: MonkeyPatch
 ) -> None:
     photos, run = tmp_path / "photos", tmp_path / "run"
     write_bursts(photos)
@@ -104,7 +105,7 @@ def test_kept_rows_equal_computed_ones(
     label: Label,
     photos: Path,
     passed: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     """Half of them were kept by an earlier command, in other batches."""
     label(photos / "inner", batch_size=4, **flags)
@@ -118,7 +119,7 @@ def test_kept_rows_equal_computed_ones(
 
 
 def test_features_that_are_not_kept_are_computed(
-    label: Label, photos: Path, monkeypatch: pytest.MonkeyPatch
+    label: Label, photos: Path, monkeypatch: MonkeyPatch
 ) -> None:
     label(photos)
     rows = label(photos, features=("patches",))
@@ -147,7 +148,7 @@ def test_an_interrupted_command_goes_on_where_it_stopped(
     label: Label,
     photos: Path,
     passed: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     numbers = iter(range(9))
     prepare = predictor.prepare_image
@@ -169,7 +170,7 @@ def test_an_interrupted_command_goes_on_where_it_stopped(
 
 @torch.no_grad()
 def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, monkeypatch: MonkeyPatch
 ) -> None:
     classifier = load_model(ModelFolder(model))
     processor = ViTCLSImageProcessor.from_pretrained(model)

@@ -9,6 +9,7 @@ import sklearn.metrics
 import torch
 from helpers.evaluation_results import close, compute_outputs
 from helpers.evaluation_worker import CLASSES, NUM_IMAGES, SPACES
+from pytest import MonkeyPatch
 from torch import nn
 from torchmetrics.functional.classification import (
     multiclass_calibration_error,
@@ -169,7 +170,7 @@ def test_a_single_class_is_measured() -> None:
     assert values["confusion_matrix"] == [[2]]
 
 
-def test_a_metric_that_is_not_a_number_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_that_is_not_a_number_is_no_result(monkeypatch: MonkeyPatch) -> None:
     """As the kappa of a single class: NaN is no JSON, and would be printed as nan%."""
     monkeypatch.setattr(
         "modeling_vitcls.inference.metrics.compute_calibration_error", lambda *_: float("nan")

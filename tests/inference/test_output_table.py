@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from helpers.prediction_photos import write_predictions
 from helpers.tiny_models import raises_one_line, save_classifier
+from pytest import LogCaptureFixture, MonkeyPatch
 
 from modeling_vitcls.inference import predict
 
@@ -57,7 +58,7 @@ def test_a_table_that_a_person_has_changed_stays(table: Path, repeat: Command) -
 
 
 def test_a_table_that_changes_while_it_is_computed_is_kept_beside(
-    table: Path, repeat: Command, monkeypatch: pytest.MonkeyPatch
+    table: Path, repeat: Command, monkeypatch: MonkeyPatch
 ) -> None:
     compute = predict.compute_rows
 
@@ -71,7 +72,7 @@ def test_a_table_that_changes_while_it_is_computed_is_kept_beside(
 
 
 def test_a_table_that_cannot_be_replaced_is_known_afterwards(
-    table: Path, repeat: Command, monkeypatch: pytest.MonkeyPatch
+    table: Path, repeat: Command, monkeypatch: MonkeyPatch
 ) -> None:
     """A spreadsheet on Windows locks it."""
     replace = Path.replace
@@ -91,7 +92,7 @@ def test_a_table_that_cannot_be_replaced_is_known_afterwards(
 
 
 def test_left_out_folders_are_named_again_at_the_end(
-    model: Path, photos: Path, table: Path, caplog: pytest.LogCaptureFixture
+    model: Path, photos: Path, table: Path, caplog: LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(photos, table.with_name("photos"))  # A line is said once
     write_predictions(model, folder, table)

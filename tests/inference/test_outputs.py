@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
+from pytest import CaptureFixture
 
 from modeling_vitcls.inference.outputs import (
     WRITERS,
@@ -83,7 +83,7 @@ def test_labels_that_contain_the_separator_are_told_apart_in_a_csv_file(tmp_path
     assert found[0]["probabilities"] == "0.75|0.5"
 
 
-def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
+def test_tables_show_no_control_characters(capsys: CaptureFixture) -> None:
     """A terminal would interpret escape sequences in names of files and classes."""
     name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"
     columns = get_output_columns({name: pa.string()})

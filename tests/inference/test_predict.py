@@ -30,7 +30,9 @@ from helpers.tiny_models import (
     save_with_processor,
 )
 from helpers.warm_processes import run_together
+from numpy.testing import assert_allclose
 from PIL import Image
+from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch, approx
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -116,7 +118,7 @@ def test_datasets_and_tables_are_read_like_files(
 
 
 def test_a_model_without_an_image_processor_has_the_default(
-    classifier: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    classifier: Path, photos: Path, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     """For example after `Trainer.save_model`, or when PEFT's weights are merged."""
     model = shutil.copytree(classifier, tmp_path / "model")
@@ -138,7 +140,7 @@ def test_the_channels_of_the_model_are_those_of_an_array(tmp_path: Path) -> None
 
 
 def test_a_missing_file_is_named_at_the_end_and_in_the_status(
-    classifier: Path, unreadable: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    classifier: Path, unreadable: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     """An unreadable file has a row with the reason, and the status is 0.
 
@@ -179,7 +181,7 @@ def test_a_row_notes_what_the_prediction_of_a_scan_does_not_see(
 
 
 def test_the_limit_of_megapixels_is_a_flag(
-    classifier: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Path, photos: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert api.predict(classifier, photos / "c.png", max_megapixels=1)[0]["error"] is None
@@ -203,7 +205,7 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
     for task, names in TASKS.items():
         probability, index = logits[task].softmax(dim=1).max(dim=1)
         assert table[f"{task}_label"].to_pylist() == [names[one] for one in index]
-        np.testing.assert_allclose(table[f"{task}_probability"], probability, atol=1e-6)
+        assert_allclose(table[f"{task}_probability"], probability, atol=1e-6)
 
 
 @torch.no_grad()
@@ -258,7 +260,7 @@ def test_features_of_any_layer_are_those_after_the_final_norm(
         column = name if len(names) > 1 else "features"
         assert "halffloat" in str(table.schema.field(column).type)
         found = np.array(table[column].to_pylist()).astype(np.float32)
-        np.testing.assert_allclose(found, expected[name].numpy(), rtol=1e-3, atol=1e-5)
+        assert_allclose(found, expected[name].numpy(), rtol=1e-3, atol=1e-5)
 
 
 def test_the_last_layer_of_a_model_without_a_final_norm_is_its_output(photos: Path) -> None:
@@ -314,7 +316,7 @@ def test_two_processes_write_the_same_file_as_one(
     ],
 )
 def test_models_without_labels_are_a_one_line_error(
-    source: str, words: str, models: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, words: str, models: Path, photos: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The model "lost" is a classifier without the weights of its head."""
     monkeypatch.chdir(models)
@@ -343,7 +345,7 @@ def test_a_model_without_classes_predicts_no_labels(
 
 
 def test_predictions_are_in_bfloat16_where_it_is_faster(
-    classifier: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Path, photos: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(distributed, "MIN_BFLOAT16_WIDTH", 16)
@@ -361,4 +363,4 @@ def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
     for path, row in zip(sorted_photos(photos), together, strict=True):
         (alone,) = predict(model, processor, path)
         assert alone["label"] == row["label"]
-        assert alone["probability"] == pytest.approx(row["probability"], abs=1e-5)
+        assert alone["probability"] == approx(row["probability"], abs=1e-5)

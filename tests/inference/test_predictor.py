@@ -29,7 +29,9 @@ from helpers.tiny_models import (
     save_encoder,
     save_with_processor,
 )
+from numpy.testing import assert_allclose
 from PIL import Image
+from pytest import MonkeyPatch, approx
 
 from modeling_vitcls import Predictor, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.inference import load_model
@@ -51,7 +53,7 @@ def predictor(module_path: Path) -> Predictor:
 
 
 def test_half_precision_is_read_as_float32_on_a_cpu_that_emulates_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """Each pass of an encoder in bfloat16 would take several times as long."""
     monkeypatch.setattr(load_model, "has_bfloat16", lambda device: False)
@@ -137,7 +139,7 @@ def test_a_photo_of_a_request_has_the_label_of_its_file(predictor: Predictor, ph
         (row,) = predictor(source)
         assert row["error"] is None, name
         assert row["label"] == expected["label"], name
-        assert row["probability"] == pytest.approx(expected["probability"], abs=1e-5), name
+        assert row["probability"] == approx(expected["probability"], abs=1e-5), name
 
 
 @pytest.mark.parametrize("shape", [(12, 10), (12, 10, 3), (3, 12, 10)], ids=str)
@@ -233,9 +235,7 @@ def test_features_of_a_batch_equal_those_of_predict(kind: str, encoder: Path, ph
     assert len(pickled) < 1000
     outputs = pickle.loads(pickled)(batch)
     for name in NAMES:
-        np.testing.assert_allclose(
-            outputs[name], np.array([row[name] for row in expected]), atol=1e-6
-        )
+        assert_allclose(outputs[name], np.array([row[name] for row in expected]), atol=1e-6)
     assert outputs["registers@1"].shape == (9, 2, 16)
     assert set(outputs["error"]) == {""}
     assert list(outputs.get("id", range(9))) == list(range(9))
@@ -249,7 +249,7 @@ def test_labels_of_a_batch_equal_those_of_its_photos(predictor: Predictor, photo
     assert list(outputs) == ["path", "id", "label", "probability", "error"]
     assert outputs["label"].tolist() == [*(row["label"] for row in rows), None]
     probabilities = [*(row["probability"] for row in rows), np.nan]
-    np.testing.assert_allclose(outputs["probability"], probabilities, atol=1e-6)
+    assert_allclose(outputs["probability"], probabilities, atol=1e-6)
     assert [bool(error) for error in outputs["error"]] == [False] * 9 + [True]
 
 
@@ -330,7 +330,7 @@ def test_datasets_map_adds_the_features_of_the_files_that_were_loaded(
         for predictor, features in expected.items():
             table = datasets.load_from_disk(tmp_path / "table")
             mapped = table.map(predictor, batched=True, batch_size=4)
-            np.testing.assert_allclose(np.array(mapped["cls"]), features, atol=1e-6)
+            assert_allclose(np.array(mapped["cls"]), features, atol=1e-6)
             assert set(mapped["error"]) == {""}
 
 
@@ -353,7 +353,7 @@ def read_lines(library: str) -> str:
 
 @pytest.mark.slow
 def test_the_lines_for_ray_in_the_docs_write_the_features_of_each_image(
-    encoder: Path, photos: Path, tmp_path: Path, ray: Any, monkeypatch: pytest.MonkeyPatch
+    encoder: Path, photos: Path, tmp_path: Path, ray: Any, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(encoder, "runs/photos")
@@ -365,12 +365,12 @@ def test_the_lines_for_ray_in_the_docs_write_the_features_of_each_image(
     assert [Path(row["path"]).name for row in written if row["error"]] == ["notes.txt"]
     readable = [row for row in written if not row["error"]]
     expected = Predictor(encoder, "cls")({"path": [row["path"] for row in readable]})["cls"]
-    np.testing.assert_allclose([row["cls"] for row in readable], expected, atol=1e-6)
+    assert_allclose([row["cls"] for row in readable], expected, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_the_lines_for_spark_in_the_docs_work(
-    encoder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: Path, photos: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     pytest.importorskip("pyspark")
     if shutil.which("java") is None:
@@ -384,6 +384,6 @@ def test_the_lines_for_spark_in_the_docs_work(
     found["spark"].stop()
     (row,) = found["rows"]
     expected = predictor({"path": ["photo.jpg"]})
-    np.testing.assert_allclose(row["cls"], expected["cls"][0], atol=1e-6)
-    np.testing.assert_allclose(row["mean"], expected["mean"][0], atol=1e-6)
+    assert_allclose(row["cls"], expected["cls"][0], atol=1e-6)
+    assert_allclose(row["mean"], expected["mean"][0], atol=1e-6)
     assert (row["path"], row["error"]) == ("photo.jpg", "")

@@ -16,7 +16,9 @@ from accelerate.commands.launch import launch_command_parser
 from helpers.doc_pages import ROOT
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.tiny_options import forget_end, read_metrics
+from pytest import approx
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.runtime.files import read_json
@@ -55,11 +57,11 @@ def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
     for first, second in zip(read_metrics(one), read_metrics(other), strict=True):
         assert first.keys() == second.keys()
         for name in first.keys() - {"images_per_second"}:
-            assert second[name] == pytest.approx(first[name], abs=tolerance, rel=tolerance), (
+            assert second[name] == approx(first[name], abs=tolerance, rel=tolerance), (
                 first["step"],
                 name,
             )
-    torch.testing.assert_close(load_weights(other), load_weights(one), atol=tolerance, rtol=0)
+    assert_close(load_weights(other), load_weights(one), atol=tolerance, rtol=0)
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -139,7 +141,7 @@ def test_the_model_trained_with_fsdp2_loads(fsdp2: Path) -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved[name]), name
         if name.startswith("classifier"):
-            torch.testing.assert_close(parameter.data, trained[name] / temperature)
+            assert_close(parameter.data, trained[name] / temperature)
         else:
             assert torch.equal(parameter, trained[name]), name
 

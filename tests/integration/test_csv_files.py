@@ -3,10 +3,10 @@
 import csv
 from pathlib import Path
 
-import pytest
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import save_classifier
+from pytest import MonkeyPatch
 
 
 NAMES = ("=1+1", "@SUM(A1)", "-2\n3")
@@ -23,7 +23,7 @@ def check_cells(file: Path) -> None:
     assert any("\\x1b[31m\\u202e" in cell for cell in cells)
 
 
-def test_predictions_contain_no_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_contain_no_formulas(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Names of classes and of a file are harmful in a table."""
     model = save_classifier(tmp_path / "model", *NAMES)
     photos = write_photos(tmp_path / "photos", range(8), *NAMES)

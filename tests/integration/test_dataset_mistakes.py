@@ -6,6 +6,7 @@ import pytest
 from helpers.command_in_process import fail, run_here
 from helpers.photo_folders import write_photos
 from PIL import Image
+from pytest import CaptureFixture
 
 from modeling_vitcls.runtime.files import read_json
 
@@ -46,7 +47,7 @@ def test_runs_in_the_folder_of_the_dataset_can_be_repeated(tmp_path: Path) -> No
 
 
 def test_a_table_in_another_encoding_is_named_in_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture
+    tmp_path: Path, capfd: CaptureFixture
 ) -> None:
     table = tmp_path / "table.csv"
     table.write_text("file_name,label\n0.png,hüte\n", encoding="latin-1")
@@ -69,9 +70,7 @@ def test_label_names_are_refused_if_the_folders_have_other_names(tmp_path: Path)
 # HEIC ---------------------------------------------------------------------------------------------
 
 
-def test_heic_photos_are_trained_on_and_predicted(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_heic_photos_are_trained_on_and_predicted(tmp_path: Path, capsys: CaptureFixture) -> None:
     """Worker processes decode them, too."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     photos = write_photos(tmp_path / "photos", range(5))

@@ -43,7 +43,9 @@ from helpers.page_commands import SMALL_MODEL
 from helpers.photo_folders import write_digits
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import save_both
+from pytest import MonkeyPatch, approx
 from timm.models.vision_transformer import VisionTransformer
+from torch.testing import assert_close
 
 import modeling_vitcls
 from modeling_vitcls import (
@@ -237,9 +239,7 @@ def test_files_in_the_text_exist(page: Path) -> None:
             assert exists or path in OTHER_FILES, f"{get_name(page)}: {path} does not exist"
 
 
-def test_links_of_the_package_page_are_absolute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_links_of_the_package_page_are_absolute(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     described: list[str] = []
     monkeypatch.setattr(
         "setuptools.setup", lambda **arguments: described.append(arguments["long_description"])
@@ -287,7 +287,7 @@ def test_timms_calls_and_those_beside_them_have_the_same_outputs(tmp_path: Path)
             actual = eval(ours, names | {"model": converted})
             if "apply_layernorm" in ours:  # the last map is normalized, as the page says
                 expected, actual = expected[:-1], actual[:-1]
-            torch.testing.assert_close(actual, expected)
+            assert_close(actual, expected)
 
 
 # Running ------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ print("openvino", sum(map(str.__eq__, found, [file.parent.name for file in files
     expected = accuracies["runs/trained/model.onnx"]
     assert expected > 0.8
     assert accuracies["openvino"] == expected
-    assert accuracies["int8.onnx"] == pytest.approx(expected, abs=0.05)
+    assert accuracies["int8.onnx"] == approx(expected, abs=0.05)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from helpers.photo_folders import encode_image
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import build_random, save_with_processor
 from PIL import Image
+from pytest import MonkeyPatch, approx
 from scipy.special import softmax
 
 from modeling_vitcls import (
@@ -131,7 +132,7 @@ def check_answers(found: dict[str, Answer], rows: Rows) -> None:
         expected = read_answer(row)
         answer = found[name]
         if isinstance(answer, dict):
-            assert answer == pytest.approx(expected, abs=TOLERANCE), name
+            assert answer == approx(expected, abs=TOLERANCE), name
         else:
             assert answer, name
             assert "\n" not in answer, name
@@ -197,10 +198,10 @@ def test_the_onnx_file_with_the_image_processor(
         images = {"pixel_values": processor(photos[name], return_tensors="np")["pixel_values"]}
         logits, distance = session.run(["logits", "distance"], images)
         probabilities = softmax(logits[0]).tolist()
-        assert dict(zip(labels, probabilities, strict=True)) == pytest.approx(
+        assert dict(zip(labels, probabilities, strict=True)) == approx(
             read_answer(rows[name]), abs=TOLERANCE
         )
-        assert distance[0] == pytest.approx(rows[name]["distance"], rel=1e-4)
+        assert distance[0] == approx(rows[name]["distance"], rel=1e-4)
         is_unknown = bool(distance[0] > json.loads(about["distance_threshold"]))
         assert is_unknown == rows[name]["unknown"]
 
@@ -210,7 +211,7 @@ def test_the_lines_without_torch(
     model: Path,
     photos: Photos,
     rows: Rows,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     """Pillow resizes by up to 2 of 255 gray levels differently than torchvision."""
     import onnxruntime
@@ -230,11 +231,9 @@ def test_the_lines_without_torch(
     assert photos.keys() - answered == {*REFUSED, "gray16.png", "gray16.tif"}
     for name, row in answered.items():
         expected = rows[name]
-        assert row["distance"] == pytest.approx(expected["distance"], rel=PILLOW_TOLERANCE), name
+        assert row["distance"] == approx(expected["distance"], rel=PILLOW_TOLERANCE), name
         assert row["label"] == expected["label"], name
-        assert row["probability"] == pytest.approx(expected["probability"], abs=PILLOW_TOLERANCE), (
-            name
-        )
+        assert row["probability"] == approx(expected["probability"], abs=PILLOW_TOLERANCE), name
 
 
 def test_the_server(model: Path, photos: Photos, rows: Rows) -> None:
@@ -272,7 +271,7 @@ def test_evaluation(model: Path, photos: Photos, rows: Rows) -> None:
     answers = read_evaluated(model, file)
     assert len(answers) >= 15
     for name, answer in answers.items():
-        assert answer == pytest.approx(read_answer(rows[name]), abs=TOLERANCE), name
+        assert answer == approx(read_answer(rows[name]), abs=TOLERANCE), name
 
 
 def test_the_page_of_the_demo(model: Path, photos: Photos, rows: Rows) -> None:
@@ -282,7 +281,7 @@ def test_the_page_of_the_demo(model: Path, photos: Photos, rows: Rows) -> None:
     for name in ("gray16.png", "alpha.png", "exif6.jpg"):
         expected = "none of these" if rows[name]["unknown"] else read_answer(rows[name])
         answer = ask(str(photos[name]))[0]
-        assert answer == pytest.approx(expected, abs=TOLERANCE), name
+        assert answer == approx(expected, abs=TOLERANCE), name
     for name in ("float.tif", "truncated.jpg"):
         with pytest.raises(gradio.Error):
             ask(str(photos[name]))
@@ -338,7 +337,7 @@ def test_every_door_shows_a_turned_photo_upright(model: Path) -> None:
     answers["evaluate"] = [evaluated[name] for name in paths]
     for door, answers_of_door in answers.items():
         for name, answer, wanted in zip(paths, answers_of_door, expected, strict=True):
-            assert answer == pytest.approx(wanted, abs=TOLERANCE), (door, name)
+            assert answer == approx(wanted, abs=TOLERANCE), (door, name)
 
 
 # A model to keep ----------------------------------------------------------------------------------
@@ -362,7 +361,7 @@ def test_threads_that_share_a_predictor_get_the_rows_of_predict(
     for name, (row,) in zip(names, found, strict=True):
         assert row["unknown"] == rows[name]["unknown"], name
         expected = rows[name]["distance"] or np.nan
-        assert (row["distance"] or np.nan) == pytest.approx(expected, rel=1e-4, nan_ok=True), name
+        assert (row["distance"] or np.nan) == approx(expected, rel=1e-4, nan_ok=True), name
 
 
 def test_predictors_and_pipelines_keep_their_precision(model: Path, photos: Photos) -> None:
@@ -374,5 +373,5 @@ def test_predictors_and_pipelines_keep_their_precision(model: Path, photos: Phot
     exact = predict(model, plain, top_k=TOP_K, mixed_precision="no")
     assert predictor(plain) == expected
     answer = ask_one_by_one(classify, {"": plain})[""]
-    assert answer == pytest.approx(read_answer(expected[0]), abs=TOLERANCE)
-    assert answer != pytest.approx(read_answer(exact[0]), abs=TOLERANCE)
+    assert answer == approx(read_answer(expected[0]), abs=TOLERANCE)
+    assert answer != approx(read_answer(exact[0]), abs=TOLERANCE)

@@ -12,6 +12,7 @@ import torch
 from accelerate import cpu_offload
 from helpers.photo_folders import draw_noise
 from helpers.tiny_models import IMAGES, build_images, build_tiny_config, save_encoder
+from torch.testing import assert_close
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,
@@ -51,7 +52,7 @@ def build_tiny_classifier(**overrides: Any) -> ViTCLSForImageClassification:
 def assert_same_logits(model: Any, wanted: Any = None, **tolerance: float) -> None:
     """Check that a model has the logits of another model, by default of the tiny classifier."""
     wanted = (wanted or build_tiny_classifier()).eval()(IMAGES).logits
-    torch.testing.assert_close(model.eval()(IMAGES).logits, wanted, **tolerance)
+    assert_close(model.eval()(IMAGES).logits, wanted, **tolerance)
 
 
 # Pipelines ----------------------------------------------------------------------------------------
@@ -70,8 +71,8 @@ def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(bac
     )(PHOTO)
 
     assert torch.tensor(tokens).shape == (1, 4 + 16, 16)
-    torch.testing.assert_close(torch.tensor(tokens), outputs.last_hidden_state)
-    torch.testing.assert_close(torch.tensor(pooled), outputs.pooler_output)
+    assert_close(torch.tensor(tokens), outputs.last_hidden_state)
+    assert_close(torch.tensor(pooled), outputs.pooler_output)
 
 
 # Trainer ------------------------------------------------------------------------------------------
@@ -164,12 +165,10 @@ def test_a_dual_encoder_of_images_and_text_trains_saves_and_loads(tmp_path: Path
     assert type(again.vision_model) is ViTCLSModel
     assert again.config.vision_config.token_layout == model.config.vision_config.token_layout
     with torch.no_grad():
-        torch.testing.assert_close(
-            again(**inputs).logits_per_image, model(**inputs).logits_per_image
-        )
+        assert_close(again(**inputs).logits_per_image, model(**inputs).logits_per_image)
         cls_token = ViTCLSModel.from_pretrained(encoder)(IMAGES).tokens["cls"][:, 0]
         features = model.get_image_features(pixel_values=IMAGES).pooler_output
-        torch.testing.assert_close(features, model.visual_projection(cls_token))
+        assert_close(features, model.visual_projection(cls_token))
 
 
 # Loading ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from helpers.command_in_process import check_error, run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_random, save_both
+from pytest import CaptureFixture, MonkeyPatch
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 
@@ -18,7 +19,7 @@ TRAINING = (
 
 
 @pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def models(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Work in a folder with `photos`, and a `classifier` and an `encoder` of which one weight is NaN."""
     monkeypatch.chdir(tmp_path)
     write_photos(Path("photos"), range(8))
@@ -45,7 +46,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("models")
 def test_a_command_has_no_result_of_outputs_that_are_not_finite(
-    command: str, words: list[str], capsys: pytest.CaptureFixture
+    command: str, words: list[str], capsys: CaptureFixture
 ) -> None:
     assert run_here(*command.split(), "--dataset", "photos", "--num-workers", "0") == 1
     check_error(capsys, "not finite", *words)

@@ -10,6 +10,7 @@ from helpers.sample_photographs import photograph
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from nbclient import NotebookClient
 from PIL import Image
+from pytest import MonkeyPatch
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
 
@@ -18,7 +19,7 @@ NOTEBOOK = ROOT / "notebooks/photos.ipynb"
 
 
 @pytest.fixture
-def notebook(monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
+def notebook(monkeypatch: MonkeyPatch) -> nbformat.NotebookNode:
     environment = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -91,7 +92,7 @@ def test_the_notebook_runs_with_own_photos_as_it_says(
 
 
 def test_the_programs_of_the_course_run_on_the_photos_of_phones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_phone_photos(tmp_path / "photos", "pants")

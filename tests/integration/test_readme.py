@@ -21,6 +21,7 @@ from helpers.doc_pages import ROOT, read_blocks
 from helpers.fresh_processes import run_program
 from helpers.local_hub import LocalHub, Token, running_hub
 from helpers.photo_folders import write_digits
+from pytest import approx
 
 from modeling_vitcls.runtime.files import read_json
 
@@ -113,7 +114,7 @@ def test_every_block_runs_after_the_printed_installation(
 
     accuracy = read_json(checkout / "runs/digits/results.json")["accuracy"]
     (num_right,) = re.findall(r"\*\*(\d+) of 359 held-out images are right\*\*", README)
-    assert accuracy == pytest.approx(int(num_right) / 359, abs=0.015)
+    assert accuracy == approx(int(num_right) / 359, abs=0.015)
     assert accuracy >= 0.96
     assert (checkout / "runs/photos/report.html").stat().st_size > 100_000
     assert "model.safetensors" in hub.files("ME/photos")

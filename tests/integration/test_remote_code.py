@@ -21,6 +21,7 @@ from helpers.photo_folders import get_file_names
 from helpers.released_models import KINDS, SIZES
 from helpers.tiny_models import assert_same_bits, randomize, save_both
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import modeling_vitcls as vitcls
@@ -174,7 +175,7 @@ def test_a_checkpoint_is_saved_and_adapted_without_the_package(
     wanted = compute_outputs(build_random_model(name), load_file(inputs)["pixel_values"])
     # Not equal to the bit: weights of a memory-mapped file are aligned differently, and kernels
     # depend on alignment.
-    torch.testing.assert_close(child.get_outputs(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
+    assert_close(child.get_outputs(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
     assert_same_bits(child.get_outputs(f"{name}/larger"), package.get_outputs(f"{name}/larger"))
 
 

@@ -18,6 +18,7 @@ from helpers.fresh_processes import run_program
 from helpers.photo_folders import draw_noise, encode_image
 from helpers.tiny_models import save_classifier
 from PIL import Image
+from pytest import MonkeyPatch
 
 
 pytestmark = pytest.mark.slow
@@ -93,7 +94,7 @@ def test_a_request_beyond_a_limit_is_refused_and_the_server_lives(address: str) 
     assert len(health["version"]) == 64
 
 
-def test_a_queue_that_is_full_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_that_is_full_says_so(folder: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     program = {}
     exec((folder / "serve.py").read_text().replace("MAX_WAITING = 32", "MAX_WAITING = 0"), program)

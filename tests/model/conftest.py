@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
+from pytest import MonkeyPatch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @pytest.fixture
-def flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def flash_attention(monkeypatch: MonkeyPatch) -> None:
     """Replace flash_attention_2, which requires a GPU, with SDPA for the same key masks [B, N]."""
 
     def attend(

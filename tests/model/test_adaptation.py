@@ -26,8 +26,10 @@ from helpers.tiny_models import (
     raises_one_line,
 )
 from peft import LoraConfig, get_peft_model
+from pytest import LogCaptureFixture
 from timm.layers import resample_abs_pos_embed
 from timm.layers.patch_embed import resample_patch_embed
+from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForImageClassification, QuantoConfig
 
 from modeling_vitcls import (
@@ -137,7 +139,7 @@ def assert_adapted(old: Any, new: Any) -> None:
             assert torch.equal(weight, kernel)
         elif "decoder" not in name:
             resized = resize_patch_kernel(kernel, new.config.patch_height_width)
-            torch.testing.assert_close(weight, resized)
+            assert_close(weight, resized)
     if not new.config.num_distillation_tokens:
         expected = {
             name: weight
@@ -159,7 +161,7 @@ def test_the_source_model_is_unchanged() -> None:
     assert model.config.to_dict() == config
 
 
-def test_nothing_changes_without_a_change(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_nothing_changes_without_a_change(caplog: LogCaptureFixture, tmp_path: Path) -> None:
     model = build_random(ViTCLSForImageClassification, **FIELDS)
     assert model.adapt(**FIELDS_THAT_ADAPT) is model
     model.save_pretrained(tmp_path)
@@ -186,7 +188,7 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
 
 
 def test_new_tokens_of_a_frozen_group_are_frozen_and_a_line_says_so(
-    caplog: pytest.LogCaptureFixture,
+    caplog: LogCaptureFixture,
 ) -> None:
     model = build_random(ViTCLSForImageClassification, num_register_tokens=2).requires_grad_(False)
     changed = model.adapt(num_register_tokens=4)
@@ -413,7 +415,7 @@ def test_a_distillation_token_is_a_twin_of_cls_until_a_teacher_trains_it() -> No
 
 @pytest.mark.parametrize("fields", [{"pooling": "mean"}, {"cls_scopes": [[2, 2, 0, 1]]}], ids=str)
 def test_a_distillation_head_that_cannot_be_a_copy_is_random_and_not_read(
-    fields: Fields, caplog: pytest.LogCaptureFixture
+    fields: Fields, caplog: LogCaptureFixture
 ) -> None:
     """The head of the patches has another input, and a token with a scope sees a part of the image."""
     model = build_random(ViTCLSForImageClassification, **fields)
@@ -455,7 +457,7 @@ def test_quantized_weights_shortened_models_and_adapters_are_not_adapted(tmp_pat
 
 
 def test_gradient_checkpointing_stays_and_lost_hooks_are_said(
-    caplog: pytest.LogCaptureFixture,
+    caplog: LogCaptureFixture,
 ) -> None:
     model = ViTCLSModel(build_tiny_config())
     assert not caplog.text

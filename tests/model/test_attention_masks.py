@@ -7,6 +7,7 @@ tests gates.
 import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, get_largest_difference, randomize
+from torch.testing import assert_close
 
 from modeling_vitcls.model.attention_masks_vitcls import RelativePositionBias, TokenGates
 
@@ -45,7 +46,7 @@ def test_tables_are_resampled_along_their_own_axes() -> None:
     module.tables[:, :-3] = torch.arange(5.0).repeat_interleave(9)[:, None]
     bias = module(torch.zeros(1, NUM_SPECIAL + 12, 16), None, (4, 3))
     pairs = bias[0, :, NUM_SPECIAL:, NUM_SPECIAL:].unflatten(2, (4, 3)).unflatten(1, (4, 3))
-    torch.testing.assert_close(pairs, pairs[:, :, :1, :, :1].expand_as(pairs))
+    assert_close(pairs, pairs[:, :, :1, :, :1].expand_as(pairs))
     assert pairs.std() > 0.1
 
 

@@ -18,6 +18,9 @@ from helpers.tiny_models import (
     build_random,
     get_largest_difference,
 )
+from numpy.testing import assert_allclose
+from pytest import LogCaptureFixture, MonkeyPatch
+from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.weight_rules import Fields
@@ -61,7 +64,7 @@ def build_model(kinds: Iterable[tuple[int, str]] = TOKENS, **fields: Any) -> Any
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Mock:
+def reads(monkeypatch: MonkeyPatch) -> Mock:
     """Count how often the weights are read."""
     monkeypatch.setattr(class_distance_vitcls, "sum_weights", Mock(wraps=sum_weights))
     return class_distance_vitcls.sum_weights
@@ -71,7 +74,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Mock:
 def test_the_distance_of_a_model_is_that_of_its_statistics(pooling: str) -> None:
     model = build_model(pooling=pooling)
     expected = fit_statistics(model).compute_distances(compute_features(model, IMAGES))
-    np.testing.assert_allclose(model(IMAGES).distance.numpy(), expected, rtol=1e-3)
+    assert_allclose(model(IMAGES).distance.numpy(), expected, rtol=1e-3)
 
 
 def test_edited_statistics_count_at_once() -> None:
@@ -91,7 +94,7 @@ def test_the_gradient_of_a_distance_is_that_of_autograd() -> None:
     torch.optim.SGD([pixels]).step()  # After a step, a few weights are read again
     found = torch.func.grad(lambda pixels: model(pixels).distance.sum())(IMAGES)
     model(pixels).distance.sum().backward()
-    torch.testing.assert_close(found, pixels.grad)
+    assert_close(found, pixels.grad)
     with torch.inference_mode():
         assert model(IMAGES).distance is not None
 
@@ -103,7 +106,7 @@ def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> Non
     assert torch.equal(loaded(IMAGES).distance, model(IMAGES).distance)
     stored = ClassStatistics.from_model(loaded)
     assert stored is not None
-    np.testing.assert_allclose(stored.means[0], fit_statistics(model).means[0], rtol=1e-5)
+    assert_allclose(stored.means[0], fit_statistics(model).means[0], rtol=1e-5)
 
 
 def test_a_model_that_is_built_in_half_precision_keeps_the_digits_of_statistics() -> None:
@@ -111,9 +114,7 @@ def test_a_model_that_is_built_in_half_precision_keeps_the_digits_of_statistics(
     half = ViTCLSForImageClassification._from_config(model.config, dtype=torch.bfloat16).eval()
     half.load_state_dict(model.state_dict())
     assert torch.equal(half.class_distance.means_0, model.class_distance.means_0)
-    torch.testing.assert_close(
-        half(IMAGES.bfloat16()).distance, model(IMAGES).distance, rtol=0.05, atol=0
-    )
+    assert_close(half(IMAGES.bfloat16()).distance, model(IMAGES).distance, rtol=0.05, atol=0)
 
 
 def test_logits_have_the_same_bits_with_and_without_statistics() -> None:
@@ -180,7 +181,7 @@ PARTS = ("embeddings.patch_embeddings", "embeddings.cls_token", "layers.1.mlp.fc
     ],
 )
 def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(
-    change: Any, caplog: pytest.LogCaptureFixture
+    change: Any, caplog: LogCaptureFixture
 ) -> None:
     model = build_model()
     expected = model(IMAGES).distance
@@ -222,7 +223,7 @@ def test_nothing_that_keeps_the_function_ends_the_distance(change: Any, limit: f
     expected = model(IMAGES).distance
     assert expected is not None
     distance = change(model).eval()(IMAGES).distance
-    torch.testing.assert_close(distance, expected, rtol=limit / 3, atol=limit)
+    assert_close(distance, expected, rtol=limit / 3, atol=limit)
 
 
 ADAPTERS = {
@@ -240,14 +241,14 @@ def test_an_adapter_that_is_merged_or_loaded_has_its_logits_and_no_distance_once
     model = build_model()
     expected = model(IMAGES).distance
     adapted = peft.get_peft_model(copy.deepcopy(model), ADAPTERS[kind]).eval()
-    torch.testing.assert_close(adapted(IMAGES).distance, expected)
+    assert_close(adapted(IMAGES).distance, expected)
 
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.add_(0.01 * torch.randn_like(weight))
     assert adapted(IMAGES).distance is None
     with adapted.disable_adapter():
-        torch.testing.assert_close(adapted(IMAGES).distance, expected)
+        assert_close(adapted(IMAGES).distance, expected)
     adapted.save_pretrained(tmp_path)
     trained = adapted(IMAGES)
     assert get_largest_difference(trained.logits, model(IMAGES).logits) > 1e-3
@@ -256,7 +257,7 @@ def test_an_adapter_that_is_merged_or_loaded_has_its_logits_and_no_distance_once
         adapted.merge_and_unload(),
     ):
         outputs = again(IMAGES)
-        torch.testing.assert_close(outputs.logits, trained.logits, rtol=1e-4, atol=1e-5)
+        assert_close(outputs.logits, trained.logits, rtol=1e-4, atol=1e-5)
         assert outputs.distance is None
 
 
@@ -273,11 +274,11 @@ def test_functions_of_the_weights_have_logits_and_no_distance() -> None:
     gradients = torch.func.grad(lambda weights: compute_outputs(weights).sum())(parameters)
     model(IMAGES).logits.sum().backward()
     assert model.classifier.weight.grad is not None
-    torch.testing.assert_close(gradients["classifier.weight"], model.classifier.weight.grad)
+    assert_close(gradients["classifier.weight"], model.classifier.weight.grad)
 
     ensemble = {name: torch.stack([each, each]) for name, each in parameters.items()}
     logits = torch.vmap(compute_outputs)(ensemble)
-    torch.testing.assert_close(logits[1], model(IMAGES).logits, rtol=1e-4, atol=1e-5)
+    assert_close(logits[1], model(IMAGES).logits, rtol=1e-4, atol=1e-5)
     assert model(IMAGES).distance is not None
 
 
@@ -304,7 +305,7 @@ def test_statistics_of_a_model_with_an_adapter_are_those_of_the_merged_model() -
     statistics.set_in_model(adapted.base_model.model)
     expected = adapted(IMAGES).distance
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(IMAGES).distance, expected, rtol=1e-3, atol=1e-3)
+    assert_close(merged(IMAGES).distance, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_compiled_model_knows_its_weights_after_eval_and_those_that_are_loaded() -> None:
@@ -312,7 +313,7 @@ def test_a_compiled_model_knows_its_weights_after_eval_and_those_that_are_loaded
     expected = model(IMAGES).distance
     weights = copy.deepcopy(model.state_dict())
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(IMAGES).distance, expected)
+    assert_close(compiled(IMAGES).distance, expected)
     compiled.train()
     train_steps(model)
     trained = copy.deepcopy(model.state_dict())
@@ -336,7 +337,7 @@ def test_a_compiled_model_knows_its_weights_after_eval_and_those_that_are_loaded
     ids=str,
 )
 def test_statistics_of_other_features_or_labels_are_dropped(
-    changes: Fields, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    changes: Fields, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     model = build_model(num_hidden_layers=3)
     model.save_pretrained(tmp_path)
@@ -373,7 +374,7 @@ def test_a_classifier_of_other_features_is_equal_named_or_refused(
     outcome: str,
     has_distance: bool,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    caplog: LogCaptureFixture,
 ) -> None:
     fields = {"pooling": "mean", "pooled_layers": [-1, -2], "num_register_tokens": 2}
     model = build_model((*TOKENS, (-1, "mean")), **fields)
@@ -385,17 +386,17 @@ def test_a_classifier_of_other_features_is_equal_named_or_refused(
     before = model(IMAGES)
     after = ViTCLSForImageClassification.from_pretrained(tmp_path, **changes)(IMAGES)
     if outcome == "equal":
-        torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=1e-5)
+        assert_close(after.logits, before.logits, rtol=0, atol=1e-5)
         assert "classifier:" not in caplog.text
     else:
         assert outcome in caplog.text
     assert (after.distance is not None) is has_distance
     if has_distance:
-        torch.testing.assert_close(after.distance, before.distance, rtol=1e-3, atol=1e-3)
+        assert_close(after.distance, before.distance, rtol=1e-3, atol=1e-3)
 
 
 def test_an_encoder_with_another_pooling_has_no_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     build_random(ViTCLSModel).save_pretrained(tmp_path)
     ViTCLSForImageClassification.from_pretrained(tmp_path, pooling="mean", num_labels=3)
@@ -404,7 +405,7 @@ def test_an_encoder_with_another_pooling_has_no_line(
 
 @torch.enable_grad()
 def test_training_in_evaluation_mode_is_one_line_and_reads_the_weights_once(
-    reads: Mock, caplog: pytest.LogCaptureFixture
+    reads: Mock, caplog: LogCaptureFixture
 ) -> None:
     """Lightning keeps the mode of a loaded model, which is evaluation."""
     model = build_model()
@@ -420,9 +421,7 @@ def test_training_in_evaluation_mode_is_one_line_and_reads_the_weights_once(
     assert caplog.text.count("class statistics") == 1
 
 
-def test_a_file_without_statistics_is_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_without_statistics_is_one_line(tmp_path: Path, caplog: LogCaptureFixture) -> None:
     model = build_model()
     weights = model.state_dict()
     others = {name: each for name, each in weights.items() if "class_distance" not in name}
@@ -434,7 +433,7 @@ def test_a_file_without_statistics_is_one_line(
 
 
 def test_an_encoder_is_loaded_without_a_report_about_statistics(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     build_model().save_pretrained(tmp_path)
     ViTCLSModel.from_pretrained(tmp_path)
@@ -460,14 +459,14 @@ def test_statistics_stay_only_if_the_features_stay(changes: Fields, keeps: bool)
     assert (adapted.config.distance_threshold is not None) is keeps
     if keeps:
         expected = model(IMAGES).distance
-        torch.testing.assert_close(adapted(IMAGES).distance, expected, rtol=1e-3, atol=1e-3)
+        assert_close(adapted(IMAGES).distance, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_tokens_behind_closed_gates_may_be_trained_and_open_ones_may_not() -> None:
     model = build_model().adapt(num_register_tokens=2)
     expected = model(IMAGES).distance
     model.vitcls.embeddings.register_tokens.normal_()
-    torch.testing.assert_close(model(IMAGES).distance, expected)
+    assert_close(model(IMAGES).distance, expected)
     model.vitcls.gates.gates[1] = 0.01
     assert model(IMAGES).distance is None
     assert model.adapt(num_register_tokens=0).class_distance is None

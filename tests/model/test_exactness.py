@@ -17,6 +17,7 @@ from helpers.tiny_models import (
     get_largest_difference,
     randomize,
 )
+from pytest import approx
 from timm.layers import build_sincos2d_pos_embed
 
 from modeling_vitcls import (
@@ -125,4 +126,4 @@ def test_squared_pixel_loss_equals_mae(normalised: bool) -> None:
     reconstruction = peer.unpatchify(expected.logits)
     loss = compute_masked_pixel_loss(reconstruction, IMAGES, expected.mask, config)
 
-    assert loss.item() == pytest.approx(expected.loss.item(), rel=TOLERANCE)
+    assert loss.item() == approx(expected.loss.item(), rel=TOLERANCE)

@@ -12,6 +12,7 @@ from helpers.odd_photos import REFUSED, insert_segment, write_odd_photos
 from helpers.photo_folders import encode_image
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import raises_one_line
+from pytest import MonkeyPatch
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSImageProcessor
@@ -87,7 +88,7 @@ def test_all_images_have_the_same_values(sizes: dict[str, Any], examples: dict[s
         check_same(processor, image, name)
 
 
-def test_the_first_photo_is_decoded_as_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_photo_is_decoded_as_later_ones(monkeypatch: MonkeyPatch) -> None:
     """PIL and torchvision may contain different versions of libjpeg."""
     pixels = torch.full((3, 60, 60), 99, dtype=torch.uint8)
     monkeypatch.setattr(image_processing_vitcls, "try_read_jpeg", lambda source: pixels)

@@ -19,6 +19,7 @@ from helpers.tiny_models import (
     get_largest_difference,
     raises_one_line,
 )
+from pytest import LogCaptureFixture, approx
 from transformers import AutoModel
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
@@ -59,7 +60,7 @@ def test_gradient_reaches_gates_in_float16(gated: ViTCLSForImageClassification) 
 
     gated.zero_grad()
     gated(IMAGES, labels=IMAGE_LABELS).loss.backward()
-    assert found.tolist() == pytest.approx(gated.vitcls.gates.gates.grad.tolist(), rel=0.05)
+    assert found.tolist() == approx(gated.vitcls.gates.gates.grad.tolist(), rel=0.05)
 
 
 def test_gradient_reaches_gates_and_new_tokens(gated: ViTCLSForImageClassification) -> None:
@@ -80,7 +81,7 @@ def test_gradient_reaches_gates_and_new_tokens(gated: ViTCLSForImageClassificati
         opened = copy.deepcopy(gated)
         opened.vitcls.gates.gates.data[index] += 1e-4
         slopes.append(((loss(opened) - loss(gated)) / 1e-4).item())
-    assert gradient.tolist() == pytest.approx(slopes, rel=0.02)
+    assert gradient.tolist() == approx(slopes, rel=0.02)
     assert min(map(abs, slopes)) > 1e-4
 
 
@@ -140,14 +141,14 @@ def test_gates_that_are_not_all_open_are_kept(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = ViTCLSModel.from_pretrained(tmp_path)
     assert loaded.config.gated_tokens == {"registers": 2}
-    assert loaded.gates.get_gate_values().tolist() == pytest.approx([1.0, 0.9])
+    assert loaded.gates.get_gate_values().tolist() == approx([1.0, 0.9])
     assert torch.equal(loaded(IMAGES).last_hidden_state, model(IMAGES).last_hidden_state)
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
 @torch.no_grad()
 def test_gates_stay_with_their_tokens(
-    loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    loader: Any, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     """Two open registers precede two gated ones, and one CLS token a gated one."""
     model = build_random(ViTCLSModel, num_register_tokens=2)
@@ -177,4 +178,4 @@ def test_gates_stay_with_their_tokens(
         assert changed.config.gated_tokens == gated_tokens
         notes = [line for line in get_logged_lines(caplog) if line.startswith("gates.gates")]
         assert re.findall(r"\d+", " ".join(notes)) == logged
-        assert changed.gates.get_gate_values().tolist() == pytest.approx(values, abs=2e-7)
+        assert changed.gates.get_gate_values().tolist() == approx(values, abs=2e-7)

@@ -19,8 +19,11 @@ from helpers.local_hub import LocalHub
 from helpers.photo_folders import draw_pixels, encode_image, get_file_names
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import raises_one_line
+from numpy.testing import assert_allclose
 from PIL.ExifTags import Base
 from PIL.PngImagePlugin import PngInfo
+from pytest import MonkeyPatch
+from torch.testing import assert_close
 from transformers.testing_utils import CaptureLogger
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
@@ -152,7 +155,7 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
 
 
 def test_images_are_downloaded_and_failed_downloads_name_their_address(
-    backend: type, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+    backend: type, hub: LocalHub, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     image = encode_image(build_gradient())
@@ -227,7 +230,7 @@ def test_transparency_is_composited_on_white(backend: type) -> None:
     expected = np.round(color * 100 / 255 + 155)
     image = build_rgba(100)
     for source in (image, np.array(image), torch.from_numpy(np.array(image))):
-        np.testing.assert_allclose(get_raw_values(backend, source), expected, atol=1)
+        assert_allclose(get_raw_values(backend, source), expected, atol=1)
 
     half_gray = PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
     for to_rgb, channels in ((True, 3), (False, 1)):
@@ -236,7 +239,7 @@ def test_transparency_is_composited_on_white(backend: type) -> None:
         assert (values == round(50 * 100 / 255 + 155)).all()
 
     rgba = np.array(image, dtype=np.float32) / 255
-    np.testing.assert_allclose(get_raw_values(backend, rgba) * 255, expected, atol=1)
+    assert_allclose(get_raw_values(backend, rgba) * 255, expected, atol=1)
     assert (get_raw_values(backend, np.ones((4, 6), dtype=bool)) == 255).all()
 
     one_shade = encode_image(PIL.Image.new("L", (6, 4), 7), transparency=7)
@@ -292,7 +295,7 @@ def test_a_tiff_that_states_its_bits_is_scaled_by_them(backend: type) -> None:
 
 
 def test_an_almost_black_file_of_sixteen_bits_is_named_with_its_largest_value(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_processing_vitcls, "REPORTED_BIT_DEPTHS", set())
     PIL.Image.fromarray(np.full((4, 6), 1000, np.uint16)).save(tmp_path / "scan.png")
@@ -318,7 +321,7 @@ def test_floats_are_the_same_image_with_and_without_rescaling(backend: type) -> 
     for do_rescale in (True, False):
         processor = backend(do_resize=False, do_rescale=do_rescale)
         result = processor(values.astype(np.float32) / 255, return_tensors="pt").pixel_values
-        torch.testing.assert_close(result, expected)
+        assert_close(result, expected)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, PIL.Image.fromarray])
@@ -357,7 +360,7 @@ def test_color_images_become_gray_for_a_gray_model(backend: type, kind: Any) -> 
     source = kind(np.array(color)) if kind is torch.from_numpy else kind(color)
     for _ in range(2):
         result = processor(source, return_tensors="pt").pixel_values
-        torch.testing.assert_close(result, expected, atol=2.1 / 255, rtol=0)
+        assert_close(result, expected, atol=2.1 / 255, rtol=0)
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -417,7 +420,7 @@ def test_supported_formats_are_read(backend: type, file_format: str, tmp_path: P
 
 @pytest.mark.parametrize("file_format", ["EPS", "TGA", "PCX", "PDF"])
 def test_other_formats_are_errors(
-    backend: type, file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: type, file_format: str, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """PIL would start Ghostscript to decode EPS."""
     monkeypatch.setattr(
@@ -536,7 +539,7 @@ def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_an_image_above_the_limit_of_pillow_names_file_and_setting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+    tmp_path: Path, monkeypatch: MonkeyPatch, suffix: str
 ) -> None:
     """torchvision, which reads JPEG files, has no limit of its own."""
     file = tmp_path / f"large.{suffix}"

@@ -15,7 +15,9 @@ from helpers.tiny_models import (
     build_tiny_config,
     raises_one_line,
 )
+from pytest import approx
 from torch.nn import functional
+from torch.testing import assert_close
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -82,7 +84,7 @@ def test_losses_equal_their_formulas_in_float32(
     output = model(build_images(4), labels=labels)
     assert output.logits.dtype == dtype
     assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss, formula(output.logits.float(), labels))
+    assert_close(output.loss, formula(output.logits.float(), labels))
     assert model.config.to_dict() == before
     assert model.config.problem_type == fields.get("problem_type")
 
@@ -106,15 +108,13 @@ def test_both_heads_are_trained() -> None:
             functional.cross_entropy(head, IMAGE_LABELS)
             for head in (output.cls_logits, output.distillation_logits)
         ]
-        torch.testing.assert_close(output.loss, sum(losses) / 2)
+        assert_close(output.loss, sum(losses) / 2)
         output.loss.backward()
         assert model.classifier.weight.grad.any()
         assert model.distillation_classifier.weight.grad.any()
         output = model.eval()(IMAGES, labels=IMAGE_LABELS)
         assert choice == "mean" or torch.equal(output.logits, getattr(output, f"{choice}_logits"))
-        torch.testing.assert_close(
-            output.loss, functional.cross_entropy(output.logits, IMAGE_LABELS)
-        )
+        assert_close(output.loss, functional.cross_entropy(output.logits, IMAGE_LABELS))
 
 
 # Labels, and words of the error.
@@ -144,7 +144,7 @@ def test_regression_takes_labels_of_any_strides() -> None:
     model = build_classifier(problem_type="regression")
     labels = torch.arange(6.0).view(3, 2).T
     output = model(IMAGES, labels=labels)
-    torch.testing.assert_close(output.loss, functional.mse_loss(output.logits, labels))
+    assert_close(output.loss, functional.mse_loss(output.logits, labels))
 
 
 @pytest.mark.parametrize(("labels", "words"), WRONG_LABELS, ids=str)
@@ -168,10 +168,8 @@ def test_task_losses_are_summed() -> None:
     assert list(output.losses) == sorted(TASKS)
     assert [logits.shape for logits in output.logits.values()] == [(2, 2), (2, 3), (2, 4)]
     for name, loss in output.losses.items():
-        torch.testing.assert_close(
-            loss, functional.cross_entropy(output.logits[name], labels[name])
-        )
-    torch.testing.assert_close(output.loss, sum(output.losses.values()))
+        assert_close(loss, functional.cross_entropy(output.logits[name], labels[name]))
+    assert_close(output.loss, sum(output.losses.values()))
 
 
 def test_missing_tasks_are_ignored() -> None:
@@ -203,9 +201,7 @@ def test_pixel_losses_are_computed_in_float32(fields: Fields, dtype: torch.dtype
     mask = torch.ones(4, 16, dtype=torch.bool)
     loss = compute_masked_pixel_loss(exact, build_images(4), mask, config)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(
-        loss, compute_masked_pixel_loss(exact.float(), build_images(4), mask, config)
-    )
+    assert_close(loss, compute_masked_pixel_loss(exact.float(), build_images(4), mask, config))
 
 
 def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
@@ -217,7 +213,7 @@ def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
         grey = torch.full((1, 1, 32, 32), 0.7)
         mask = torch.ones(1, (32 // patch_size) ** 2, dtype=torch.bool)
         loss = compute_masked_pixel_loss(torch.zeros(1, 1, 32, 32), grey, mask, config)
-        assert loss.item() == pytest.approx(0.0, abs=1e-6)
+        assert loss.item() == approx(0.0, abs=1e-6)
 
 
 # Trainer: one step on four images, in one batch and in two batches of two

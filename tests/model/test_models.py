@@ -25,7 +25,9 @@ from helpers.tiny_models import (
     get_largest_difference,
     raises_one_line,
 )
+from pytest import approx
 from torch import nn
+from torch.testing import assert_close
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -100,7 +102,7 @@ def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> 
         else:
             # standard error of the deviation of so many values
             tolerance = 4 * 0.05 / (2 * parameter.numel()) ** 0.5
-            assert parameter.std().item() == pytest.approx(0.05, abs=tolerance), name
+            assert parameter.std().item() == approx(0.05, abs=tolerance), name
             seen.append(name.split(".")[-1])
     assert {"cls_token", "mask_token", "cls", "patches", "probe", "weight"} == set(seen)
 
@@ -110,8 +112,8 @@ def test_a_new_differential_model_starts_as_in_the_paper_with_two_maps_per_head(
     fields = {"attention_type": "differential", "attn_implementation": "eager"}
     model = ViTCLSModel(build_tiny_config(**fields))
     attention = model.layers[0].attention
-    assert attention.lambda_full.item() == pytest.approx(0.8)
-    assert attention.head_norm.weight.mean().item() == pytest.approx(0.2)
+    assert attention.lambda_full.item() == approx(0.8)
+    assert attention.head_norm.weight.mean().item() == approx(0.2)
     maps = model(IMAGES, output_attentions=True).attentions[0]
     assert maps.shape == (2, 2 * model.config.num_attention_heads, 17, 17)
 
@@ -164,7 +166,7 @@ def test_drop_path_increases_linearly_over_the_layers(tmp_path: Path) -> None:
     )
     layers = ViTCLSModel.from_pretrained(tmp_path).layers  # built on the meta device
     rates = [getattr(layer.drop_path, "rate", 0.0) for layer in layers]
-    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert rates == approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_drop_path_drops_whole_branches_of_single_images(layer_type: str, num_ki
     assert len(kinds) == num_kinds
 
     untouched = (change.abs().amax(dim=1) < 1e-6).float().mean().item()
-    assert untouched == pytest.approx(0.3 if layer_type == "parallel" else 0.3**2, abs=0.06)
+    assert untouched == approx(0.3 if layer_type == "parallel" else 0.3**2, abs=0.06)
     if layer_type == "standard":
         layer = model.layers[1]
         branch = layer.attention(layer.layernorm_before(states[1][:1]))[0] / 0.7
@@ -208,7 +210,7 @@ def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(
     assert len(branches) == 4
     assert all(branch.shape == embedded.shape for branch in branches)
     for dropped in (embedded, *branches):
-        assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+        assert (dropped == 0).float().mean().item() == approx(0.5, abs=0.1)
 
 
 # Masked image modeling
@@ -234,7 +236,7 @@ def test_masked_image_modeling_reconstructs_each_patch_from_its_token(
     expected = place(model.decoder.projection(patches))
     assert get_largest_difference(output.reconstruction, expected) <= 1e-6
     is_masked = place(mask[..., None].expand(-1, -1, 96).float()).bool()
-    torch.testing.assert_close(output.loss, (expected - images).abs()[is_masked].mean())
+    assert_close(output.loss, (expected - images).abs()[is_masked].mean())
 
 
 # Errors

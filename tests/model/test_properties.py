@@ -14,6 +14,7 @@ import torch
 from helpers.tiny_models import assert_same_bits, build_images, list_tensors
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
@@ -213,4 +214,4 @@ def test_valid_configurations_train_and_can_be_saved(
     ):
         inputs = build_inputs(model, height, width)
         before, after = (list(list_tensors(each(**inputs))) for each in (model, loaded))
-        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+        assert_close(after, before, rtol=1e-4, atol=1e-5)

@@ -19,6 +19,7 @@ from helpers.tiny_models import (
     raises_one_line,
     randomize,
 )
+from pytest import approx
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -61,7 +62,7 @@ def test_random_token_inits_have_their_standard_deviation(token_init: str, std: 
     ).embeddings
     for parameter in PARAMETERS.values():
         tokens = getattr(embeddings, parameter)
-        assert tokens.std().item() == pytest.approx(std, rel=0.1)
+        assert tokens.std().item() == approx(std, rel=0.1)
         assert abs(tokens.mean().item()) < std / 10
 
 

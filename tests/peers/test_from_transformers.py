@@ -10,6 +10,7 @@ import torch
 import transformers
 from helpers.source_checkpoints import refuses_conversion
 from helpers.tiny_models import assert_same_bits, get_largest_difference
+from pytest import LogCaptureFixture
 from torch import nn
 
 from modeling_vitcls import convert_from_transformers, convert_to_transformers
@@ -182,7 +183,7 @@ def test_edited_models_are_refused_in_both_directions() -> None:
 
 
 def test_a_source_that_cannot_run_is_converted_with_a_warning(
-    caplog: pytest.LogCaptureFixture,
+    caplog: LogCaptureFixture,
 ) -> None:
     source = CASES["vit"].build()
     source.forward = None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.source_checkpoints import refuses_conversion
 from helpers.tiny_models import SIZES, assert_same_bits, get_largest_difference
+from pytest import LogCaptureFixture
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -204,7 +205,7 @@ def test_everything_about_the_model_is_kept() -> None:
     assert type(exact).__name__ == "Dinov2WithRegistersModel"  # at all sizes, unlike ViTModel
 
 
-def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mask_token_is_dropped_with_a_warning(caplog: LogCaptureFixture) -> None:
     model = ViTCLSForImageClassification(ViTCLSConfig(**BASE, use_mask_token=True))
     with caplog.at_level("WARNING"):
         converted = convert_to_transformers(model)

@@ -15,6 +15,7 @@ from helpers.tiny_models import raises_one_line, save_classifier
 from helpers.tiny_options import TINY
 from huggingface_hub import ModelCard
 from PIL import Image
+from pytest import CaptureFixture, MonkeyPatch
 
 from modeling_vitcls import finetune
 from modeling_vitcls.data.splits import load_run_data
@@ -30,7 +31,7 @@ RUN = vars(TINY) | {"dataset": "digits", "num_workers": 0}
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_run_gets_a_report_and_a_card_from_its_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: CaptureFixture, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.publishing.report.NUM_SHOWN_IMAGES", 2)
     folder = tmp_path / "run"
@@ -92,7 +93,7 @@ def test_the_report_reads_the_images_that_measured_the_run(split: str, tmp_path:
 
 @pytest.mark.usefixtures("few_digits", "in_this_process")
 def test_a_run_is_pushed_and_verified(
-    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture
+    hub: LocalHub, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     """A token without permission stops the run before the training.
 
@@ -112,7 +113,7 @@ def test_a_run_is_pushed_and_verified(
     assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
 
 
-def test_a_run_without_a_report_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_without_a_report_is_finished(tmp_path: Path, capsys: CaptureFixture) -> None:
     """The dataset was moved. Warnings and paths are printed as they are."""
     folder = write_run_folder(tmp_path / "[old]", None, {"dataset": "./gone [old]"})
     finish_run(ModelFolder(folder))

@@ -17,6 +17,7 @@ from helpers.tiny_models import build_tiny_config, edit_config, raises_one_line,
 from huggingface_hub import HfApi, get_session
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.model_files import hash_settings, hash_weights
@@ -122,7 +123,7 @@ def test_a_path_of_this_machine_in_the_configuration_is_not_pushed(
 
 @pytest.mark.parametrize("name", ["LICENSE", "images", "config.json"])
 def test_the_target_of_a_link_is_not_pushed(
-    hub: LocalHub, folder: Path, name: str, capsys: pytest.CaptureFixture
+    hub: LocalHub, folder: Path, name: str, capsys: CaptureFixture
 ) -> None:
     (folder / name).rename(folder.parent / "elsewhere")
     (folder / name).symlink_to(folder.parent / "elsewhere")
@@ -156,7 +157,7 @@ def test_images_of_local_datasets_are_published_only_on_request(
 
 
 def test_results_of_other_weights_are_not_published(
-    hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
+    hub: LocalHub, folder: Path, caplog: LogCaptureFixture
 ) -> None:
     push(folder)
     assert "354 of 360 right" in read_card(hub)
@@ -263,7 +264,7 @@ def test_an_incomplete_model_is_not_pushed(
     folder: Path,
     spoil: Any,
     words: list[str],
-    capsys: pytest.CaptureFixture,
+    capsys: CaptureFixture,
 ) -> None:
     spoil(folder)
     assert run_push_command(folder) == 1
@@ -290,7 +291,7 @@ def test_code_in_another_repository_is_not_pushed(hub: LocalHub, folder: Path) -
 
 
 def test_a_card_that_was_edited_on_the_hub_is_kept_until_one_is_edited_in_the_folder(
-    hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
+    hub: LocalHub, folder: Path, caplog: LogCaptureFixture
 ) -> None:
     hub.create("ann/model", files={"README.md": b"---\nlicense: mit\n---\n"})
     push(folder)
@@ -347,7 +348,7 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
     ],
 )
 def test_the_repository_exists_before_a_run(
-    hub: LocalHub, token: str, asked: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, token: str, asked: str | None, found: str, monkeypatch: MonkeyPatch
 ) -> None:
     hub.create("ann/there")
     monkeypatch.setenv("HF_TOKEN", token)
@@ -373,7 +374,7 @@ def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
     token: str | None,
     repo_id: str,
     words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     hub.create("ann/there")
     monkeypatch.delenv("HF_TOKEN")
@@ -405,7 +406,7 @@ def test_a_public_repository_is_not_accepted_for_a_private_push(hub: LocalHub) -
 
 
 def test_offline_mode_and_an_unavailable_hub_are_errors(
-    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, folder: Path, monkeypatch: MonkeyPatch
 ) -> None:
     hub.fail("POST", "/api/repos/create", 500)
     with raises_one_line("HTTP 500", "push later", error=OSError):
@@ -431,7 +432,7 @@ def test_a_failed_upload_is_repeated(hub: LocalHub, folder: Path, kind: str | in
 
 @pytest.mark.parametrize("kind", ["corrupt", "hang"])
 def test_a_push_gives_up_if_every_upload_fails(
-    hub: LocalHub, folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, folder: Path, kind: str, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.publishing.push.TIMEOUT", 0.5)
     monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda seconds: None))
@@ -443,7 +444,7 @@ def test_a_push_gives_up_if_every_upload_fails(
 
 
 def test_another_push_in_the_meantime_is_noticed(
-    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, folder: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The Hub rejects a commit whose parent is outdated, and the same command pushes on top of it."""
     create = HfApi.create_commit

@@ -9,6 +9,7 @@ import pytest
 from helpers.tiny_models import raises_one_line, save_classifier
 from PIL import Image
 from playwright.sync_api import Browser
+from pytest import CaptureFixture
 
 from modeling_vitcls.cli.commands import run_predict
 from modeling_vitcls.inference.options import PredictOptions
@@ -31,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_photos_are_asked_about_once(
-    folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, photos: Path, capsys: CaptureFixture
 ) -> None:
     table, answers = folder / "table.csv", folder / "answers.csv"
     asked = ask(folder, photos, output=table)

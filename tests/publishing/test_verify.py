@@ -16,6 +16,7 @@ from helpers.tiny_models import (
     save_classifier,
     save_with_processor,
 )
+from pytest import MonkeyPatch
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -24,7 +25,7 @@ from modeling_vitcls.publishing.verify import compare_outputs, push_and_verify, 
 
 
 @pytest.fixture
-def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
+def hub(hub: LocalHub, monkeypatch: MonkeyPatch, tmp_path: Path) -> LocalHub:
     """Start an empty Hub for this process and its child processes, as ann."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # a new process must not use it
     return hub
@@ -61,7 +62,7 @@ TokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)
 
 
 def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
-    hub: LocalHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The new process receives no secrets of this process."""
     code = folder / "heads_vitcls.py"

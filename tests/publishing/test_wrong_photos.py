@@ -11,6 +11,7 @@ from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import save_classifier
 from playwright.sync_api import Browser, Page, expect
+from pytest import MonkeyPatch
 from scipy.special import softmax
 
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
@@ -159,7 +160,7 @@ def report(module_path: Path) -> Path:
         "group": [*range(8), 0, *range(9, 24)],
     }
     write_predictions(run, pd.DataFrame(rows))
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr("modeling_vitcls.publishing.report.NUM_MEASURED_IMAGES", 8)
         write_report(ModelFolder(run))
     return run / "report.html"

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-import pytest
 from helpers.tiny_models import raises_one_line
+from pytest import MonkeyPatch
 
 from modeling_vitcls.runtime.files import (
     read_json,
@@ -42,9 +42,7 @@ def test_a_failed_write_keeps_the_file(tmp_path: Path) -> None:
         assert file.read_text() == "before"
 
 
-def test_a_file_is_flushed_before_it_is_renamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Otherwise, the file may be empty after a power failure."""
     flushed: list[tuple[int, bool]] = []
     file = tmp_path / "results.json"

@@ -3,14 +3,14 @@
 import io
 import time
 
-import pytest
+from pytest import MonkeyPatch
 from rich.console import Console
 
 from modeling_vitcls.runtime import progress
 from modeling_vitcls.runtime.progress import track
 
 
-def test_a_log_file_gets_the_number_of_processed_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_file_gets_the_number_of_processed_images(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.01)
     log = Console(file=io.StringIO())
     for _ in track([2, 3, 5], "features", 10, count=int, console=log):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.tiny_models import raises_one_line
+from pytest import MonkeyPatch
 
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.errors import describe_error
@@ -40,7 +41,7 @@ def list_names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("output", ["new/made", "existing", "link", "."])
 def test_an_output_folder_is_new_or_empty(
-    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: str, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     for name in ("work", "work/existing"):
         (tmp_path / name).mkdir()
@@ -61,9 +62,7 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
             check_output_is_empty(used)
 
 
-def test_two_commands_never_write_to_one_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_commands_never_write_to_one_folder(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.1)
     with create_output_folder(tmp_path / "out") as folder:
         with raises_one_line("is in use by another command"):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from helpers.tiny_models import raises_one_line, save_classifier
+from pytest import MonkeyPatch
 
 from scripts import benchmark
 from scripts.benchmark import BenchmarkOptions, format_markdown, run_benchmarks
@@ -19,7 +20,7 @@ def model(module_path: Path) -> str:
 
 
 def test_backends_and_peers_have_the_outputs_of_the_model(
-    model: str, monkeypatch: pytest.MonkeyPatch
+    model: str, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "measure_calls_per_second", lambda function: 5.0)
     monkeypatch.setattr(benchmark, "NUM_CHECKED_IMAGES", 1)
@@ -43,7 +44,7 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
 
 @pytest.mark.parametrize("error", [0.01, float("nan")])
 def test_models_with_different_outputs_are_not_compared(
-    error: float, model: str, monkeypatch: pytest.MonkeyPatch
+    error: float, model: str, monkeypatch: MonkeyPatch
 ) -> None:
     convert = benchmark.convert_from_timm
 

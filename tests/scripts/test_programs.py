@@ -3,6 +3,7 @@
 import pytest
 from helpers.command_in_process import check_error
 from helpers.scripts_in_process import run_in_process
+from pytest import CaptureFixture
 
 
 WRONG_FLAGS = [
@@ -15,7 +16,7 @@ WRONG_FLAGS = [
 
 @pytest.mark.parametrize(("script", "flags", "named", "status"), WRONG_FLAGS)
 def test_a_wrong_flag_is_named_in_an_error_of_one_line(
-    script: str, flags: str, named: str, status: int, capsys: pytest.CaptureFixture
+    script: str, flags: str, named: str, status: int, capsys: CaptureFixture
 ) -> None:
     assert run_in_process(script, *flags.split()) == status
     check_error(capsys, named)

@@ -3,11 +3,11 @@
 import importlib.metadata
 from pathlib import Path
 
-import pytest
 from helpers.local_hub import LocalHub
 from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
+from pytest import MonkeyPatch
 
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -60,7 +60,7 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> Non
 def test_weights_of_private_models_are_published_in_private_spaces_only(
     hub: LocalHub,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     """The weights are published only in a private Space.
 

@@ -13,6 +13,7 @@ from helpers.local_hub import LocalHub
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import save_classifier
 from PIL import Image
+from pytest import approx
 from sklearn.datasets import load_sample_images
 
 import modeling_vitcls as vitcls
@@ -69,7 +70,7 @@ def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path) -> N
         found = [
             (row[f"label{end}"], row[f"probability{end}"]) for end in ("", "_2", "_3", "_4", "_5")
         ]
-        assert confidences == pytest.approx(dict(found), abs=1e-4)
+        assert confidences == approx(dict(found), abs=1e-4)
     finally:
         child.terminate()
         child.communicate(timeout=60)

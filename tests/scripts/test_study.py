@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset
 from helpers.command_in_process import parse_flags
 from helpers.scripts_in_process import SCRIPTS
 from helpers.tiny_models import raises_one_line
+from pytest import MonkeyPatch, approx
 from scipy import stats
 
 from scripts.study import (
@@ -73,7 +74,7 @@ def write_study(folder: Path, **changes: object) -> Path:
 
 
 @pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def program(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Run `PROGRAM` instead of `vitcls`."""
     file = tmp_path / "program"
     file.write_text(PROGRAM.format(python=sys.executable))
@@ -101,7 +102,7 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
 
 
 def test_a_subset_has_random_training_images_and_all_other_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     label = ClassLabel(names=["cat", "ship"])
     for split, numbers in {"train": range(20), "test": range(100, 105)}.items():
@@ -144,11 +145,11 @@ def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     study = replace(STUDY_OBJECT, factors={"pooling": {}, "size": {}})
     summary = summarize(study, rows, "loss")
     high = stats.t.interval(0.95, 2, loc=7, scale=stats.sem(cls))[1]
-    assert summary.loc[0, ["mean", "half_width"]].tolist() == pytest.approx([7, high - 7])
+    assert summary.loc[0, ["mean", "half_width"]].tolist() == approx([7, high - 7])
 
     paired = stats.ttest_rel(mean, cls).confidence_interval(0.95)
     found = summary.loc[1, "difference"], summary.loc[1, "difference_half_width"]
-    assert found == pytest.approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
+    assert found == approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
 
     # no baseline
     assert summarize(study, rows[rows["pooling"] == "mean"], "loss")["difference"].isna().all()

@@ -16,6 +16,7 @@ from helpers.compare import (
     stack_models,
 )
 from helpers.tiny_models import IMAGES, assert_same_outputs, each_dtype
+from pytest import MonkeyPatch
 from torch import nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +32,7 @@ SDPA = "aten::scaled_dot_product_attention"
 
 
 @pytest.fixture(autouse=True)
-def use_chunked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_chunked_attention(monkeypatch: MonkeyPatch) -> None:
     """Use chunked attention on all CPUs, with three heads per chunk of a tiny model."""
     monkeypatch.setattr(cpu_kernels, "HAS_AVX512_BFLOAT16", True)
     monkeypatch.setattr(cpu_kernels, "HAS_AMX", False)
@@ -39,12 +40,12 @@ def use_chunked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def reorder_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def reorder_float32(monkeypatch: MonkeyPatch) -> None:
     reorder_weights(monkeypatch, torch.float32)
 
 
 @pytest.fixture
-def reorder_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def reorder_bfloat16(monkeypatch: MonkeyPatch) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU does not multiply bfloat16")
     reorder_weights(monkeypatch, torch.bfloat16)
@@ -199,7 +200,7 @@ def test_packed_weights_compute_where_they_apply() -> None:
 
 @pytest.mark.usefixtures("reorder_float32")
 @torch.no_grad()
-def test_weights_of_narrow_layers_are_not_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_narrow_layers_are_not_reordered(monkeypatch: MonkeyPatch) -> None:
     model = build_models(packed=True)[0]
     monkeypatch.setattr(cpu_kernels, "MIN_REORDERED_WIDTH", 1 + model.config.hidden_size)
     assert ONEDNN not in list_operators(model, IMAGES)
@@ -218,9 +219,7 @@ def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("fault", ["raises", "wrong"])
-def test_products_that_fail_or_are_wrong_are_detected(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_that_fail_or_are_wrong_are_detected(fault: str, monkeypatch: MonkeyPatch) -> None:
     def multiply(inputs: torch.Tensor, *others: Any) -> torch.Tensor:
         if fault == "raises":
             raise NotImplementedError

@@ -19,7 +19,9 @@ from helpers.compare import (
 )
 from helpers.tiny_models import IMAGES, randomize, record_outputs
 from peft import LoraConfig, get_peft_model
+from pytest import MonkeyPatch
 from torch import nn
+from torch.testing import assert_close
 
 from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.model.blocks_vitcls import (
@@ -51,7 +53,7 @@ VARIANTS = {
 
 
 @pytest.fixture(params=["lean", "packed", "reordered"], autouse=True)
-def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def mode(request: pytest.FixtureRequest, monkeypatch: MonkeyPatch) -> str:
     """Run each test with lean layers, with packed weights, and in the order of oneDNN."""
     if request.param == "reordered":
         reorder_weights(monkeypatch, torch.float32)
@@ -222,7 +224,7 @@ def test_replicas_of_data_parallel_have_their_own_weights(build_models: Any) -> 
     replica = model.vitcls.layers._replicate_for_data_parallel()
     replica[0] = randomize(ViTCLSLayer(model.config), seed=1).eval()
     inputs = (torch.randn(2, 5, 16), [(None, None, None)] * 2, {2})
-    torch.testing.assert_close(replica(*inputs), ViTCLSLayers.forward(replica, *inputs))
+    assert_close(replica(*inputs), ViTCLSLayers.forward(replica, *inputs))
 
 
 def assign_weights(model: Any) -> Any:
@@ -338,7 +340,7 @@ def test_functions_that_a_person_replaces_are_called(
     owner: type[nn.Module],
     name: str,
     is_class: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     """Libraries for token merging and profiling replace them in the class."""
     model, _ = build_models()
@@ -368,7 +370,7 @@ def test_hidden_states_of_all_layers_are_recorded(build_models: Any) -> None:
     )
     assert is_lean(model)
     assert len(states) == len(expected) == 3
-    torch.testing.assert_close(states, expected)
+    assert_close(states, expected)
 
 
 # Other libraries ----------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import pytest
 import torch
 from helpers.compare import assert_equal_in_float32, run_step
 from helpers.tiny_models import IMAGES, assert_same_bits, build_random
+from pytest import MonkeyPatch
 from torch import nn
+from torch.testing import assert_close
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_vitcls import ViTCLSForImageClassification, use_fast_modules, use_plain_modules
@@ -84,7 +86,7 @@ def test_packed_weights_are_made_once_for_each_precision() -> None:
     assert len(packed) == 2
 
 
-def test_the_environment_keeps_models_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_keeps_models_plain(monkeypatch: MonkeyPatch) -> None:
     model = build_packed_model()
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
     assert not has_fast_modules(use_fast_modules(build_model(), packed=True))
@@ -119,7 +121,7 @@ def test_layers_of_a_person_are_computed_as_they_are(replaces_list: bool) -> Non
 
 
 @torch.no_grad()
-def test_another_function_for_sdpa_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_function_for_sdpa_is_called(monkeypatch: MonkeyPatch) -> None:
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
     seen: list[Any] = []
 
@@ -130,7 +132,7 @@ def test_another_function_for_sdpa_is_called(monkeypatch: pytest.MonkeyPatch) ->
     model = build_packed_model()
     expected = model(IMAGES).logits
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
-    torch.testing.assert_close(model(IMAGES).logits, expected)
+    assert_close(model(IMAGES).logits, expected)
     assert len(seen) == model.config.num_hidden_layers
 
 
@@ -141,7 +143,7 @@ def test_eager_attention_and_recorders_are_used() -> None:
     model.set_attn_implementation("eager")
     maps = model(IMAGES, output_attentions=True).attentions
     assert len(maps) == model.config.num_hidden_layers
-    torch.testing.assert_close(torch.stack(maps, dim=1)[..., :1, :], expected)
+    assert_close(torch.stack(maps, dim=1)[..., :1, :], expected)
 
 
 @pytest.mark.parametrize("is_fast", [False, True])

@@ -4,14 +4,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import save_encoder
 from helpers.tiny_options import build_tiny_options, forget_end, read_metrics, run_to_folder
+from numpy.testing import assert_allclose
+from pytest import approx
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSForImageClassification, evaluate
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -72,7 +74,7 @@ def test_the_saved_weights_are_the_mean_of_start_and_end(
     assert last.keys() == mean.keys() == start.keys()
     assert any(not torch.equal(last[name], start[name]) for name in start)
     for name in start:
-        torch.testing.assert_close(mean[name], (start[name] + last[name]) / 2)
+        assert_close(mean[name], (start[name] + last[name]) / 2)
 
 
 def test_an_interrupted_run_ends_at_the_same_mean_to_the_bit(
@@ -101,7 +103,7 @@ def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_average
     # The token of the checkpoint stays beside the new one; the layers are averaged.
     assert torch.equal(mean["embeddings.cls_token"][:, :1], start["embeddings.cls_token"])
     weight = "layers.0.mlp.fc1.weight"
-    torch.testing.assert_close(mean[weight], (start[weight] + last[weight]) / 2)
+    assert_close(mean[weight], (start[weight] + last[weight]) / 2)
 
 
 def evaluate_with(folder: Path, tmp_path: Path, **counts: int) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
     assert gates.max() > 0.1
     found = read_json(folder / "results.json")["gates"]
     assert list(found) == [f"register {number}" for number in range(1, 9)]
-    torch.testing.assert_close(torch.tensor([*found.values()]), gates, atol=1e-4, rtol=0)
+    assert_close(torch.tensor([*found.values()]), gates, atol=1e-4, rtol=0)
     last_record = read_metrics(folder)[-1]
     assert {name: last_record[f"gate_{name}"] for name in found} == found
 
@@ -132,13 +134,13 @@ def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_
     measured = evaluate_with(folder, tmp_path, num_register_tokens=0)
     hidden = found["hidden"]
     assert hidden["num_images"] == measured["num_images"]
-    assert hidden["accuracy"] == pytest.approx(measured["accuracy"], abs=1e-6)
-    assert hidden["loss"] == pytest.approx(measured["loss"], abs=1e-5)
-    assert hidden["loss_change"] == pytest.approx(hidden["loss"] - results["loss"], abs=1e-5)
+    assert hidden["accuracy"] == approx(measured["accuracy"], abs=1e-6)
+    assert hidden["loss"] == approx(measured["loss"], abs=1e-5)
+    assert hidden["loss_change"] == approx(hidden["loss"] - results["loss"], abs=1e-5)
     own, of_model = map(
         pd.read_parquet, (folder / "predictions.parquet", tmp_path / "rows.parquet")
     )
-    np.testing.assert_allclose(own["loss_hidden_registers"], of_model["loss"], atol=1e-4)
+    assert_allclose(own["loss_hidden_registers"], of_model["loss"], atol=1e-4)
     assert own["loss_content_registers"].notna().all()
 
     finish_run(ModelFolder(folder))
@@ -155,8 +157,8 @@ def test_without_distillation_tokens_the_model_is_that_of_adapt(
     folder = train(tmp_path, encoder, **flags)
     found = read_json(folder / "results.json")["tokens"]["distillation"]
     measured = evaluate_with(folder, tmp_path, num_distillation_tokens=0)
-    assert found["without"]["loss"] == pytest.approx(measured["loss"], abs=1e-5)
-    assert found["without"]["loss"] != pytest.approx(found["hidden"]["loss"], abs=1e-4)
+    assert found["without"]["loss"] == approx(measured["loss"], abs=1e-5)
+    assert found["without"]["loss"] != approx(found["hidden"]["loss"], abs=1e-4)
 
 
 def test_gates_that_stayed_closed_are_named_with_what_opens_them() -> None:

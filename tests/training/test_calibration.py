@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.read_datasets import read_training_data
 from helpers.tiny_options import build_tiny_options, run_to_folder
+from pytest import MonkeyPatch, approx
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
@@ -33,7 +34,7 @@ def test_predictions_that_are_all_alike_have_words_instead_of_a_huge_temperature
 
 
 def test_calibration_uses_images_that_are_not_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """With just enough images."""
     data = read_training_data("digits")
@@ -51,7 +52,7 @@ def test_calibration_uses_images_that_are_not_reported(
     assert calibration["temperature"] != 1
 
     rows = pd.read_parquet(folder / PREDICTIONS_FILE)
-    assert rows["loss"].mean() == pytest.approx(results["loss"], abs=1e-5)
+    assert rows["loss"].mean() == approx(results["loss"], abs=1e-5)
     # the other half was used for the temperature
     reported = rows[1::2]
     assert calibration["num_images"] == len(fitted)
@@ -59,11 +60,11 @@ def test_calibration_uses_images_that_are_not_reported(
         "pixel_values"
     ]
     logits = model.eval()(pixels).logits.detach().numpy()
-    assert fit_temperature(logits, np.array(fitted.labels)) == pytest.approx(1, abs=1e-3)
+    assert fit_temperature(logits, np.array(fitted.labels)) == approx(1, abs=1e-3)
     labels = torch.tensor([model.config.label2id[label] for label in reported["label"]])
     probabilities = torch.tensor(np.stack(reported["probabilities"]))
     error = multiclass_calibration_error(probabilities, labels, 10, n_bins=15).item()
-    assert results["calibration_error"] == pytest.approx(error, abs=1e-4)
+    assert results["calibration_error"] == approx(error, abs=1e-4)
     probabilities = (probabilities.log() * calibration["temperature"]).softmax(-1)
     error = multiclass_calibration_error(probabilities, labels, 10, n_bins=15).item()
-    assert calibration["calibration_error_before"] == pytest.approx(error, abs=1e-3)
+    assert calibration["calibration_error_before"] == approx(error, abs=1e-3)

@@ -14,6 +14,8 @@ from helpers.tiny_options import (
     run_training,
     save_digits_encoder,
 )
+from numpy.testing import assert_allclose
+from pytest import CaptureFixture, approx
 from scipy.special import softmax
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
@@ -71,12 +73,12 @@ def test_the_returned_head_has_the_lowest_loss(taught: Path) -> None:
     losses = {name: results[f"{name}_loss"] for name in ("cls", "distillation", "mean")}
     model = ViTCLSForImageClassification.from_pretrained(taught)
     assert model.config.distillation_inference == min(losses, key=lambda name: losses[name])
-    assert results["loss"] == pytest.approx(min(losses.values()), abs=1e-5)
+    assert results["loss"] == approx(min(losses.values()), abs=1e-5)
 
 
 @pytest.mark.parametrize("is_trained", [True, False])
 def test_the_run_measures_the_teacher_before_the_steps(
-    is_trained: bool, frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    is_trained: bool, frozen: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     """Without a token, the teacher trains the only head, which a useless teacher cannot replace."""
     teacher = frozen
@@ -99,7 +101,7 @@ def test_the_run_measures_the_teacher_before_the_steps(
     has_little_to_teach = "it has little to teach" in capsys.readouterr().out
     assert has_little_to_teach == (num_right <= num_frozen)
     assert (num_right > 0.9 * len(held_out)) == is_trained
-    assert results["teacher_accuracy"] == pytest.approx(num_right / len(held_out), abs=1e-6)
+    assert results["teacher_accuracy"] == approx(num_right / len(held_out), abs=1e-6)
     assert "distillation_accuracy" not in results
 
 
@@ -127,7 +129,7 @@ def test_both_heads_of_a_frozen_run_are_shrinkage_lda(encoder: Path, tmp_path: P
     losses = frozen["distillation_losses"]
     assert set(losses) == {"cls", "distillation", "mean"}
     assert losses[frozen["distillation_inference"]] == min(losses.values())
-    assert results["loss"] == pytest.approx(min(losses.values()), abs=1e-6)
+    assert results["loss"] == approx(min(losses.values()), abs=1e-6)
     assert model.config.distillation_inference == frozen["distillation_inference"]
 
     data = prepare_setup(options).data.train
@@ -143,11 +145,11 @@ def test_both_heads_of_a_frozen_run_are_shrinkage_lda(encoder: Path, tmp_path: P
     expected = LinearProbe(frozen["layers"]).fit(tokens, np.array(data.labels))
     expected.temperature_ = results["calibration"]["temperature"]  # of the returned logits
     found = softmax(outputs.distillation_logits.numpy(), axis=1)
-    np.testing.assert_allclose(found, expected.predict_proba(tokens), atol=5e-3)
+    assert_allclose(found, expected.predict_proba(tokens), atol=5e-3)
 
 
 def test_images_that_trained_a_kept_classifier_measure_nothing(
-    frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    frozen: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     """A frozen run fits its classifier to every label; without a probe, steps continue with it."""
     flags = {"probe": False, "max_steps": 1, "held_out_fraction": 0.2}
@@ -158,7 +160,7 @@ def test_images_that_trained_a_kept_classifier_measure_nothing(
 
 
 def test_a_run_that_ends_below_its_start_says_so(
-    frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    frozen: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     flags = {"max_steps": 30, "learning_rate": 0.1, "held_out_fraction": 0.3, "batch_size": 8}
     options = build_options(tmp_path / "run", frozen, average_with_start=0.0, **flags)

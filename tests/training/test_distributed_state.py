@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.tiny_models import assert_same_bits, build_tiny_config
+from pytest import approx
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -168,7 +169,7 @@ def test_a_sharded_model_never_predicts_a_class_without_readable_images(
     before = model.classifier.bias.full_tensor().clone()
     exclude_unreadable_classes(model, data, {1}, Mock())
     margins = before - model.classifier.bias.full_tensor()
-    assert margins.tolist() == pytest.approx([0, ABSENT_CLASS_MARGIN, 0])
+    assert margins.tolist() == approx([0, ABSENT_CLASS_MARGIN, 0])
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from helpers.tiny_options import (
     run_training,
 )
 from helpers.warm_processes import run_together
+from pytest import CaptureFixture, MonkeyPatch, approx
 from safetensors.torch import load_file
 from transformers import ViTImageProcessor
 
@@ -125,14 +126,14 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
     assert two["num_processes"] == 2
     assert two["num_images"] == NUM_HELD_OUT_COLORS
     assert two["accuracy"] == one["accuracy"]
-    assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    assert two["loss"] == approx(one["loss"], abs=1e-4)
     assert two["weights_sha256"] == hash_weights(tmp_path / "run")
 
     pairs = [*zip(read_metrics(recipe_run), read_metrics(tmp_path / "run"), strict=True)][-2:]
     for step, (first, second) in zip((6, 7), pairs, strict=True):
         assert second["step"] == first["step"] == step
-        assert second["loss"] == pytest.approx(first["loss"], abs=1e-4)
-        assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3)
+        assert second["loss"] == approx(first["loss"], abs=1e-4)
+        assert second["gradient_norm"] == approx(first["gradient_norm"], rel=1e-3)
 
 
 # Runs of every kind -------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def tasks(color_images: Path) -> Path:
 
 
 def test_several_tasks_are_learned_and_continued_with_the_saved_heads(
-    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    tasks: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     results = train(tmp_path, tasks, label_column=("time", "kind"), max_steps=20)
     kind, time = results["tasks"].values()
@@ -194,7 +195,7 @@ def test_a_preset_of_one_channel_reads_photos_in_gray(color_images: Path, tmp_pa
 
 
 def test_unreadable_images_are_named_and_skipped(
-    color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    color_images: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     folder = shutil.copytree(color_images, tmp_path / "pictures")
     (folder / "noon/3.png").write_bytes(b"no photo")
@@ -218,7 +219,7 @@ def test_unreadable_images_are_named_and_skipped(
 
 
 def test_answers_that_change_in_the_mirror_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: CaptureFixture, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.training.steps_run.MAX_MIRRORED", -1)
     train(tmp_path / "out", write_photos(tmp_path / "photos", range(8)), flip=True, max_steps=1)
@@ -258,7 +259,7 @@ def test_only_new_tokens_and_the_heads_are_trained_on_request(
     assert f"the other {len(old) - len(changed_and_old)} tensors are equal" in difference
     record = read_metrics(tmp_path)[-1]
     norms = [record[f"norm_registers[{index}]"] for index in range(2)]
-    assert norms == pytest.approx(old["vitcls.embeddings.register_tokens"][0].norm(dim=-1).tolist())
+    assert norms == approx(old["vitcls.embeddings.register_tokens"][0].norm(dim=-1).tolist())
 
 
 def test_the_losses_of_classes_are_weighted_on_request(tmp_path: Path) -> None:
@@ -317,13 +318,13 @@ def test_a_teacher_trains_the_distillation_token_or_without_one_the_only_head(
     assert ("distillation_accuracy" in results) == bool(num_tokens)
     last = read_metrics(tmp_path)[-1]
     parts = last["label_loss"] / 2 + last["distillation_loss"] / 2
-    assert last["loss"] == pytest.approx(parts, abs=1e-5)
+    assert last["loss"] == approx(parts, abs=1e-5)
     assert read_json(tmp_path / "results.json")["teacher_provenance"]["license"] == "cc-by-nc-4.0"
 
 
 @pytest.mark.parametrize("home", [None, "~"])
 def test_images_that_trained_the_teacher_measure_no_student(
-    home: str | None, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: str | None, pretrained: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """Also if its folder is relative to the working directory or the home folder."""
     monkeypatch.chdir(pretrained.parent)
@@ -334,7 +335,7 @@ def test_images_that_trained_the_teacher_measure_no_student(
     assert "accuracy_interval" not in train(tmp_path, "digits", **flags)
 
 
-def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Combine all options that are possible with one label per image.
 
     Compiling itself takes a minute.
@@ -370,7 +371,7 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
     assert {"loss", "learning_rate", "held_out_accuracy"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     (saved,) = events.Scalars("saved_accuracy")
-    assert saved.value == pytest.approx(results["accuracy"])
+    assert saved.value == approx(results["accuracy"])
 
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())
     assert flags["learning_rate"] == 0.003
@@ -381,7 +382,7 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
 # Errors -------------------------------------------------------------------------------------------
 
 
-def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """A disk may be removed, or a cluster may not wait for the evaluation."""
     settings = {"max_steps": 6, "batch_size": 80}  # three steps per epoch
     train(tmp_path / "whole", "digits", **settings)
@@ -403,7 +404,7 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_model_that_cannot_be_written_is_a_one_line_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     # the checkpoint is also too large
     monkeypatch.setattr(CheckpointStore, "save", lambda *arguments: None)

@@ -21,7 +21,9 @@ from helpers.read_datasets import read_training_data
 from helpers.tiny_models import assert_same_bits, build_random
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
 from helpers.warm_processes import SECONDS
+from pytest import MonkeyPatch, approx
 from rich.console import Console
+from torch.testing import assert_close
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -140,7 +142,7 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 # Steps --------------------------------------------------------------------------------------------
 
 
-def test_steps_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_equal_a_plain_training_loop(monkeypatch: MonkeyPatch) -> None:
     """Loss, accumulation, learning rates of all layers, clipping, and cleared gradients."""
     settings = {
         "max_steps": 3,
@@ -167,16 +169,16 @@ def test_steps_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> N
 
     bench.run()
     records = [call.args[0] for call in bench.reporter.log.call_args_list]
-    assert [record["gradient_norm"] for record in records] == pytest.approx(norms, rel=1e-4)
+    assert [record["gradient_norm"] for record in records] == approx(norms, rel=1e-4)
     assert min(norms) > 0.2  # all steps are clipped
     for name, weight in reference.named_parameters():
-        torch.testing.assert_close(bench.model.get_parameter(name), weight, atol=1e-6, rtol=0)
+        assert_close(bench.model.get_parameter(name), weight, atol=1e-6, rtol=0)
 
 
 # Checkpoints and signals --------------------------------------------------------------------------
 
 
-def test_checkpoints_are_saved_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_saved_when_due(monkeypatch: MonkeyPatch) -> None:
     bench = RecordedLoop(max_steps=8, save_every=3)
     bench.run()
     assert bench.saved == [3, 6, 8]
@@ -247,9 +249,9 @@ def test_soft_and_hard_labels_agree() -> None:
     weighted = partial(compute_single_label_loss, label_smoothing=0.0, class_weights=weights)
     for loss in (plain, weighted):
         soft = torch.nn.functional.one_hot(labels, 4).float()
-        torch.testing.assert_close(loss(logits, soft), loss(logits, labels))
+        assert_close(loss(logits, soft), loss(logits, labels))
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-    torch.testing.assert_close(plain(logits, labels), expected)
+    assert_close(plain(logits, labels), expected)
     half = logits.bfloat16()
     assert torch.equal(plain(half, labels), plain(half.float(), labels))
     other = labels.flip(0)
@@ -257,7 +259,7 @@ def test_soft_and_hard_labels_agree() -> None:
     image_losses = torch.nn.functional.cross_entropy(logits, mixed, reduction="none")
     expected = ((0.75 * weights[labels] + 0.25 * weights[other]) * image_losses).mean()
 
-    torch.testing.assert_close(weighted(logits, mixed), expected)
+    assert_close(weighted(logits, mixed), expected)
 
 
 def test_multi_label_loss_is_binary() -> None:
@@ -266,7 +268,7 @@ def test_multi_label_loss_is_binary() -> None:
     labels = torch.randint(2, (6, 4)).float()
     smooth = torch.where(labels == 1, 0.9, 0.1)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth)
-    torch.testing.assert_close(compute_multi_label_loss(logits, labels, 0.2), expected)
+    assert_close(compute_multi_label_loss(logits, labels, 0.2), expected)
     half = logits.bfloat16()
     loss = partial(compute_multi_label_loss, labels=labels, label_smoothing=0.2)
     assert torch.equal(loss(half), loss(half.float()))
@@ -284,7 +286,7 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     loss = objective(batch)["loss"]
     logits = model(normalize(batch["pixels"])).logits["age"][:1]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0]))
-    torch.testing.assert_close(loss, expected / 2)
+    assert_close(loss, expected / 2)
     loss.backward()
     # DDP waits for the gradients of all parameters
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -292,7 +294,7 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     table = torch.stack(list(complete.values()), dim=1)
     loss = objective(batch | {"labels": table})["loss"]
 
-    torch.testing.assert_close(loss, model(normalize(batch["pixels"]), labels=complete).loss)
+    assert_close(loss, model(normalize(batch["pixels"]), labels=complete).loss)
 
 
 def test_every_head_is_trained_without_a_teacher() -> None:
@@ -303,7 +305,7 @@ def test_every_head_is_trained_without_a_teacher() -> None:
     label_loss = partial(compute_single_label_loss, label_smoothing=0.0)
     losses = compute_batch_losses(model, batch, normalize=normalize, compute_label_loss=label_loss)
     own = model(normalize(batch["pixels"]), labels=batch["labels"]).loss  # of both (test_losses.py)
-    torch.testing.assert_close(losses["loss"], own)
+    assert_close(losses["loss"], own)
 
 
 # Signals ------------------------------------------------------------------------------------------
@@ -311,7 +313,7 @@ def test_every_head_is_trained_without_a_teacher() -> None:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signals_stop_training_at_the_next_check(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, monkeypatch: MonkeyPatch
 ) -> None:
     """A busy machine may pause between the signals."""
     monkeypatch.setattr("modeling_vitcls.training.signals.MAX_FORWARDING_SECONDS", SECONDS)
@@ -352,7 +354,7 @@ def test_ignored_signals_stay_ignored() -> None:
     [("ACCELERATE_MIXED_PRECISION", "SIGTERM"), ("TORCHELASTIC_RUN_ID", "SIGTERM"), ("HOME", None)],
 )
 def test_a_change_of_the_parent_process_is_a_signal(
-    launcher: str, name: str | None, monkeypatch: pytest.MonkeyPatch
+    launcher: str, name: str | None, monkeypatch: MonkeyPatch
 ) -> None:
     """Only if a launcher has started this process."""
     parent = [100]

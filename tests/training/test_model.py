@@ -20,6 +20,7 @@ from helpers.tiny_models import (
     save_with_processor,
 )
 from helpers.tiny_options import build_initial_model
+from pytest import MonkeyPatch
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -172,7 +173,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
 
 
 def test_only_names_that_look_like_presets_must_be_presets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vitcls-mine").mkdir()
@@ -295,7 +296,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
     assert ("embeddings.cls_token" in found) == (choice == "lora")
 
 
-def test_invalid_choices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_choices_are_errors(monkeypatch: MonkeyPatch) -> None:
     with raises_one_line("last-3", "2 layers"):
         set_trainable_parameters(build_random_model(), "last-3")
     with raises_one_line("`trainable='tokens'`", "special tokens", "`num_register_tokens=4`"):

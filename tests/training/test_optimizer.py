@@ -2,8 +2,8 @@
 
 import math
 
-import pytest
 from helpers.tiny_models import build_random
+from pytest import approx
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification
@@ -12,11 +12,11 @@ from modeling_vitcls.training.optimizer import build_parameter_groups, get_learn
 
 def test_learning_rate_rises_then_falls() -> None:
     rates = [get_learning_rate(step, 100, peak=1.0, warmup=0.1) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[:10] == approx([0.1 * step for step in range(1, 11)])
     assert rates[10] == 1.0
     assert rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
-    assert rates[55] == pytest.approx(0.5)  # half of the cosine decay
-    assert rates[40] == pytest.approx((1 + math.cos(math.pi / 3)) / 2)  # a third of it
+    assert rates[55] == approx(0.5)  # half of the cosine decay
+    assert rates[40] == approx((1 + math.cos(math.pi / 3)) / 2)  # a third of it
     assert get_learning_rate(0, 1, peak=1.0, warmup=0.0) == 1.0
 
 

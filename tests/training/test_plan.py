@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from helpers.photo_folders import write_two_colors
 from helpers.tiny_models import save_encoder
 from helpers.tiny_options import build_tiny_options, run_to_folder, run_training
+from pytest import CaptureFixture, MonkeyPatch
 
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import OneLabel
@@ -43,14 +44,14 @@ def make_inputs(
     )
 
 
-def leave_model_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+def leave_model_unread(monkeypatch: MonkeyPatch) -> None:
     """Read no schedule and no new tokens from the model, which is none."""
     monkeypatch.setattr(plan, "resolve_schedule", lambda options, *_, **__: (options, {}))
     monkeypatch.setattr(plan, "find_new_tokens", lambda *arguments: {})
 
 
 def make_plan(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
     step_minutes: int | None = None,
     is_resumed: bool = False,
     **settings: Any,
@@ -97,7 +98,7 @@ def test_a_run_has_steps_if_somebody_asks_or_they_pay_and_only_then_holds_out_an
     kind: str,
     held_out: float,
     averaging: float,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     """The last weights are averaged with trained ones only."""
     planned = make_plan(monkeypatch, **settings)
@@ -115,7 +116,7 @@ def test_a_run_has_steps_if_somebody_asks_or_they_pay_and_only_then_holds_out_an
     ],
 )
 def test_the_speed_of_this_cpu_decides_if_nothing_else_does(
-    num_images: int, step_seconds: float | None, reason: str, monkeypatch: pytest.MonkeyPatch
+    num_images: int, step_seconds: float | None, reason: str, monkeypatch: MonkeyPatch
 ) -> None:
     """A step takes as long as three forward passes."""
 
@@ -130,7 +131,7 @@ def test_the_speed_of_this_cpu_decides_if_nothing_else_does(
 
 
 def test_a_model_is_continued_with_all_of_its_few_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: CaptureFixture
 ) -> None:
     """To fewer images, its classifier would be fitted anew, and would be worse than before."""
     encoder = save_encoder(tmp_path / "encoder")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from helpers.photo_folders import get_file_names
+from pytest import CaptureFixture, MonkeyPatch
 from rich.console import Console
 
 from modeling_vitcls.training.reporter import Reporter
@@ -34,7 +35,7 @@ def test_a_record_that_would_not_be_valid_json_is_an_error(tmp_path: Path) -> No
 
 
 def test_only_the_main_process_writes_and_prints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
 ) -> None:
     monkeypatch.setattr(Accelerator, "is_main_process", False)
     reporter = Reporter(tmp_path / "metrics.jsonl", Accelerator(cpu=True))

@@ -14,6 +14,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_unequal_photos
 from helpers.source_checkpoints import save_large_encoder
 from helpers.tiny_models import raises_one_line
+from pytest import CaptureFixture, MonkeyPatch
 
 from modeling_vitcls.cli import main
 from modeling_vitcls.cli.parsing import parse_command_line
@@ -35,7 +36,7 @@ def command(module_path: Path) -> Iterator[list[str]]:
     """Yield a command without an output folder: few flags, two classes of photos, a ViT of 280 px."""
     encoder = save_large_encoder(module_path / "vit")
     photos = write_unequal_photos(module_path / "photos")
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(module_path / "cache/hub"))
         yield [
             "finetune",
@@ -55,7 +56,7 @@ def stopped(command: list[str], module_path: Path) -> Path:
         log(reporter, record)
         signal.raise_signal(signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(Reporter, "log", stop)
         with pytest.raises(SystemExit, match="143"):  # 128 + SIGTERM
             main([*command, "--output-dir", str(folder)])
@@ -85,7 +86,7 @@ def resume(folder: Path, command: list[str]) -> FinetuneOptions:
 
 
 def test_an_interrupted_and_a_finished_run_resume_with_the_same_command(
-    command: list[str], interrupted: Path, capsys: pytest.CaptureFixture
+    command: list[str], interrupted: Path, capsys: CaptureFixture
 ) -> None:
     """Also if it spells flags; the next test resumes without."""
     flags = ["--image-size", "224", "--epochs", "2.0"]
@@ -134,7 +135,7 @@ def test_a_run_does_not_resume_with_another_value(
 
 
 def test_a_resumed_run_keeps_the_values_that_were_derived_on_another_machine(
-    command: list[str], interrupted: Path, monkeypatch: pytest.MonkeyPatch
+    command: list[str], interrupted: Path, monkeypatch: MonkeyPatch
 ) -> None:
     chosen = read_record(interrupted)["chosen_flags"]
     monkeypatch.setattr("modeling_vitcls.training.defaults.choose_learning_rate", lambda *_: 0.5)

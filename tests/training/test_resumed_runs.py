@@ -17,6 +17,7 @@ from helpers.tiny_options import (
     run_to_folder,
     run_training,
 )
+from pytest import CaptureFixture, MonkeyPatch, approx
 
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.files import read_json
@@ -68,7 +69,7 @@ def change_metadata(folder: Path, **changes: Any) -> None:
 
 
 def test_a_resumed_run_has_the_same_results(
-    whole: Path, killed: Path, capsys: pytest.CaptureFixture
+    whole: Path, killed: Path, capsys: CaptureFixture
 ) -> None:
     """Flags that affect the result only by rounding may change.
 
@@ -91,8 +92,8 @@ def test_a_resumed_run_has_the_same_results(
     found = read_compared_values(killed)
     expected = read_compared_values(whole)
     for one, other in zip(found, expected, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    assert found[0]["token_movement"] == pytest.approx(expected[0]["token_movement"], abs=1e-5)
+        assert one["loss"] == approx(other["loss"], rel=1e-5)
+    assert found[0]["token_movement"] == approx(expected[0]["token_movement"], abs=1e-5)
     assert [record["step"] for record in found[1:]] == [1, 2, 3]
     assert 1000 < results["seconds"] < 1300
     assert results["images_per_second"] == round(24 / results["seconds"], 1)
@@ -143,7 +144,7 @@ def test_an_initial_model_that_is_gone_is_named() -> None:
 
 
 def test_a_run_resumed_on_a_machine_without_bfloat16_keeps_its_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(distributed, "MIN_BFLOAT16_WIDTH", 16)

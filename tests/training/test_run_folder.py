@@ -14,6 +14,7 @@ import torch
 from helpers.photo_folders import get_file_names, write_files, write_photos
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
+from pytest import CaptureFixture, MonkeyPatch
 
 from modeling_vitcls.hub.local_paths import resolve_name
 from modeling_vitcls.hub.model_files import METRICS_FILE, RECIPE_FILE
@@ -64,7 +65,7 @@ def earlier(finished: Path, folder: Path) -> Path:
 
 
 def test_a_run_is_refused_while_another_uses_the_folder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.5)
     with lock_folder(folder):
@@ -91,7 +92,7 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
 
 
 def test_the_old_model_is_never_next_to_the_new_configuration(
-    earlier: Path, monkeypatch: pytest.MonkeyPatch
+    earlier: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The new run may be killed at any time.
 
@@ -129,7 +130,7 @@ def test_the_old_model_is_never_next_to_the_new_configuration(
 
 
 def test_a_resumed_run_that_is_finished_changes_nothing(
-    earlier: Path, capsys: pytest.CaptureFixture
+    earlier: Path, capsys: CaptureFixture
 ) -> None:
     before = contents(earlier)
     for _ in range(2):
@@ -178,7 +179,7 @@ def test_damaged_weights_or_records_of_a_finished_run_are_named_and_stay(
 
 @pytest.mark.parametrize("flag", ["model", "teacher"])
 def test_sources_in_the_output_folder_are_not_removed(
-    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flag: str, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     write_files(tmp_path, "run/models/mine/config.json", "run-2/config.json")
     monkeypatch.chdir(tmp_path / "run")  # Hub names are not folders in the output folder

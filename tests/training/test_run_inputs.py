@@ -12,6 +12,7 @@ from helpers.tiny_options import (
     read_metrics,
     run_training,
 )
+from pytest import CaptureFixture, MonkeyPatch
 
 from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.run_inputs import load_images
@@ -48,7 +49,7 @@ def test_defaults_are_recorded(tmp_path: Path) -> None:
 
 
 def test_a_validation_split_calibrates_and_the_test_split_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     data = tmp_path / "data"
     splits = {"train": range(8), "val": range(8, 11), "test": range(11, 16)}
@@ -71,7 +72,7 @@ def test_a_validation_split_calibrates_and_the_test_split_is_reported(
 # --------------------------------------------------------------------------
 
 
-def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: CaptureFixture) -> None:
     flags = {"held_out_fraction": 0.0, "max_steps": 2, "report": True}
     results = run_training(build_options(tmp_path / "run", **flags))
     assert results["num_training_images"] == 300

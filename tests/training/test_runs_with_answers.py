@@ -10,6 +10,7 @@ import pytest
 from helpers.command_in_process import finetune
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import edit_config
+from pytest import CaptureFixture
 
 from modeling_vitcls import evaluate, predict
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -57,7 +58,7 @@ def test_photos_that_are_held_out_are_never_on_a_page(run: Any) -> None:
 
 
 def test_unknown_photos_are_counted_among_those_that_show_none_of_the_classes(
-    run: Any, module_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, module_path: Path, capsys: CaptureFixture
 ) -> None:
     results, _ = run("third")
     others = write_photos(module_path / "others", range(40, 44))

@@ -25,6 +25,7 @@ from helpers.photo_folders import (
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import raises_one_line
 from PIL import Image
+from pytest import CaptureFixture, MonkeyPatch, approx
 
 import modeling_vitcls
 from modeling_vitcls import ViTCLSModel, evaluate, predict
@@ -37,7 +38,7 @@ from modeling_vitcls.training import frozen_run
 
 
 @pytest.fixture(autouse=True)
-def sources(converted_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def sources(converted_encoder: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Work in a folder with a Dinov2 encoder, `vit`, and `my photos` of two classes."""
     (tmp_path / "vit").symlink_to(converted_encoder)
     write_unequal_photos(tmp_path / "my photos")
@@ -87,7 +88,7 @@ def test_a_tracker_begins_with_the_frozen_model(tuned: Any) -> None:
     events = event_files.EventAccumulator(str(folder)).Reload()
     first, *_ = events.Scalars("held_out_accuracy")
     assert first.step == 0
-    assert first.value == pytest.approx(tuned["before_steps"]["accuracy"])
+    assert first.value == approx(tuned["before_steps"]["accuracy"])
 
 
 def test_a_run_without_steps_says_how_to_train_all_layers(frozen: Any, tuned: Any) -> None:
@@ -135,7 +136,7 @@ def test_a_run_below_chance_counts_the_predictions_that_it_writes() -> None:
         f"{num_right} of 30 right; about {results['accuracy']:.0%} of new photos"
         in results["printed"]
     )
-    assert num_right / 30 == pytest.approx(results["accuracy"], abs=0.02)
+    assert num_right / 30 == approx(results["accuracy"], abs=0.02)
 
 
 @pytest.mark.parametrize("flags", [(), ("--epochs", "1", "--no-probe")])
@@ -320,7 +321,7 @@ def test_shots_of_one_object_are_on_one_side_of_the_held_out_photos(flags: str) 
 
 
 def test_photos_beyond_the_limit_of_a_start_are_not_compared_and_a_line_says_how_many(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(frozen_run, "MAX_START_IMAGES", 20)
     flags = ("--max-steps", "1", "--held-out-fraction", "0.25")
@@ -373,7 +374,7 @@ def test_copies_of_shots_of_a_scene_in_the_test_folder_are_still_named_as_copies
 
 @pytest.mark.parametrize("kind", ["frozen", "steps"])
 def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the_others_measured(
-    kind: str, of_bursts: Any, capsys: pytest.CaptureFixture
+    kind: str, of_bursts: Any, capsys: CaptureFixture
 ) -> None:
     """Shots of known scenes, one of them a training photo that was saved again, and other photos."""
     run = of_bursts
