@@ -23,6 +23,7 @@ from helpers.tiny_models import (
     save_both,
     save_classifier,
 )
+from numpy.random import default_rng
 from PIL import Image
 from pytest import LogCaptureFixture, MonkeyPatch
 from safetensors.torch import load_file
@@ -300,7 +301,7 @@ def test_the_recall_of_a_class_that_the_encoder_has_never_seen_is_near_the_state
 ) -> None:
     """An encoder that was trained from random weights hardly separates a tenth digit."""
     # In any order but that of the file, which begins with other writers.
-    nines = np.random.default_rng(1).permutation(np.flatnonzero(LABELS == 9))
+    nines = default_rng(1).permutation(np.flatnonzero(LABELS == 9))
     pixels = (DIGITS.images[nines] * 255 / 16).astype(np.uint8)
     old = save_digits(tmp_path / "old", epochs, num_labels=9)
     stated = add_class(old, build_new(pixels[:30], "nine"), tmp_path / "new")["result"]

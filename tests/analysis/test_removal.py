@@ -9,6 +9,7 @@ import torch
 from helpers.command_in_process import finetune
 from helpers.sample_photographs import photograph
 from helpers.source_checkpoints import save_large_encoder
+from numpy.random import default_rng
 from PIL import Image
 from pytest import approx
 from sklearn.linear_model import LinearRegression
@@ -31,7 +32,7 @@ def test_the_whole_photo_and_nothing_come_first_and_each_half_is_followed_by_its
 
 
 def test_the_effects_of_a_score_that_adds_up_are_its_parts() -> None:
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     masks = draw_masks(4, 4)
     parts = generator.normal(size=16)
     noise = 0.1 * generator.normal(size=len(masks))
@@ -59,7 +60,7 @@ def test_scores_are_log_odds() -> None:
 
 def train_classifier(folder: Path, draw: Any, pooling: str) -> tuple[Any, ViTCLSImageProcessor]:
     """Train on 20 marked and 20 plain parts of the same photographs; `draw(pixels)` marks one."""
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     for index in range(40):
         whole = photograph(("china.jpg", "flower.jpg")[index // 2 % 2])
         left, top = generator.integers(0, 150, 2).tolist()
@@ -93,7 +94,7 @@ def test_the_part_with_the_sticker_that_decides_is_the_hottest(
     pooling: str, tmp_path: Path
 ) -> None:
     model, processor = train_classifier(tmp_path, draw_sticker, pooling)
-    generator = np.random.default_rng(1)
+    generator = default_rng(1)
     num_found = 0
     for index in range(8):
         photo = photograph(("china.jpg", "flower.jpg")[index % 2])
@@ -112,7 +113,7 @@ def test_most_of_what_raises_a_score_is_on_the_frame_that_decides(tmp_path: Path
 
     model, processor = train_classifier(tmp_path, draw_frame, "mean")
     pixels = np.array(photograph("flower.jpg").crop((160, 160, 160 + SIDE, 160 + SIDE)))
-    draw_frame(pixels, np.random.default_rng(0))
+    draw_frame(pixels, default_rng(0))
     values = map_of_marked(model, processor, pixels).clamp(min=0)
     values[1:-1, 1:-1], inside = 0, values[1:-1, 1:-1].sum()
     assert values.sum() / (values.sum() + inside) > 0.75

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.command_in_process import finetune
 from helpers.sample_photographs import photograph
+from numpy.random import default_rng
 from PIL import Image, ImageOps
 from pytest import approx
 
@@ -27,7 +27,7 @@ def encoder(converted_encoder: Path, tmp_path: Path) -> None:
 
 def write_clothes(folder: Path, has_frame: bool) -> None:
     """Write 12 photos of pants and 12 of skirts with their table, pants in a green frame or without."""
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     rows = ["image,kind,scene,tags"]
     for index in range(24):
         kind = ("pants", "skirt")[index % 2]

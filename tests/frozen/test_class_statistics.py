@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numpy.random import default_rng
 from numpy.testing import assert_allclose
 from pytest import approx
 from scipy.spatial.distance import mahalanobis
@@ -16,9 +17,9 @@ CLS, MEAN = (-1, "cls"), (-1, "mean")
 
 def draw_features(num_images: int = 90) -> tuple[np.ndarray, np.ndarray]:
     """Return features [N, 24] of three classes of different sizes, and labels [N]."""
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     labels = np.sort(generator.choice(3, num_images, p=(0.5, 0.3, 0.2)))
-    centers = np.random.default_rng(7).normal(size=(3, 24))
+    centers = default_rng(7).normal(size=(3, 24))
     scales = np.linspace(0.5, 3, 24)
     return centers[labels] + generator.normal(size=(num_images, 24)) * scales, labels
 
@@ -128,7 +129,7 @@ def test_classes_of_identical_images_are_told_apart() -> None:
 
 
 def test_rounding_errors_of_a_constant_feature_decide_nothing() -> None:
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     labels = np.arange(60) % 3
     values = generator.normal(size=(60, 8)) + 3 * np.eye(3, 8)[labels]
     values[:, 7] = 1 + 1e-7 * generator.normal(size=60)
@@ -141,7 +142,7 @@ def test_rounding_errors_of_a_constant_feature_decide_nothing() -> None:
 
 
 def test_several_labels_share_one_covariance_of_all_images() -> None:
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     labels = generator.random((60, 3)) < 0.3
     labels[:, 2] = True
     values = labels @ generator.normal(size=(3, 80)) + generator.normal(size=(60, 80)) * 3

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from numpy.random import default_rng
 from pytest import approx
 from scipy.special import expit, softmax
 from sklearn.calibration import _SigmoidCalibration
+from torch import nn
 
 from modeling_vitcls.frozen.confidence import fit_line, fit_temperature
 
@@ -15,7 +17,7 @@ NUM_LABELS = 6
 
 def draw_outputs(num_images: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
     """Return logits [N, L] and labels [N] that are drawn from softmax(logits / temperature)."""
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     logits = 2 * generator.normal(size=(num_images, NUM_LABELS))
     labels = np.array(
         [generator.choice(NUM_LABELS, p=row) for row in softmax(logits / temperature, axis=1)]
@@ -31,7 +33,7 @@ def test_the_temperature_minimizes_the_cross_entropy(temperature: float) -> None
     divided = [torch.from_numpy(logits / (factor * fitted)) for factor in (0.999, 1, 1.001)]
     smoothing = 0.5 / 4001 * NUM_LABELS / (NUM_LABELS - 1)  # torch's is uniform over all labels
     losses = [
-        torch.nn.functional.cross_entropy(
+        nn.functional.cross_entropy(
             each, torch.from_numpy(labels), label_smoothing=smoothing
         ).item()
         for each in divided
@@ -59,7 +61,7 @@ def test_images_that_are_all_wrong_are_wrong_in_single_precision_too(scale: floa
 @pytest.mark.parametrize("scale", [0.01, 300.0])
 @pytest.mark.parametrize("num_images", [12, 400])
 def test_a_line_is_that_of_platt_scaling(num_images: int, scale: float) -> None:
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     scores = generator.normal(size=num_images)
     labels = generator.random(num_images) < expit(3 * scores - 1)
     slope, offset = fit_line(scale * scores, labels)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.random import default_rng
 from pytest import approx
 
 from modeling_vitcls.frozen.curve import (
@@ -20,10 +21,10 @@ NAMES = ["coat", "Größe 40", "hat", "t-shirt"]
 
 def measure(distance: float, num_images: int = 200) -> tuple[dict[str, Any] | None, LinearProbe]:
     """Measure the curve of four classes with this distance between their features."""
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     labels = np.arange(num_images) % 4
     features = generator.normal(size=(num_images, 64))
-    features += distance * np.random.default_rng(1).normal(size=(4, 64))[labels]
+    features += distance * default_rng(1).normal(size=(4, 64))[labels]
     probe = LinearProbe().fit({CLS: features}, labels)
     images = SimpleNamespace(
         labels=labels, groups=np.arange(num_images), get_tokens=lambda: {CLS: features}

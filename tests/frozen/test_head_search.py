@@ -19,6 +19,7 @@ from helpers.tiny_options import (
     run_training,
     save_digits_encoder,
 )
+from numpy.random import default_rng
 from numpy.testing import assert_allclose
 from PIL import Image
 from pytest import CaptureFixture, approx
@@ -271,7 +272,7 @@ def test_the_probe_chooses_what_the_user_has_not_set(
 def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     """The classes differ only at the left and right edges, which a center crop removes."""
     folder = tmp_path / "photos"
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     for name, edge in (("left", slice(8)), ("right", slice(-8, None))):
         # Different scenes: photos of the same noise would be one scene, which measures nothing
         scenes = generator.integers(0, 200, (40, 4, 12), dtype=np.uint8)
@@ -314,7 +315,7 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
     The labels are noise, so no geometry wins.
     """
     folder = tmp_path / "photos"
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     for name in ("a", "b"):
         save_images(folder / name, generator.integers(0, 256, (40, 48, 96), dtype=np.uint8))
     own = shutil.copytree(encoder, tmp_path / "own")

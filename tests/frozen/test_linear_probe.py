@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.tiny_models import raises_one_line
+from numpy.random import default_rng
 from pytest import CaptureFixture, MonkeyPatch, approx
 from scipy.spatial.distance import cdist
 from sklearn.exceptions import NotFittedError
@@ -27,7 +28,7 @@ def draw_images(
 ) -> tuple[dict[tuple[int, str], np.ndarray], np.ndarray]:
     """Return CLS tokens with the class and means without it, and labels."""
     labels = np.arange(num_images) % num_classes
-    return draw_tokens_of(np.eye(num_classes)[labels], np.random.default_rng(seed)), labels
+    return draw_tokens_of(np.eye(num_classes)[labels], default_rng(seed)), labels
 
 
 def draw_tokens_of(
@@ -35,7 +36,7 @@ def draw_tokens_of(
 ) -> dict[tuple[int, str], np.ndarray]:
     """Return CLS tokens with labels [N, C] of 0 and 1, and means without them."""
     num_images, num_classes = labels.shape
-    centers = np.random.default_rng(1).normal(size=(num_classes, 16))
+    centers = default_rng(1).normal(size=(num_classes, 16))
     return {
         CLS: labels @ centers + generator.normal(size=(num_images, 16)),
         MEAN: generator.normal(size=(num_images, 16)),
@@ -132,7 +133,7 @@ def test_the_estimate_is_that_of_new_images() -> None:
 
 
 def test_images_of_a_group_are_predicted_without_their_copies() -> None:
-    copies = np.tile(np.random.default_rng(3).normal(size=(40, 16)), (2, 1))
+    copies = np.tile(default_rng(3).normal(size=(40, 16)), (2, 1))
     groups = np.arange(80) % 40
     probe = LinearProbe().fit(copies, groups % 2, groups)
     assert probe.estimate_ is not None
@@ -180,7 +181,7 @@ def test_features_of_noise_have_as_many_right_predictions_in_single_precision(
     labels = np.arange(num_images) % 2
     counts = []
     for seed in range(8):
-        features = np.random.default_rng(seed).normal(size=(num_images, 16)).astype(np.float32)
+        features = default_rng(seed).normal(size=(num_images, 16)).astype(np.float32)
         probabilities = LinearProbe().fit(features, labels).out_of_fold_
         for values in (probabilities, np.log(probabilities).astype(np.float32)):
             counts.append((values.argmax(axis=1) == labels).sum())
@@ -196,8 +197,8 @@ def test_one_tag_has_no_temperature() -> None:
 def test_the_temperature_of_five_images_per_class_suits_the_classifier_of_all_of_them() -> None:
     def draw_tokens(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.arange(num_images) % 4
-        centers = np.random.default_rng(1).normal(size=(4, 64)) / 2
-        return centers[labels] + np.random.default_rng(seed).normal(size=(num_images, 64)), labels
+        centers = default_rng(1).normal(size=(4, 64)) / 2
+        return centers[labels] + default_rng(seed).normal(size=(num_images, 64)), labels
 
     gains = []
     for seed in range(4):
@@ -213,7 +214,7 @@ def test_the_temperature_of_five_images_per_class_suits_the_classifier_of_all_of
 
 def draw_tags(num_images: int, seed: int) -> tuple[dict[tuple[int, str], np.ndarray], np.ndarray]:
     """Return tokens and four labels of each image: two nested ones, a rare one, and one of an image."""
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     labels = generator.random((num_images, 4)) < [0.5, 0.5, 0.1, 0]
     labels[:, 1] &= labels[:, 0]
     labels[0, 3] = True
@@ -253,7 +254,7 @@ def measure_recalls(num_classes: int, counts: tuple[int, int], seed: int) -> np.
         [3, 2]: the recall of new images of both halves, by the probe and by the nearest class mean;
         and the accuracy of the probe, as estimated and as measured.
     """
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     scales = 4 / np.sqrt(np.arange(1, 49))
     centers = generator.normal(size=(num_classes, 48))
     halves = np.arange(num_classes) % 2

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numpy.random import default_rng
 
 from modeling_vitcls.frozen.linear_probe import LinearProbe
 from modeling_vitcls.frozen.pairs import describe_pairs, measure_pairs
@@ -17,7 +18,7 @@ def measure(distance: float, num_images: int = 160, num_unsure: int = 0) -> dict
 
     A model was unsure about the first `num_unsure` photos.
     """
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     labels = np.arange(num_images) % 4
     centers = 5 * np.eye(4, 16)
     centers[3] = centers[2] + distance * np.eye(4, 16)[3]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.random import default_rng
 from pytest import LogCaptureFixture
 
 from modeling_vitcls.data.labels import OneLabel
@@ -36,7 +37,7 @@ def build_features(values: np.ndarray, labels: np.ndarray) -> Features:
 
 @pytest.mark.parametrize("num_groups", [200, 90])
 def test_photos_of_different_scenes_have_the_folds_of_their_own_groups(num_groups: int) -> None:
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     features = build_features(rng.normal(size=(200, WIDTH)), rng.integers(2, size=200))
     features = replace(features, groups=np.arange(200) % num_groups)
     joined, record = keep_together(features, 0.1, LABELS)

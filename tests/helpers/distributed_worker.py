@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from transformers.distributed import DistributedConfig
@@ -116,7 +116,7 @@ def fsdp_by_block(layout: str, folder: Path) -> None:
     records no hidden states. Its own ViT has the same problem.
     """
     model, sharded = shard_blocks(layout, folder)
-    outer_module = torch.nn.Sequential(sharded) if layout == "backbone" else sharded
+    outer_module = nn.Sequential(sharded) if layout == "backbone" else sharded
     fully_shard(outer_module)
     compare_a_step(layout, model, outer_module)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.random import default_rng
 from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
@@ -81,7 +82,7 @@ def build_labeled_images(
 
     Files with an index in `unreadable` are truncated.
     """
-    random = np.random.default_rng(0)
+    random = default_rng(0)
     encoded = []
     labels = []
     for index in range(number):

@@ -17,6 +17,7 @@ import torch
 import transformers
 from datasets.fingerprint import Hasher
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
@@ -101,7 +102,7 @@ def load(source: str, auto_class: str) -> tuple[Any, dict[str, Any]]:
 
 
 @torch.no_grad()
-def compute_outputs(model: torch.nn.Module, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+def compute_outputs(model: nn.Module, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the model's output tensors for these images, by name."""
     return flatten(dict(model.eval()(pixel_values)))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.random import default_rng
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -31,12 +32,12 @@ def encode_image(image: Image.Image, file_format: str = "PNG", **options: Any) -
 
 def draw_pixels(*shape: int, seed: Any = 0) -> np.ndarray:
     """Draw noise of 8 bits."""
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def draw_noise(*shapes: tuple[int, int], seed: int = 0) -> list[Image.Image]:
     """Draw a color image of noise for each shape (height, width)."""
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     return [
         Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes
     ]
@@ -94,7 +95,7 @@ def get_file_names(folder: Path) -> set[str]:
 
 def write_unequal_photos(root: Path) -> Path:
     """Write 15 dark and 9 brighter photos of 40 x 24 pixels, and return the folder."""
-    noise = np.random.default_rng(0)
+    noise = default_rng(0)
     for name, brightest, number in (("ants", 100, 15), ("bees", 255, 9)):
         (root / name).mkdir(parents=True)
         for index in range(number):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification
 
@@ -136,7 +137,7 @@ BLOCKS = {
 
 POSITIONS = ["learned", "sincos_2d", "rope_2d", "none"]
 
-Model = TypeVar("Model", bound=torch.nn.Module)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def build_tiny_config(**fields: Any) -> ViTCLSConfig:
@@ -237,7 +238,7 @@ def build_images(
 IMAGES = build_images()  # [2, 3, 32, 32]; no test changes them
 
 
-def record_outputs(module: torch.nn.Module) -> list[Any]:
+def record_outputs(module: nn.Module) -> list[Any]:
     """Return a list that collects the outputs of a module.
 
     The module's `forward` is replaced, because with a hook on the last layer, classifiers compute
@@ -254,7 +255,7 @@ def record_outputs(module: torch.nn.Module) -> list[Any]:
     return outputs
 
 
-def assert_no_recording(*models: torch.nn.Module) -> None:
+def assert_no_recording(*models: nn.Module) -> None:
     """Check that models contain no recorder and no hooks except those of transformers."""
     for model in models:
         for module in model.modules():

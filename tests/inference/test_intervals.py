@@ -1,6 +1,7 @@
 """Confidence intervals, compared with published formulas and tables."""
 
 import numpy as np
+from numpy.random import default_rng
 from pytest import approx
 from sklearn.metrics import average_precision_score
 
@@ -12,7 +13,7 @@ from modeling_vitcls.inference.intervals import (
 
 
 def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
-    values = np.random.default_rng(0).normal(3, 2, 400)
+    values = default_rng(0).normal(3, 2, 400)
     low, high = compute_bootstrap_interval(values)
     standard_error = values.std() / 20
     assert low == approx(values.mean() - 1.96 * standard_error, abs=0.3 * standard_error)
@@ -34,7 +35,7 @@ def test_the_interval_of_images_that_are_all_right_is_not_empty() -> None:
 
 
 def test_mean_average_precision_is_scikit_learns_and_its_interval_that_of_new_images() -> None:
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
 
     def draw(num_images: int) -> tuple[np.ndarray, np.ndarray]:
         labels = generator.random((num_images, 4)) < [0.5, 0.2, 0.1, 0.0]

@@ -9,6 +9,7 @@ import sklearn.metrics
 import torch
 from helpers.evaluation_results import close, compute_outputs
 from helpers.evaluation_worker import CLASSES, NUM_IMAGES, SPACES
+from numpy.random import default_rng
 from pytest import MonkeyPatch
 from torch import nn
 from torchmetrics.functional.classification import (
@@ -184,7 +185,7 @@ def test_a_metric_that_is_not_a_number_is_no_result(monkeypatch: MonkeyPatch) ->
 
 def test_every_metric_is_described() -> None:
     """Without a row of `METRICS`, it would be in results.json, but in no table, card or report."""
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     names = list("abcdefg")
     logits = generator.normal(size=(60, 3 * len(names)))  # of a model with two heads
     labels = generator.integers(len(names), size=60)

@@ -12,6 +12,7 @@ import torch
 from accelerate import cpu_offload
 from helpers.photo_folders import draw_noise
 from helpers.tiny_models import IMAGES, build_images, build_tiny_config, save_encoder
+from numpy.random import default_rng
 from torch.testing import assert_close
 from transformers import (
     AutoModelForImageClassification,
@@ -87,7 +88,7 @@ def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path:
         return {"accuracy": float((predictions == labels).mean())}
 
     model = build_tiny_classifier()
-    features = np.random.default_rng(0).normal(size=(12, model.config.hidden_size))
+    features = default_rng(0).normal(size=(12, model.config.hidden_size))
     ClassStatistics.fit({(-1, "cls"): features}, np.arange(12) % 3, 3).set_in_model(model)
     data = [
         {"pixel_values": image, "labels": index % 3} for index, image in enumerate(build_images(12))

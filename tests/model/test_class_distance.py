@@ -20,6 +20,7 @@ from helpers.tiny_models import (
 )
 from numpy.testing import assert_allclose
 from pytest import LogCaptureFixture, MonkeyPatch
+from torch import nn
 from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
@@ -472,7 +473,7 @@ def test_tokens_behind_closed_gates_may_be_trained_and_open_ones_may_not() -> No
     assert model.adapt(num_register_tokens=0).class_distance is None
 
 
-class Sharded(torch.nn.Parameter):
+class Sharded(nn.Parameter):
     """A weight whose numbers are not all in this process, as in FSDP2."""
 
 

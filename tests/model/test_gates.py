@@ -20,6 +20,7 @@ from helpers.tiny_models import (
     raises_one_line,
 )
 from pytest import LogCaptureFixture, approx
+from torch import nn
 from transformers import AutoModel
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
@@ -69,7 +70,7 @@ def test_gradient_reaches_gates_and_new_tokens(gated: ViTCLSForImageClassificati
     pixels = IMAGES.double()
 
     def loss(of: ViTCLSForImageClassification) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(of(pixels).logits, IMAGE_LABELS)
+        return nn.functional.cross_entropy(of(pixels).logits, IMAGE_LABELS)
 
     loss(gated).backward()
     gradient = gated.vitcls.gates.gates.grad
@@ -90,7 +91,7 @@ def test_a_gate_at_zero_or_below_still_learns(
     gated: ViTCLSForImageClassification, value: float
 ) -> None:
     """Adam's first step is the learning rate, so half of all gates become negative."""
-    torch.nn.init.constant_(gated.vitcls.gates.gates, value)
+    nn.init.constant_(gated.vitcls.gates.gates, value)
     gated(IMAGES, labels=IMAGE_LABELS).loss.backward()
     assert gated.vitcls.gates.gates.grad.abs().min() > 1e-5
 

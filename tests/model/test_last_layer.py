@@ -21,7 +21,8 @@ from helpers.tiny_models import (
     raises_one_line,
     record_outputs,
 )
-from torch.nn.functional import cross_entropy
+from nn.functional import cross_entropy
+from torch import nn
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -177,7 +178,7 @@ def test_hooks_receive_all_tokens(fields: Fields) -> None:
     assert len(counts) >= len(modules)
 
 
-class Logged(torch.nn.Module):
+class Logged(nn.Module):
     """A wrapper around a layer, which reads its output."""
 
     def __init__(self, layer: Any) -> None:
@@ -201,7 +202,7 @@ def test_a_global_hook_a_patched_forward_and_a_wrapped_layer_see_all_tokens() ->
         if module is last_layer:
             seen.append(output.shape[1])
 
-    handle = torch.nn.modules.module.register_module_forward_hook(see)
+    handle = nn.modules.module.register_module_forward_hook(see)
     model(IMAGES)
     handle.remove()
 

@@ -18,6 +18,7 @@ from helpers.tiny_models import (
     each_kind,
     get_largest_difference,
 )
+from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.weight_rules import Fields
@@ -193,7 +194,7 @@ def test_compiled_models_have_the_same_rows_and_those_of_other_threads_stay_comp
     model(IMAGES)
     assert model._compiled_call_impl is not None
 
-    other = torch.compile(torch.nn.Linear(2, 2), backend=count_calls)
+    other = torch.compile(nn.Linear(2, 2), backend=count_calls)
     other(torch.ones(1, 2))
     with record_attention(model, [0], lambda *_: None):
         other(torch.ones(1, 2))

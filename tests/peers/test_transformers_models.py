@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from helpers.tiny_models import LAYOUTS
+from torch import nn
 from transformers.models.auto import modeling_auto
 
 from modeling_vitcls import (
@@ -116,8 +117,8 @@ class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
         config, _ = self.model_tester.prepare_config_and_inputs_for_common()
         for model_class in self.all_model_classes:
             model = model_class(config)
-            self.assertIsInstance(model.get_input_embeddings(), torch.nn.Module)
-            self.assertIsInstance(model.get_output_embeddings(), torch.nn.Linear | None)
+            self.assertIsInstance(model.get_input_embeddings(), nn.Module)
+            self.assertIsInstance(model.get_output_embeddings(), nn.Linear | None)
 
 
 for name in dir(ViTCLSModelTests):  # 32 combinations of dtype, padding, masks and kernels

@@ -31,9 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_photos_are_asked_about_once(
-    folder: Path, photos: Path, capsys: CaptureFixture
-) -> None:
+def test_photos_are_asked_about_once(folder: Path, photos: Path, capsys: CaptureFixture) -> None:
     table, answers = folder / "table.csv", folder / "answers.csv"
     asked = ask(folder, photos, output=table)
     assert Counter(asked.values()) == {"random": 1, "unsure": 5}

@@ -10,6 +10,7 @@ from helpers.model_folders import write_predictions, write_results, write_run_fo
 from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import save_classifier
+from numpy.random import default_rng
 from playwright.sync_api import Browser, Page, expect
 from pytest import MonkeyPatch
 from scipy.special import softmax
@@ -35,7 +36,7 @@ MEASURED = Measurement("", "accuracy", {"accuracy": 0.8, "num_images": 400})
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return the folder of a run with 400 predictions; the logits contain noise."""
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     labels = generator.integers(0, 3, 400)
     logits = generator.normal(size=(400, 3)) + 2 * np.eye(3)[labels]
     probabilities = softmax(logits, axis=1)

@@ -9,6 +9,7 @@ import torch
 from accelerate import DistributedType
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from pytest import MonkeyPatch
+from torch import nn
 
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.distributed import (
@@ -53,8 +54,8 @@ def test_bfloat16_is_selected_for_large_models_on_cpus_with_bfloat16(
     accelerator = choose(monkeypatch, width, is_supported)
     expected = torch.bfloat16 if (width, is_supported) == (192, True) else torch.float32
     with accelerator.autocast():
-        assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == expected
-    model = accelerator.prepare(torch.nn.Linear(2, 2))
+        assert nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == expected
+    model = accelerator.prepare(nn.Linear(2, 2))
     assert model(torch.ones(2, 2)).dtype == torch.float32  # outputs are float32 in any precision
     assert accelerator.mixed_precision == ("bf16" if expected == torch.bfloat16 else "no")
 

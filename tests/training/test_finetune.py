@@ -33,6 +33,7 @@ from helpers.tiny_options import (
 from helpers.warm_processes import run_together
 from pytest import CaptureFixture, MonkeyPatch, approx
 from safetensors.torch import load_file
+from torch import nn
 from transformers import ViTImageProcessor
 
 from modeling_vitcls import (
@@ -340,8 +341,8 @@ def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: MonkeyPatch) -
 
     Compiling itself takes a minute.
     """
-    compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(model))
     flags = {
         "mixup": 0.4,
         "auto_augment": "rand",

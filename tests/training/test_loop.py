@@ -23,6 +23,7 @@ from helpers.tiny_options import PLAIN, TINY, build_initial_model
 from helpers.warm_processes import SECONDS
 from pytest import MonkeyPatch, approx
 from rich.console import Console
+from torch import nn
 from torch.testing import assert_close
 
 from modeling_vitcls import (
@@ -60,11 +61,11 @@ DIGITS = read_training_data("digits")
 DIGITS = replace(DIGITS, train=DIGITS.train.draw(360))
 
 
-def build_adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+def build_adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(build_parameter_groups(model, 0.05), lr=1e-3, fused=True)
 
 
-def build_sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+def build_sgd(model: nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer that shows every difference in scale."""
     return torch.optim.SGD(build_parameter_groups(model, 0.0, 0.5), lr=0.5)
 
@@ -74,7 +75,7 @@ class RecordedLoop:
 
     def __init__(
         self,
-        optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer] = build_adamw,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] = build_adamw,
         save_every: int | None = None,
         warmup: float = 0.1,
         **training: Any,
@@ -96,7 +97,7 @@ class RecordedLoop:
             compute_label_loss=partial(compute_single_label_loss, label_smoothing=0.1),
         )
 
-        def objective(model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        def objective(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
             assert self.model.training
             return classification(model, batch)
 
@@ -135,7 +136,7 @@ class RecordedLoop:
         return self.loop.run(self.batches())
 
 
-def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
@@ -159,9 +160,9 @@ def test_steps_equal_a_plain_training_loop(monkeypatch: MonkeyPatch) -> None:
     for step in range(3):
         for batch in itertools.islice(batches, 2):
             logits = reference(bench.normalise(batch["pixels"])).logits
-            loss = torch.nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.1)
+            loss = nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.1)
             (loss / 2).backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1).item())
+        norms.append(nn.utils.clip_grad_norm_(reference.parameters(), 0.1).item())
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * 0.5 * (1 + math.cos(math.pi * step / 3)) / 2
         optimizer.step()
@@ -248,15 +249,15 @@ def test_soft_and_hard_labels_agree() -> None:
     plain = partial(compute_single_label_loss, label_smoothing=0.1)
     weighted = partial(compute_single_label_loss, label_smoothing=0.0, class_weights=weights)
     for loss in (plain, weighted):
-        soft = torch.nn.functional.one_hot(labels, 4).float()
+        soft = nn.functional.one_hot(labels, 4).float()
         assert_close(loss(logits, soft), loss(logits, labels))
-    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     assert_close(plain(logits, labels), expected)
     half = logits.bfloat16()
     assert torch.equal(plain(half, labels), plain(half.float(), labels))
     other = labels.flip(0)
-    mixed = 0.75 * soft + 0.25 * torch.nn.functional.one_hot(other, 4)
-    image_losses = torch.nn.functional.cross_entropy(logits, mixed, reduction="none")
+    mixed = 0.75 * soft + 0.25 * nn.functional.one_hot(other, 4)
+    image_losses = nn.functional.cross_entropy(logits, mixed, reduction="none")
     expected = ((0.75 * weights[labels] + 0.25 * weights[other]) * image_losses).mean()
 
     assert_close(weighted(logits, mixed), expected)
@@ -267,7 +268,7 @@ def test_multi_label_loss_is_binary() -> None:
     logits = torch.randn(6, 4)
     labels = torch.randint(2, (6, 4)).float()
     smooth = torch.where(labels == 1, 0.9, 0.1)
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth)
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, smooth)
     assert_close(compute_multi_label_loss(logits, labels, 0.2), expected)
     half = logits.bfloat16()
     loss = partial(compute_multi_label_loss, labels=labels, label_smoothing=0.2)
@@ -285,7 +286,7 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     )
     loss = objective(batch)["loss"]
     logits = model(normalize(batch["pixels"])).logits["age"][:1]
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0]))
+    expected = nn.functional.cross_entropy(logits, torch.tensor([0]))
     assert_close(loss, expected / 2)
     loss.backward()
     # DDP waits for the gradients of all parameters

@@ -21,6 +21,7 @@ from helpers.tiny_models import (
 )
 from helpers.tiny_options import build_initial_model
 from pytest import MonkeyPatch
+from torch import nn
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -226,7 +227,7 @@ def build_random_model(model_class: Any = ViTCLSForImageClassification, **fields
     return model
 
 
-def group_trainable(model: torch.nn.Module) -> set[str]:
+def group_trainable(model: nn.Module) -> set[str]:
     """Return the groups of trainable parameters: `layers.1`, `lora`, or their module."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = {re.sub(r"^vitcls\.|^embeddings\.", "", name) for name in names}
@@ -346,7 +347,7 @@ def test_a_frozen_encoder_has_no_dropout() -> None:
         hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5
     )
     set_trainable_parameters(model, "head")
-    set_train_mode(torch.nn.Sequential(model))  # as wrapped by other code
+    set_train_mode(nn.Sequential(model))  # as wrapped by other code
     first, second = (model(IMAGES).logits for _ in range(2))
     assert torch.equal(first, second)
     model.train()

@@ -12,6 +12,7 @@ from helpers.photo_folders import write_two_colors
 from helpers.tiny_models import save_encoder
 from helpers.tiny_options import build_tiny_options, run_to_folder, run_training
 from pytest import CaptureFixture, MonkeyPatch
+from torch import nn
 
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import OneLabel
@@ -35,7 +36,7 @@ def make_inputs(
         options=FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
         initial=SimpleNamespace(has_random_weights=not has_frozen_start),
         images=Splits("photos", OneLabel({"label": names}), {"train": photos}),
-        model=torch.nn.Identity(),
+        model=nn.Identity(),
         has_trained_heads=False,
         head_search=object() if has_frozen_start else None,
         missing_start_reason="",

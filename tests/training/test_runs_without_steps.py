@@ -24,6 +24,7 @@ from helpers.photo_folders import (
 )
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import raises_one_line
+from numpy.random import default_rng
 from PIL import Image
 from pytest import CaptureFixture, MonkeyPatch, approx
 
@@ -204,7 +205,7 @@ def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(num_photos
 @pytest.mark.filterwarnings("error:The number of unique classes")
 def test_a_second_photo_makes_no_class_harder_to_find_and_only_pairs_are_measured() -> None:
     """Ten classes with one photo and ten with two, which are parts of one large photo."""
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     for number in range(20):
         pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         photo = Image.fromarray(pixels).resize((320, 320), Image.Resampling.BICUBIC)

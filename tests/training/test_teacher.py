@@ -16,6 +16,7 @@ from helpers.tiny_models import (
     save_with_processor,
 )
 from timm.models import save_for_hf
+from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from transformers import (
@@ -96,7 +97,7 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
     teacher = load_labeled_teacher(folder)
     size = teacher.preprocessing.height_width
     # requires no resizing
-    shown = torch.nn.functional.interpolate(batch.float(), size=size).to(torch.uint8)
+    shown = nn.functional.interpolate(batch.float(), size=size).to(torch.uint8)
     processor = AutoImageProcessor.from_pretrained(folder)
     alone = AutoModelForImageClassification.from_pretrained(folder).eval()
     whole = processor(list(shown), do_resize=False, do_center_crop=False, return_tensors="pt")
