@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..data.aspect_ratio import VisibleRegion, get_visible_region
 from ..data.labels import get_heads
 from ..inference.prediction_rows import Label, build_task_columns, get_logits_by_task
+from ..inference.token_names import get_token_names
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
 from ..model.field_checks_vitcls import Size
@@ -164,10 +165,11 @@ def measure_photo(
     tokens = []
     if not config.num_cls_tokens:
         tokens.append(ShownToken("patch mean", "patches", patch_layer, is_read=True))
+    names = get_token_names(config)
     for group, members in use.groups.items():
         for index in members:
             is_read = index in use.read_tokens
-            tokens.append(ShownToken(use.names[index], group, layers[index], is_read))
+            tokens.append(ShownToken(names[index], group, layers[index], is_read))
 
     input_size = tuple(pixel_values.shape[-2:])
     features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]

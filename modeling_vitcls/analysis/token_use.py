@@ -6,7 +6,6 @@ from itertools import chain
 from typing import Any
 
 from ..evaluation.token_effects import list_groups
-from ..inference.token_names import get_token_names
 from ..model.configuration_vitcls import ViTCLSConfig
 
 
@@ -25,11 +24,6 @@ class TokenUse:
 
     config: ViTCLSConfig
     has_head: bool = True
-
-    @cached_property
-    def names(self) -> list[str]:
-        """The name of each special token, such as "register 2"."""
-        return get_token_names(self.config)
 
     @cached_property
     def groups(self) -> dict[str, list[int]]:

@@ -34,7 +34,8 @@ def measure_learning_curve(_: TrainingData, head: FrozenHead) -> dict[str, Any] 
     if probe.lines_ is not None or not MIN_CURVE_IMAGES <= num_images <= FEW_IMAGES:
         return None
     images = head.features.take(slice(num_images))
-    tokens = {token: images.get_tokens()[token] for token in chain(*probe.candidate_.heads)}
+    candidate = probe.candidate_
+    tokens = {token: images.get_tokens()[token] for token in chain(*candidate.heads)}
     labels = np.searchsorted(probe.classes_, images.labels)
     groups = pd.factorize(images.groups)[0]
     # Images of a group are left out together
@@ -48,8 +49,7 @@ def measure_learning_curve(_: TrainingData, head: FrozenHead) -> dict[str, Any] 
     is_right = []
     for folds in (halves, whole):
         with threadpool_limits(limits=1):
-            results = probe.cross_validate(tokens, labels, [probe.candidate_], folds)
-        logits = results[0][probe.candidate_]
+            logits = probe.cross_validate(tokens, labels, [candidate], folds)[0][candidate]
         is_right.append(logits.argmax(axis=1) == labels)
 
     half, full = np.where(np.isfinite(logits).all(axis=1), is_right, np.nan)

@@ -39,8 +39,8 @@ def measure_tokens(
         a sharded model.
     """
     model = inputs.model
-    has_several_tokens = model.config.token_layout.num_prefix_tokens > 1
-    if predictions is None or not has_several_tokens or isinstance(model, FSDPModule):
+    num_tokens = model.config.token_layout.num_prefix_tokens
+    if predictions is None or num_tokens < 2 or isinstance(model, FSDPModule):
         return {}, None, predictions
     drawn = replace(images, labels=range(len(images))).draw(MAX_IMAGES).labels
     batches, _ = read_batches(

@@ -2,8 +2,8 @@
 
 import torch
 from helpers.tiny_models import build_tiny_config, randomize
-from nn.functional import cosine_similarity
 from pytest import approx
+from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSForImageClassification

@@ -26,10 +26,10 @@ from helpers.published_weights import (
 )
 from helpers.source_checkpoints import RunWhenUnpickled, refuses_conversion
 from helpers.tiny_models import get_largest_difference, raises_one_line
-from nn.functional import interpolate
 from pytest import MonkeyPatch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.functional import interpolate
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source

@@ -29,9 +29,9 @@ from helpers.evaluation_worker import (
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line, randomize, save_both, save_with_processor
 from helpers.warm_processes import run_together
-from nn import functional
 from PIL import Image
 from pytest import CaptureFixture, MonkeyPatch
+from torch.nn import functional
 
 from modeling_vitcls import (
     ViTCLSConfig,

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from nn import functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch.nn import functional as F
 
 from helpers.tiny_models import initialize
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification

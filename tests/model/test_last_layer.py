@@ -21,8 +21,8 @@ from helpers.tiny_models import (
     raises_one_line,
     record_outputs,
 )
-from nn.functional import cross_entropy
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from modeling_vitcls import (
     ViTCLSBackbone,

@@ -15,8 +15,8 @@ from helpers.tiny_models import (
     build_tiny_config,
     raises_one_line,
 )
-from nn import functional
 from pytest import approx
+from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel, Trainer, TrainingArguments
