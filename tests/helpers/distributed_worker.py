@@ -260,7 +260,7 @@ CHECKS |= {
 def save_model(layout: str, folder: Path) -> tuple[Any, Path]:
     """Return the model of a layout, equal in all processes, and its saved folder."""
     model_class, overrides = LAYOUTS[layout]
-    model = build_random(model_class, image_size=[16, 24], **overrides)
+    model = build_random(model_class, image_size=[16, 24], **overrides).train()
     path = folder / layout.replace(" ", "_")
     if distributed.get_rank() == 0:
         model.save_pretrained(path)
