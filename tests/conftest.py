@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Error, expect, sync_playwright
-from pytest import MonkeyPatch
+from pytest import MonkeyPatch, TempPathFactory
 from xdist.scheduler import LoadFileScheduling
 
 
@@ -161,13 +161,13 @@ def in_this_process(monkeypatch: MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def module_path(tmp_path_factory: TempPathFactory) -> Path:
     """Return a folder for the fixtures of one file."""
     return tmp_path_factory.mktemp("module")
 
 
 @pytest.fixture(scope="session")
-def converted_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_encoder(tmp_path_factory: TempPathFactory) -> Path:
     """Return a converted encoder of five layers with a native side of 280 pixels."""
     from helpers.source_checkpoints import save_large_encoder
 
@@ -246,7 +246,7 @@ def by_one_process() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(tmp_path_factory: TempPathFactory) -> Path:
     """Return a folder of nine photographs of several formats and sizes, and files that are not images."""
     from helpers.prediction_photos import sorted_photos
     from helpers.sample_photographs import photograph

@@ -251,7 +251,7 @@ def load_several(
         }
         tables.append(pd.DataFrame(table))
     joined = add_dataset(pd.concat(tables))
-    TITLES[joined] = loaded[0].name
+    TITLES[joined] = " and ".join(part.name for part in loaded)
     return load_splits(
         DataOptions(dataset=joined, answers=options.answers, label_separator=NO_SEPARATOR),
         use_labels,

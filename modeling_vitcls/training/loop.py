@@ -325,16 +325,14 @@ class TrainingLoop:
         """
         # First, because the checkpoint lists the images that were reported.
         self.report_unreadable_images()
-        metadata = (
-            self.run_metadata
-            | {
-                "step": self.step,
-                "training_seconds": self.get_training_seconds(),
-                "recent_losses": self.recent_losses,  # Those of the main process, because only means are logged
-                "pending_record": self.pending_record,
-                "unreadable_images": sorted(self.unreadable_images),
-            }
-        )
+        metadata = self.run_metadata | {
+            "step": self.step,
+            "training_seconds": self.get_training_seconds(),
+            # Those of the main process, because only means are logged
+            "recent_losses": self.recent_losses,
+            "pending_record": self.pending_record,
+            "unreadable_images": sorted(self.unreadable_images),
+        }
         tensors, non_tensor_state = gather_state(
             self.accelerator, self.model, self.optimizer, self.start
         )

@@ -73,6 +73,7 @@ def test_a_run_trains_on_all_and_evaluation_knows_them(converted_encoder: Path) 
     assert run_here(*run) == 0
     folder = ModelFolder(Path("run"))
     assert folder.results["num_images"] == 15
+    assert folder.results["dataset"] == "start and collection"
     assert "more_data" not in folder.shareable_flags
     assert run_here(*run, "--resume") == 0
     assert "on all 15 images" in fail("evaluate", "--model", "run", *data)

@@ -29,6 +29,7 @@ from helpers.warm_processes import (
     run_together,
     wait_for_step,
 )
+from pytest import TempPathFactory
 
 from modeling_vitcls.data import workers
 
@@ -186,7 +187,7 @@ def image_folder(module_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def uninterrupted(tmp_path_factory: TempPathFactory) -> Run:
     """Return a function: flags -> folder of an uninterrupted run."""
 
     @cache
