@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.token_effects import Outputs, gather_outputs, list_groups
+from ..evaluation.token_effects import Outputs, check_finite, gather_outputs, list_groups
 from ..inference.image_pass import ImageBatch
 from .photo import trace_attention
 
@@ -38,8 +38,10 @@ def measure_layers(model: Any, batches: Iterable[ImageBatch]) -> tuple[pd.DataFr
     Returns:
         The columns MEASURES, with a row for each layer (from 1) and each group of tokens (of
         `config.token_layout`) that the model has; and the outputs of the model for all images.
-    """
 
+    Raises:
+        ValueError: if a hidden state is not finite.
+    """
     groups = {**list_groups(model.config), "patches": model.config.token_layout.patches}
     parts = []
 
@@ -48,6 +50,7 @@ def measure_layers(model: Any, batches: Iterable[ImageBatch]) -> tuple[pd.DataFr
         outputs, attention = trace_attention(
             model, pixel_values, lambda rows: rows.mean(dim=(1, 2))
         )
+        check_finite(outputs.hidden_states)
         layers = zip(pairwise(outputs.hidden_states), attention, strict=True)
         for layer, ((before, after), received) in enumerate(layers, start=1):
             norms = after.float().norm(dim=-1)  # [B, N]

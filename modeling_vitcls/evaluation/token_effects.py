@@ -343,16 +343,20 @@ def measure_states(model: Any, batches: Iterable[ImageBatch]) -> tuple[Outputs, 
     def run(pixel_values: Tensor) -> Any:
         # Accelerate replaces `forward` of a model by one in the precision of a run
         outputs = type(model).forward(model, pixel_values, output_hidden_states=True)
-        if not all(each.isfinite().all() for each in outputs.hidden_states):
-            raise ValueError(
-                "The hidden states of the model are not finite. Check the weights, or load them in "
-                "float32."
-            )
+        check_finite(outputs.hidden_states)
         special = [each[:, :num_special] for each in outputs.hidden_states]
         states.append(torch.stack(special).float().cpu())
         return outputs
 
     return gather_outputs(model, batches, run), torch.cat(states, dim=1)
+
+
+def check_finite(states: Iterable[Tensor]) -> None:
+    """Raise ValueError if any hidden state is not finite: a mean of them would be no measurement."""
+    if not all(each.isfinite().all() for each in states):
+        raise ValueError(
+            "The hidden states of the model are not finite. Check the weights, or load them in float32."
+        )
 
 
 def gather_outputs(

@@ -38,7 +38,7 @@ from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias
 from .blocks_vitcls import has_user_hooks
 from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
 from .positions_vitcls import resample_positions, resize_patch_kernel
-from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS, update_gated_tokens
+from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS, count_added_tokens, update_gated_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -265,10 +265,7 @@ def get_gated_tokens(
     config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool
 ) -> dict[str, int] | None:
     """Decide which tokens are gated after `changes`; `gate_new_tokens` includes all added tokens."""
-    num_added = {
-        field: changes[field] - getattr(config, field)
-        for field in changes.keys() & COUNT_FIELDS.values()
-    }
+    num_added = count_added_tokens(vars(config), changes)
     remaining_gated_tokens = update_gated_tokens(config.gated_tokens, num_added)
     new_gated_tokens = dict(changes.get("gated_tokens", remaining_gated_tokens) or {})
 

@@ -60,6 +60,7 @@ from .token_layout_vitcls import (
     TokenGroup,
     TokenLayout,
     check_scopes,
+    count_added_tokens,
     update_gated_tokens,
 )
 
@@ -631,10 +632,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
         gated_tokens = stored.get("gated_tokens")
         if isinstance(gated_tokens, dict):  # Another type is an error of the check of the field
-            num_added = {
-                name: overrides[name] - stored.get(name, getattr(cls, name))
-                for name in overrides.keys() & COUNT_FIELDS.values()
-            }
+            num_added = count_added_tokens({**vars(ViTCLSConfig), **stored}, overrides)
             stored["gated_tokens"] = update_gated_tokens(gated_tokens, num_added)
 
     def save_pretrained(

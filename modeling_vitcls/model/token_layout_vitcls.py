@@ -114,6 +114,13 @@ class TokenLayout:
         return ((name, getattr(self, name)) for name in (*COUNT_FIELDS, "patches"))
 
 
+def count_added_tokens(counts: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, int]:
+    """Count the tokens that changed token counts add, by field; removed tokens are negative."""
+    return {
+        field: changes[field] - counts[field] for field in COUNT_FIELDS.values() if field in changes
+    }
+
+
 def update_gated_tokens(
     gated_tokens: Mapping[Any, int] | None, num_added: Mapping[str, int]
 ) -> dict[Any, int] | None:

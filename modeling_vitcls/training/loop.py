@@ -328,7 +328,7 @@ class TrainingLoop:
         metadata = self.run_metadata | {
             "step": self.step,
             "training_seconds": self.get_training_seconds(),
-            # Those of the main process, because only means are logged
+            # The main process alone saves its losses, because only means are logged
             "recent_losses": self.recent_losses,
             "pending_record": self.pending_record,
             "unreadable_images": sorted(self.unreadable_images),

@@ -73,8 +73,9 @@ def test_images_of_several_shapes_keep_their_labels() -> None:
 def test_hidden_states_that_are_not_finite_are_errors() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")).eval()
     model.vitcls.layers[0].mlp.fc2.bias.data[0] = torch.inf
-    with raises_one_line("not finite"):
-        inspect(model, count=1)
+    for effects in (None, []):  # of `vitcls inspect`; of the report of a run
+        with raises_one_line("not finite"):
+            inspect(model, count=1, effects=effects)
 
 
 # Shown photos -------------------------------------------------------------------------------------
