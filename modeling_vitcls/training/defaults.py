@@ -6,7 +6,6 @@ layer_decay        1                          0.75                       1      
 initializer_range  0.8 / sqrt(width)*         checkpoint's value         checkpoint's value checkpoint's value
 epochs             30                         30, or 10 (large dataset)  5                  30
                    5 from the frozen model's classifier (the study in model_cards/studies/finetuning.md).
-                   On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least one epoch.
 
 flag               at most 64 pixels per side larger images
 crop_scale         1                          0.35

@@ -129,7 +129,8 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     # Training and evaluation
     epochs: float | None = None
     """Number of passes over the training images; setting it makes the run take training steps.
-    Default: 30, or 5 for LoRA and for weights that start from the classifier of the frozen model.
+    Default: 5 for LoRA, tokens, and a start from the classifier of the frozen model; otherwise 30, or
+    10 for pre-trained weights and at least 10,000 images.
     Without steps, the encoder stays frozen: that is the default below max(2,000, 50 x classes) images,
     or if five epochs would take more than ten minutes on a CPU."""
     max_steps: int | None = None
@@ -157,8 +158,8 @@ class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
     label_smoothing: float = 0.1
     """Label smoothing: probability that is distributed evenly over all classes. DeiT uses 0.1."""
     class_balance: Literal["none", "weights"] = "none"
-    """Method for imbalanced classes: `weights` multiplies the loss of each image by a factor
-    that is inversely proportional to the size of its class."""
+    """Method for imbalanced classes: with `weights`, classes count equally, in the loss of training steps
+    by factors of the images that are inversely proportional to the size of their class."""
     average_with_start: float = 0.5
     """Part of the weights before the first step in the saved weights, if they were trained before;
     the rest comes from the last step (WiSE-FT, Wortsman et al. 2021). 0: the last weights
