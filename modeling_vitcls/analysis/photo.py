@@ -3,9 +3,9 @@
     measurements = measure_photo(model, processor, photo, find_token_use(model))
     build_sheet(measurements)               # texts and pictures (sheet.py)
     measurements.maps                       # [layer, head, token, row, column]
-    masks = draw_masks(rows, columns)       # [M, rows, columns]: half of the parts, then the other half
-    scores = compute_scores(logits, kind)   # [M, labels], of the photos in which these parts are hidden
-    effects, errors = fit_effects(...)      # [rows, columns]: the score with a part minus without it
+    parts, halves, shares = draw_halves(grid_size)  # random halves, each followed by the other half
+    scores = compute_scores(logits, kind)   # [2 + M, labels] of the photo, of nothing and of the halves
+    effects, errors = fit_effects(...)      # [parts]: the score with a part minus without it
 
 Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv
 2304.07193, figure 1). Features are hidden states before the final norm.
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
+from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 from sklearn.linear_model import BayesianRidge
 from torch import Tensor, nn
 
 from ..data.aspect_ratio import VisibleRegion, get_visible_region
 from ..data.labels import get_heads
+from ..inference.interventions import continue_from
 from ..inference.prediction_rows import Label, build_task_columns, get_logits_by_task
 from ..inference.token_names import get_token_names
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -50,8 +51,8 @@ class Attribution:
     Attributes:
         task: name of the task; None for the classifier itself.
         label: name and probability of the label.
-        values: change of the log odds, one for each part [rows, columns] of the photo: positive where
-            the score falls without the part.
+        values: [gh, gw], for each patch the change of the log odds without the part to which it belongs:
+            positive where the score falls.
         errors: standard errors of the values.
     """
 
@@ -108,8 +109,7 @@ class PhotoMeasurements:
         norms: [L, gh, gw], norms of the patches after each layer, before the final norm.
         colors: [L, gh, gw, 3], the first three principal components of the patches after each
             layer, 0 to 1.
-        explained_variance: [L][3], fraction of the variance that each component explains, in
-            descending order.
+        explained_variance: [L], fraction of the variance that these components explain.
     """
 
     config: ViTCLSConfig
@@ -124,7 +124,7 @@ class PhotoMeasurements:
     patch_layer: int
     norms: Tensor
     colors: Tensor
-    explained_variance: list[list[float]]
+    explained_variance: list[float]
 
 
 def measure_photo(
@@ -174,8 +174,7 @@ def measure_photo(
     input_size = tuple(pixel_values.shape[-2:])
     features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
     maps = extract_patch_maps(attention[0].cpu(), config, input_size)
-    decompositions = [decompose_patches(layer) for layer in features]
-    colors = torch.stack([layer_colors for layer_colors, _ in decompositions])  # [L, gh, gw, 3]
+    colors, explained_variance = color_patches(features, patch_layer - 1)
 
     upright_image = to_upright_rgb(image, processor.bit_depth)
     image_size = (upright_image.height, upright_image.width)
@@ -192,8 +191,8 @@ def measure_photo(
         maps=maps,
         patch_layer=patch_layer,
         norms=features.norm(dim=-1),
-        colors=match_colors(colors, patch_layer - 1),
-        explained_variance=[variance for _, variance in decompositions],
+        colors=colors,
+        explained_variance=explained_variance,
     )
 
 
@@ -210,10 +209,12 @@ def predict_photo(
     predictions: dict[str | None, list[Label]] = {}
     attributions: list[Attribution] = []
     grid_size = model.config.get_grid_size(pixel_values.shape[-2:])
-    masks = draw_masks(*(min(side, MAX_PARTS) for side in grid_size))
-    has_parts = masks[0].numel() > 1 and bool((pixel_values != pixel_values[..., :1, :1]).any())
+    parts, halves, shares = draw_halves(grid_size)
+    has_parts = shares.shape[1] > 1 and bool((pixel_values != pixel_values[..., :1, :1]).any())
     all_logits = get_logits_by_task(outputs)
-    hidden_logits = hide_parts(model, pixel_values, masks) if heads and has_parts else {}
+    hidden_logits = {}
+    if heads and has_parts:
+        hidden_logits = hide_parts(model, pixel_values, outputs, halves)
     for task, task_columns in build_task_columns(heads, MAX_LABELS).items():
         logits = all_logits[task]
         (labels,) = task_columns.select(logits)
@@ -224,56 +225,42 @@ def predict_photo(
         has_one_label = heads[task].problem_type == "single_label_classification"
         scores = compute_scores(hidden_logits[task], has_one_label)
         for label, index in zip(labels[:MAX_LABELS], order, strict=False):
-            effects = fit_effects(masks, scores[:, index])
-            attributions.append(Attribution(task or None, label, *effects))
+            values, errors = fit_effects(shares, scores[:, index])
+            attributions.append(Attribution(task or None, label, values[parts], errors[parts]))
     return predictions, attributions
 
 
-def decompose_patches(features: Tensor) -> tuple[Tensor, list[float]]:
-    """Color the patches of one layer by their first three principal components.
+def color_patches(features: Tensor, reference: int) -> tuple[Tensor, list[float]]:
+    """Color the patches of each layer by their first three principal components.
 
-    The sign of a component is arbitrary.
+    The order and the signs of components differ between layers. Those of each layer are rotated, so that
+    they are as similar as possible to those of layer `reference` (orthogonal Procrustes problem).
 
     Args:
-        features: [gh, gw, D].
+        features: [L, gh, gw, D].
 
     Returns:
-        Colors [gh, gw, 3], values from 0 to 1, and the fraction of the variance that each component
-        explains.
+        Colors [L, gh, gw, 3], values from 0 to 1, and the fraction of the variance of each layer that its
+        components explain.
     """
-    rows = features.flatten(0, 1).numpy()  # [patches, D]
-    num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
+    rows = features.flatten(1, 2).numpy()  # [L, patches, D]
+    num_components = min(NUM_COLOR_CHANNELS, *rows.shape[1:])
     pca = PCA(num_components, svd_solver="randomized", random_state=0)
-    with np.errstate(invalid="ignore"):  # The variance of equal patches is 0
-        components = pca.fit_transform(rows)  # [patches, components]
+    components, shares = [], []
+    for layer in rows:
+        with np.errstate(invalid="ignore"):  # The variance of equal patches is 0
+            components.append(pca.fit_transform(layer))
+        shares.append(float(np.nan_to_num(pca.explained_variance_ratio_).sum()))
 
-    low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
     # 0.5 is the value of missing components if there are fewer than three components.
-    colors = np.full((len(rows), NUM_COLOR_CHANNELS), 0.5, dtype=np.float32)
-    colors[:, :num_components] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    shares = np.nan_to_num(pca.explained_variance_ratio_).tolist()
-    return torch.from_numpy(colors).unflatten(0, features.shape[:2]), shares
-
-
-def match_colors(colors: Tensor, reference: int) -> Tensor:
-    """Put similar components of all layers [L, gh, gw, 3] into the same color channel.
-
-    The order and the sign of principal components differ between layers. Each component gets the
-    channel and the sign of the component of layer `reference` with which it correlates most.
-    """
-    if colors[0, ..., 0].numel() < 2:  # One patch has no correlation
-        return colors
-    layers = colors.flatten(1, 2)  # [L, patches, 3]
-    matched = []
-    for channels in layers:
-        # [3, 3]; a channel without variation has no correlation
-        both = torch.cat([layers[reference], channels], dim=1)
-        correlation = both.T.corrcoef()[:3, 3:].nan_to_num()
-        _, order = linear_sum_assignment(correlation.abs(), maximize=True)
-        is_opposite = correlation[range(3), order] < 0
-        reordered = channels[:, order]
-        matched.append(torch.where(is_opposite, 1 - reordered, reordered))
-    return torch.stack(matched).view_as(colors)
+    colors = torch.full((*rows.shape[:2], NUM_COLOR_CHANNELS), 0.5)
+    for index, layer in enumerate(components):
+        rotation, _ = orthogonal_procrustes(layer, components[reference])
+        rotated = layer @ rotation
+        low, high = np.quantile(rotated, COLOR_QUANTILES, axis=0)
+        scaled = ((rotated - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+        colors[index, :, :num_components] = torch.from_numpy(scaled)
+    return colors.unflatten(1, features.shape[1:3]), shares
 
 
 # Attention ----------------------------------------------------------------------------------------
@@ -338,40 +325,51 @@ def trace_shown_tokens(model: Any, pixel_values: Tensor) -> tuple[Any, Tensor]:
 
 
 MAX_PARTS = 6  # per side; with smaller parts, a pass says less about each of them
-# A pair is a random half and its complement, which cancels what two parts do only together. With a random encoder,
-# 24 pairs find 5 of 8 stickers, and 32 to 48 find 8; with a trained ViT-S/14, 9 of 10, without pairs 8.
-NUM_PAIRS = 33  # The first is the whole photo and nothing of it
+# A half and the other half: their difference cancels what two parts do only together. With a trained ViT-S/14, 24
+# pairs find 34 and TODO of 40 stickers (by CLS and by the mean of the patches), 32 pairs TODO.
+NUM_PAIRS = 32
 BATCH_SIZE = 8  # On a CPU, 16 take 8% longer
 
 
-def draw_masks(rows: int, columns: int) -> Tensor:
-    """Draw halves of the parts of a photo: [2 * NUM_PAIRS, rows, columns], 1 where a part is hidden.
+def draw_halves(grid_size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw random halves of the patches of a photo, each followed by the other half.
 
-    Each half is followed by its complement. The first pair is the whole photo and nothing of it: halves
-    alone do not tell what all parts do together.
+    They have equally many patches, so one part may be divided, and both have the middle one of an odd number.
+
+    Returns:
+        The part of each patch, [gh, gw]; the patches of each half, [2 * NUM_PAIRS, n]; and how much of each
+        part it has, from 0 to 1, [2 * NUM_PAIRS, parts].
     """
-    draws = np.random.default_rng(0).random((NUM_PAIRS, rows * columns))
-    halves = draws.argsort(axis=1) < rows * columns // 2
-    halves[0] = False
-    masks = np.stack([halves, ~halves], axis=1)
-    return torch.from_numpy(masks).reshape(-1, rows, columns).float()
+    rows, columns = (torch.arange(side) * min(side, MAX_PARTS) // side for side in grid_size)
+    parts = rows[:, None] * (columns[-1] + 1) + columns
+    is_part = nn.functional.one_hot(parts.flatten()).double()  # [patches, parts]
+    draws = torch.from_numpy(np.random.default_rng(0).random((NUM_PAIRS, is_part.shape[1])))
+    order = draws[:, parts.flatten()].argsort(dim=1, stable=True)
+    num_shown = (parts.numel() + 1) // 2
+    halves = torch.stack([order[:, :num_shown], order[:, -num_shown:]], dim=1).flatten(0, 1)
+    return parts, halves, is_part[halves].sum(dim=1) / is_part.sum(dim=0)
 
 
 @torch.no_grad()
-def hide_parts(model: Any, pixel_values: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Compute the logits [M, labels] by task of a photo [1, C, H, W] whose parts are hidden.
+def hide_parts(
+    model: Any, pixel_values: Tensor, outputs: Any, halves: Tensor
+) -> dict[str, Tensor]:
+    """Compute the logits [2 + M, labels] by task of a photo, of nothing, and of halves [M, n] of its patches.
 
-    A hidden part has the mean color of the photo.
+    Nothing is the mean color of the photo. The patches of the other half are left out of the sequence
+    after a third of the layers.
+
+    Args:
+        pixel_values: the photo [1, C, H, W].
+        outputs: of the model for the photo, with hidden states.
     """
-    gray = pixel_values.mean(dim=(2, 3), keepdim=True)
-    logits = []
+    gray = pixel_values.mean(dim=(2, 3), keepdim=True).expand_as(pixel_values)
+    passed = outputs.hidden_states[: 1 + model.config.num_hidden_layers // 3]
+    batches = halves.to(pixel_values.device).split(BATCH_SIZE)
     # Rounded to bf16, effects of up to 0.54 differed by 0.01, a tenth of their standard errors.
-    autocast = build_autocast("auto", pixel_values.device, model.config)
-    for batch in masks[:, None].to(pixel_values).split(BATCH_SIZE):
-        is_hidden = nn.functional.interpolate(batch, pixel_values.shape[-2:])
-        with autocast():
-            outputs = model(torch.where(is_hidden > 0, gray, pixel_values))
-        logits.append(get_logits_by_task(outputs))
+    with build_autocast("auto", pixel_values.device, model.config)():
+        hidden = [continue_from(model, pixel_values, passed, batch) for batch in batches]
+        logits = [get_logits_by_task(each) for each in (outputs, model(gray), *hidden)]
     return {task: torch.cat([each[task] for each in logits]).cpu().double() for task in logits[0]}
 
 
@@ -383,18 +381,20 @@ def compute_scores(logits: Tensor, has_one_label: bool) -> Tensor:
     return logits - torch.stack([logits[:, row].logsumexp(dim=1) for row in others], dim=1)
 
 
-def fit_effects(masks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit what a score [2 * NUM_PAIRS] loses if a part is hidden, and the standard errors, [rows, columns].
+def fit_effects(shares: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit what a score loses if a part is hidden, and the standard errors, [parts].
 
-    The fit is Bayesian ridge regression on the differences within pairs.
+    The fit is Bayesian ridge regression on the differences within pairs. Halves alone do not tell what all
+    parts do together, which the photo and nothing do.
+
+    Args:
+        shares: how much of each part M halves have, [M, parts].
+        scores: [2 + M] of the photo, of nothing and of the halves.
     """
-    is_shown = 1 - masks.flatten(1).double().numpy()
-    pairs = is_shown[0::2] - is_shown[1::2]
+    pairs = torch.cat([torch.ones_like(shares[:1]), shares[0::2] - shares[1::2]]).numpy()
     differences = (scores[0::2] - scores[1::2]).numpy()
     if not np.isfinite(differences).all():
         raise ValueError("the outputs of the model are not finite. Check its weights and precision")
-    shape = masks.shape[1:]
     regression = BayesianRidge(fit_intercept=False).fit(pairs, differences)
-    effects = torch.from_numpy(regression.coef_).reshape(shape).float()
-    errors = torch.from_numpy(regression.sigma_.diagonal().copy()).sqrt().reshape(shape).float()
-    return effects, errors
+    variances = regression.sigma_.diagonal().copy()
+    return torch.from_numpy(regression.coef_).float(), torch.from_numpy(variances).sqrt().float()

@@ -233,7 +233,7 @@ def build_layer_section(measurements: PhotoMeasurements) -> Section:
     features, norms = [], []
     for layer, title in enumerate(titles):
         is_used = layer < measurements.patch_layer
-        share = f"{sum(measurements.explained_variance[layer]):.0%}"
+        share = f"{measurements.explained_variance[layer]:.0%}"
         features.append(Tile(to_picture(measurements.colors[layer].numpy()), title, share, is_used))
         values = measurements.norms[layer]
         low, high = values.min().item(), values.max().item()

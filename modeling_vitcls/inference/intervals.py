@@ -6,7 +6,7 @@ estimate_after_choice(losses, is_right, ...)              accuracy of the best o
 estimate_average_precision(scores, labels, groups)        mean average precision of several labels
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 1000  # Number of bootstrap samples
+NUM_SLOW_RESAMPLES = 200  # of a statistic that takes 7 ms: 300 images with 11 labels
 MIN_CORRECTED_IMAGES = 30  # With fewer images, the result is a fraction without a correction
 
 Interval = tuple[float, float]  # Lower and upper bounds
@@ -41,18 +42,24 @@ def compute_proportion_interval(
     return [float(interval.low), float(interval.high)]
 
 
-def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
-    """Compute the percentile bootstrap interval of the mean of the values."""
+def compute_bootstrap_interval(
+    values: Sequence[float],
+    statistic: Callable[..., Any] = np.mean,
+    num_resamples: int = NUM_RESAMPLES,
+    method: str = "percentile",
+) -> Interval:
+    """Compute the bootstrap interval of the mean, or of another statistic, of the values."""
     from scipy import stats
 
     if len(values) < 2:
-        return float(values[0]), float(values[0])
+        return float(statistic(values)), float(statistic(values))
     interval = stats.bootstrap(
         (values,),
-        np.mean,
-        n_resamples=NUM_RESAMPLES,
+        statistic,
+        n_resamples=num_resamples,
         confidence_level=CONFIDENCE_LEVEL,
-        method="percentile",
+        method=method,
+        vectorized=statistic is np.mean,
         rng=0,
     ).confidence_interval
     return float(interval.low), float(interval.high)
@@ -117,33 +124,27 @@ def estimate_average_precision(
     Returns:
         The metric and its interval, as fields of results.json.
     """
-    num_images = len(labels)
+    from sklearn.metrics import average_precision_score
+
+    scores, labels = (each[:, labels.any(axis=0)] for each in (scores, labels))
     unique, groups = np.unique(groups, return_inverse=True)
-    num_groups = len(unique)
-    generator = np.random.default_rng(0)
-    draws = generator.multinomial(num_groups, np.ones(num_groups) / num_groups, NUM_RESAMPLES)
-    # How often each image is in each sample; the first one is the images themselves
-    counts = np.concatenate([np.ones((1, num_images)), draws[:, groups]])
-    precisions = []
-    for own, is_true in zip(scores.T, labels.T, strict=True):
-        if not is_true.any():
-            continue
-        order = np.argsort(-own, kind="stable")
-        ranks = -own[order]
-        # Images with equal scores are found together, at the end of their run.
-        ends = np.searchsorted(ranks, ranks, side="right") - 1
-        num_found = counts[:, order]
-        num_right = num_found * is_true[order]
-        totals = np.cumsum(num_found, axis=1)[:, ends]
-        precision = np.cumsum(num_right, axis=1)[:, ends] / np.maximum(totals, 1)
-        with np.errstate(invalid="ignore"):
-            own_precisions = (num_right * precision).sum(axis=1) / num_right.sum(axis=1)
-        precisions.append(np.where(np.isnan(own_precisions), own_precisions[0], own_precisions))
-    means = np.mean(precisions, axis=0)
-    bounds = np.quantile(means[1:], [(1 + CONFIDENCE_LEVEL) / 2, (1 - CONFIDENCE_LEVEL) / 2])
-    # Images that are drawn twice make a sample look better, so its error is mirrored: of 80 images,
+
+    def measure(drawn: np.ndarray) -> np.ndarray:
+        counts = np.bincount(drawn, minlength=len(unique))[groups]  # [N]
+        precisions = whole.copy()
+        seen = counts @ labels > 0
+        precisions[seen] = average_precision_score(
+            labels[:, seen], scores[:, seen], average=None, sample_weight=counts
+        )
+        return precisions.mean()
+
+    whole = np.atleast_1d(average_precision_score(labels, scores, average=None))
+    mean = float(whole.mean())
+    # "basic": images that are drawn twice make a sample look better, so its error is mirrored. Of 80 images,
     # the interval then covers the value of new images in 93 instead of 90 % of the cases.
-    low, high = np.clip(2 * means[0] - bounds, 0, 1).tolist()
+    low, high = compute_bootstrap_interval(
+        np.arange(len(unique)), measure, NUM_SLOW_RESAMPLES, "basic"
+    )
     # With many labels of one image, every sample looks better than the images themselves.
-    interval = [min(low, float(means[0])), max(high, float(means[0]))]
-    return {"mean_average_precision": float(means[0]), "mean_average_precision_interval": interval}
+    interval = [max(0.0, min(low, mean)), min(1.0, max(high, mean))]
+    return {"mean_average_precision": mean, "mean_average_precision_interval": interval}

@@ -1,14 +1,15 @@
-"""Interventions in the forward pass: special tokens are hidden, or replaced with those of other photos.
+"""Interventions in the forward pass: tokens are hidden, replaced with those of other photos, or left out.
 
     with intervene(model, [1, 2]):                     no token attends to the special tokens 1 and 2
     states = model(others, output_hidden_states=True).hidden_states
     with intervene(model, [1, 2], states, (3, 6)):     in layers 3 to 6, they are those of other photos
+    continue_from(model, photo, states[:5], shown)     outputs without other patches after four layers
 
 Hiding a token measures its place: without a token that takes much attention, every softmax changes,
 whatever the token held. Another photo's token in its place measures its content (arXiv 2604.14433).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -83,3 +84,55 @@ def intervene(
                 hook = partial(replace, sources[index])
                 hooks.enter_context(modules[index].register_forward_hook(hook))
         yield
+
+
+def continue_from(
+    model: Any, pixel_values: Tensor, states: Sequence[Tensor], shown: Tensor
+) -> Any:
+    """Run the later layers of a model on some patches of a photo that has passed the earlier ones.
+
+    The other patches are left out of the sequence. Those that stay keep their positions.
+
+    Args:
+        model: any ViTCLS model.
+        pixel_values: the photo [1, C, H, W].
+        states: [1, N, D] before the first layer and after each layer that the photo has passed.
+        shown: [B, n], the patches that stay in each of B sequences.
+
+    Returns:
+        The outputs of the model for B images.
+
+    Examples:
+        >>> from modeling_vitcls import ViTCLSForImageClassification
+        >>> from modeling_vitcls.inference.interventions import continue_from
+        >>> model = ViTCLSForImageClassification.from_pretrained("runs/photos").eval()
+        >>> states = model(pixel_values, output_hidden_states=True).hidden_states[:5]  # four layers
+        >>> logits = continue_from(model, pixel_values, states, torch.tensor([[0, 1], [2, 3]])).logits
+    """
+    layers = model.base_model.layers
+    special = torch.arange(model.config.token_layout.num_prefix_tokens, device=shown.device)
+    kept = torch.cat([special.expand(len(shown), -1), len(special) + shown], dim=1)
+    num_passed = len(states) - 1
+    later = layers[num_passed:]
+
+    def select(mask: Any, angles: Any, num_output_tokens: Any) -> tuple[Any, Any, Any]:
+        if mask is not None:  # [1, heads or 1, N or 1, N] -> [B, heads or 1, n, n]
+            mask = mask[0].expand(-1, mask.shape[3], -1)
+            mask = mask[:, kept[:, :, None], kept[:, None]].transpose(0, 1)
+        if angles is not None:  # [2, (heads,) patches, head_dim] -> [2, B, heads or 1, n, head_dim]
+            angles = angles.view(2, -1, *angles.shape[-2:])[:, :, shown].transpose(1, 2)
+        return mask, angles, num_output_tokens
+
+    def run_later(
+        hidden_states: Tensor, inputs: list[Any], read_layers: Collection[int], **kwargs: Any
+    ) -> dict[int, Tensor]:
+        inputs[:] = [select(*each) for each in inputs]  # The model may call its last layer again
+        passed = [each[0, kept] for each in states]
+        found = later(passed.pop(), inputs[num_passed:], range(len(inputs) + 1), **kwargs)
+        return dict(enumerate([*passed, *found.values()]))
+
+    layers.forward = run_later
+    try:
+        return model(pixel_values)
+    finally:
+        del layers.forward

@@ -95,7 +95,6 @@ class ClassDistance(nn.Module):
         self.fingerprint = nn.Buffer(torch.zeros(NUM_SUMS, dtype=torch.int64))
         self.is_valid: bool | None = True
         self.checked_state: list[Any] | None = []
-        self.checked_sample: list[bytes] = []
         self.checked_steps = 0
         self.has_warned = False
         self.terms: list[tuple[Tensor, ...]] = []
@@ -184,9 +183,9 @@ class ClassDistance(nn.Module):
     def check(self, encoder: nn.Module) -> bool:
         """Find out whether the statistics were fitted to the present weights of the encoder.
 
-        The weights are read once after each change. PyTorch does not count edits of `parameter.data`
-        in place, so call `model.train()` before and `model.eval()` after them: `end_training`, which
-        also follows the steps of optimizers, detects these.
+        The weights are read once after each change, after training mode, and after steps of optimizers.
+        PyTorch does not count edits of `parameter.data` in place, so call `model.train()` before and
+        `model.eval()` after them.
         """
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():
@@ -195,14 +194,13 @@ class ClassDistance(nn.Module):
             self.checked_steps = num_steps
             if self.is_valid is False and torch.is_grad_enabled():
                 return False  # A model that is trained in evaluation mode changes with each step
-            self.end_training(encoder)
+            self.end_training()
         state = self.list_states(encoder)
         if state is None or state == self.checked_state:
             return bool(state and self.is_valid)
 
         self.is_valid = self.has_fingerprint_of(encoder)
         self.checked_state = state
-        self.checked_sample = read_sample(encoder)
         if not self.is_valid and not self.has_warned:
             self.has_warned = True
             logger.warning(
@@ -212,15 +210,10 @@ class ClassDistance(nn.Module):
             )
         return self.is_valid
 
-    def end_training(self, encoder: nn.Module) -> None:
-        """Have the next pass read weights that have changed; a compiled one has no distance then.
-
-        A few weights of each parameter tell whether an optimizer has edited `parameter.data`.
-        """
-        state = self.list_states(encoder)
-        if state != self.checked_state or read_sample(encoder) != self.checked_sample:
-            self.is_valid = None
-            self.checked_state = []
+    def end_training(self) -> None:
+        """Have the next pass read the weights again; a compiled one has no distance until then."""
+        self.is_valid = None
+        self.checked_state = []
 
     def list_states(self, encoder: nn.Module) -> list[Any] | None:
         """List what changes with any edit of the weights or the fingerprint, without reading them."""
@@ -251,7 +244,6 @@ class ClassDistance(nn.Module):
         if sums is not None:
             self.fingerprint.copy_((sums[0] / SUM_UNIT).round())
             self.checked_state = self.list_states(encoder)
-            self.checked_sample = read_sample(encoder)
             self.is_valid = True
 
 
@@ -379,20 +371,6 @@ def merge_adapters(layer: Any) -> nn.Module:
 def is_active_adapter(module: Any) -> bool:
     """Tell whether an adapter layer of PEFT changes what the layer that it wraps computes."""
     return not (module.merged or module.disable_adapters)
-
-
-def read_sample(encoder: nn.Module) -> list[bytes]:
-    """Read a few numbers of each parameter that is in memory, bit by bit.
-
-    They are spread over all rows, because training may change some tokens of a parameter alone.
-    """
-    samples = []
-    for weight in encoder.parameters():
-        if type(weight) is nn.Parameter and not weight.is_meta:
-            step = max(1, weight.numel() // NUM_SAMPLES)
-            numbers = weight.detach().flatten()[::step].cpu().contiguous()
-            samples.append(bytes(numbers.view(torch.uint8).tolist()))
-    return samples
 
 
 def list_states(encoder: nn.Module) -> list[Any]:

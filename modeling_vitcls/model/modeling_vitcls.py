@@ -471,7 +471,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         """Set the training mode, as in PyTorch; after training, class statistics must be checked."""
         # A compiled model has set `training` of this module before, but not of the encoder
         if self.vitcls.training and not mode and self.class_distance is not None:
-            self.class_distance.end_training(self.vitcls)
+            self.class_distance.end_training()
         super().train(mode)
         return self
 

@@ -18,7 +18,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.maps import extract_patch_maps
-from modeling_vitcls.analysis.photo import decompose_patches, match_colors, measure_photo
+from modeling_vitcls.analysis.photo import color_patches, measure_photo
 from modeling_vitcls.analysis.token_use import find_token_use
 
 
@@ -154,21 +154,27 @@ def test_colors_are_the_principal_components() -> None:
     scales = torch.arange(12, 0, -1).float() ** 2
     features = torch.randn(4, 5, 12) * scales + 3
     expected = PCA(3).fit(features.flatten(0, 1).numpy())
-    colors, shares = decompose_patches(features)
-    assert shares == approx(expected.explained_variance_ratio_, rel=1e-4)
+    (colors,), shares = color_patches(features[None], 0)
+    assert shares == approx([expected.explained_variance_ratio_.sum()], rel=1e-4)
     components = expected.transform(features.flatten(0, 1).numpy())
     for color, component in zip(colors.flatten(0, 1).numpy().T, components.T, strict=True):
         assert abs(np.corrcoef(color, component)[0, 1]) > 0.98
 
 
+def test_rotated_features_of_another_layer_have_the_same_colors() -> None:
+    features = torch.randn(4, 5, 3)
+    rotation = torch.linalg.qr(torch.randn(3, 3)).Q
+    colors, _ = color_patches(torch.stack([features, 2 * features @ rotation]), 0)
+    assert torch.allclose(*colors, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("error")
 def test_few_patches_and_equal_patches_have_colors_too() -> None:
     """For example, the patches of a black image are equal."""
-    colors, _ = decompose_patches(torch.randn(1, 2, 4))
+    colors, _ = color_patches(torch.randn(2, 1, 2, 4), 0)
     assert colors.isfinite().all()
     assert (colors[..., 2] == 0.5).all()
-    equal, _ = decompose_patches(torch.ones(3, 4, 8))
+    equal, _ = color_patches(torch.ones(1, 3, 4, 8), 0)
     assert equal.isfinite().all()
-    assert len(equal.flatten(0, 1).unique(dim=0)) == 1
-    one = torch.rand(2, 1, 1, 3)
-    assert torch.equal(match_colors(one, 1), one)
+    assert len(equal.flatten(0, 2).unique(dim=0)) == 1
+    assert color_patches(torch.rand(2, 1, 1, 3), 1)[0].isfinite().all()

