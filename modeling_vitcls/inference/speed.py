@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -14,6 +13,8 @@ NUM_IMAGES = 8  # of a pass that is measured
 @torch.no_grad()  # A model that trains afterwards must not keep tensors of inference mode
 def measure_cpu_speed(model: Any) -> float:
     """Measure the median speed of a model on the CPU in images per second, for about half a second."""
+    from torch.utils.benchmark import Timer  # Slow to import
+
     config = model.config
     size = (config.num_channels, *config.image_height_width)
     images = torch.rand(NUM_IMAGES, *size, dtype=model.dtype)

@@ -48,7 +48,7 @@ from .wrong_photos import (
 
 NUM_SHOWN_IMAGES = 4
 # A report follows each run, so it may cost seconds, but not hours for a large model
-NUM_MEASURED_IMAGES = 32
+NUM_MEASURED_IMAGES = 16
 BATCH_SIZE = 8
 
 
