@@ -351,9 +351,7 @@ def draw_halves(grid_size: Size) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def hide_parts(
-    model: Any, pixel_values: Tensor, outputs: Any, halves: Tensor
-) -> dict[str, Tensor]:
+def hide_parts(model: Any, pixel_values: Tensor, outputs: Any, halves: Tensor) -> dict[str, Tensor]:
     """Compute the logits [2 + M, labels] by task of a photo, of nothing, and of halves [M, n] of its patches.
 
     Nothing is the mean color of the photo. The patches of the other half are left out of the sequence

@@ -86,9 +86,7 @@ def intervene(
         yield
 
 
-def continue_from(
-    model: Any, pixel_values: Tensor, states: Sequence[Tensor], shown: Tensor
-) -> Any:
+def continue_from(model: Any, pixel_values: Tensor, states: Sequence[Tensor], shown: Tensor) -> Any:
     """Run the later layers of a model on some patches of a photo that has passed the earlier ones.
 
     The other patches are left out of the sequence. Those that stay keep their positions.

@@ -1,6 +1,5 @@
 """Maps by removal find what was planted: a score that adds up, a sticker, a frame."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -85,7 +84,9 @@ def test_the_part_with_the_sticker_that_decides_is_the_hottest(pooling: str) -> 
         photo = photograph(("china.jpg", "flower.jpg")[index % 2])
         pixels = np.array(photo.crop((160, 160, 160 + SIDE, 160 + SIDE)))
         row, column = generator.integers(0, SIDE // STICKER, 2)
-        place = np.s_[row * STICKER : (row + 1) * STICKER, column * STICKER : (column + 1) * STICKER]
+        place = np.s_[
+            row * STICKER : (row + 1) * STICKER, column * STICKER : (column + 1) * STICKER
+        ]
         pixels[place] = (255, 0, 255)
         values = map_of_color((1, -1, 1), pooling, pixels)
         assert values[4 * row + 2, 4 * column + 2] == values.max()
