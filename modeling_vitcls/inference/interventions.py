@@ -108,7 +108,7 @@ def continue_from(model: Any, pixel_values: Tensor, states: Sequence[Tensor], sh
         >>> logits = continue_from(model, pixel_values, states, torch.tensor([[0, 1], [2, 3]])).logits
     """
     layers = model.base_model.layers
-    special = torch.arange(model.config.token_layout.num_prefix_tokens, device=shown.device)
+    special = shown.new_tensor(range(model.config.token_layout.num_prefix_tokens))
     kept = torch.cat([special.expand(len(shown), -1), len(special) + shown], dim=1)
     num_passed = len(states) - 1
     later = layers[num_passed:]
