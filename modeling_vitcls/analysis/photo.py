@@ -51,8 +51,8 @@ class Attribution:
     Attributes:
         task: name of the task; None for the classifier itself.
         label: name and probability of the label.
-        values: [gh, gw], for each patch the change of the log odds without the part to which it belongs:
-            positive where the score falls.
+        values: change of the log odds, one for each part [rows, columns] of the photo: positive where
+            the score falls without the part.
         errors: standard errors of the values.
     """
 
@@ -178,11 +178,10 @@ def measure_photo(
 
     upright_image = to_upright_rgb(image, processor.bit_depth)
     image_size = (upright_image.height, upright_image.width)
-    visible_region = get_visible_region(processor, image_size, config.patch_height_width)
     return PhotoMeasurements(
         config=config,
         image=upright_image,
-        visible_region=visible_region,
+        visible_region=get_visible_region(processor, image_size, config.patch_height_width),
         input_size=input_size,
         predictions=predictions,
         is_unknown=is_unknown,
@@ -211,9 +210,7 @@ def predict_photo(
     parts, halves, shares = draw_halves(model.config.get_grid_size(pixel_values.shape[-2:]))
     has_parts = shares.shape[1] > 1 and bool((pixel_values != pixel_values[..., :1, :1]).any())
     all_logits = get_logits_by_task(outputs)
-    hidden_logits = {}
-    if heads and has_parts:
-        hidden_logits = hide_parts(model, pixel_values, outputs, halves)
+    hidden_logits = hide_parts(model, pixel_values, outputs, halves) if heads and has_parts else {}
     for task, task_columns in build_task_columns(heads, MAX_LABELS).items():
         logits = all_logits[task]
         (labels,) = task_columns.select(logits)
@@ -224,8 +221,11 @@ def predict_photo(
         has_one_label = heads[task].problem_type == "single_label_classification"
         scores = compute_scores(hidden_logits[task], has_one_label)
         for label, index in zip(labels[:MAX_LABELS], order, strict=False):
-            values, errors = fit_effects(shares, scores[:, index])
-            attributions.append(Attribution(task or None, label, values[parts], errors[parts]))
+            effects = fit_effects(shares, scores[:, index])[:, parts]  # [2, gh, gw]
+            # Parts have whole patches, so they differ in size
+            size = [min(side, MAX_PARTS) for side in parts.shape]
+            (effects,) = nn.functional.interpolate(effects[None], size, mode="area")
+            attributions.append(Attribution(task or None, label, *effects))
     return predictions, attributions
 
 
@@ -254,8 +254,7 @@ def color_patches(features: Tensor, reference: int) -> tuple[Tensor, list[float]
     # 0.5 is the value of missing components if there are fewer than three components.
     colors = torch.full((*rows.shape[:2], NUM_COLOR_CHANNELS), 0.5)
     for index, layer in enumerate(components):
-        rotation, _ = orthogonal_procrustes(layer, components[reference])
-        rotated = layer @ rotation
+        rotated = layer @ orthogonal_procrustes(layer, components[reference])[0]
         low, high = np.quantile(rotated, COLOR_QUANTILES, axis=0)
         scaled = ((rotated - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
         colors[index, :, :num_components] = torch.from_numpy(scaled)
@@ -378,8 +377,8 @@ def compute_scores(logits: Tensor, has_one_label: bool) -> Tensor:
     return logits - torch.stack([logits[:, row].logsumexp(dim=1) for row in others], dim=1)
 
 
-def fit_effects(shares: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit what a score loses if a part is hidden, and the standard errors, [parts].
+def fit_effects(shares: Tensor, scores: Tensor) -> Tensor:
+    """Fit what a score loses if a part is hidden, and the standard errors, [2, parts].
 
     The fit is Bayesian ridge regression on the differences within pairs. Halves alone do not tell what all
     parts do together, which the photo and nothing do.
@@ -393,5 +392,5 @@ def fit_effects(shares: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     if not np.isfinite(differences).all():
         raise ValueError("the outputs of the model are not finite. Check its weights and precision")
     regression = BayesianRidge(fit_intercept=False).fit(pairs, differences)
-    errors = torch.from_numpy(regression.sigma_).diagonal().sqrt()
-    return torch.from_numpy(regression.coef_).float(), errors.float()
+    errors = np.sqrt(regression.sigma_.diagonal())
+    return torch.from_numpy(np.stack([regression.coef_, errors])).float()

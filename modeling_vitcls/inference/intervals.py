@@ -132,7 +132,7 @@ def estimate_average_precision(
     def measure(drawn: np.ndarray) -> np.ndarray:
         counts = np.bincount(drawn, minlength=len(unique))[groups]  # [N]
         precisions = whole.copy()
-        seen = counts @ labels > 0
+        seen = counts @ labels > 0  # Labels without images are not measured by scikit-learn
         precisions[seen] = average_precision_score(
             labels[:, seen], scores[:, seen], average=None, sample_weight=counts
         )

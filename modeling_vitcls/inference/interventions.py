@@ -113,13 +113,13 @@ def continue_from(model: Any, pixel_values: Tensor, states: Sequence[Tensor], sh
     num_passed = len(states) - 1
     later = layers[num_passed:]
 
-    def select(mask: Any, angles: Any, num_output_tokens: Any) -> tuple[Any, Any, Any]:
+    def select(mask: Any, angles: Any, *others: Any) -> Any:
         if mask is not None:  # [1, heads or 1, N or 1, N] -> [B, heads or 1, n, n]
             mask = mask[0].expand(-1, mask.shape[3], -1)
             mask = mask[:, kept[:, :, None], kept[:, None]].transpose(0, 1)
         if angles is not None:  # [2, (heads,) patches, head_dim] -> [2, B, heads or 1, n, head_dim]
             angles = angles.view(2, -1, *angles.shape[-2:])[:, :, shown].transpose(1, 2)
-        return mask, angles, num_output_tokens
+        return mask, angles, *others
 
     def run_later(
         hidden_states: Tensor, inputs: list[Any], read_layers: Collection[int], **kwargs: Any

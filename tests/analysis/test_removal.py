@@ -89,7 +89,7 @@ def test_the_part_with_the_sticker_that_decides_is_the_hottest(pooling: str) -> 
         ]
         pixels[place] = (255, 0, 255)
         values = map_of_color((1, -1, 1), pooling, pixels)
-        assert values[4 * row + 2, 4 * column + 2] == values.max()
+        assert values[row, column] == values.max()
 
 
 def test_most_of_what_raises_a_score_is_on_the_frame_that_decides() -> None:
@@ -98,4 +98,4 @@ def test_most_of_what_raises_a_score_is_on_the_frame_that_decides() -> None:
     pixels = np.full_like(photo, (30, 180, 60))
     pixels[inner] = photo[inner]
     values = map_of_color((-1, 1, -1), "mean", pixels).clamp(min=0)
-    assert values[4:-4, 4:-4].sum() < 0.25 * values.sum()
+    assert values[1:-1, 1:-1].sum() < 0.25 * values.sum()
