@@ -16,6 +16,7 @@ from helpers.digits_models import DIGITS, LABELS, PIXELS, STRIPED, STRIPES, trai
 from helpers.photo_folders import draw_pixels, get_unicode_forms
 from helpers.read_datasets import read_training_data
 from helpers.tiny_models import (
+    CLS,
     build_images,
     edit_config,
     edit_weights,
@@ -72,7 +73,7 @@ def save_digits(folder: Path, epochs: int, num_labels: int = 10) -> Path:
     model.config.id2label = {index: str(index) for index in range(num_labels)}
     known = num_labels > LABELS
     states = model(PIXELS[known], output_hidden_states=True).hidden_states[-1]
-    features = {(-1, "cls"): model.vitcls.normalize(states)[:, 0].detach().numpy()}
+    features = {CLS: model.vitcls.normalize(states)[:, 0].detach().numpy()}
     ClassStatistics.fit(features, LABELS[known].numpy(), num_labels).set_in_model(model)
     processor = ViTCLSImageProcessor(
         size=8, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]

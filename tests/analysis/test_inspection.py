@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from helpers.photo_folders import draw_noise
-from helpers.tiny_models import build_tiny_config, raises_one_line
+from helpers.tiny_models import PROCESSOR, build_tiny_config, raises_one_line
 from helpers.varied_models import center_logits
 from PIL import Image
 
@@ -20,7 +20,6 @@ from modeling_vitcls.evaluation.token_effects import read_batches
 
 NUM_IMAGES = 18
 IMAGES = draw_noise(*[(32, 32)] * NUM_IMAGES)
-PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:

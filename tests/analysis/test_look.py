@@ -12,6 +12,7 @@ from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import (
     LAYOUTS,
+    PROCESSOR,
     build_tiny_config,
     edit_config,
     raises_one_line,
@@ -38,9 +39,6 @@ from modeling_vitcls.analysis.look import draw_sheet
 from modeling_vitcls.analysis.photo import measure_photo
 from modeling_vitcls.analysis.sheet import Sheet, build_sheet
 from modeling_vitcls.analysis.token_use import find_token_use
-
-
-PROCESSOR = ViTCLSImageProcessor(size=32)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +157,7 @@ def test_every_tile_of_a_page_is_within_reach_and_names_are_text(
         id2label={0: name, 1: "x", 2: "y"}, num_hidden_layers=5, **SEVERAL_TOKENS
     )
     model = ViTCLSForImageClassification(config)
-    folder = save_with_processor(model, tmp_path / "model", PROCESSOR)
+    folder = save_with_processor(model, tmp_path / "model")
     assert run_here("look", photo, "--model", folder, "-o", tmp_path / "sheet.html") == 0
 
     page = browser.new_page()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers.tiny_models import CLS, MEAN
 from numpy.random import default_rng
 from numpy.testing import assert_allclose
 from pytest import approx
@@ -10,9 +11,6 @@ from sklearn.covariance import LedoitWolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from modeling_vitcls.frozen.class_statistics import ClassStatistics, build_label_scores
-
-
-CLS, MEAN = (-1, "cls"), (-1, "mean")
 
 
 def draw_features(num_images: int = 90) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +119,7 @@ def test_a_class_without_images_is_never_predicted() -> None:
 
 def test_classes_of_identical_images_are_told_apart() -> None:
     """As in a toy dataset of solid colors: nothing varies within a class."""
-    features = {(-1, "cls"): np.repeat(np.eye(3, 5), 4, axis=0)}
+    features = {CLS: np.repeat(np.eye(3, 5), 4, axis=0)}
     statistics = ClassStatistics.fit(features, np.repeat(range(3), 4), 3)
     weight, bias = statistics.build_classifier()
     assert (np.eye(3, 5) @ weight.T + bias).argmax(axis=1).tolist() == [0, 1, 2]
@@ -133,11 +131,9 @@ def test_rounding_errors_of_a_constant_feature_decide_nothing() -> None:
     labels = np.arange(60) % 3
     values = generator.normal(size=(60, 8)) + 3 * np.eye(3, 8)[labels]
     values[:, 7] = 1 + 1e-7 * generator.normal(size=60)
-    statistics = ClassStatistics.fit({(-1, "cls"): values}, labels, 3)
+    statistics = ClassStatistics.fit({CLS: values}, labels, 3)
     shifted = values + 1e-5 * np.eye(8)[7]
-    before, after = (
-        statistics.compute_distances({(-1, "cls"): each}) for each in (values, shifted)
-    )
+    before, after = (statistics.compute_distances({CLS: each}) for each in (values, shifted))
     assert np.allclose(before, after, rtol=1e-2)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_models import CLS
 from numpy.random import default_rng
 from pytest import approx
 
@@ -15,7 +16,6 @@ from modeling_vitcls.frozen.curve import (
 from modeling_vitcls.frozen.linear_probe import LinearProbe
 
 
-CLS = (-1, "cls")
 NAMES = ["coat", "Größe 40", "hat", "t-shirt"]
 
 

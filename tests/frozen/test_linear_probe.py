@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.tiny_models import raises_one_line
+from helpers.tiny_models import CLS, MEAN, raises_one_line
 from numpy.random import default_rng
 from pytest import CaptureFixture, MonkeyPatch, approx
 from scipy.spatial.distance import cdist
@@ -18,9 +18,6 @@ from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls.frozen.linear_probe import LinearProbe, split_folds
 from modeling_vitcls.runtime import progress
-
-
-CLS, MEAN = (-1, "cls"), (-1, "mean")
 
 
 def draw_images(

@@ -1,7 +1,7 @@
 """Small models, random weights and images, and a check for one-line errors."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification
 
 from modeling_vitcls import (
@@ -72,6 +73,11 @@ PARAMETERS = {
 }
 
 TASKS = {"species": 4, "age": 2}
+
+# Layer and kind of the pooled tokens that class statistics and linear probes read
+CLS, MEAN = (-1, "cls"), (-1, "mean")
+
+PROCESSOR = ViTCLSImageProcessor(size=32)  # no test changes it
 
 IMAGE_LABELS = torch.tensor([0, 2])  # of `IMAGES`
 
@@ -193,7 +199,7 @@ def edit_config(folder: Path, file: str = "config.json", **values: Any) -> None:
 
 def save_with_processor(model: PreTrainedModel, folder: Path, processor: Any = None) -> Path:
     """Save a model with random parameters and an image processor; return the folder."""
-    return save_both(randomize(model), folder, processor or ViTCLSImageProcessor(size=32))
+    return save_both(randomize(model), folder, processor or PROCESSOR)
 
 
 def save_classifier(folder: Path, *names: str, **fields: Any) -> Path:
@@ -270,19 +276,14 @@ def get_largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return (first - second).abs().max().item() if first.numel() else 0.0
 
 
-def list_tensors(output: Any) -> Iterator[torch.Tensor]:
-    """Yield all tensors in an output, in order."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from list_tensors(part)
+def list_tensors(output: Any) -> list[torch.Tensor]:
+    """Return all tensors in an output, in order."""
+    return [part for part in tree_leaves(output) if isinstance(part, torch.Tensor)]
 
 
 def assert_same_outputs(first: Any, second: Any, tolerance: float = 0.0) -> None:
     """Check that two outputs, or dicts or tuples of outputs, contain the same tensors."""
-    first_values = list(list_tensors(first))
-    second_values = list(list_tensors(second))
+    first_values, second_values = map(list_tensors, (first, second))
     assert first_values
     for one, other in zip(first_values, second_values, strict=True):
         assert get_largest_difference(one, other) <= tolerance

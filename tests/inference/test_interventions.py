@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, randomize
+from helpers.tiny_models import BLOCKS, build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.inference.interventions import continue_from, intervene
@@ -21,7 +21,7 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]], "pooling": "mean"},
+        BLOCKS["scopes"] | {"pooling": "mean"},
         {"attention_type": "differential", "layer_type": "post"},
         {"relative_position_bias": "layer", "_attn_implementation": "eager"},
         {"gated_tokens": {"registers": 1}},
@@ -62,7 +62,7 @@ def test_with_the_cls_token_of_another_photo_a_head_that_reads_it_answers_for_th
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+        BLOCKS["scopes"],
         {"relative_position_bias": "layer", "_attn_implementation": "eager"},
         {"position_embedding_type": "rope_2d", "num_distillation_tokens": 1},
         {"position_embedding_type": "rope_mixed", "gated_tokens": {"registers": 1}},

@@ -20,6 +20,7 @@ from helpers.photo_folders import draw_pixels, write_files
 from helpers.prediction_photos import predict, sorted_photos, write_predictions
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import (
+    PROCESSOR,
     build_random,
     build_tiny_config,
     edit_config,
@@ -85,7 +86,7 @@ def unreadable(tmp_path: Path, photos: Path) -> Path:
 
 def pixel_values(photos: Path) -> torch.Tensor:
     """Return the preprocessed photographs, [9, 3, 32, 32]."""
-    return ViTCLSImageProcessor(size=32)(sorted_photos(photos), return_tensors="pt")["pixel_values"]
+    return PROCESSOR(sorted_photos(photos), return_tensors="pt")["pixel_values"]
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -211,17 +212,16 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
 @torch.no_grad()
 def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(models / "several_labels")
-    processor = ViTCLSImageProcessor(size=32)
     probabilities = model(pixel_values(photos)).logits.sigmoid()
     threshold = probabilities.median().item()
-    rows = predict(model, processor, photos, threshold=threshold)
+    rows = predict(model, PROCESSOR, photos, threshold=threshold)
 
     assert [set(row["labels"]) for row in rows] == [
         {NAMES[label] for label in range(3) if image[label] >= threshold} for image in probabilities
     ]
     assert len({len(row["labels"]) for row in rows}) > 1
     assert all(row["probabilities"] == sorted(row["probabilities"], reverse=True) for row in rows)
-    best = predict(model, processor, photos, threshold=0, top_k=1)
+    best = predict(model, PROCESSOR, photos, threshold=0, top_k=1)
     assert [row["labels"] for row in best] == [
         [NAMES[label]] for label in probabilities.argmax(dim=1)
     ]
@@ -265,8 +265,7 @@ def test_features_of_any_layer_are_those_after_the_final_norm(
 
 def test_the_last_layer_of_a_model_without_a_final_norm_is_its_output(photos: Path) -> None:
     model = ViTCLSModel(build_tiny_config(final_norm=False))
-    processor = ViTCLSImageProcessor(size=32)
-    (row,) = predict(model, processor, photos / "a.jpg", features=["cls", "cls@2"])
+    (row,) = predict(model, PROCESSOR, photos / "a.jpg", features=["cls", "cls@2"])
     assert np.array_equal(row["cls"], row["cls@2"])
 
 
@@ -282,7 +281,7 @@ def test_the_last_layer_of_a_model_without_a_final_norm_is_its_output(photos: Pa
 def test_features_that_the_model_lacks_are_an_error(wrong: str, remedy: str, photos: Path) -> None:
     model = ViTCLSModel(build_tiny_config())
     with raises_one_line(f"`features={wrong!r}`", remedy):
-        predict(model, ViTCLSImageProcessor(size=32), photos, features=wrong)
+        predict(model, PROCESSOR, photos, features=wrong)
 
 
 # Inputs -------------------------------------------------------------------------------------------
@@ -338,7 +337,7 @@ def test_a_model_without_classes_predicts_no_labels(
 ) -> None:
     model = ViTCLSForImageClassification(build_tiny_config(**fields))
     with raises_one_line(problem, "--features cls"):
-        predict(model, ViTCLSImageProcessor(size=32), photos)
+        predict(model, PROCESSOR, photos)
 
 
 # Python function, and flags -----------------------------------------------------------------------

@@ -20,7 +20,7 @@ from helpers.fresh_processes import run_python
 from helpers.odd_photos import REFUSED, encode_turned, write_odd_photos
 from helpers.photo_folders import encode_image
 from helpers.sample_photographs import photograph
-from helpers.tiny_models import build_random, save_with_processor
+from helpers.tiny_models import CLS, build_random, save_with_processor
 from PIL import Image
 from pytest import MonkeyPatch, approx
 from scipy.special import softmax
@@ -92,13 +92,12 @@ def save_trained_model(folder: Path) -> Path:
     classifier = build_random(ViTCLSForImageClassification, id2label=dict(enumerate(NAMES)))
     features = {
         token: np.random.normal(size=(39, classifier.config.hidden_size))
-        for token in ((-1, "cls"), (-2, "mean"))
+        for token in (CLS, (-2, "mean"))
     }
     statistics = ClassStatistics.fit(features, np.arange(39) % len(NAMES), len(NAMES))
     statistics.set_in_model(classifier)
     classifier.config.distance_threshold = 100.0
-    processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    return save_with_processor(classifier, folder, processor)
+    return save_with_processor(classifier, folder)
 
 
 @pytest.fixture(scope="module")

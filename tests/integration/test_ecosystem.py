@@ -11,7 +11,14 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers.photo_folders import draw_noise
-from helpers.tiny_models import IMAGES, build_images, build_tiny_config, save_encoder
+from helpers.tiny_models import (
+    CLS,
+    IMAGES,
+    PROCESSOR,
+    build_images,
+    build_tiny_config,
+    save_encoder,
+)
 from numpy.random import default_rng
 from torch.testing import assert_close
 from transformers import (
@@ -89,7 +96,7 @@ def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path:
 
     model = build_tiny_classifier()
     features = default_rng(0).normal(size=(12, model.config.hidden_size))
-    ClassStatistics.fit({(-1, "cls"): features}, np.arange(12) % 3, 3).set_in_model(model)
+    ClassStatistics.fit({CLS: features}, np.arange(12) % 3, 3).set_in_model(model)
     data = [
         {"pixel_values": image, "labels": index % 3} for index, image in enumerate(build_images(12))
     ]
@@ -113,7 +120,7 @@ def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path:
         args=arguments,
         train_dataset=data,
         eval_dataset=data,
-        processing_class=ViTCLSImageProcessor(size=32),
+        processing_class=PROCESSOR,
         compute_metrics=compute_metrics,
     )
     before = trainer.evaluate()["eval_loss"]

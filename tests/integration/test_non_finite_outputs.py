@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers.command_in_process import check_error, run_here
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import build_random, save_both
+from helpers.tiny_models import PROCESSOR, build_random, save_both
 from pytest import CaptureFixture, MonkeyPatch
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
 
 TRAINING = (
@@ -29,7 +29,7 @@ def models(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
         (build_random(ViTCLSModel), "layernorm.weight", "encoder"),
     ):
         model.get_parameter(weight).data.fill_(torch.nan)
-        save_both(model, Path(folder), ViTCLSImageProcessor(size=32))
+        save_both(model, Path(folder), PROCESSOR)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from PIL import Image
 from pytest import MonkeyPatch
 
-from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls import ViTCLSModel
 
 
 NOTEBOOK = ROOT / "notebooks/photos.ipynb"
@@ -79,7 +79,7 @@ def test_the_notebook_runs_with_own_photos_as_it_says(
     write_phone_photos(tmp_path / "mine", "hat", "shoe")
     write_phone_photos(tmp_path / "other", "sock")
     encoder = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
-    save_with_processor(encoder, tmp_path / "vit", ViTCLSImageProcessor(size=32))
+    save_with_processor(encoder, tmp_path / "vit")
     (heading,) = (
         place for place, cell in enumerate(notebook.cells) if "## Draw photos" in cell.source
     )

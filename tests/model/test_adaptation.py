@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.tiny_models import (
+    BLOCKS,
     IMAGES,
     PARAMETERS,
     assert_same_bits,
@@ -372,7 +373,7 @@ CLASSIFIERS = {
     "relative positions": {"position_embedding_type": "none", "relative_position_bias": "shared"},
     "relative positions of layers": {"relative_position_bias": "layer"},
     "rotary positions": {"position_embedding_type": "rope_2d"},
-    "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    "scopes": BLOCKS["scopes"],
     "parallel layers": {"layer_type": "parallel"},
 }
 ADDED = [

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from helpers.fresh_processes import run_python
-from helpers.tiny_models import SIZES, build_tiny_config, edit_config, raises_one_line
+from helpers.tiny_models import PROCESSOR, SIZES, build_tiny_config, edit_config, raises_one_line
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
@@ -27,7 +27,6 @@ from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
-    ViTCLSImageProcessor,
     ViTCLSModel,
 )
 from modeling_vitcls.conversion.weight_rules import Fields
@@ -463,7 +462,7 @@ def test_one_line_registers_remote_code_for_composite_models(tmp_path: Path) -> 
     first = tmp_path / "first"
     second = tmp_path / "second"
     ViTCLSModel(build_tiny_config()).save_pretrained(first)
-    ViTCLSImageProcessor(size=32).save_pretrained(first)
+    PROCESSOR.save_pretrained(first)
     shutil.copytree(first, second)
     for folder in (first, second):
         code = folder / "modeling_vitcls.py"

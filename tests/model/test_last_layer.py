@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
+    BLOCKS,
     IMAGE_LABELS,
     IMAGES,
     MASK,
@@ -41,7 +42,7 @@ NUM_READ = [
     ({"position_embedding_type": "rope_2d"}, 1),
     (TOKENS, 3),
     (TOKENS | {"distillation_head": False, "cls_pooling": "concat", "mlp_type": "swiglu"}, 2),
-    (TOKENS | {"pooled_cls_tokens": [1], "cls_scopes": ["image", [2, 2, 0, 1]]}, 3),
+    (TOKENS | BLOCKS["scopes"] | {"pooled_cls_tokens": [1]}, 3),
     (TOKENS | {"gated_tokens": {"registers": 2}, "relative_position_bias": "layer"}, 3),
     (TOKENS | {"position_embedding_type": "rope_mixed", "qk_norm": True}, 3),
     (TOKENS | {"pooled_layers": [-2, -1]}, 3),

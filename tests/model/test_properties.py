@@ -168,7 +168,7 @@ def build_inputs(model: ViTCLSPreTrainedModel, height: int, width: int) -> dict[
 def run_training_step(model: ViTCLSPreTrainedModel) -> None:
     """Run a forward and a backward pass, and check that all outputs and gradients are finite."""
     output = model.train()(**build_inputs(model, *model.config.image_height_width))
-    results = list(list_tensors(output))
+    results = list_tensors(output)
     assert results
     assert all(result.isfinite().all() for result in results)
     sum(result.float().sum() for result in results).backward()
@@ -213,5 +213,5 @@ def test_valid_configurations_train_and_can_be_saved(
         (native_height + more[0], native_width + more[1]),
     ):
         inputs = build_inputs(model, height, width)
-        before, after = (list(list_tensors(each(**inputs))) for each in (model, loaded))
+        before, after = (list_tensors(each(**inputs)) for each in (model, loaded))
         assert_close(after, before, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
+    BLOCKS,
     IMAGES,
     LAYOUTS,
     MASK,
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 # Fields that change attention scores or masks.
 ATTENTIONS = {
-    "scopes": {"cls_scopes": ["image", [2, 2, 0, 1]]},
+    "scopes": BLOCKS["scopes"],
     "gates": {"gated_tokens": {"registers": 2}},
     "scopes and gates": {"cls_scopes": [[2, 1, 1, 0], "image"], "gated_tokens": {"cls": 1}},
     "rotary": {"position_embedding_type": "rope_2d"},

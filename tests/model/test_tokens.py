@@ -26,6 +26,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.conversion.weight_rules import Fields
+from modeling_vitcls.training.options import parse_cls_scopes
 
 
 # Layout
@@ -127,7 +128,7 @@ def test_both_heads_read_only_their_tokens(fields: Fields, expected: Callable) -
 
 # Scopes: the part of the image to which each CLS token attends
 
-QUADRANTS = [[2, 2, row, column] for row in range(2) for column in range(2)]
+QUADRANTS = parse_cls_scopes(["2x2"])
 
 
 def _build_scoped_model(attention: str = "sdpa", **fields: Any) -> ViTCLSModel:
@@ -190,7 +191,7 @@ def test_a_4d_mask_is_used_without_changes() -> None:
 
 
 def test_cells_cover_an_uneven_grid_without_gap_or_overlap() -> None:
-    scopes = [[2, 3, row, column] for row in range(2) for column in range(3)]
+    scopes = parse_cls_scopes(["2x3"])
     model = _build_scoped_model(image_size=[40, 56], cls_scopes=scopes)  # 5 x 7 patches
     for size in ({"height": 40, "width": 56}, {"height": 24, "width": 88}):
         seen = sum(_get_receptive_field(model, index, size=size).int() for index in range(6))

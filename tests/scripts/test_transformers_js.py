@@ -14,12 +14,19 @@ import torch
 from helpers.fresh_processes import run_program
 from helpers.photo_folders import draw_noise
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, save_both
+from helpers.tiny_models import (
+    PROCESSOR,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    save_both,
+)
 from helpers.varied_models import center_logits
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.onnx_file import OnnxGraph
+from modeling_vitcls.runtime.files import write_json
 from scripts.space.static_space import TRANSFORMERS_JS_VERSION
 
 
@@ -55,12 +62,11 @@ def build_photos() -> list[Image.Image]:
 def web(module_path: Path) -> Path:
     """Return the folder of an exported classifier, next to its weights."""
     config = build_tiny_config(num_hidden_layers=1, num_register_tokens=2, num_labels=10)
-    processor = ViTCLSImageProcessor(size=32)
-    pixel_values = processor(build_photos(), return_tensors="pt")["pixel_values"]
+    pixel_values = PROCESSOR(build_photos(), return_tensors="pt")["pixel_values"]
     model = center_logits(ViTCLSForImageClassification(config), pixel_values)
     flags = [
         "--model",
-        save_both(model, module_path / "mine", processor),
+        save_both(model, module_path / "mine", PROCESSOR),
         "--output",
         module_path / "web",
     ]
@@ -94,7 +100,7 @@ def test_node_predicts_the_labels_of_the_model(web: Path, tmp_path: Path) -> Non
         pytest.skip(f"npm cannot install {package}: {installed.stderr.strip()[-200:]}")
     photos = build_photos()
     images = [{"data": list(photo.tobytes()), "width": 32, "height": 32} for photo in photos]
-    (tmp_path / "images.json").write_text(json.dumps(images))
+    write_json(tmp_path / "images.json", images)
     (tmp_path / "predict.mjs").write_text(PREDICT)
     ran = run_program("node", "predict.mjs", web.parent, "images.json", cwd=tmp_path)
 
