@@ -375,10 +375,14 @@ def test_a_split_may_have_the_names_that_another_declares(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_a_field_of_objects_is_a_label_column(suffix: str, photos: Path) -> None:
+def test_a_field_of_objects_and_of_lists_of_them_is_a_label_column(
+    suffix: str, photos: Path
+) -> None:
     objects = [{"title": "ab"[index % 2], "id": index} for index in range(4)]
-    table = write_table(photos / f"objects{suffix}", file_name=FILES[:4], meta=objects)
-    for column, classes in (("meta.title", ["a", "b"]), ("meta.id", ["0", "1", "2", "3"])):
+    lists = [[each] for each in objects]
+    table = write_table(photos / f"objects{suffix}", file_name=FILES[:4], meta=objects, a=lists)
+    numbers = ["0", "1", "2", "3"]
+    for column, classes in (("meta.title", ["a", "b"]), ("meta.id", numbers), ("a.id", numbers)):
         assert read_splits_of(table, label_column=(column,)).label_space.names == classes
 
 
@@ -428,11 +432,6 @@ def test_partitions_are_splits_and_columns(photos: Path, tmp_path: Path) -> None
     images = read_splits_of(tmp_path)
     assert images.label_space.names == ["a b", "c"]
     assert images.images_by_split["test"].labels == [1]
-
-
-def test_a_field_of_objects_in_a_list_is_a_label(photos: Path) -> None:
-    table = write_table(photos / "list.jsonl", file_name=FILES[:2], a=[[{"b": 1}], [{"b": 2}]])
-    assert read_splits_of(table, label_column=("a.b",)).label_space.names == ["1", "2"]
 
 
 def test_a_column_with_other_values_than_splits_is_named(photos: Path) -> None:

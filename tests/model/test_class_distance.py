@@ -12,8 +12,10 @@ import peft
 import pytest
 import torch
 from helpers.tiny_models import (
+    CLS,
     IMAGE_LABELS,
     IMAGES,
+    MEAN,
     build_images,
     build_random,
     get_largest_difference,
@@ -33,7 +35,7 @@ from modeling_vitcls.model.class_distance_vitcls import sum_weights
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-TOKENS = ((-2, "cls"), (-2, "mean"), (-1, "cls"))
+TOKENS = ((-2, "cls"), (-2, "mean"), CLS)
 
 
 @torch.no_grad()
@@ -100,7 +102,9 @@ def test_the_gradient_of_a_distance_is_that_of_autograd() -> None:
         assert model(IMAGES).distance is not None
 
 
-def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> None:
+def test_statistics_are_saved_and_loaded_with_the_weights_but_are_no_parameters(
+    tmp_path: Path,
+) -> None:
     model = build_model()
     model.save_pretrained(tmp_path)
     loaded = ViTCLSForImageClassification.from_pretrained(tmp_path).eval()
@@ -108,6 +112,7 @@ def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> Non
     stored = ClassStatistics.from_model(loaded)
     assert stored is not None
     assert_allclose(stored.means[0], fit_statistics(model).means[0], rtol=1e-5)
+    assert ModelFolder(tmp_path).num_parameters == model.num_parameters()
 
 
 def test_a_model_that_is_built_in_half_precision_keeps_the_digits_of_statistics() -> None:
@@ -125,12 +130,6 @@ def test_logits_have_the_same_bits_with_and_without_statistics() -> None:
     outputs = model(IMAGES)
     assert torch.equal(outputs.logits, logits)
     assert outputs.distance is None
-
-
-def test_statistics_are_not_counted_as_parameters(tmp_path: Path) -> None:
-    model = build_model()
-    model.save_pretrained(tmp_path)
-    assert ModelFolder(tmp_path).num_parameters == model.num_parameters()
 
 
 # Validity -----------------------------------------------------------------------------------------
@@ -378,7 +377,7 @@ def test_a_classifier_of_other_features_is_equal_named_or_refused(
     caplog: LogCaptureFixture,
 ) -> None:
     fields = {"pooling": "mean", "pooled_layers": [-1, -2], "num_register_tokens": 2}
-    model = build_model((*TOKENS, (-1, "mean")), **fields)
+    model = build_model((*TOKENS, MEAN), **fields)
     model.save_pretrained(tmp_path)
     if outcome == "error":
         with pytest.raises(RuntimeError, match="raising an error"):
