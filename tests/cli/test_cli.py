@@ -11,6 +11,7 @@ import pytest
 import transformers
 from helpers.command_in_process import run_here
 from helpers.photo_folders import get_unicode_forms, write_photos
+from helpers.released_models import RELEASED
 from helpers.scripts_in_process import SCRIPTS
 from packaging import version
 from PIL import Image
@@ -124,7 +125,7 @@ def test_help_and_wrong_flags_do_not_load_torch(arguments: tuple[str, ...]) -> N
 def test_a_photo_is_predicted_without_libraries_of_tables_and_training(tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.new("RGB", (40, 30)).save(photo)
-    model = Path(__file__).parents[1] / "fixtures/released/0.2.0/classifier"
+    model = RELEASED / "0.2.0/classifier"
     ran = run_command("predict", "--model", str(model), str(photo))
     assert ran.returncode == 0, ran.stderr
     assert not {"datasets", "pandas", "sklearn", "matplotlib", "timm"} & set(ran.stderr.split())

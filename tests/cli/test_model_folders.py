@@ -1,6 +1,5 @@
 """Commands read a model folder whose files do not belong together, or that would run code."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.features import FrozenEncoder
 from modeling_vitcls.runtime.errors import warn_on_first_process
-from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -31,7 +30,7 @@ def add_second_set_of_weights(folder: Path) -> None:
     shard = "model-00001-of-00001.safetensors"
     save_file(weights, folder / shard, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def pickle_weights(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Models written as classes of transformers: folder, card, push, and no remote code."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +158,7 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "native/config.resolved.yaml").is_file()
 
     (tmp_path / "native/results.json").unlink()
-    (folder / "results.json").write_text(
-        json.dumps(results | {"weights_sha256": {"model.safetensors": "other"}})
-    )
+    others = {"weights_sha256": {"model.safetensors": "other"}}
+    write_json(folder / "results.json", results | others)
     copy_results(ModelFolder(folder), tmp_path / "native")
     assert not (tmp_path / "native/results.json").exists()

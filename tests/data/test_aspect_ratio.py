@@ -23,7 +23,6 @@ from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.image_pass import read_pixels
 from modeling_vitcls.inference.load_model import load_for_inference
-from modeling_vitcls.training.options import ModelOptions
 
 
 CROP = {
@@ -73,7 +72,7 @@ def test_a_white_square_at_each_edge_reaches_the_input(
     """
     flags = {} if resize is None else {"resize": resize}
     _, processor, _ = build_initial_model(
-        ModelOptions(model=str(cropping_checkpoint), image_size=image_size, **flags), LABELS
+        cropping_checkpoint, LABELS, image_size=image_size, **flags
     )
     processor.save_pretrained(tmp_path)
     fixed_transform, _ = build_augmentation(AugmentationOptions(crop_scale=1.0), processor)

@@ -103,22 +103,16 @@ def test_only_small_datasets_are_decoded_once(monkeypatch: MonkeyPatch) -> None:
 # Unreadable images --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def half_unreadable(tmp_path: Path) -> LabeledImages:
-    """Return six images, of which the second, the third and the last are unreadable."""
-    for index, image in enumerate(NOISE[:6]):
-        if index in (1, 2, 5):
-            (tmp_path / f"{index}.png").write_bytes(b"no image")
-        else:
-            image.save(tmp_path / f"{index}.png")
-    return LabeledImages(
-        DatasetImages.from_list([str(tmp_path / f"{index}.png") for index in range(6)]),
-        list(range(6)),
-    )
-
-
-def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImages) -> None:
+def test_the_next_image_replaces_an_unreadable_one(tmp_path: Path) -> None:
     """The batches are the same with and without workers, and from any step."""
+    replacements = {1: 3, 2: 3, 5: 0}
+    files = [tmp_path / f"{index}.png" for index in range(6)]
+    for index, file in enumerate(files):
+        if index in replacements:
+            file.write_bytes(b"no image")
+        else:
+            NOISE[index].save(file)
+    images = LabeledImages(DatasetImages.from_list(list(map(str, files))), list(range(6)))
     options = {
         "crop_scale": 0.5,
         "flip": True,
@@ -128,11 +122,10 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
     plan = build_plan(6, epochs=3, batch_size=3)
 
     batches = list(
-        iterate_training_batches(build_images(half_unreadable, **options), plan, 0, num_workers=2)
+        iterate_training_batches(build_images(images, **options), plan, 0, num_workers=2)
     )
     assert len(batches) == 6
 
-    replacements = {1: 3, 2: 3, 5: 0}
     for keys, batch in zip(plan.iterate_keys(0), batches, strict=True):
         wanted = [index for _, index in keys]
         assert (
@@ -143,9 +136,7 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
         assert set(batch["errors"]) == replacements.keys() & set(wanted)
         assert all(f"{index}.png" in message for index, message in batch["errors"].items())
 
-    resumed = iterate_training_batches(
-        build_images(half_unreadable, **options), plan, 0, 0, first_step=1
-    )
+    resumed = iterate_training_batches(build_images(images, **options), plan, 0, 0, first_step=1)
     assert all(are_equal(*pair) for pair in zip(resumed, batches[1:], strict=True))
 
 

@@ -352,16 +352,17 @@ def tagged_digits(module_path: Path) -> Path:
     return module_path
 
 
-def build_tag_options(folder: Path, encoder: Path, tagged_digits: Path, **flags: Any) -> Any:
-    """Return the options of a run on the tagged digits."""
+def train_on_tags(folder: Path, encoder: Path, tagged_digits: Path, **flags: Any) -> Any:
+    """Return the results of a run on the tagged digits."""
     columns = {"label_column": ("tags",)}
-    return build_options(folder, encoder, tagged_digits / "train.csv", **columns | flags)
+    options = build_options(folder, encoder, tagged_digits / "train.csv", **columns | flags)
+    return run_training(options)
 
 
 def test_several_labels_train_a_frozen_model_and_are_cross_validated(
     encoder: Path, tagged_digits: Path, tmp_path: Path
 ) -> None:
-    results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits))
+    results = train_on_tags(tmp_path / "run", encoder, tagged_digits)
     assert (results["steps"], results["split"]) == (0, "cross-validation")
     assert results["num_images"] == results["num_training_images"] == 100
     low, high = results["mean_average_precision_interval"]
@@ -382,8 +383,7 @@ def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alon
     encoder: Path, tagged_digits: Path, tmp_path: Path
 ) -> None:
     tasks = ("half", "number")
-    options = build_tag_options(tmp_path / "run", encoder, tagged_digits, label_column=tasks)
-    results = run_training(options)
+    results = train_on_tags(tmp_path / "run", encoder, tagged_digits, label_column=tasks)
     assert (results["steps"], results["split"]) == (0, "cross-validation")
     assert results["num_images"] == 100
     model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path / "run").eval()
@@ -391,8 +391,7 @@ def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alon
     found = model(process(tmp_path / "run", images)).logits
     for task in tasks:
         run = tmp_path / task
-        flags = {"label_column": (task,)}
-        alone = run_training(build_tag_options(run, encoder, tagged_digits, **flags))
+        alone = train_on_tags(run, encoder, tagged_digits, label_column=(task,))
         own = results["tasks"][task]
         assert own["num_images"] == alone["num_images"] < 100
         assert own["accuracy_interval"] == approx(alone["accuracy_interval"], abs=1e-3)
@@ -404,7 +403,7 @@ def test_a_task_that_no_fold_can_measure_leaves_the_others_their_result(
     encoder: Path, tagged_digits: Path, tmp_path: Path
 ) -> None:
     flags = {"label_column": ("half", "place")}
-    results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits, **flags))
+    results = train_on_tags(tmp_path / "run", encoder, tagged_digits, **flags)
     assert "accuracy" not in results["tasks"]["place"]
     assert results["accuracy"] == results["tasks"]["half"]["accuracy"]
 
@@ -417,6 +416,6 @@ def test_steps_on_several_labels_end_at_the_mean_with_the_frozen_start(
     encoder: Path, tagged_digits: Path, tmp_path: Path, columns: tuple[str, ...], metric: str
 ) -> None:
     flags = {"epochs": 1, "label_column": columns}
-    results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits, **flags))
+    results = train_on_tags(tmp_path / "run", encoder, tagged_digits, **flags)
     assert results["average_with_start"] == 0.5
     assert results[metric] > results["before_steps"][metric] - 0.05

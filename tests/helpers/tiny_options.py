@@ -103,8 +103,9 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     )
 
 
-def build_initial_model(options: ModelOptions, label_space: LabelSpace) -> Any:
+def build_initial_model(model: object, label_space: LabelSpace, **flags: Any) -> Any:
     """Return model, image processor and names of new parameters, as at a run's start."""
+    options = ModelOptions(model=str(model), **flags)
     initial = resolve_initial_model(options.model)
     config_values = options.get_config_values()
     return build_model(initial, label_space, config_values, options.resize, options.bit_depth)

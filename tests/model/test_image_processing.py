@@ -388,13 +388,14 @@ def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
 def test_damaged_and_long_metadata_of_png_files_are_named(backend: type) -> None:
     texts, long_texts = PngInfo(), PngInfo()
     texts.add_text("a", "bcdef")
-    content = encode_image(PIL.Image.new("RGB", (8, 8)), pnginfo=texts)
-    damaged = content.replace(b"bcdef", b"bcdeg")
+    long_texts.add_text("parameters", "x" * 3_000_000, zip=True)
+    short, long = (
+        encode_image(PIL.Image.new("RGB", (8, 8)), pnginfo=each) for each in (texts, long_texts)
+    )
+    damaged = short.replace(b"bcdef", b"bcdeg")
     assert "the file is damaged, such as by a wrong checksum" in get_error(backend, damaged)
     assert "with three bands" in get_error(backend, b"II*\0" + bytes(40))
-    long_texts.add_text("parameters", "x" * 3_000_000, zip=True)
-    content = encode_image(PIL.Image.new("RGB", (8, 8)), pnginfo=long_texts)
-    assert "its metadata (texts or color profile) exceeds 1 MB" in get_error(backend, content)
+    assert "its metadata (texts or color profile) exceeds 1 MB" in get_error(backend, long)
 
 
 def test_the_thumbnail_of_a_raw_file_is_no_photo(backend: type) -> None:

@@ -18,7 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from helpers.accelerate_state import reset_accelerate
 from helpers.batch_plans import build_plan
 from helpers.read_datasets import read_training_data
-from helpers.tiny_models import assert_same_bits, build_random
+from helpers.tiny_models import PROCESSOR, assert_same_bits, build_random
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
 from helpers.warm_processes import SECONDS
 from pytest import MonkeyPatch, approx
@@ -29,7 +29,6 @@ from torch.testing import assert_close
 from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
-    ViTCLSImageProcessor,
 )
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import (
@@ -86,7 +85,7 @@ class RecordedLoop:
             cpu=True, gradient_accumulation_steps=self.plan.accumulation_steps
         )
         torch.manual_seed(0)
-        self.model, processor, _ = build_initial_model(TINY, DIGITS.label_space)
+        self.model, processor, _ = build_initial_model(label_space=DIGITS.label_space, **vars(TINY))
         prepared = self.accelerator.prepare(self.model, optimizer(self.model))
         self.normalise = Normalizer(processor, self.accelerator.device)
         self.reporter = Mock(console=Console(quiet=True))
@@ -121,7 +120,7 @@ class RecordedLoop:
     def batches(self) -> Iterator[Any]:
         pictures = TrainingImages(
             DIGITS.train,
-            *build_augmentation(PLAIN, ViTCLSImageProcessor(size=[32, 32])),
+            *build_augmentation(PLAIN, PROCESSOR),
             label_space=DIGITS.label_space,
             to_rgb=True,
             seed=0,
@@ -153,7 +152,7 @@ def test_steps_equal_a_plain_training_loop(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr("modeling_vitcls.training.loop.MAX_GRADIENT_NORM", 0.1)
     bench = RecordedLoop(build_sgd, **settings)
     torch.manual_seed(0)
-    reference = build_initial_model(TINY, DIGITS.label_space)[0].train()
+    reference = build_initial_model(label_space=DIGITS.label_space, **vars(TINY))[0].train()
     optimizer = build_sgd(reference)
     batches = bench.batches()
     norms = []

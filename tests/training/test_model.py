@@ -38,7 +38,6 @@ from modeling_vitcls.training.model import (
     set_train_mode,
     set_trainable_parameters,
 )
-from modeling_vitcls.training.options import ModelOptions
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_extra_heads_are_dropped_because_fine_tuning_changes_their_features(
 ) -> None:
     save_classifier(tmp_path, extra_heads={"weather": {"labels": ["rain", "sun"]}})
     label_space = OneLabel({"label": labels})
-    model, _, new_names = build_initial_model(ModelOptions(model=str(tmp_path)), label_space)
+    model, _, new_names = build_initial_model(tmp_path, label_space)
     assert model.config.extra_heads is None
     assert not model.extra_heads
     assert ("classifier.weight" in new_names) == (labels == ["no", "yes"])
@@ -72,7 +71,7 @@ def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(
     two_tasks: Path, label_space: LabelSpace
 ) -> None:
     saved = ViTCLSForMultiTaskClassification.from_pretrained(two_tasks)
-    model, _, new_names = build_initial_model(ModelOptions(model=str(two_tasks)), label_space)
+    model, _, new_names = build_initial_model(two_tasks, label_space)
     heads = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
     assert heads <= new_names
     kept = saved.vitcls.layers[0].mlp.fc1.weight
@@ -109,9 +108,7 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     }
     saved = ViTCLSForImageClassification(build_tiny_config(**fields))
     save_with_processor(saved, tmp_path)
-    model, _, new_names = build_initial_model(
-        ModelOptions(model=str(tmp_path)), build({"label": names})
-    )
+    model, _, new_names = build_initial_model(tmp_path, build({"label": names}))
 
     assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
@@ -127,9 +124,7 @@ def test_a_classifier_of_other_layers_or_pooling_is_replaced(
 ) -> None:
     names = ["ant", "bee"]
     save_classifier(tmp_path, *names, pooling="cls_mean", pooled_layers=[-2, -1])
-    model, _, new_names = build_initial_model(
-        ModelOptions(model=str(tmp_path), **flags), OneLabel({"label": names})
-    )
+    model, _, new_names = build_initial_model(tmp_path, OneLabel({"label": names}), **flags)
 
     assert new_names == {"classifier.weight", "classifier.bias"}
     assert model.classifier.in_features == 2 * model.config.hidden_size
@@ -140,7 +135,7 @@ def test_a_new_classifier_keeps_the_pooling_of_the_encoder(stored: Fields, tmp_p
     encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
     save_with_processor(encoder, tmp_path)
     labels = OneLabel({"label": ["ant", "bee"]})
-    model, _, _ = build_initial_model(ModelOptions(model=str(tmp_path)), labels)
+    model, _, _ = build_initial_model(tmp_path, labels)
     assert model.config.pooling == encoder.config.pooling
     assert_same_bits(model.vitcls.state_dict(), encoder.state_dict())
 
@@ -157,10 +152,8 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
         id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2, use_mask_token=True
     )
     save_with_processor(ViTCLSForImageClassification(config).bfloat16(), tmp_path)
-    options = ModelOptions(
-        model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention"
-    )
-    model, _, new_names = build_initial_model(options, OneLabel({"label": names}))
+    flags = {"num_distillation_tokens": 1, "num_register_tokens": 1, "pooling": "attention"}
+    model, _, new_names = build_initial_model(tmp_path, OneLabel({"label": names}), **flags)
     vit = model.vitcls
     assert {parameter.dtype for parameter in vit.parameters()} == {torch.float32}
     frozen = [name for name, parameter in vit.named_parameters() if not parameter.requires_grad]
@@ -284,8 +277,9 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
     )
     save_with_processor(saved, tmp_path)
     labels = OneLabel({"label": names})
-    options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
-    model, _, new_names = build_initial_model(options, labels)
+    model, _, new_names = build_initial_model(
+        tmp_path, labels, num_distillation_tokens=1, num_register_tokens=3
+    )
     found = group_trainable(set_trainable_parameters(model, choice, new_names))
     new = {"gates.gates"} | {
         f"embeddings.{name}" for name in ("distillation_token", "register_tokens")
