@@ -361,10 +361,12 @@ def hide_parts(model: Any, pixel_values: Tensor, outputs: Any, halves: Tensor) -
     """
     gray = pixel_values.mean(dim=(2, 3), keepdim=True).expand_as(pixel_values)
     passed = outputs.hidden_states[: 1 + model.config.num_hidden_layers // 3]
-    batches = halves.to(pixel_values.device).split(BATCH_SIZE)
     # Rounded to bf16, effects of up to 0.54 differed by 0.01, a tenth of their standard errors.
     with build_autocast("auto", pixel_values.device, model.config)():
-        hidden = [continue_from(model, pixel_values, passed, batch) for batch in batches]
+        hidden = [
+            continue_from(model, pixel_values, passed, batch.to(pixel_values.device))
+            for batch in halves.split(BATCH_SIZE)
+        ]
         logits = [get_logits_by_task(each) for each in (outputs, model(gray), *hidden)]
     return {task: torch.cat([each[task] for each in logits]).cpu().double() for task in logits[0]}
 
@@ -387,10 +389,10 @@ def fit_effects(shares: Tensor, scores: Tensor) -> Tensor:
         shares: how much of each part M halves have, [M, parts].
         scores: [2 + M] of the photo, of nothing and of the halves.
     """
-    pairs = torch.cat([torch.ones_like(shares[:1]), shares[0::2] - shares[1::2]]).numpy()
-    differences = (scores[0::2] - scores[1::2]).numpy()
+    pairs = torch.cat([torch.ones_like(shares[:1]), shares[::2] - shares[1::2]]).numpy()
+    differences = (scores[::2] - scores[1::2]).numpy()
     if not np.isfinite(differences).all():
         raise ValueError("the outputs of the model are not finite. Check its weights and precision")
     regression = BayesianRidge(fit_intercept=False).fit(pairs, differences)
-    errors = np.sqrt(regression.sigma_.diagonal())
-    return torch.from_numpy(np.stack([regression.coef_, errors])).float()
+    effects = np.stack([regression.coef_, np.sqrt(regression.sigma_.diagonal())])
+    return torch.from_numpy(effects).float()
