@@ -50,6 +50,13 @@ def test_mean_average_precision_is_scikit_learns_and_its_interval_that_of_new_im
     assert precision == approx(np.mean(with_images))
     expected = average_precision_score(*(each[:, :3] for each in draw(20_000)[::-1]))
     assert interval[0] < expected < interval[1]
-    copies = [np.concatenate([each] * 4) for each in (scores, labels)]
-    _, of_groups = estimate_average_precision(*copies, groups=np.tile(np.arange(300), 4)).values()
+    copies = [np.repeat(each, 4, axis=0) for each in (scores, labels)]
+    _, of_groups = estimate_average_precision(*copies, groups=np.arange(1200) // 4).values()
     assert of_groups == approx(interval, abs=0.02)
+
+
+def test_a_label_that_a_sample_lacks_has_there_what_it_has_on_all_images() -> None:
+    scores = np.arange(80)[:, None].repeat(2, axis=1)
+    labels = (scores == 78) | [True, False]  # the second of 80 images, in 63% of the samples
+    _, (low, high) = estimate_average_precision(scores, labels, np.arange(80)).values()
+    assert 0.5 <= low < high < 0.95
