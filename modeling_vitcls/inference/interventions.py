@@ -124,12 +124,12 @@ def continue_from(model: Any, pixel_values: Tensor, states: Sequence[Tensor], sh
     def run_later(
         hidden_states: Tensor, inputs: list[Any], read_layers: Collection[int], **kwargs: Any
     ) -> dict[int, Tensor]:
-        inputs[:] = [select(*each) for each in inputs]  # The model may call its last layer again
+        inputs = [select(*each) for each in inputs[num_passed:]]
         passed = [each[0, kept] for each in states]
-        found = later(passed.pop(), inputs[num_passed:], range(len(inputs) + 1), **kwargs)
+        found = later(passed.pop(), inputs, range(len(later) + 1), **kwargs)
         return dict(enumerate([*passed, *found.values()]))
 
-    layers.forward = run_later
+    layers.forward = run_later  # Therefore, the last layer computes all tokens
     try:
         return model(pixel_values)
     finally:

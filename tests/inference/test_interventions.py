@@ -85,8 +85,7 @@ def test_patches_that_are_left_out_are_as_if_they_were_hidden(fields: dict[str, 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_photo_that_keeps_its_patches_has_its_outputs(layers: int) -> None:
     heads = {"added": {"labels": ["a", "b"], "pooling": "mean", "pooled_layers": [-3, -1]}}
-    fields = {"position_embedding_type": "rope_2d", "compute_all_tokens": False}
-    model = build_classifier(**fields, num_register_tokens=1)
+    model = build_classifier(position_embedding_type="rope_2d", num_register_tokens=1)
     model = randomize(model.adapt(extra_heads=heads)).eval().requires_grad_(False)
     expected = model(PIXELS[:1], output_hidden_states=True)
     states = expected.hidden_states[: layers + 1]
