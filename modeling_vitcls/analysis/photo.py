@@ -51,8 +51,8 @@ class Attribution:
     Attributes:
         task: name of the task; None for the classifier itself.
         label: name and probability of the label.
-        values: change of the log odds, one for each part [rows, columns] of the photo: positive where
-            the score falls without the part.
+        values: [gh, gw], for each patch the change of the log odds without the part to which it belongs:
+            positive where the score falls.
         errors: standard errors of the values.
     """
 
@@ -222,9 +222,6 @@ def predict_photo(
         scores = compute_scores(hidden_logits[task], has_one_label)
         for label, index in zip(labels[:MAX_LABELS], order, strict=False):
             effects = fit_effects(shares, scores[:, index])[:, parts]  # [2, gh, gw]
-            # Parts have whole patches, so they differ in size
-            size = [min(side, MAX_PARTS) for side in parts.shape]
-            (effects,) = nn.functional.interpolate(effects[None], size, mode="area")
             attributions.append(Attribution(task or None, label, *effects))
     return predictions, attributions
 

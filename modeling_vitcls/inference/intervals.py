@@ -133,9 +133,10 @@ def estimate_average_precision(
         counts = np.bincount(drawn, minlength=len(unique))[groups]  # [N]
         precisions = whole.copy()
         seen = counts @ labels > 0  # Labels without images are not measured by scikit-learn
-        precisions[seen] = average_precision_score(
-            labels[:, seen], scores[:, seen], average=None, sample_weight=counts
-        )
+        if seen.any():
+            precisions[seen] = average_precision_score(
+                labels[:, seen], scores[:, seen], average=None, sample_weight=counts
+            )
         return precisions.mean()
 
     whole = np.atleast_1d(average_precision_score(labels, scores, average=None))

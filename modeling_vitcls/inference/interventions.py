@@ -13,11 +13,13 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from ..model.attention_masks_vitcls import apply_mask, require_mask
+from ..model.blocks_vitcls import ViTCLSLayers
 
 
 # The first and the last layer, from 1; None is all layers
@@ -89,16 +91,20 @@ def intervene(
 def continue_from(model: Any, pixel_values: Tensor, states: Sequence[Tensor], shown: Tensor) -> Any:
     """Run the later layers of a model on some patches of a photo that has passed the earlier ones.
 
-    The other patches are left out of the sequence. Those that stay keep their positions.
+    The other patches are left out of the sequence. Those that stay keep their positions. Meanwhile, no other
+    thread may use the model.
 
     Args:
-        model: any ViTCLS model.
+        model: any ViTCLS classifier or encoder, with SDPA or eager attention if it has a mask.
         pixel_values: the photo [1, C, H, W].
         states: [1, N, D] before the first layer and after each layer that the photo has passed.
         shown: [B, n], the patches that stay in each of B sequences.
 
     Returns:
         The outputs of the model for B images.
+
+    Raises:
+        ValueError: if the attention takes no mask that the model has.
 
     Examples:
         >>> from modeling_vitcls import ViTCLSForImageClassification
@@ -108,6 +114,8 @@ def continue_from(model: Any, pixel_values: Tensor, states: Sequence[Tensor], sh
         >>> logits = continue_from(model, pixel_values, states, torch.tensor([[0, 1], [2, 3]])).logits
     """
     layers = model.base_model.layers
+    if type(layers) is nn.ModuleList:  # A person has replaced the list
+        layers = model.base_model.layers = ViTCLSLayers(layers)
     special = shown.new_tensor(range(model.config.token_layout.num_prefix_tokens))
     kept = torch.cat([special.expand(len(shown), -1), len(special) + shown], dim=1)
     num_passed = len(states) - 1
@@ -115,6 +123,7 @@ def continue_from(model: Any, pixel_values: Tensor, states: Sequence[Tensor], sh
 
     def select(mask: Any, angles: Any, *others: Any) -> Any:
         if mask is not None:  # [1, heads or 1, N or 1, N] -> [B, heads or 1, n, n]
+            require_mask(model.config, "leaving patches out")
             mask = mask[0].expand(-1, mask.shape[3], -1)
             mask = mask[:, kept[:, :, None], kept[:, None]].transpose(0, 1)
         if angles is not None:  # [2, (heads,) patches, head_dim] -> [2, B, heads or 1, n, head_dim]
@@ -129,8 +138,6 @@ def continue_from(model: Any, pixel_values: Tensor, states: Sequence[Tensor], sh
         found = later(passed.pop(), inputs, range(len(later) + 1), **kwargs)
         return dict(enumerate([*passed, *found.values()]))
 
-    layers.forward = run_later  # Therefore, the last layer computes all tokens
-    try:
+    # A patched `forward` lets the last layer compute all tokens. One of Accelerate comes back.
+    with patch.object(layers, "forward", run_later):
         return model(pixel_values)
-    finally:
-        del layers.forward

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-BATCH_SIZE = 8  # Four passes of 32 images of a large model would take minutes
+BATCH_SIZE = 8  # Passes of 32 images of a large model would take minutes
 
 
 @torch.no_grad()  # A model that trains afterwards must not keep tensors of inference mode
@@ -20,7 +20,7 @@ def measure_cpu_speed(model: Any) -> float:
         BATCH_SIZE, config.num_channels, *config.image_height_width, dtype=model.dtype
     )
     # The first pass allocates memory and chooses kernels, and other programs may delay any.
-    return BATCH_SIZE / min(timeit.repeat(partial(model, images), repeat=4, number=1))
+    return BATCH_SIZE / min(timeit.repeat(partial(model, images), repeat=3, number=1))
 
 
 @torch.no_grad()

@@ -66,8 +66,8 @@ class ClassDistance(nn.Module):
     Attributes:
         layers: indices, from 1, of the layers that are read.
         num_together: numbers of classes that were fitted, or added, at a time.
-        is_valid: whether the statistics belonged to the weights of the last `check`; None if these
-            have changed since.
+        is_valid: whether the statistics belonged to the weights of the last `check`; None after
+            training mode.
     """
 
     # transformers keeps these in float32, in a model of any precision: all but the fingerprint.
@@ -183,7 +183,7 @@ class ClassDistance(nn.Module):
     def check(self, encoder: nn.Module) -> bool:
         """Find out whether the statistics were fitted to the present weights of the encoder.
 
-        The weights are read once after each change, after training mode, and after steps of optimizers.
+        The weights are read once after each change, after training mode, and after steps of any optimizer.
         PyTorch does not count edits of `parameter.data` in place, so call `model.train()` before and
         `model.eval()` after them.
         """

@@ -196,6 +196,8 @@ def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeach
         preprocessing = build_processor_preprocessing(
             processor, getattr(config, "num_channels", 3), student
         )
+    # With statistics of ours, it would compare its weights with them after each step.
+    model.class_distance = None
     return model, preprocessing, names
 
 

@@ -60,3 +60,5 @@ def test_a_label_that_a_sample_lacks_has_there_what_it_has_on_all_images() -> No
     labels = (scores == 78) | [True, False]  # the second of 80 images, in 63% of the samples
     _, (low, high) = estimate_average_precision(scores, labels, np.arange(80)).values()
     assert 0.5 <= low < high < 0.95
+    mean, _ = estimate_average_precision(scores[:, 1:], labels[:, 1:], np.arange(80)).values()
+    assert mean == 0.5

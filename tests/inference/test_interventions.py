@@ -89,6 +89,7 @@ def test_a_photo_that_keeps_its_patches_has_its_outputs(layers: int) -> None:
     model = randomize(model.adapt(extra_heads=heads)).eval().requires_grad_(False)
     expected = model(PIXELS[:1], output_hidden_states=True)
     states = expected.hidden_states[: layers + 1]
+    model.vitcls.layers = torch.nn.ModuleList(model.vitcls.layers)
     found = continue_from(model, PIXELS[:1], states, torch.arange(16).flip(0)[None])
     assert torch.allclose(found.logits, expected.logits, atol=1e-5)
     assert torch.allclose(found.task_logits["added"], expected.task_logits["added"], atol=1e-5)
