@@ -40,9 +40,8 @@ def test_the_effects_of_a_score_that_adds_up_are_its_parts(side: int) -> None:
     *_, shares = draw_halves((side, side))
     parts = 1 + generator.normal(size=shares.shape[1])
     is_shown = torch.cat([torch.ones_like(shares[:1]), torch.zeros_like(shares[:1]), shares])
-    noise = 0.1 * generator.normal(size=len(is_shown))
-    scores = is_shown @ torch.from_numpy(parts) + torch.from_numpy(noise) + 7
-    effects, errors = fit_effects(shares, scores).numpy()
+    scores = is_shown.numpy() @ parts + 0.1 * generator.normal(size=len(is_shown)) + 7
+    effects, errors = fit_effects(shares, torch.from_numpy(scores)).numpy()
     assert (np.abs(effects - parts) < 3 * errors).all()
     assert errors.max() < 1
 
