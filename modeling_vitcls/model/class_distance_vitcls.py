@@ -66,8 +66,7 @@ class ClassDistance(nn.Module):
     Attributes:
         layers: indices, from 1, of the layers that are read.
         num_together: numbers of classes that were fitted, or added, at a time.
-        is_valid: whether the statistics belonged to the weights of the last `check`; None after
-            training mode.
+        is_valid: whether the statistics belonged to the weights of the last `check`.
     """
 
     # transformers keeps these in float32, in a model of any precision: all but the fingerprint.
@@ -93,7 +92,7 @@ class ClassDistance(nn.Module):
         self.counts = nn.Buffer(zeros(num_classes))
         self.sizes = nn.Buffer(zeros(len(self.tokens)))
         self.fingerprint = nn.Buffer(torch.zeros(NUM_SUMS, dtype=torch.int64))
-        self.is_valid: bool | None = True
+        self.is_valid = True
         self.checked_state: list[Any] | None = []
         self.checked_steps = 0
         self.has_warned = False
@@ -189,12 +188,12 @@ class ClassDistance(nn.Module):
         """
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():
-            return bool(self.is_valid)
+            return self.is_valid
         if num_steps != self.checked_steps:
             self.checked_steps = num_steps
             if self.is_valid is False and torch.is_grad_enabled():
                 return False  # A model that is trained in evaluation mode changes with each step
-            self.end_training()
+            self.checked_state = []
         state = self.list_states(encoder)
         if state is None or state == self.checked_state:
             return bool(state and self.is_valid)
@@ -209,11 +208,6 @@ class ClassDistance(nn.Module):
                 "quantized or offloaded. `vitcls finetune --model FOLDER` fits a classifier and them"
             )
         return self.is_valid
-
-    def end_training(self) -> None:
-        """Have the next pass read the weights again; a compiled one has no distance until then."""
-        self.is_valid = None
-        self.checked_state = []
 
     def list_states(self, encoder: nn.Module) -> list[Any] | None:
         """List what changes with any edit of the weights or the fingerprint, without reading them."""

@@ -417,8 +417,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
 
 # Classifiers --------------------------------------------------------------------------------------
-def check_statistics(model: Any, load_result: Any) -> None:
-    """Check the class statistics after `load_state_dict`: a compiled model cannot do it later."""
+def check_statistics(model: Any, load_result: Any = None) -> None:
+    """Check the class statistics after `load_state_dict` and training: a compiled model cannot do it later."""
     if model.class_distance is not None:
         model.class_distance.checked_state = []
         model.class_distance.check(model.vitcls)
@@ -468,11 +468,12 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_classifier(self.config, size, num_labels)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as in PyTorch; after training, class statistics must be checked."""
+        """Set the training mode, as in PyTorch; after training, class statistics are checked."""
         # A compiled model has set `training` of this module before, but not of the encoder
-        if self.vitcls.training and not mode and self.class_distance is not None:
-            self.class_distance.end_training()
+        has_trained = self.vitcls.training and not mode
         super().train(mode)
+        if has_trained:
+            check_statistics(self)
         return self
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
