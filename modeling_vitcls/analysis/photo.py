@@ -63,9 +63,8 @@ class Attribution:
 
     @property
     def caption(self) -> str:
-        """The largest value and its standard error."""
-        place = self.values.argmax()
-        return f"{self.values.flatten()[place]:+.2g} ± {self.errors.flatten()[place]:.1g}"
+        """The largest and the smallest value."""
+        return f"log odds: red {self.values.max():+.2g}, blue {self.values.min():+.2g}"
 
 
 @dataclass(frozen=True)
@@ -320,8 +319,8 @@ def trace_shown_tokens(model: Any, pixel_values: Tensor) -> tuple[Any, Tensor]:
 
 
 MAX_PARTS = 6  # per side; with smaller parts, a pass says less about each of them
-# A half and the other half: their difference cancels what two parts do only together. With a trained ViT-S/14, 32
-# pairs find 51 and 47 of 60 stickers (by CLS and by the mean of the patches).
+# A half and the other half: their difference cancels what two parts do only together. With 24 pairs, maps are
+# less sharp (model_cards/studies/maps.md).
 NUM_PAIRS = 32
 BATCH_SIZE = 8  # On a CPU, 16 take 8% longer
 
@@ -350,21 +349,31 @@ def hide_parts(model: Any, pixel_values: Tensor, outputs: Any, halves: Tensor) -
     """Compute the logits [2 + M, labels] by task of a photo, of nothing, and of halves [M, n] of its patches.
 
     Nothing is the mean color of the photo. The patches of the other half are left out of the sequence
-    after a third of the layers.
+    after a third of the layers or, if the others have read them by then, before the first layer: if so late,
+    the first pairs differ by less than half of what they do so early (model_cards/studies/maps.md).
 
     Args:
         pixel_values: the photo [1, C, H, W].
         outputs: of the model for the photo, with hidden states.
     """
     gray = pixel_values.mean(dim=(2, 3), keepdim=True).expand_as(pixel_values)
-    passed = outputs.hidden_states[: 1 + model.config.num_hidden_layers // 3]
+    first, *others = halves.to(pixel_values.device).split(BATCH_SIZE)
+
+    def leave_out(num_layers: int, batch: Tensor) -> dict[str, Tensor]:
+        passed = outputs.hidden_states[: 1 + num_layers]
+        return get_logits_by_task(continue_from(model, pixel_values, passed, batch))
+
+    def sum_differences(logits: dict[str, Tensor]) -> Tensor:
+        return sum((each[::2] - each[1::2]).abs().sum() for each in logits.values())
+
     # Rounded to bf16, effects of up to 0.54 differed by 0.01, a tenth of their standard errors.
     with build_autocast("auto", pixel_values.device, model.config)():
-        hidden = [
-            continue_from(model, pixel_values, passed, batch.to(pixel_values.device))
-            for batch in halves.split(BATCH_SIZE)
-        ]
-        logits = [get_logits_by_task(each) for each in (outputs, model(gray), *hidden)]
+        num_layers = model.config.num_hidden_layers // 3
+        early, late = leave_out(0, first), leave_out(num_layers, first)
+        if sum_differences(late) < sum_differences(early) / 2:
+            num_layers, late = 0, early
+        logits = [get_logits_by_task(each) for each in (outputs, model(gray))]
+        logits += [late, *(leave_out(num_layers, batch) for batch in others)]
     return {task: torch.cat([each[task] for each in logits]).cpu().double() for task in logits[0]}
 
 

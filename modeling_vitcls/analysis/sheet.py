@@ -32,7 +32,7 @@ GROUP_COLORS = {kind.group: kind.color for kind in TOKEN_KINDS} | {"patches": "#
 
 WITHOUT_PARTS = (
     "Red: the score of the label (its log odds) falls if the part is hidden; blue: it rises; pale: less than two "
-    "standard errors. Measured by hiding halves of the photo. With each label: the largest value ± its standard error."
+    "standard errors. Measured by hiding halves of the photo."
 )
 BY_HEAD = (
     "In the last layer that uses the token. Percentages: attention on patches; the rest is on special "
@@ -182,8 +182,7 @@ def build_main_tile(measurements: PhotoMeasurements, photo: Image.Image) -> Tile
         picture = overlay(
             photo, main.values, choose_scale(main.values, is_signed=True), main.errors
         )
-        caption = f"log odds: red {main.values.max():+.2g}, blue {main.values.min():+.2g}"
-        return Tile(picture, f"{main.label[0]} without each part", caption)
+        return Tile(picture, f"{main.label[0]} without each part", main.caption)
 
     first = measurements.tokens[0]
     attention = measurements.maps[first.layer - 1, :, 0].mean(dim=0)
