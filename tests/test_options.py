@@ -43,7 +43,7 @@ def check(kind: Any, flags: dict[str, Any]) -> None:
 # Class, flags, accepted values, rejected values
 LIMITS = [
     (PushOptions, "license", [None, "apache-2.0"], ["Apache 2.0"]),
-    (DataOptions, "held_out_fraction", [0.0, 0.99], [-0.1, 1.0]),
+    (FinetuneOptions, "held_out_fraction", [0.0, 0.99], [-0.1, 1.0]),
     (DataOptions, "num_workers", [0], [-1]),
     (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1]),
     (AugmentationOptions, "mixup", [0], [-0.1]),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ..data.options import DataOptions
+from ..data.options import DataOptions, DivisionOptions
 from ..runtime.flags import Options, check_minimum
 
 
@@ -29,7 +29,7 @@ class AdditionOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddTaskOptions(AdditionOptions):
+class AddTaskOptions(AdditionOptions, DivisionOptions):
     """Add a task to a finished model, whose other outputs stay equal to the bit.
 
     The task is a classifier that reads the features of the model.

@@ -42,20 +42,29 @@ class DataOptions(Options):
     group_column: str | None = None
     """Column of a table with groups, such as patients: all images of a group are on one side of
     every split. In image folders, the folders below a class are groups; none: they are not."""
-    held_out_fraction: float | None = None
-    """Fraction of the images that a run holds out for evaluation if the dataset has no evaluation split.
-    Default: 0 without training steps, because cross-validation measures the model; otherwise 0.1
-    from 2,000 images on, 0.2 for fewer, and 0 for fewer than 5 per class. Whether an image is held
-    out depends only on the fraction and the checksum of the image. 0: train on all images, without
-    evaluation."""
     num_workers: int = 2
     """Number of processes that load training images, per training process, and of threads that
     load other images. 0: images are loaded when they are needed."""
 
     def check(self) -> None:
         super().check()
-        check_each(self, lambda part: 0 <= part < 1, "at least 0 and below 1", "held_out_fraction")
         check_minimum(self, 0, "num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivisionOptions(DataOptions):
+    """Dataset, and the part of it that is held out."""
+
+    held_out_fraction: float | None = None
+    """Fraction of the images that a run holds out for evaluation if the dataset has no evaluation split.
+    Default: 0 without training steps, because cross-validation measures the model; otherwise 0.1
+    from 2,000 images on, 0.2 for fewer, and 0 for fewer than 5 per class. Whether an image is held
+    out depends only on the fraction and the checksum of the image. 0: train on all images, without
+    evaluation."""
+
+    def check(self) -> None:
+        super().check()
+        check_each(self, lambda part: 0 <= part < 1, "at least 0 and below 1", "held_out_fraction")
 
 
 def read_data_options(flags: Mapping[str, Any]) -> DataOptions:

@@ -199,7 +199,9 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
     splits = select_task(read_splits(folder), None)
     held_out_keys = splits["key"][splits["split"] == "test"]
     # As drawn, if the table was removed
-    data = divide_images(images, 0.0 if len(held_out_keys) else options.held_out_fraction or 0.0)
+    data = divide_images(
+        images, 0.0 if len(held_out_keys) else flags.get("held_out_fraction") or 0.0
+    )
     if len(data.held_out):
         return data
     train, held_out = data.train.divide(np.isin(get_keys(data.train), held_out_keys))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.options import AugmentationOptions, DataOptions
+from ..data.options import AugmentationOptions, DivisionOptions
 from ..runtime.flags import Options, check_each, check_minimum
 
 
@@ -123,8 +123,8 @@ def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
 
 # The fields of the last base class come first.
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(AugmentationOptions, DataOptions, ModelOptions):
-    """Fine-tune a ViT on labeled images, evaluate it on held-out images, and save the results."""
+class FinetuneOptions(AugmentationOptions, DivisionOptions, ModelOptions):
+    """Train a classifier of labeled images (of a frozen encoder, or with fine-tuning), measure and save it."""
 
     # Training and evaluation
     epochs: float | None = None

@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 def run_evaluation(model: Path, photos: Path, *flags: object) -> int:
     reset_accelerate()
-    data = ["--dataset", photos, "--held-out-fraction", "0.5", "--num-workers", "0"]
+    data = ["--dataset", photos, "--num-workers", "0"]
     return run_here("evaluate", "--model", model, *map(str, [*data, *flags]))
 
 

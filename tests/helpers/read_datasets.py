@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.options import DataOptions, DivisionOptions
 from modeling_vitcls.data.sources import Splits, load_splits
 from modeling_vitcls.data.splits import (
     TrainingData,
@@ -19,7 +19,7 @@ def read_undivided(dataset: object, **options: Any) -> Splits:
 
 def read_training_data(dataset: object, **flags: Any) -> TrainingData:
     """Read a dataset, and divide its images as a run with steps does."""
-    options = DataOptions(dataset=str(dataset), **flags)
+    options = DivisionOptions(dataset=str(dataset), **flags)
     images = load_undivided_images(options)
     fraction = 0.2 if options.held_out_fraction is None else options.held_out_fraction
     check_can_divide(images, fraction)
