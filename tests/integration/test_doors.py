@@ -174,6 +174,8 @@ def test_the_handler_of_an_inference_endpoint(model: Path, photos: Photos, rows:
         return answer["labels"]
 
     check_answers(ask_one_by_one(classify, photos), rows)
+    handler.model.config.distance_threshold = None  # As below 100 training photos
+    assert "unknown" not in handler({"inputs": photos["plain.png"].read_bytes()})
 
 
 @pytest.mark.slow
@@ -233,6 +235,8 @@ def test_the_lines_without_torch(
         assert row["distance"] == approx(expected["distance"], rel=PILLOW_TOLERANCE), name
         assert row["label"] == expected["label"], name
         assert row["probability"] == approx(expected["probability"], abs=PILLOW_TOLERANCE), name
+    program["about"]["distance_threshold"] = None
+    assert "unknown" not in program["answer"](photos["plain.png"].read_bytes())
 
 
 def test_the_server(model: Path, photos: Photos, rows: Rows) -> None:
