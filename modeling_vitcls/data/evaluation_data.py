@@ -26,6 +26,7 @@ class EvaluationData(NamedTuple):
     split: str
     num_trained: int  # Number of images that trained the model: left out, unless a split is named
     description: str  # Says which images these are
+    dataset: str = ""  # Names of all datasets
     # Images that show none of the classes, as a person has answered, without those chosen as unknown
     outside: LabeledImages | None = None
 
@@ -52,15 +53,15 @@ def load_evaluation_data(
     Raises:
         ValueError: if the split does not exist, or if training used all of its images.
     """
-    dataset = get_title(options.dataset)
     names: list[str] = []
 
     def choose(found: list[str]) -> list[str]:
         names.extend(found)
-        return [choose_split(split, dataset, found, EVALUATION_SPLITS)]
+        return [choose_split(split, get_title(options.dataset), found, EVALUATION_SPLITS)]
 
     loaded = load_splits(options, use_labels, choose, trained, bool(options.answers))
     ((name, images),) = loaded.images_by_split.items()
+    dataset = loaded.name
     outside = None
     if images.chosen is not None:
         # A page that asks about unknown photos would measure its own choice
@@ -98,4 +99,6 @@ def load_evaluation_data(
         description = f"drawn at random from {description}"
     if text := loaded.facts.get("answers"):
         description += f"; answers: {text}"
-    return EvaluationData(loaded.label_space, drawn, name, num_trained, description, outside)
+    return EvaluationData(
+        loaded.label_space, drawn, name, num_trained, description, dataset, outside
+    )

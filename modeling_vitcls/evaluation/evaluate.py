@@ -22,7 +22,6 @@ from torch import Tensor
 from ..conversion.open_model import open_model
 from ..data.cells import normalize_name
 from ..data.evaluation_data import EvaluationData, load_evaluation_data
-from ..data.in_memory import get_title
 from ..data.labels import (
     UNLABELED,
     LabelSpace,
@@ -143,7 +142,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         "model": options.model,
         "task": options.task,
         "threshold": options.threshold,
-        "dataset": get_title(options.dataset),
+        "dataset": data.dataset,
         "split": data.split,
         "num_left_out_images": 0 if options.split else data.num_trained,
         "images_per_second": round(predictions.metrics["num_images"] / seconds, 1),

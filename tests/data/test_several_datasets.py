@@ -76,4 +76,8 @@ def test_a_run_trains_on_all_and_evaluation_knows_them(converted_encoder: Path) 
     assert folder.results["dataset"] == "start and collection"
     assert "more_data" not in folder.shareable_flags
     assert run_here(*run, "--resume") == 0
-    assert "on all 15 images" in fail("evaluate", "--model", "run", *data)
+    assert "on all 15 images of start and collection" in fail("evaluate", "--model", "run", *data)
+    for name, number in (("a", 30), ("b", 31)):
+        write_photos(Path(name), [number])
+    assert run_here("evaluate", "--model", "run", "--dataset", "a", "b", "--output", "r.json") == 0
+    assert "a and b" in Path("r.json").read_text()
