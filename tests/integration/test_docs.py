@@ -239,6 +239,15 @@ def test_files_in_the_text_exist(page: Path) -> None:
             assert exists or path in OTHER_FILES, f"{get_name(page)}: {path} does not exist"
 
 
+def test_the_pages_of_the_site_are_those_of_the_repository() -> None:
+    """And the two that scripts/tools/site_hooks.py writes."""
+    listed = set(re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {*(ROOT / "docs").glob("[a-z]*.md"), *(ROOT / "model_cards").rglob("*.md")}
+    found = {path.relative_to(ROOT).as_posix().removeprefix("docs/") for path in pages}
+    written = {"contents.md", "api.md", *(path.name for path in ROOT.glob("C*.md"))}
+    assert listed == found | written | {"SECURITY.md"}
+
+
 def test_links_of_the_package_page_are_absolute(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     described: list[str] = []
     monkeypatch.setattr(
