@@ -41,7 +41,6 @@ EXCEPTIONS = {
     ("docs/looking.md", "With [gated tokens]"): "what a gate means",
     ("docs/own-loop.md", "Give tokens and gates"): "the factor of gates",
     ("docs/predicting.md", "These statements hold"): "what a conformal set is",
-    ("docs/serving.md", "Labels do not tell"): "95% is what the threshold is defined by",
 }
 
 
