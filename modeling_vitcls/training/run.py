@@ -99,7 +99,8 @@ def train(asked: FinetuneOptions) -> Path:
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
-        run_on_main(prepare_folder, folder, store, to_flags(options), recorded is not None)
+        resolved = to_flags(options) | {"mixed_precision": record["mixed_precision"]}
+        run_on_main(prepare_folder, folder, store, resolved, recorded is not None)
         print_summary(inputs, plan, reporter)
         data, encoded = divide_run(inputs, plan, checkpoint, reporter)
 

@@ -38,6 +38,7 @@ def test_defaults_are_recorded(tmp_path: Path) -> None:
         "batch_size": 32,
         "layer_decay": 1.0,
         "crop_scale": 1.0,
+        "mixed_precision": "no",
         "weight_decay": 0.1,
     }
 
