@@ -108,10 +108,9 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     check_can_divide(inputs.images, fraction)  # Before images are decoded
     options = replace(options, held_out_fraction=fraction)
     lines: dict[str, str | None] = {}
-    new_tokens: dict[str, list[bool]] = {}
+    new_tokens = find_new_tokens(inputs.initial, inputs.model)
     # After the kind is known: the rate and the number of epochs depend on where the steps start.
     if kind == "steps":
-        new_tokens = find_new_tokens(inputs.initial, inputs.model)
         options, lines = resolve_schedule(
             options,
             inputs.initial,
@@ -119,7 +118,9 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
             inputs.head_search is not None,
             has_new_tokens=bool(new_tokens),
         )
-    elif changed:
+    elif "vitcls.gates.gates" in new_tokens and options.num_register_tokens:
+        changed.append("num_register_tokens")
+    if kind == "frozen" and changed:
         lines["no steps"] = f"`{'`, `'.join(changed)}`: no effect, as only steps read them"
 
     # The mean with random weights would only dilute what the steps have learned.

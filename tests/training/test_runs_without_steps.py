@@ -231,6 +231,11 @@ def test_a_class_with_one_photo_causes_no_warning_of_scikit_learn() -> None:
     assert "--class-balance weights gives all classes the same weight" in printed
 
 
+def test_a_line_says_that_no_step_trains_new_registers() -> None:
+    printed = finetune("vit", "my photos", "run", "--num-register-tokens", "2")["printed"]
+    assert "no steps  --num-register-tokens: no effect" in printed
+
+
 def test_a_recipe_other_file_names_and_flags_of_steps_change_no_result(frozen: Any) -> None:
     """A line names the flags that only steps read."""
     for index, photo in enumerate(list_photos()[::-1]):
