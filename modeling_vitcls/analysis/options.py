@@ -33,8 +33,8 @@ class InspectOptions(ImageOptions):
     layers: tuple[int, int] | None = None
     """First and last layer, from 1, in which tokens are hidden and replaced. Default: all."""
     num_images: int = 8
-    """Number of images in the report: wrong predictions, then the least confident predictions, then
-    typical images."""
+    """Number of images in the report: wrong predictions, the least confident ones and typical images
+    in turn."""
     max_images: int = 128
     """Maximum number of images for the statistics, drawn at random and stored in memory. Each token
     takes two passes over them."""
@@ -67,7 +67,7 @@ class LookOptions(Options):
     photo is appended to the file name. The command writes `look.html` by default."""
     image_size: int | tuple[int, int] | None = None
     """Image height and width in pixels; one number sets both. Default: the size of the image
-    processor. Larger images have more patches and finer maps."""
+    processor. Larger images have finer maps of attention and features."""
     resize: Literal["squash", "crop", "pad"] | None = None
     """How photos of other aspect ratios become the input: resize the whole photo (`squash`), crop
     the center (`crop`) or add gray (`pad`). Default: the setting of the image processor."""

@@ -58,8 +58,8 @@ class DivisionOptions(DataOptions):
     held_out_fraction: float | None = None
     """Fraction of the images that a run holds out for evaluation if the dataset has no evaluation split.
     Default: 0 without training steps, because cross-validation measures the model; otherwise 0.1
-    from 2,000 images on, 0.2 for fewer, and 0 for fewer than 5 per class. Whether an image is held
-    out depends only on the fraction and the checksum of the image. 0: train on all images, without
+    from 2,000 images on, 0.2 for fewer, and 0 for fewer than 5 per class. Which images of a
+    class are held out depends on their content, not on names or order. 0: train on all images, without
     evaluation."""
 
     def check(self) -> None:

@@ -25,7 +25,8 @@ class ExportOptions(Options):
     """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise,
     the size is used only in the comparison. Default: the image size of the model."""
     dynamic: bool = True
-    """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
+    """Accept images of different sizes, not only of --image-size, unless the model has one size (a line says
+    so). The batch size is always dynamic."""
     dtype: Literal["float32", "float16"] = "float32"
     """dtype of the weights and computations. Inputs and outputs are always float32."""
 

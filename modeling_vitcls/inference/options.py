@@ -49,7 +49,8 @@ class EvaluateOptions(EngineOptions, DataOptions):
     are not faster and need more memory: as many images as have 1,600 tokens, for example 8 images
     of 224 pixels."""
     output: Path | None = None
-    """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
+    """JSON file for the metrics, including the metrics of each class and the confusion matrix (of up to
+    200 classes)."""
     resize: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop
     the center (`crop`) or add gray (`pad`). Default: the setting of the image processor."""
@@ -85,9 +86,8 @@ class ImageOptions(Options):
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     batch_size: int | None = None
-    """Maximum number of images per process and forward pass. To save memory, smaller batches are
-    used if full attention maps are computed. Default: 32 on GPUs; on CPUs, as many images as have
-    1,600 tokens, for example 8 images of 224 pixels."""
+    """Number of images per process and forward pass. Default: 32 on GPUs; on CPUs, as many images as
+    have 1,600 tokens, for example 8 images of 224 pixels."""
 
     def check(self) -> None:
         super().check()
@@ -113,8 +113,8 @@ class PredictOptions(ImageOptions, EngineOptions):
     split: str | None = None
     """Dataset split with the images. Default: the only split."""
     output: Path | None = None
-    """Output file (.csv, .json, .jsonl or .parquet). The features of the images are kept: if the
-    command is interrupted, or there are new images, the same command computes only what is missing.
+    """Output file (.csv, .json, .jsonl or .parquet). CLS and the mean of the patches of the last four
+    layers are kept: if the command is interrupted, or images are new, it computes only what is missing.
     Default: print a table."""
     overwrite: bool = False
     """Replace a file in --output that is not as this command has written it, and keep it beside."""
