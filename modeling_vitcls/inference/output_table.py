@@ -19,6 +19,7 @@ import pyarrow as pa
 from ..runtime.files import (
     UNFINISHED_SUFFIX,
     compute_file_digest,
+    escape_csv_cell,
     read_text,
     write_atomically,
 )
@@ -111,5 +112,7 @@ class OutputTable:
             both = pd.DataFrame(summary).merge(before, on="checksum", suffixes=("", "_before"))
             changed = both[both["label"].fillna("") != both["label_before"].fillna("")]
             file = self.file.with_suffix(".changed.csv")
-            changed.filter("image label_before label source".split()).to_csv(file, index=False)
+            shown = changed.filter("image label_before label source".split())
+            shown = shown.map(lambda cell: escape_csv_cell(str(cell)), na_action="ignore")
+            shown.to_csv(file, index=False)
             print(f"{file}: {len(changed):,} photos whose label has changed")

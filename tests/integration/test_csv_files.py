@@ -32,6 +32,10 @@ def test_predictions_contain_no_formulas(tmp_path: Path, monkeypatch: MonkeyPatc
     predict = ["predict", "--model", model, "--top-k", "3", "--output"]
     assert run_here(*predict, tmp_path / "labels.csv", *NAMES[:2]) == 0
     check_cells(tmp_path / "labels.csv")
+    other = save_classifier(tmp_path / "other", *(f"{name}?" for name in NAMES))
+    again = ["predict", "--model", other, "--output", tmp_path / "labels.csv"]
+    assert run_here(*again, *NAMES[:2]) == 0
+    check_cells(tmp_path / "labels.changed.csv")
     # The quotes in its names are read back
     assert run_here(*predict, photos / "again.csv", *NAMES[:2]) == 0
     assert run_here(*predict, tmp_path / "more.csv", "--dataset", photos / "again.csv") == 0
