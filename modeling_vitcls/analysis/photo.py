@@ -98,7 +98,8 @@ class PhotoMeasurements:
         predictions: labels by task, in order of decreasing probability: of the model (None), or of
             each of its tasks, and of each added task. A task with several labels per image may have
             none. Empty for an encoder without tasks.
-        is_unknown: whether the photo resembles none of the classes, as in `predict`.
+        is_unknown: whether the photo resembles none of the classes, as in `predict`; False at another image
+            size than the model's.
         attributions: for at most MAX_LABELS of each task; none if the photo has one part or one color.
         tokens: [S], the special tokens. In a model without CLS tokens, the mean over the patches comes
             first, because the features of an image are the mean of its patches.
@@ -156,7 +157,9 @@ def measure_photo(
         )
     predictions, attributions = predict_photo(model, pixel_values, outputs, heads)
     distance = getattr(outputs, "distance", None)
-    threshold = config.distance_threshold
+    input_size = tuple(pixel_values.shape[-2:])
+    # The threshold is one of the features at the size of the training
+    threshold = config.distance_threshold if input_size == config.image_height_width else None
     is_unknown = distance is not None and threshold is not None and distance.item() > threshold
 
     # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
@@ -170,7 +173,6 @@ def measure_photo(
             is_read = index in use.read_tokens
             tokens.append(ShownToken(names[index], group, layers[index], is_read))
 
-    input_size = tuple(pixel_values.shape[-2:])
     features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
     maps = extract_patch_maps(attention[0].cpu(), config, input_size)
     colors, explained_variance = color_patches(features, patch_layer - 1)

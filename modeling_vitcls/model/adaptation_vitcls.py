@@ -333,6 +333,9 @@ def ignore_unready_parts(
             "class statistics (`distance`, `unknown`): dropped, because only tokens with closed gates "
             "can be added or removed without another effect on the features"
         )
+    elif config.distance_threshold and config.image_height_width != old_config.image_height_width:
+        config.distance_threshold = None
+        logger.warning("distance_threshold: dropped, because it is of another image size")
 
 
 def keeps_features(

@@ -20,6 +20,7 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis.maps import extract_patch_maps
 from modeling_vitcls.analysis.photo import color_patches, measure_photo
 from modeling_vitcls.analysis.token_use import find_token_use
+from modeling_vitcls.frozen.class_statistics import ClassStatistics
 
 
 PROCESSOR = ViTCLSImageProcessor(
@@ -58,6 +59,20 @@ def test_without_cls_tokens_the_first_maps_are_the_mean_over_the_patches() -> No
     attentions = model(PIXELS, output_attentions=True).attentions
     for maps, attention in zip(found.maps[:, :, 0], attentions, strict=True):
         assert get_largest_difference(maps.flatten(1), attention[0, :, 2:, 2:].mean(dim=1)) < 1e-5
+
+
+def test_a_photo_at_another_image_size_is_not_unknown() -> None:
+    """The threshold is one of the features at the size of the training."""
+    model = build_random(ViTCLSForImageClassification, pooling="cls")
+    numbers = np.random.normal(size=(39, model.config.hidden_size))
+    labels = np.arange(39) % model.config.num_labels
+    ClassStatistics.fit({(-1, "cls"): numbers}, labels, model.config.num_labels).set_in_model(model)
+    model.config.distance_threshold = 0.0
+    for size, is_unknown in ((32, True), (40, False)):
+        processor = ViTCLSImageProcessor(size=size)
+        assert (
+            measure_photo(model, processor, PHOTO, find_token_use(model)).is_unknown is is_unknown
+        )
 
 
 def test_a_rotated_photo_is_upright_and_pixels_without_a_patch_are_not_covered() -> None:

@@ -360,7 +360,7 @@ OTHER_FIELDS = [
     ({"layer_norm_eps": 0.1}, "layer_norm_eps=1e-06, but the model", False),
     ({"cls_scopes": [[2, 2, 0, 0]]}, "class statistics (`distance`, `unknown`): dropped", False),
     ({"gated_tokens": {"registers": 2}}, "gates.gates: 0 kept", False),
-    ({"image_size": 512}, "patches: resized from 4 x 4 to 64 x 64", True),
+    ({"image_size": 512}, "distance_threshold: dropped", True),
     ({"pooled_layers": [-1]}, "error", False),
     ({"pooling": "cls_mean"}, "error", False),
     ({"num_channels": 1}, "error", False),
@@ -377,6 +377,7 @@ def test_a_classifier_of_other_features_is_equal_named_or_refused(
 ) -> None:
     fields = {"pooling": "mean", "pooled_layers": [-1, -2], "num_register_tokens": 2}
     model = build_model((*TOKENS, MEAN), **fields)
+    model.config.distance_threshold = 1.0
     model.save_pretrained(tmp_path)
     if outcome == "error":
         with pytest.raises(RuntimeError, match="raising an error"):
