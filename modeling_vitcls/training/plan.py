@@ -118,10 +118,12 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
             inputs.head_search is not None,
             has_new_tokens=bool(new_tokens),
         )
-    elif "vitcls.gates.gates" in new_tokens and options.num_register_tokens:
-        changed.append("num_register_tokens")
-    if kind == "frozen" and changed:
-        lines["no steps"] = f"`{'`, `'.join(changed)}`: no effect, as only steps read them"
+    else:
+        # New registers behind closed gates are neither trained nor seen by other tokens
+        if {"vitcls.gates.gates", "vitcls.embeddings.register_tokens"} <= new_tokens.keys():
+            changed.append("num_register_tokens")
+        if changed:
+            lines["no steps"] = f"`{'`, `'.join(changed)}`: no effect, as only steps read them"
 
     # The mean with random weights would only dilute what the steps have learned.
     has_heads = inputs.head_search is not None or inputs.has_trained_heads
