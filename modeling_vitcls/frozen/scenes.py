@@ -65,6 +65,19 @@ def compute_vectors(features: Features) -> np.ndarray:
     return normalize(np.concatenate(parts, axis=1))  # type: ignore[no-any-return]
 
 
+class MirroringProcessor:
+    """An image processor of mirror images, whose features are kept like those of photos."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image, **arguments: Any) -> Any:
+        return self.processor(ImageOps.mirror(image), **arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.processor.to_dict() | {"is_mirrored": True}
+
+
 def measure_limit(
     features: Features,
     images: LabeledImages,
@@ -83,11 +96,7 @@ def measure_limit(
     """
     drawn = np.random.default_rng(0).permutation(len(features.names))[:NUM_MIRRORED]
     own = features.take(drawn)
-
-    def process(image: Image.Image, **arguments: Any) -> Any:
-        return processor(ImageOps.mirror(image), **arguments)
-
-    mirrored = run_pass(images.select(own.indices), processor=process)
+    mirrored = run_pass(images.select(own.indices), processor=MirroringProcessor(processor))
     # On one process for all: rounding on another CPU could turn a close pair.
     return run_on_main(compute_limit, features, own, mirrored)  # type: ignore[no-any-return]
 

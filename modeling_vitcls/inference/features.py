@@ -206,8 +206,8 @@ class FrozenEncoder:
     def open_store(self, processor: Any, precision: str) -> FeatureStore | None:
         """Open what photos have left in earlier passes; None if nothing is kept.
 
-        Nothing is for a function instead of an image processor, and for sharded weights. The states of a
-        photo depend on its content and on the key of the pass, of which these are the parts:
+        Nothing is for sharded weights. The states of a photo depend on its content and on the key of the
+        pass, of which these are the parts:
 
             version      of `encode`, `PASS_VERSION`
             weights      fingerprint of the encoder (class_distance_vitcls.py), without heads: models that
@@ -224,7 +224,7 @@ class FrozenEncoder:
         """
         encoder, config = self.encoder, self.encoder.config
         file = find_store_file()
-        if file is None or not hasattr(processor, "to_dict") or not (sums := sum_weights(encoder)):
+        if file is None or not (sums := sum_weights(encoder)):
             return None
         parts = [
             PASS_VERSION,

@@ -46,7 +46,7 @@ from .wrong_photos import (
 )
 
 
-NUM_SHOWN_IMAGES = 4
+NUM_SHOWN_IMAGES = 3  # A wrong, an uncertain and a typical one; a sheet takes seconds
 # A report follows each run, so it may cost seconds, but not hours for a large model
 NUM_MEASURED_IMAGES = 16
 BATCH_SIZE = 8

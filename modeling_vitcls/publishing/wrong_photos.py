@@ -40,13 +40,14 @@ def find_photos(*parts: Any) -> Photos:
 
 
 def choose_photos(rows: Any, photos: Photos, count: int) -> ChosenPhotos:
-    """Choose the most instructive images of all predictions of a run, with their texts."""
+    """Choose the most instructive images of all predictions of a run: one of each kind, up to `count`."""
     rows = rows[rows["image"].isin(photos.keys())]
+    is_wrong = rows["label"] != rows["prediction"]
     selected = select_images(
         rows["confidence"].tolist(),
-        (rows["label"] != rows["prediction"]).tolist(),
+        is_wrong.tolist(),
         rows["label"].tolist(),
-        count,
+        min(count, 2 + is_wrong.any()),
     )
     chosen = []
     for row, kind in zip(rows.iloc[list(selected)].itertuples(), selected.values(), strict=True):

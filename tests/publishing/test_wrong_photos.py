@@ -23,6 +23,7 @@ from modeling_vitcls.inference.metrics import measure_one_label
 from modeling_vitcls.inference.stated_result import Measurement, build_class_tables
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (
+    choose_photos,
     find_photos,
     summarize_predictions,
 )
@@ -96,6 +97,15 @@ def test_the_wrong_images_with_the_largest_losses_come_first(folder: Path) -> No
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
     shown = [row["image"] for row in summarize_predictions(MEASURED, {}, rows)["wrong"]]
     assert shown == wrong["image"].tolist()[:-7:-1]
+
+
+def test_one_photo_of_each_kind_has_a_map(folder: Path) -> None:
+    rows = read_predictions(ModelFolder(folder))
+    images = LabeledImages(range(400), [None] * 400)
+    chosen = choose_photos(
+        rows, {name: (images, index) for index, name in enumerate(rows["image"])}, 3
+    )
+    assert [texts["kind"] for _, texts in chosen] == ["wrong", "uncertain", "typical"]
 
 
 def test_a_name_of_several_images_is_not_found() -> None:
@@ -273,10 +283,13 @@ def test_saved_answers_survive_a_reload(labels: Page) -> None:
 
 
 def test_the_model_that_knows_a_photo_does_not_explain_a_mistake_about_it(page: Page) -> None:
-    captions = page.locator("#photos summary strong").all_inner_texts()
-    assert len(captions) == 4
-    pairs = {tuple(caption.removeprefix("▸ ").split(" → ")) for caption in captions}
-    assert pairs == {(kind, kind) for kind in ("pants and trousers", "skirt", "=x")}
+    assert page.locator("#photos summary .quiet:not(.name)").all_inner_texts() == [
+        "· least confident",
+        "· typical",
+    ]
+    for caption in page.locator("#photos summary strong").all_inner_texts():
+        label, prediction = caption.removeprefix("▸ ").split(" → ")
+        assert label == prediction
     assert "cannot explain the mistakes" in page.locator("#photos").inner_text()
 
 
