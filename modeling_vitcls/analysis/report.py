@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from ..evaluation.token_effects import EFFECT_TITLES, describe_change
+from ..inference.outputs import WRITERS
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .inspection import Inspection
@@ -81,7 +83,8 @@ def write_tables(file: Path, inspection: Inspection) -> None:
         file: pd.DataFrame(columns=columns) if effects.empty else effects,
         file.with_stem(f"{file.stem}-layers"): inspection.layers.reset_index(),
     }
-    for target, table in tables.items():
-        write = table.to_csv if file.suffix.lower() == ".csv" else table.to_parquet
+    write = WRITERS[file.suffix.lower()]
+    for target, frame in tables.items():
+        table = pa.Table.from_pandas(frame, preserve_index=False)
         with write_atomically(target) as partial_file:
-            write(partial_file, index=False)
+            write([table], table.schema, partial_file)

@@ -59,7 +59,8 @@ def write_csv(
     decimal = "," if delimiter == ";" else "."
     for column in table.schema:
         is_list = pa.types.is_list(column.type)
-        if is_list or pa.types.is_string(column.type):
+        is_text = column.type in (pa.string(), pa.large_string())
+        if is_list or is_text:
             values = table[column.name].to_pylist()
             if is_list:
                 values = join_lists(values, decimal)

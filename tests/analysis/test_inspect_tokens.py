@@ -1,5 +1,6 @@
 """The command scripts/inspect_tokens.py: folders of images, datasets, and one-line errors."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers.tiny_models import edit_weights, raises_one_line, save_classifier
 from pytest import CaptureFixture, approx
 
 from modeling_vitcls import inspect_tokens
+from modeling_vitcls.analysis.report import write_tables
 from modeling_vitcls.model.attention_masks_vitcls import TokenGates
 
 
@@ -71,6 +73,15 @@ def test_a_table_has_the_numbers_of_each_token_and_group(
         assert row["hidden_loss_change"] == approx(effect["hidden"]["loss_change"])
     with raises_one_line("layers 2 to 9", "1 to 2"):
         inspect_tokens(model, image_folder, output=file, layers=(2, 9))
+
+
+def test_the_name_of_a_task_is_no_formula_in_a_table(
+    model: str, image_folder: Path, tmp_path: Path
+) -> None:
+    found = inspect_tokens(model, image_folder, output=tmp_path / "tokens.csv")
+    effects = [effect | {"output": "=2+5"} for effect in found.effects]
+    write_tables(tmp_path / "tokens.csv", replace(found, effects=effects))
+    assert set(pd.read_csv(tmp_path / "tokens.csv")["output"]) == {"'=2+5"}
 
 
 def test_the_page_names_the_commit_of_a_model_on_the_hub(
