@@ -127,7 +127,7 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     from ..inference.inputs import open_input, wrap_images
     from ..inference.predictor import build_predictor
 
-    if hasattr(images, "columns") or hasattr(images, "column_names"):
+    if is_dataset(images):
         images, flags = None, {"dataset": images, **flags}
     options = build_options(PredictOptions, model=model, **flags)
     if options.strict or options.output:
@@ -151,8 +151,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path or a list of paths. To inspect the images of a dataset instead, set
-            `dataset`.
+        images: a path or a list of paths. A `datasets.Dataset` or a DataFrame with an image column is the
+            same as `dataset`.
         flags: the other fields of `modeling_vitcls.analysis.options.InspectOptions`, which
             `vitcls inspect --help` explains.
 
@@ -171,6 +171,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     from ..analysis.inspect_tokens import write_inspection
     from ..inference.inputs import list_sources
 
+    if is_dataset(images):
+        images, flags = (), {"dataset": images, **flags}
     paths = tuple(map(os.fspath, list_sources(images)))  # TypeError for images in memory
     return write_inspection(build_options(InspectOptions, model=model, paths=paths, **flags))
 
@@ -318,3 +320,8 @@ def build_options(options_class: type[CommandOptions], /, **flags: Any) -> Comma
     check_types(options, flags)
     options.check()
     return options
+
+
+def is_dataset(images: Any) -> bool:
+    """Check whether images are a `datasets.Dataset` or a DataFrame."""
+    return hasattr(images, "columns") or hasattr(images, "column_names")

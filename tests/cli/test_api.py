@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers.photo_folders import draw_noise
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import TINY
@@ -115,8 +116,10 @@ def test_inspection_requires_paths(image: Any) -> None:
 
 
 def test_every_token_has_an_effect_and_a_report_is_written(trained: Path, tmp_path: Path) -> None:
+    photos, labels = zip(*build_photos(), strict=True)
+    dataset = Dataset.from_dict({"image": photos, "label": labels})
     inspection = inspect_tokens(
-        trained, dataset=build_photos(), output=tmp_path / "report.html", max_images=8, num_images=1
+        trained, dataset, output=tmp_path / "report.html", max_images=8, num_images=1
     )
     tokens = {effect["token"] for effect in inspection.effects}
     assert tokens == {"CLS", "register 1", "register 2", "all register tokens"}
