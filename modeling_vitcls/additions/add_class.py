@@ -44,6 +44,11 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
             f"pooling stores: {options.model} has none. Run vitcls finetune --model {options.model} so, or "
             "use vitcls add-task"
         )
+    if np.count_nonzero(statistics.counts) == 1:
+        raise ValueError(
+            f"add-class requires photos of two old classes, but those of {options.model} are all of one. Train "
+            "with both again"
+        )
     label_space, images = load_new_images(options, get_label_space(model.config).names)
     if num_trained := int(find_trained_images(images, read_splits(old.folder)).sum()):
         warn_on_first_process(

@@ -264,6 +264,8 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
         images = DataOptions(dataset=options.dataset)
         data = load_evaluation_data(images, options.split, use_labels=False)
         pixels = draw_pixels(data.images, old_folder.load_processor(), config.num_channels)
+        if not pixels:
+            raise ValueError(f"no image of {options.dataset} can be read. Set another `dataset`")
     else:
         shape = (NUM_IMAGES, config.num_channels, *config.image_height_width)
         pixels = list(build_random_images(shape))

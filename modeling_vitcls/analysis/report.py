@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ..evaluation.token_effects import EFFECT_TITLES, describe_change
 from ..inference.outputs import WRITERS
-from ..runtime.files import write_atomically
+from ..runtime.files import write_atomically, write_text
 from ..version import __version__
 from .inspection import Inspection
 from .layer_table import OUTLIER_RATIO
@@ -67,8 +67,7 @@ def write_page(
         describe_change=describe_change,
         outlier_ratio=f"{OUTLIER_RATIO:g}",
     )
-    with write_atomically(file) as partial_file:
-        partial_file.write_text(text, encoding="utf-8")
+    write_text(file, text)
 
 
 def write_tables(file: Path, inspection: Inspection) -> None:

@@ -130,10 +130,10 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     if is_dataset(images):
         images, flags = None, {"dataset": images, **flags}
     options = build_options(PredictOptions, model=model, **flags)
-    if options.strict or options.output:
+    if options.strict or options.output or options.review or options.answers:
         raise ValueError(
-            "`output` and `strict` are for the command. Use the rows that are returned, such as "
-            "`pandas.DataFrame(rows).to_csv(...)`, and their `error`"
+            "`output`, `strict`, `review` and `answers` are for the command. Use the rows that are returned, "
+            "such as `pandas.DataFrame(rows).to_csv(...)`, and their `error`"
         )
     if images is None:
         options.check_images()

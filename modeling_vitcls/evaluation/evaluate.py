@@ -25,6 +25,7 @@ from ..data.evaluation_data import EvaluationData, load_evaluation_data
 from ..data.labels import (
     UNLABELED,
     LabelSpace,
+    SeveralLabels,
     check_is_classifier,
     check_threshold,
     get_label_space,
@@ -36,6 +37,7 @@ from ..frozen.scenes import read_scenes
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
 from ..inference.features import FeatureLayout, FrozenEncoder
+from ..inference.intervals import estimate_average_precision
 from ..inference.load_model import load_for_inference
 from ..inference.metrics import drop_intervals
 from ..inference.options import EvaluateOptions
@@ -93,7 +95,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     label_space = get_label_space(config)
     if options.per_image is not None and config.tasks:
         raise ValueError(
-            "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
+            "`per_image` requires a model of one task. Use `vitcls predict --dataset` for several tasks"
         )
 
     data = load_data(options, label_space, folder, options.split, options.task, options.max_images)
@@ -122,10 +124,13 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     if trained_scenes is not None:  # Each shot of a scene is little further evidence
         outputs = replace(features, groups=trained_scenes.join_shots(features))
     threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
-    predictions = build_predictions(label_space, outputs, threshold)
+    estimate = None
+    if isinstance(label_space, SeveralLabels):
+        estimate = estimate_average_precision(outputs.logits, outputs.labels > 0.5, outputs.groups)
+    predictions = build_predictions(label_space, outputs, threshold, estimate)
     if trained_scenes is not None:
-        names = trained_scenes.recognize(features)
-        predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(names, predictions)
+        near = trained_scenes.recognize(features)
+        predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(near, predictions)
     seconds = time.perf_counter() - start_time
     if data.outside and config.distance_threshold is not None and model.distance_layers:
         distances = encoder.compute_features(

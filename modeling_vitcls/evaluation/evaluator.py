@@ -101,10 +101,10 @@ def measure_left_out(head: FrozenHead) -> Predictions | None:
     return build_predictions(head.labels, head.predict_out_of_fold(), estimate=estimate)
 
 
-def count_in_trained_scenes(names: Sequence[str], predictions: Predictions) -> dict[str, Any]:
-    """Count photos of scenes of the training photos, by their names, and the others that are right."""
+def count_in_trained_scenes(indices: Sequence[int], predictions: Predictions) -> dict[str, Any]:
+    """Count photos of scenes of the training photos, by their indices, and the others that are right."""
     outputs = predictions.outputs
-    is_known = np.isin(outputs.names, names)  # Photos without a label have no row
+    is_known = np.isin(outputs.indices, indices)  # Photos without a label have no row
     record: dict[str, Any] = {
         "names": outputs.names[is_known].tolist(),
         "num_images": len(outputs.names),
@@ -246,8 +246,7 @@ def read_predictions(folder: ModelFolder) -> pd.DataFrame | None:
         rows = pd.read_parquet(file)
     except (OSError, ValueError):  # The errors of pyarrow are subclasses
         warn_on_first_process(
-            f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate "
-            "--per-image`"
+            f"ignoring {file}, because it is not readable. Remove it, or train again with `overwrite`"
         )
         return None
     # A model that was trained again makes other mistakes than those in the file.

@@ -66,7 +66,7 @@ def measure_camera(data: TrainingData, head: FrozenHead) -> dict[str, Any] | Non
         for file, name in zip(features.names[rows], names, strict=True)
     ]
     table = table.loc[:, table.nunique() > 1]
-    if table.empty:
+    if table.empty or len({*names}) == 1:  # A label differs from no other one
         return None
     tree = DecisionTreeClassifier(random_state=0)
     folds = KFold(NUM_FOLDS, shuffle=True, random_state=0)

@@ -106,13 +106,13 @@ class FittedHeads:
         by_task: the classifier of each task; the only one has an empty name.
         record: of what was chosen, for results.json.
         trained_scenes: recognizes photos of the scenes that trained them.
-        in_trained_scenes: names of the held-out photos of such a scene.
+        in_trained_scenes: indices of the held-out photos of such a scene.
     """
 
     by_task: dict[str, FrozenHead]
     record: dict[str, Any]
     trained_scenes: TrainedScenes
-    in_trained_scenes: list[str]
+    in_trained_scenes: list[int]
 
     def examine(self, data: TrainingData, is_result: bool) -> None:
         """Record the findings of each classifier (findings.py).

@@ -239,13 +239,13 @@ class TrainedScenes:
         pairs, _ = find_pairs(features, self.max_distance)
         return join_groups(features.groups, connect(pairs, len(features.groups)))
 
-    def recognize(self, features: Features) -> list[str]:
-        """Name the photos that are near a stored one."""
+    def recognize(self, features: Features) -> list[int]:
+        """Find the photos that are near a stored one: their indices among the images."""
         if not len(features.names):
             return []
         _, distances = pairwise_distances_argmin_min(encode_photos(features), self.codes)
         limit = 2 * NUM_PROJECTIONS * CODE_SCALE**2 * self.max_distance
-        return features.names[distances**2 < limit].tolist()  # type: ignore[no-any-return]
+        return features.indices[distances**2 < limit].tolist()  # type: ignore[no-any-return]
 
 
 def write_scenes(

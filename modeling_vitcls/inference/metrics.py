@@ -268,7 +268,7 @@ def measure_classes(
     )
     columns = [np.where(np.isnan(each), None, each).tolist() for each in measured]  # type: ignore[attr-defined]
     return [
-        {"name": name, "images": images, "recall": recall, "precision": precision, "f1": f1}
+        {"name": name, "images": int(images), "recall": recall, "precision": precision, "f1": f1}
         for name, precision, recall, f1, images in zip(names, *columns, strict=True)
     ]
 

@@ -57,7 +57,8 @@ class EvaluateOptions(EngineOptions, DataOptions):
     task: str | None = None
     """Evaluate an added task (`vitcls add-task`) instead of the classifier of the model."""
     per_image: Path | None = None
-    """Parquet file with one row per image: label, prediction, probabilities and loss."""
+    """Parquet file with one row per image: label, prediction, probabilities and loss. Not of several
+    tasks."""
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
@@ -68,7 +69,7 @@ class EvaluateOptions(EngineOptions, DataOptions):
         check_suffix(self, "per_image", ".parquet")
         check_output_files(output=self.output, per_image=self.per_image)
         if self.task is not None and self.per_image:
-            raise ValueError("`task` only measures a task. Remove `per_image`")
+            raise ValueError("`task` only measures an added task. Remove `per_image`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,10 @@ class ImageOptions(Options):
     def check_images(self) -> None:
         """Raise ValueError unless exactly one of the two selects the images."""
         if bool(self.paths) == bool(self.dataset):
-            raise ValueError("Set either `images` or `dataset` to select the images.")
+            raise ValueError(
+                "set either `images`, which are paths on a command line, or `dataset`. A path after a flag of several "
+                "values belongs to the flag, so write paths first"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

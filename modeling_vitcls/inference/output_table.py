@@ -22,6 +22,7 @@ from ..runtime.files import (
     escape_csv_cell,
     read_text,
     write_atomically,
+    write_text,
 )
 from .outputs import ROWS_PER_GROUP, Columns, Writer
 from .prediction_rows import Row
@@ -94,8 +95,7 @@ class OutputTable:
                 self.list_changes(summary)
             # Earlier ones stay known: this one may not replace a table that is in use
             digests = [*self.read_digests(), compute_file_digest(file)]
-            with write_atomically(self.digest_file) as digest_file:
-                digest_file.write_text("\n".join(digests), encoding="utf-8")
+            write_text(self.digest_file, "\n".join(digests))
         return summary
 
     def list_changes(self, summary: list[Row]) -> None:

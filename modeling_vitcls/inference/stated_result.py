@@ -15,6 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO
+from ..runtime.errors import format_name_list
 from ..runtime.files import replace_control_characters
 from .intervals import MIN_CORRECTED_IMAGES
 from .metrics import METRICS, MetricValues, get_task_metrics
@@ -247,8 +248,13 @@ def build_class_row(
         mistakes = [*matrix[index]]
         mistakes[index] = 0
         most = max(mistakes)
-        other = metrics["per_class"][mistakes.index(most)]["name"]
-        cells["Most often taken for"] = f"{format_label(other)} ({most:,})" if most else "–"
+        others = [
+            format_label(each["name"])
+            for each, number in zip(metrics["per_class"], mistakes, strict=True)
+            if number == most
+        ]
+        text = f"{format_name_list(others, 2)} ({most:,}{' each' * (len(others) > 1)})"
+        cells["Most often taken for"] = text if most else "–"
     return cells
 
 

@@ -46,7 +46,7 @@ from ..inference.stated_result import (
 from ..inference.token_names import SINGLE_TOKEN_NAMES, count_tokens
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..runtime.errors import format_error, format_name_list
-from ..runtime.files import replace_control_characters
+from ..runtime.files import replace_control_characters, write_text
 from ..version import __version__
 
 
@@ -63,7 +63,7 @@ SIGNATURE_PATTERN = re.compile(re.escape(SIGNATURE).replace(r"\{\}", "([0-9a-f]{
 def write_card(folder: ModelFolder) -> None:
     """Write the card of a model folder. An edited card is kept."""
     if not has_edited_card(folder):
-        (folder.path / CARD_FILE).write_text(render_card(folder), encoding="utf-8")
+        write_text(folder.path / CARD_FILE, render_card(folder))
 
 
 def has_edited_card(folder: ModelFolder) -> bool:

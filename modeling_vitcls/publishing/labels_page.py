@@ -18,7 +18,7 @@ import pandas as pd
 from ..analysis.pages import render
 from ..data.answers import CONTRADICTED, RANDOM
 from ..data.splits_table import get_keys
-from ..runtime.files import write_atomically
+from ..runtime.files import write_text
 from .wrong_photos import Photos
 
 
@@ -43,7 +43,7 @@ def choose_doubtful(rows: pd.DataFrame, photos: Photos) -> list[dict[str, Any]]:
         is_divided=rows.groupby("group")["label"].transform("nunique") > 1,
     )
     # The order of checksums is a random one
-    rows = rows[[images.chosen is None or not images.chosen[index] for images, index in places]]
+    rows = rows.loc[[images.chosen is None or not images.chosen[index] for images, index in places]]
     rows = rows.sort_values("checksum")
     is_doubtful = rows["is_divided"] | (rows["label"] != rows["prediction"])
     doubtful = rows[is_doubtful].sort_values(["is_divided", "loss"], ascending=False)
@@ -67,6 +67,5 @@ def write_labels_page(
         OSError: if the file cannot be written.
     """
     text = render("labels.html.j2", questions=photos, class_names=class_names)
-    with write_atomically(file) as temporary_file:
-        temporary_file.write_text(text, encoding="utf-8")
+    write_text(file, text)
     print(f"labels    {file}: a page for answers about {len(photos):,} photos")

@@ -17,6 +17,7 @@ from ..data.answers import HARD, RANDOM, read_answers
 from ..data.images import decode_image, to_encoded_image
 from ..inference.inputs import open_input
 from ..inference.options import PredictOptions
+from ..inference.output_table import SUMMARY
 from ..inference.prediction_rows import Row
 from .labels_page import write_labels_page
 from .wrong_photos import draw_photo
@@ -32,7 +33,7 @@ def write_review(file: Path, options: PredictOptions, rows: Sequence[Row]) -> No
     """
     if not PartialState().is_main_process:
         return
-    table = pd.DataFrame(rows).dropna(subset=["probability", "checksum"])
+    table = pd.DataFrame(rows, columns=SUMMARY).dropna(subset=["probability", "checksum"])
     if options.answers:
         table = table[~table["checksum"].isin(read_answers(options.answers).index)]
     # The order of checksums is a random one

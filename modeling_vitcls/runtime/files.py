@@ -131,8 +131,13 @@ def escape_csv_cell(text: str) -> str:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object to a file atomically."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text to a file atomically, in UTF-8."""
     with write_atomically(file) as temporary_file:
-        temporary_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary_file.write_text(text, encoding="utf-8")
 
 
 @contextmanager

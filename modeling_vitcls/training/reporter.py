@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ..inference.metrics import select_scalars
 from ..inference.stated_result import format_percent
-from ..runtime.files import write_atomically
+from ..runtime.files import write_text
 from ..runtime.flags import spell_flags
 from ..runtime.progress import build_console, print_warning
 
@@ -61,8 +61,7 @@ class Reporter:
                 with suppress(ValueError):  # The last line of a killed run may be truncated
                     if json.loads(line)["step"] <= step:
                         earlier_lines.append(line)
-            with write_atomically(self.metrics_file) as temporary_file:
-                temporary_file.write_text("".join(earlier_lines), encoding="utf-8")
+            write_text(self.metrics_file, "".join(earlier_lines))
 
     def start_trackers(self, flags: dict[str, Any]) -> None:
         """Start the trackers of the accelerator, if it has any, with the flags of the run."""

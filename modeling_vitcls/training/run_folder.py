@@ -33,7 +33,7 @@ from ..hub.model_files import (
 )
 from ..hub.model_folder import SOURCE_FLAGS, dump_flags
 from ..runtime.errors import format_name_list
-from ..runtime.files import read_json, read_text, write_atomically
+from ..runtime.files import read_json, read_text, write_text
 from ..runtime.staging import STAGING_FOLDER
 from .checkpoints import Checkpoint, CheckpointStore
 from .options import FinetuneOptions
@@ -154,8 +154,7 @@ def prepare_folder(
     # These two say how a run was started, not what it is; a repeated run must not overwrite by
     # itself.
     flags = {name: flags[name] for name in flags if name not in ("resume", "overwrite")}
-    with write_atomically(folder / RECIPE_FILE) as file:  # Never through a link
-        file.write_text(dump_flags(flags), encoding="utf-8")
+    write_text(folder / RECIPE_FILE, dump_flags(flags))
 
 
 def make_flags_relative(flags: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Outcome:
         seconds: duration of the fit or of the steps.
         num_unreadable: number of training images that could not be read.
         trained_scenes: recognizes photos of the scenes that trained the model, if the encoder can.
-        in_trained_scenes: names of the held-out photos that do.
+        in_trained_scenes: indices of the held-out photos that do.
         results: further fields of results.json, such as the number of steps.
         lines: to print about the frozen model and the calibration.
         missing_reason: why nothing could measure the model.
@@ -80,7 +80,7 @@ class Outcome:
     seconds: float
     num_unreadable: int
     trained_scenes: TrainedScenes | None
-    in_trained_scenes: Sequence[str]
+    in_trained_scenes: Sequence[int]
     results: dict[str, Any]
     lines: dict[str, str | None]
     missing_reason: str = (
@@ -136,7 +136,11 @@ def find_in_trained_scenes(outcome: Outcome) -> dict[str, Any]:
     if not outcome.in_trained_scenes:
         return {}
     if outcome.predictions is None:  # Several tasks have no common predictions
-        return {"names": outcome.in_trained_scenes, "num_images": outcome.metrics["num_images"]}
+        names = outcome.data.held_out.images.get_names()
+        return {
+            "names": [names[index] for index in outcome.in_trained_scenes],
+            "num_images": outcome.metrics["num_images"],
+        }
     return count_in_trained_scenes(outcome.in_trained_scenes, outcome.predictions)
 
 

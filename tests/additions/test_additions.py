@@ -13,7 +13,7 @@ import torch
 from helpers.additions import add_class, add_task
 from helpers.command_in_process import run_here
 from helpers.digits_models import DIGITS, LABELS, PIXELS, STRIPED, STRIPES, train_digits_model
-from helpers.photo_folders import draw_pixels, get_unicode_forms
+from helpers.photo_folders import draw_pixels, get_unicode_forms, write_files
 from helpers.read_datasets import read_training_data
 from helpers.tiny_models import (
     CLS,
@@ -185,6 +185,12 @@ def test_verify_unchanged_exits_with_1_on_a_changed_weight(
     assert run_here("verify-unchanged", digits, with_parity) == 0
     changed = copy_and_change(with_parity, tmp_path / "changed", "classifier.bias")
     assert run_here("verify-unchanged", digits, changed) == 1
+
+
+def test_nothing_is_unchanged_on_images_that_cannot_be_read(digits: Path, tmp_path: Path) -> None:
+    write_files(tmp_path / "photos", "a/1.png", "b/2.png")
+    with raises_one_line("no image of", "can be read"):
+        verify_unchanged(digits, digits, dataset=tmp_path / "photos")
 
 
 def test_damaged_weights_are_not_compared(tmp_path: Path) -> None:

@@ -159,3 +159,5 @@ def test_predict_names_an_argument_that_is_missing_or_has_no_effect() -> None:
         predict("m")
     with raises_one_line("`output`", "to_csv"):
         predict("m", "photo.jpg", output="rows.csv")
+    with raises_one_line("`answers`"):
+        predict("m", "photo.jpg", answers=("answers.csv",))

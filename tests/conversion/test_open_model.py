@@ -115,6 +115,7 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
         os.utime(folder / "config.json", (0, 0))
+        (folder / ".#config.json").symlink_to("me@host.1")  # An editor's lock, a link to nothing
         monkeypatch.chdir(folder.parent)
         names.append(compute_cache_name("source"))
     assert re.fullmatch(r"my-vit-b16-[0-9a-f]{16}", compute_cache_name("timm:my vit+b16"))

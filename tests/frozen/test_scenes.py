@@ -8,6 +8,7 @@ from numpy.random import default_rng
 from pytest import LogCaptureFixture
 
 from modeling_vitcls.data.labels import OneLabel
+from modeling_vitcls.evaluation.evaluator import build_predictions, count_in_trained_scenes
 from modeling_vitcls.frozen.linear_probe import split_folds
 from modeling_vitcls.frozen.scenes import (
     TrainedScenes,
@@ -46,6 +47,16 @@ def test_photos_of_different_scenes_have_the_folds_of_their_own_groups(num_group
     before, after = (split_folds(features.labels, each.groups) for each in (features, joined))
     assert len(before) == 10
     np.testing.assert_equal(after, before)
+
+
+def test_a_photo_of_a_known_scene_is_counted_and_not_others_of_its_name() -> None:
+    """As in a dataset on the Hub, which has names without folders."""
+    features = build_features(np.eye(4, WIDTH), np.arange(4) % 2)
+    features = replace(features, names=np.full(4, "1.png"), logits=np.eye(4, 2))
+    near = TrainedScenes.of(features.take(slice(1)), 0.1).recognize(features)
+    record = count_in_trained_scenes(near, build_predictions(LABELS, features))
+    assert record["names"] == ["1.png"]
+    assert record["others"]["num_images"] == 3
 
 
 def test_each_pair_with_two_labels_counts_once() -> None:

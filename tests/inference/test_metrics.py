@@ -26,6 +26,7 @@ from modeling_vitcls.inference.metrics import (
     measure_one_label,
     select_scalars,
 )
+from modeling_vitcls.inference.stated_result import build_class_tables
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
@@ -169,6 +170,12 @@ def test_a_single_class_is_measured() -> None:
     assert values["accuracy"] == 1
     assert values["calibration_error"] == 0
     assert values["confusion_matrix"] == [[2]]
+
+
+def test_images_are_counted_if_no_prediction_is_right() -> None:
+    logits = np.tile([1.0, 0.0], (8, 1))
+    values = measure(OneLabel({"label": ["a", "b"]}), logits, np.ones(8, np.int64))
+    assert build_class_tables(values)["Each class"][1]["Right"] == "0 of 8"
 
 
 def test_a_metric_that_is_not_a_number_is_no_result(monkeypatch: MonkeyPatch) -> None:

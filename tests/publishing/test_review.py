@@ -64,6 +64,10 @@ def test_the_least_sure_photos_are_asked_about(folder: Path, photos: Path) -> No
     assert unsure == {*others.nsmallest(5).index}
 
 
+def test_a_page_needs_no_table(folder: Path, photos: Path) -> None:
+    assert len(ask(folder, photos)) == 6
+
+
 def test_only_models_with_one_label_per_image_ask(folder: Path, photos: Path) -> None:
     with raises_one_line("one label per image"):
         ask(folder, photos, features=("cls",))

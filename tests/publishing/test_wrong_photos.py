@@ -21,6 +21,7 @@ from modeling_vitcls.frozen.curve import describe_learning_curve
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.metrics import measure_one_label
 from modeling_vitcls.inference.stated_result import Measurement, build_class_tables
+from modeling_vitcls.publishing.labels_page import choose_doubtful
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (
     choose_photos,
@@ -112,6 +113,11 @@ def test_a_name_of_several_images_is_not_found() -> None:
     assert (
         find_photos(LabeledImages(DatasetImages.from_list(["same.png", "same.png"]), [0, 1])) == {}
     )
+
+
+def test_without_a_photo_that_is_found_no_label_is_asked_about(folder: Path) -> None:
+    rows = read_predictions(ModelFolder(folder))
+    assert choose_doubtful(rows.assign(group=0), {}) == []
 
 
 @pytest.mark.parametrize("kind", ["several labels", "no images"])
@@ -298,6 +304,19 @@ def test_a_class_that_is_only_predicted_has_a_row() -> None:
     tables = build_class_tables(measure_one_label(["a", "b"], np.eye(2), np.zeros(2, int)))
     ((_, row),) = tables.values()
     assert (row["Right"], row["F1"]) == ("0 of 0", "0%")
+
+
+def test_all_classes_for_which_a_class_is_taken_most_often_are_named() -> None:
+    metrics = measure_one_label(
+        ["a", "b", "c", "d"], np.eye(4)[[1, 2, 3, 1, 1]], np.r_[0, 0, 0, 1, 2]
+    )
+    (rows,) = build_class_tables(metrics).values()
+    assert {row["Class"]: row["Most often taken for"] for row in rows} == {
+        "a": "b, c and 1 more (1 each)",
+        "b": "–",
+        "c": "b (1)",
+        "d": "–",
+    }
 
 
 def test_of_200_classes_those_with_most_wrong_predictions_are_listed() -> None:

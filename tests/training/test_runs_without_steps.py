@@ -29,7 +29,7 @@ from PIL import Image
 from pytest import CaptureFixture, MonkeyPatch, approx
 
 import modeling_vitcls
-from modeling_vitcls import ViTCLSModel, evaluate, predict
+from modeling_vitcls import ViTCLSModel, add_class, evaluate, predict
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.intervals import compute_proportion_interval
@@ -450,6 +450,16 @@ def test_the_camera_is_named_if_each_class_has_its_own(kind: str) -> None:
         record = results["frozen"]["findings"]["camera"]
         assert record["values"] == {"ants": "A", "bees": "B"}
         assert record["num_right"] == record["num_photos"]
+
+
+def test_a_run_whose_second_class_is_unreadable_ends_and_another_class_cannot_be_added() -> None:
+    for file in list_photos("my photos/bees"):
+        file.write_bytes(b"no photo")
+    Image.new("RGB", (30, 30)).save("my photos/ants/0.png")  # A property of the files
+    finetune("vit", "my photos", "run")
+    write_photos(Path("new"), range(3), "wasps")
+    with raises_one_line("two old classes"):
+        add_class("run", "new", "added")
 
 
 def test_the_folder_above_the_class_is_named_if_each_class_of_a_table_has_its_own() -> None:
