@@ -49,10 +49,10 @@ MODEL_CLASSES = {
     model_class.__name__: model_class
     for model_class in (ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMultiTaskClassification)
 }
-NUM_IMAGES = 256
+NUM_IMAGES = 64  # The tensors are equal, so more images would say little more
 # Batch size -> maximum number of images. Libraries choose a kernel by the shape of its input, so
 # equal bits at one batch size prove nothing for another.
-MAX_IMAGES = {16: NUM_IMAGES, 3: 48, 1: 16}
+MAX_IMAGES = {16: NUM_IMAGES, 3: 12, 1: 4}
 ENCODER_PREFIX = "vitcls."
 # Class statistics, to which an added class appends a row; `distance` reads them
 GROWING_PREFIXES = tuple(f"class_distance.{name}" for name in ("means_", "counts", "scales"))
