@@ -36,6 +36,7 @@ MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they ar
 LABEL_FIELDS = ("choices", "name", "label")
 
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
+WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 IN_BRACKETS = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 MISSING_WORDS = frozenset("nan na n/a none null unknown unlabeled ? -".split())
@@ -59,6 +60,11 @@ class LabelColumn:
         labels = {cell: read_object(value) for cell, value in values.items()}
         # Missing labels are left out.
         self.values = {cell: each for cell, each in labels.items() if spell_label(each) is not None}
+        known = self.values.values()
+        if all(isinstance(each, str) and WHOLE.fullmatch(each) for each in known):
+            # pandas writes 1 as 1.0 if a cell of the column is empty
+            whole = {cell: each.partition(".")[0] for cell, each in self.values.items()}
+            self.values |= {cell: each for cell, each in whole.items() if each in known}
         self.counts = Counter(cell for cell in chain(*self.rows.values()) if cell in self.values)
 
     def name_row(self, cell: str) -> str:
@@ -147,7 +153,11 @@ def find_separator(column: LabelColumn, label_names: Sequence[str] | None) -> st
         parts: Counter[str] = Counter()
         for text, count in texts.items():
             parts.update(dict.fromkeys(filter(None, split_labels(text, separator)), count))
-        if joined and parts.total() / len(parts) > factor * sum(texts.values()) / len(texts):
+        if (
+            joined
+            and parts
+            and parts.total() / len(parts) > factor * sum(texts.values()) / len(texts)
+        ):
             warn_on_first_process(
                 f"{column.where} has several labels in texts such as {joined[0]!r:.60}: read as "
                 f"{len(parts):,} labels separated by {separator!r}. If each text is one label, set "

@@ -99,7 +99,7 @@ def convert_split(data: Any) -> Any:
     if isinstance(data, pd.DataFrame):
         # An index with a name was a column, as after `pd.read_csv(..., index_col=0)`
         if data.index.names != [None]:
-            data = data.reset_index()
+            data = data.reset_index(drop=not {*data.columns}.isdisjoint(data.index.names))
         data = data.apply(
             lambda column: column.map(spell_path) if column.dtype == object else column
         )

@@ -157,6 +157,10 @@ def load_splits(
     all_tables, facts = divide_by_column(
         splits, dataset, options.split_column, options.label_column or ()
     )
+    empty = [split for split, table in all_tables.items() if split != "train" and not len(table)]
+    if 0 < len(empty) < len(all_tables):
+        warn_on_first_process(f"{dataset}: without rows, and left out: {format_name_list(empty)}")
+        all_tables = {split: all_tables[split] for split in all_tables if split not in empty}
     # Selected before the labels are read: a test split may hide its labels, which would be an
     # error.
     tables = {split: all_tables[split] for split in select(list(all_tables))}
@@ -181,13 +185,23 @@ def load_splits(
 
         parts, lines = apply_answers(parts, label_space, read_answers(options.answers))
         facts |= lines
+    hidden = [
+        split
+        for split in [*parts][1:]
+        if not keeps_unlabeled and all(label is None for label in parts[split].labels)
+    ]
+    if hidden:
+        warn_on_first_process(
+            f"{dataset}: without labels, and left out: {format_name_list(hidden)}"
+        )
+        parts = {split: parts[split] for split in parts if split not in hidden}
     labeled = {
         split: part
         if keeps_unlabeled
         else drop_unlabeled_images(part, f"{dataset}, split {split!r}", columns)
         for split, part in parts.items()
     }
-    tables = {split: table.select(labeled[split].images.rows) for split, table in tables.items()}
+    tables = {split: tables[split].select(part.images.rows) for split, part in labeled.items()}
     groups, fact, reason = choose_groups(
         tables,
         dataset,

@@ -338,10 +338,10 @@ def match_names(names: Sequence[str], model_names: Sequence[str]) -> Callable[[A
             )
         if not found:
             raise ValueError(
-                f"the dataset has the label {shorten_text(name)}, but the model has only the labels "
-                f"{format_name_list(model_names, 20)}. Remove the images with this label, add "
-                "the class with `vitcls add-class`, or, if they are the same, correct `id2label` in "
-                "the model's config.json"
+                f"the dataset has the label {shorten_text(name)}, but the model or task has only the labels "
+                f"{format_name_list(model_names, 20)}. Remove the images with this label, add the class with "
+                "`vitcls add-class` (not to a task), or, if they are the same, correct the name in the model's "
+                "config.json"
             )
         return found[0]
 

@@ -8,6 +8,7 @@ The batches of `Predictor` are assigned to the processes in turn. The features o
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ from .prediction_rows import Row
 from .predictor import Predictor, build_predictor
 
 
+FURTHER_LABEL = re.compile(r"(label|probability)_\d+")  # Columns with `--top-k`
 MIN_DRAWN = 10  # Minimum number of answered random photos for an estimate
 
 
@@ -55,7 +57,13 @@ def predict_images(options: PredictOptions) -> list[Row]:
         from ..data.answers import read_answers  # imports pandas
 
         columns["source"] = pa.string()
-        rows = apply_labels(rows, read_answers(options.answers).to_dict("index"), answered)
+        answers = read_answers(options.answers)
+        names = {"", *predictor.folder.config.id2label.values()}
+        if others := sorted({*answers["label"]} - names):
+            warn_on_first_process(
+                f"`answers` names classes that the model lacks: {format_name_list(others)}"
+            )
+        rows = apply_labels(rows, answers.to_dict("index"), answered)
     if options.output is None:
         summary = list(rows)
         if accelerator.is_main_process:
@@ -117,7 +125,12 @@ def apply_labels(
             label = answer["label"] or None
             if not row["trained"]:
                 answered[answer["chosen"] == "random", row["label"] == label] += 1
-            row.update(label=label, probability=None, source="person")
+            further = [name for name in row if FURTHER_LABEL.fullmatch(name)]
+            row |= dict.fromkeys(further) | {
+                "label": label,
+                "probability": None,
+                "source": "person",
+            }
         yield row
 
 

@@ -70,8 +70,8 @@ def print_division(
         reporter.warn(
             f"the encoder of {inputs.initial.name}, a classifier that this run keeps, or its teacher was "
             f"trained on {num_seen:,} of the images that measure this run, so the result is better "
-            "than for new images, and has no interval. Set `held_out_fraction` as in its run, or "
-            "hold out other images"
+            "than for new images, and has no interval. Evaluate other images with "
+            "`vitcls evaluate` or, if that run held some out, set `held_out_fraction` as in it"
         )
 
 

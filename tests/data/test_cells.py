@@ -40,6 +40,12 @@ def test_undeclared_integers_are_names_sorted_by_value() -> None:
     assert read([10.0, 9.0]) == (["9", "10"], [1, 0])
 
 
+def test_text_with_a_decimal_zero_is_the_integer_beside_it() -> None:
+    """pandas writes 1 as 1.0 into the CSV file of a split in which a cell is empty."""
+    assert read(["1", "2.0", "1.0", "2"]) == (["1", "2"], [0, 1, 0, 1])
+    assert read(["1.0", "2.0"])[0] == ["1.0", "2.0"]  # versions
+
+
 @pytest.mark.parametrize("names", [("cat", "7", "dog"), ("cat", "-7", "dog")])
 def test_integers_are_never_indices_if_any_name_is_an_integer(names: tuple[str, ...]) -> None:
     assert read(["cat", names[1], "dog"], names=names)[1] == [0, 1, 2]

@@ -10,11 +10,12 @@ from typing import Any
 
 import datasets
 import pytest
-from helpers.photo_folders import write_photos
+from helpers.photo_folders import draw_noise, write_photos
 from helpers.read_datasets import read_training_data, read_undivided
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
 from PIL import Image
+from pytest import LogCaptureFixture
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.in_memory import add_dataset
@@ -72,6 +73,36 @@ def test_the_test_split_is_read_beside_a_validation_split_only_on_request(
     names: list[str], reads_all: bool, expected: list[str]
 ) -> None:
     assert choose_training_splits(reads_all, names) == expected
+
+
+@pytest.mark.parametrize(
+    ("splits", "read", "line"),
+    [
+        (
+            {"train": [0, 1], "val": [], "test": [1]},
+            {"train": 2, "test": 1},
+            "without rows, and left out: val",
+        ),
+        ({"train": [0, 1], "test": [-1]}, {"train": 2}, "without labels, and left out: test"),
+        ({"one": [0, 1], "two": [0]}, {"one": 2}, "not read: the splits two."),
+    ],
+)
+def test_splits_that_are_not_read_are_named(
+    splits: dict[str, list[int]], read: dict[str, int], line: str, caplog: LogCaptureFixture
+) -> None:
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["x", "y"])
+    )
+    images = iter(draw_noise(*[(8, 8)] * 6))
+    data = {
+        name: datasets.Dataset.from_dict(
+            {"image": [next(images) for _ in labels], "label": labels}, features
+        )
+        for name, labels in splits.items()
+    }
+    found = read_undivided(add_dataset(datasets.DatasetDict(data))).images_by_split
+    assert {name: len(part) for name, part in found.items()} == read
+    assert line in caplog.text
 
 
 def get_names(part: Any) -> set[str]:

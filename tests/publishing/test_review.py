@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny_models import raises_one_line, save_classifier
 from PIL import Image
 from playwright.sync_api import Browser
-from pytest import CaptureFixture
+from pytest import CaptureFixture, LogCaptureFixture
 
 from modeling_vitcls.cli.commands import run_predict
 from modeling_vitcls.inference.options import PredictOptions
@@ -31,7 +31,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_photos_are_asked_about_once(folder: Path, photos: Path, capsys: CaptureFixture) -> None:
+def test_photos_are_asked_about_once(
+    folder: Path, photos: Path, capsys: CaptureFixture, caplog: LogCaptureFixture
+) -> None:
     table, answers = folder / "table.csv", folder / "answers.csv"
     asked = ask(folder, photos, output=table)
     assert Counter(asked.values()) == {"random": 1, "unsure": 5}
@@ -43,6 +45,7 @@ def test_photos_are_asked_about_once(folder: Path, photos: Path, capsys: Capture
     answers.write_text("\n".join(lines))
     left = ask(folder, photos, output=table, answers=(str(answers),), review_count=99)
     assert len(left) == 7
+    assert "classes that the model lacks: mine" in caplog.text
     assert not {first, second} & left.keys()
     rows = pd.read_csv(table, index_col="checksum")
     assert rows.loc[[first, second], "label"].fillna("none").tolist() == ["mine", "none"]
@@ -74,7 +77,7 @@ def test_only_models_with_one_label_per_image_ask(folder: Path, photos: Path) ->
 
 
 def test_a_table_is_judged_by_random_photos_that_did_not_train_the_model() -> None:
-    rows = [{"checksum": str(n), "label": "a", "trained": n == 0} for n in range(5)]
+    rows = [{"checksum": str(n), "label": "a", "label_2": "b", "trained": n == 0} for n in range(5)]
     answers = {
         "0": {"label": "b", "chosen": "random"},  # trained the model
         "1": {"label": "a", "chosen": "random"},
@@ -82,7 +85,10 @@ def test_a_table_is_judged_by_random_photos_that_did_not_train_the_model() -> No
         "3": {"label": "b", "chosen": "unsure"},
     }
     answered: Counter[tuple[bool, bool]] = Counter()
-    list(apply_labels(iter(rows), answers, answered))
+    applied = list(apply_labels(iter(rows), answers, answered))
+    assert [row["label_2"] for row in applied] == [None] * 4 + [
+        "b"
+    ]  # A person has no second answer
     assert answered == {(True, True): 1, (True, False): 1, (False, False): 1}
 
 

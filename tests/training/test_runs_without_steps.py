@@ -268,7 +268,7 @@ def test_images_that_trained_the_encoder_measure_nothing(frozen: Any, tuned: Any
         has_interval = "accuracy_interval" in results
         card = (results["folder"] / "README.md").read_text()
         assert ("images that measure this run" in results["printed"]) is not has_interval
-        assert ("or its encoder was trained on" in card) is not has_interval
+        assert ("or its teacher was trained on" in card) is not has_interval
         return has_interval
 
     assert has_interval(frozen)
