@@ -61,7 +61,8 @@ def predict_images(options: PredictOptions) -> list[Row]:
         names = {"", *predictor.folder.config.id2label.values()}
         if others := sorted({*answers["label"]} - names):
             warn_on_first_process(
-                f"`answers` names classes that the model lacks: {format_name_list(others)}"
+                f"`answers` names classes that the model lacks: {format_name_list(others)}. Correct them, or "
+                "train the model with them"
             )
         rows = apply_labels(rows, answers.to_dict("index"), answered)
     if options.output is None:
