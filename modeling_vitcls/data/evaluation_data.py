@@ -1,6 +1,6 @@
 """The images that evaluation reads: all of a split, except those that trained the model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -38,6 +38,7 @@ def load_evaluation_data(
     use_labels: bool = True,
     max_images: int | None = None,
     trained: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> EvaluationData:
     """Load the images to evaluate, without those that trained the model.
 
@@ -49,6 +50,7 @@ def load_evaluation_data(
         use_labels: whether labels are read. If False, every label is missing.
         max_images: number of images to draw at random.
         trained: label columns of the model's training, which are read if the dataset has them.
+        classes: of the model, which `answers` may name.
 
     Raises:
         ValueError: if the split does not exist, or if training used all of its images.
@@ -59,7 +61,8 @@ def load_evaluation_data(
         names.extend(found)
         return [choose_split(split, get_title(options.dataset), found, EVALUATION_SPLITS)]
 
-    loaded = load_splits(options, use_labels, choose, trained, bool(options.answers))
+    has_answers = bool(options.answers)
+    loaded = load_splits(options, use_labels, choose, trained, has_answers, classes)
     ((name, images),) = loaded.images_by_split.items()
     dataset = loaded.name
     outside = None

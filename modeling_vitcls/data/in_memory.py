@@ -20,6 +20,7 @@ import io
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ..model.image_processing_vitcls import image_to_tensor, pil_to_array
 from ..runtime.errors import format_error
+from .cells import spell_label
 from .images import resolve_path
 from .tables import build_column
 
@@ -100,9 +102,7 @@ def convert_split(data: Any) -> Any:
         # An index with a name was a column, as after `pd.read_csv(..., index_col=0)`
         if data.index.names != [None]:
             data = data.reset_index(drop=not {*data.columns}.isdisjoint(data.index.names))
-        data = data.apply(
-            lambda column: column.map(spell_path) if column.dtype == object else column
-        )
+        data = data.apply(lambda column: spell_column(column) if column.dtype == object else column)
         return datasets.Dataset.from_pandas(data, preserve_index=False)
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
@@ -131,6 +131,13 @@ def convert_split(data: Any) -> Any:
     table = pyarrow.table(columns)
     features = datasets.Features({**datasets.Features.from_arrow_schema(table.schema), **types})
     return datasets.Dataset(table, datasets.DatasetInfo(features=features))
+
+
+def spell_column(column: Any) -> Any:
+    """Spell paths, and numbers beside text, as text: a column of Arrow has one type."""
+    column = column.map(spell_path)
+    types = {Real if isinstance(each, Real) else type(each) for each in column.dropna()}
+    return column.map(spell_label) if types == {Real, str} else column
 
 
 def spell_path(value: Any) -> Any:

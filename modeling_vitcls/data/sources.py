@@ -123,6 +123,7 @@ def load_splits(
     select: SplitSelector = list,
     trained: Mapping[str, Any] | None = None,
     keeps_unlabeled: bool = False,
+    answer_classes: Sequence[str] = (),
 ) -> Splits:
     """Load the splits of `dataset`; with `more_data`, all are one split.
 
@@ -134,13 +135,14 @@ def load_splits(
         trained: `label_column` and `label_separator` of a model's training, which are used if the
             dataset has these columns.
         keeps_unlabeled: whether images without a label are kept, as None.
+        answer_classes: classes that `answers` may name, besides those of the dataset.
 
     Raises:
         ValueError: if the dataset cannot be read, or has no image or label column.
         OSError: if the dataset cannot be found.
     """
     if options.more_data:
-        return load_several(options, use_labels, select, keeps_unlabeled)
+        return load_several(options, use_labels, select, keeps_unlabeled, answer_classes)
     wanted = options.label_column or (trained or {}).get("label_column") or ()
     name, folder, splits = open_dataset(
         options.dataset, use_labels, wanted, options.group_column != NO_GROUPS
@@ -183,6 +185,9 @@ def load_splits(
     if options.answers:
         from .answers import apply_answers, read_answers  # imports pandas
 
+        if answer_classes and label_space.kind == OneLabel.kind:
+            ((label, names),) = label_space.columns.items()
+            label_space = OneLabel({label: list(dict.fromkeys([*names, *answer_classes]))})
         parts, lines = apply_answers(parts, label_space, read_answers(options.answers))
         facts |= lines
     hidden = [
@@ -227,6 +232,7 @@ def load_several(
     use_labels: bool,
     select: SplitSelector,
     keeps_unlabeled: bool,
+    answer_classes: Sequence[str],
 ) -> Splits:
     """Load `dataset` and `more_data` as one split: a table in memory, with images that are no files.
 
@@ -271,6 +277,7 @@ def load_several(
         use_labels,
         select,
         keeps_unlabeled=keeps_unlabeled,
+        answer_classes=answer_classes,
     )
 
 

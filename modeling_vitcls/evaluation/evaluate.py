@@ -25,6 +25,7 @@ from ..data.evaluation_data import EvaluationData, load_evaluation_data
 from ..data.labels import (
     UNLABELED,
     LabelSpace,
+    OneLabel,
     SeveralLabels,
     check_is_classifier,
     check_threshold,
@@ -207,6 +208,7 @@ def load_data(
         use_labels=use_labels,
         max_images=max_images,
         trained=trained,
+        classes=label_space.names if isinstance(label_space, OneLabel) else (),
     )
     data = load_on_main(options.dataset, load)
     if not use_labels:

@@ -9,6 +9,7 @@ from helpers.photo_folders import draw_noise
 from helpers.tiny_models import raises_one_line
 from pytest import MonkeyPatch
 
+from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_undivided_images
 from modeling_vitcls.inference.inputs import compute_checksum
@@ -66,6 +67,14 @@ def test_the_latest_answer_counts_in_a_table_that_a_spreadsheet_has_changed() ->
     table = pd.concat(map(pd.read_csv, ("2.csv", "1.csv"))).iloc[:, ::-1]
     table.to_csv("answers.csv", index=False, encoding="utf-8-sig", sep=";")
     assert read("answers.csv")[0]["0.png"] == "Äpfel"
+
+
+def test_an_answer_may_name_a_class_that_was_added_to_the_evaluated_model() -> None:
+    answer("answers.csv", "dog", "cat")
+    options = DataOptions(dataset="photos.csv", answers=("answers.csv",))
+    found = load_evaluation_data(options, None, classes=["cat", "dog"])
+    labels = [found.label_space.format(label) for label in found.images.labels]
+    assert labels == ["dog", "cat", "cat", "cat", "Äpfel"]
 
 
 def test_answers_that_cannot_be_used_are_an_error() -> None:

@@ -140,6 +140,9 @@ def test_a_table_has_paths_as_objects_and_is_named_as_in_python(
     assert splits.name == "the DataFrame"
     assert not capfd.readouterr().err  # no progress bar
     assert splits.train.images[1].tobytes() == make_image(1).tobytes()
+    mixed = table.assign(note=[1, "x", None]).set_index("label", drop=False)
+    columns = get_dataset(add_dataset(mixed))["train"]
+    assert (columns["note"][:], columns["label"][:]) == (["1", "x", None], list("aba"))
     for data, title in ((table, "the DataFrame"), ({"train": table}, "the dict")):
         with raises_one_line(f"{title}, split 'train' has no column 'tags'"):
             read_splits_of(add_dataset(data), label_column=("tags",))
@@ -235,7 +238,10 @@ def test_a_converted_phone_photo_is_trained_as_it_is_predicted(mode: str) -> Non
         ),
         ([{"image": "0.png", "label": "cat"}], "of type dict .*or a DataFrame or datasets.Dataset"),
         ([("\udce9.png", "cat")], "Pass images as paths in UTF-8"),
-        (pd.DataFrame({"image": ["0.png"] * 2, "label": ["a", 1]}, dtype=object), "of one type"),
+        (
+            pd.DataFrame({"image": ["0.png"] * 2, "label": ["a", ["b"]]}, dtype=object),
+            "of one type",
+        ),
         (pd.DataFrame({"image": [make_image(0)]}), "column image.* Pass images as paths"),
         ({1, 2}, "the data is a set.* Pass a path"),
         (Dataset(), "the data is a Dataset.* Pass a path"),
