@@ -51,10 +51,11 @@ def read_table(file: Path, folder: Path) -> Any:
     if not any(columns.values()):
         raise ValueError(f"{file} is empty. Add rows with images")
     subfolder = file.parent.relative_to(folder)
-    if subfolder.parts and "file_name" in columns:  # Its names are relative to the table
-        columns["file_name"] = [
-            name and str(subfolder / str(name)) for name in columns["file_name"]
-        ]
+    for column in FILE_NAME_COLUMNS & columns.keys() if subfolder.parts else ():
+        names = [name and str(subfolder / str(name)) for name in columns[column]]
+        # Those of `file_name` are relative to the table, as for `datasets`; others may be
+        if column == "file_name" or any(name and (folder / name).is_file() for name in names):
+            columns[column] = names
     arrays = {normalize_name(name): build_column(values) for name, values in columns.items()}
     return datasets.Dataset(pyarrow.table(arrays))
 

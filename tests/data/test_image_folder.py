@@ -369,7 +369,8 @@ def test_a_named_pipe_is_no_table(tmp_path: Path, name: str) -> None:
 # Other readers of folders -------------------------------------------------------------------------
 
 
-def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", ["file_name", "filename"])
+def test_metadata_files_name_the_labels(column: str, tmp_path: Path) -> None:
     """Each split folder has its metadata file.
 
     Names of splits may be in upper case, and brackets are no pattern.
@@ -378,7 +379,7 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
     for split, shades in (("Train", "abab"), ("TEST", "ba")):
         write_classes(folder, {split: 5})
         table = pandas.DataFrame(
-            {"file_name": [f"{index}.png" for index in range(len(shades))], "shade": [*shades]}
+            {column: [f"{index}.png" for index in range(len(shades))], "shade": [*shades]}
         )
         table.to_csv(folder / split / "metadata.csv", index=False)
     data = read_training_data(folder, label_column=("shade",))
