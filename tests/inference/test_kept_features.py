@@ -206,5 +206,3 @@ def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
     monkeypatch.setattr(features, "can_use_cpu_kernels", lambda: "other")
     add_key()
     assert len({*keys}) == len(keys)
-    # A function instead of a processor has no settings
-    assert FrozenEncoder(classifier).open_store(object(), "no") is None
