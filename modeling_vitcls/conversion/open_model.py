@@ -141,7 +141,7 @@ def compute_cache_name(source: str) -> str:
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         cache_key.append(str(path.resolve()))
-        for file in filter(Path.exists, files):  # Not a lock of an editor, a link to nothing
+        for file in filter(Path.exists, files):  # Editors lock a file by a broken link
             # No hash of the contents: each command computes this name, and reading large weights
             # takes seconds. A copy or an archive may keep the time of modification, but its change
             # time is new.

@@ -50,7 +50,7 @@ def load_evaluation_data(
         use_labels: whether labels are read. If False, every label is missing.
         max_images: number of images to draw at random.
         trained: label columns of the model's training, which are read if the dataset has them.
-        classes: of the model, which `answers` may name.
+        classes: the model's, which are valid in `answers`.
 
     Raises:
         ValueError: if the split does not exist, or if training used all of its images.

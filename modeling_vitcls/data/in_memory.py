@@ -134,7 +134,7 @@ def convert_split(data: Any) -> Any:
 
 
 def spell_column(column: Any) -> Any:
-    """Spell paths, and numbers beside text, as text: a column of Arrow has one type."""
+    """Write paths as text, and numbers if others of the column are text: an Arrow column has one type."""
     column = column.map(spell_path)
     types = {Real if isinstance(each, Real) else type(each) for each in column.dropna()}
     return column.map(spell_label) if types == {Real, str} else column

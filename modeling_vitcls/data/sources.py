@@ -135,7 +135,7 @@ def load_splits(
         trained: `label_column` and `label_separator` of a model's training, which are used if the
             dataset has these columns.
         keeps_unlabeled: whether images without a label are kept, as None.
-        answer_classes: classes that `answers` may name, besides those of the dataset.
+        answer_classes: further valid classes in `answers`, besides those of the dataset.
 
     Raises:
         ValueError: if the dataset cannot be read, or has no image or label column.
@@ -161,7 +161,9 @@ def load_splits(
     )
     empty = [split for split, table in all_tables.items() if split != "train" and not len(table)]
     if 0 < len(empty) < len(all_tables):
-        warn_on_first_process(f"{dataset}: without rows, and left out: {format_name_list(empty)}")
+        warn_on_first_process(
+            f"{dataset}: splits without rows are left out: {format_name_list(empty)}"
+        )
         all_tables = {split: all_tables[split] for split in all_tables if split not in empty}
     # Selected before the labels are read: a test split may hide its labels, which would be an
     # error.
@@ -197,7 +199,7 @@ def load_splits(
     ]
     if hidden:
         warn_on_first_process(
-            f"{dataset}: without labels, and left out: {format_name_list(hidden)}"
+            f"{dataset}: splits without labels are left out: {format_name_list(hidden)}"
         )
         parts = {split: parts[split] for split in parts if split not in hidden}
     labeled = {

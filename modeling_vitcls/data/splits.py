@@ -302,7 +302,7 @@ def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]
     others = [name for name in HELD_OUT_SPLITS if name in names and name != train]
     if unread := [name for name in names if name not in (train, *HELD_OUT_SPLITS)]:
         warn_on_first_process(
-            f"not read: the splits {format_name_list(unread)}. To use them, name them train, validation or test"
+            f"splits that are not read: {format_name_list(unread)}. To use them, name them train, validation or test"
         )
     # The first of them selects a checkpoint, and the test split measures it.
     if reads_all and "test" in others[1:]:

@@ -53,7 +53,7 @@ def read_table(file: Path, folder: Path) -> Any:
     subfolder = file.parent.relative_to(folder)
     for column in FILE_NAME_COLUMNS & columns.keys() if subfolder.parts else ():
         names = [name and str(subfolder / str(name)) for name in columns[column]]
-        # Those of `file_name` are relative to the table, as for `datasets`; others may be
+        # `datasets` reads the names of `file_name` as relative to the table. Other columns may be either
         if column == "file_name" or any(name and (folder / name).is_file() for name in names):
             columns[column] = names
     arrays = {normalize_name(name): build_column(values) for name, values in columns.items()}

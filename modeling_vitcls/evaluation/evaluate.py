@@ -26,7 +26,6 @@ from ..data.labels import (
     UNLABELED,
     LabelSpace,
     OneLabel,
-    SeveralLabels,
     check_is_classifier,
     check_threshold,
     get_label_space,
@@ -38,7 +37,6 @@ from ..frozen.scenes import read_scenes
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
 from ..inference.features import FeatureLayout, FrozenEncoder
-from ..inference.intervals import estimate_average_precision
 from ..inference.load_model import load_for_inference
 from ..inference.metrics import drop_intervals
 from ..inference.options import EvaluateOptions
@@ -125,10 +123,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     if trained_scenes is not None:  # Each shot of a scene is little further evidence
         outputs = replace(features, groups=trained_scenes.join_shots(features))
     threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
-    estimate = None
-    if isinstance(label_space, SeveralLabels):
-        estimate = estimate_average_precision(outputs.logits, outputs.labels > 0.5, outputs.groups)
-    predictions = build_predictions(label_space, outputs, threshold, estimate)
+    predictions = build_predictions(label_space, outputs, threshold)
     if trained_scenes is not None:
         near = trained_scenes.recognize(features)
         predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(near, predictions)

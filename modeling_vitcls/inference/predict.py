@@ -61,7 +61,7 @@ def predict_images(options: PredictOptions) -> list[Row]:
         names = {"", *predictor.folder.config.id2label.values()}
         if others := sorted({*answers["label"]} - names):
             warn_on_first_process(
-                f"`answers` names classes that the model lacks: {format_name_list(others)}. Correct them, or "
+                f"`answers` has labels that are no classes of the model: {format_name_list(others)}. Correct them, or "
                 "train the model with them"
             )
         rows = apply_labels(rows, answers.to_dict("index"), answered)
@@ -126,12 +126,8 @@ def apply_labels(
             label = answer["label"] or None
             if not row["trained"]:
                 answered[answer["chosen"] == "random", row["label"] == label] += 1
-            further = [name for name in row if FURTHER_LABEL.fullmatch(name)]
-            row |= dict.fromkeys(further) | {
-                "label": label,
-                "probability": None,
-                "source": "person",
-            }
+            row |= dict.fromkeys(filter(FURTHER_LABEL.fullmatch, row))
+            row.update(label=label, probability=None, source="person")
         yield row
 
 

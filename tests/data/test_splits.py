@@ -81,10 +81,10 @@ def test_the_test_split_is_read_beside_a_validation_split_only_on_request(
         (
             {"train": [0, 1], "val": [], "test": [1]},
             {"train": 2, "test": 1},
-            "without rows, and left out: val",
+            "splits without rows are left out: val",
         ),
-        ({"train": [0, 1], "test": [-1]}, {"train": 2}, "without labels, and left out: test"),
-        ({"one": [0, 1], "two": [0]}, {"one": 2}, "not read: the splits two."),
+        ({"train": [0, 1], "test": [-1]}, {"train": 2}, "splits without labels are left out: test"),
+        ({"one": [0, 1], "two": [0]}, {"one": 2}, "splits that are not read: two."),
     ],
 )
 def test_splits_that_are_not_read_are_named(

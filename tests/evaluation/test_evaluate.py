@@ -163,8 +163,6 @@ def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
     assert found["num_images"] == NUM_IMAGES
     assert found["loss"] == close(by_one_process["multi_label"]["loss"])
     assert [row["name"] for row in found["per_class"]] == CLASSES
-    low, high = found["mean_average_precision_interval"]
-    assert low < found["mean_average_precision"] < high
 
     rows = pd.read_parquet(tmp_path / "new/rows.parquet")
     is_exact = [

@@ -18,7 +18,7 @@ from helpers.tiny_models import save_classifier
 from pytest import MonkeyPatch
 
 from modeling_vitcls import ViTCLSImageProcessor, evaluate
-from modeling_vitcls.frozen.scenes import NUM_MIRRORED
+from modeling_vitcls.frozen.scenes import NUM_MIRRORED, MirroringProcessor
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference import feature_store, features, predictor
 from modeling_vitcls.inference.features import FrozenEncoder
@@ -176,8 +176,10 @@ def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
     processor = ViTCLSImageProcessor.from_pretrained(model)
     keys: list[bytes] = []
 
+    used: Any = processor
+
     def add_key(precision: str = "no") -> None:
-        store = FrozenEncoder(classifier).open_store(processor, precision)
+        store = FrozenEncoder(classifier).open_store(used, precision)
         assert store is not None
         keys.append(store.key)
 
@@ -199,6 +201,8 @@ def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
     classifier.set_attn_implementation("eager")
     add_key()
     processor.image_mean = (0.4, 0.5, 0.5)
+    add_key()
+    used = MirroringProcessor(processor)
     add_key()
     add_key("bf16")
     monkeypatch.setattr(features, "PASS_VERSION", 0)

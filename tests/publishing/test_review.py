@@ -45,7 +45,7 @@ def test_photos_are_asked_about_once(
     answers.write_text("\n".join(lines))
     left = ask(folder, photos, output=table, answers=(str(answers),), review_count=99)
     assert len(left) == 7
-    assert "classes that the model lacks: mine" in caplog.text
+    assert "no classes of the model: mine" in caplog.text
     assert not {first, second} & left.keys()
     rows = pd.read_csv(table, index_col="checksum")
     assert rows.loc[[first, second], "label"].fillna("none").tolist() == ["mine", "none"]
@@ -86,9 +86,8 @@ def test_a_table_is_judged_by_random_photos_that_did_not_train_the_model() -> No
     }
     answered: Counter[tuple[bool, bool]] = Counter()
     applied = list(apply_labels(iter(rows), answers, answered))
-    assert [row["label_2"] for row in applied] == [None] * 4 + [
-        "b"
-    ]  # A person has no second answer
+    # A person has no second answer
+    assert [row["label_2"] for row in applied] == [None, None, None, None, "b"]
     assert answered == {(True, True): 1, (True, False): 1, (False, False): 1}
 
 
