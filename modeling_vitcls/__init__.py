@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from .cli.api import (
         add_class,
         add_task,
+        convert,
         evaluate,
+        export,
         finetune,
         inspect_tokens,
         look,
         predict,
+        push,
         verify_unchanged,
     )
     from .conversion.convert_models import (
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
         convert_from_transformers,
         convert_to_transformers,
     )
+    from .conversion.open_model import open_checkpoint
     from .frozen.linear_probe import LinearProbe
     from .inference.predictor import Predictor
     from .model.configuration_vitcls import ViTCLSConfig
@@ -60,14 +64,18 @@ __all__ = [
     "__version__",
     "add_class",
     "add_task",
+    "convert",
     "convert_from_timm",
     "convert_from_transformers",
     "convert_to_transformers",
     "evaluate",
+    "export",
     "finetune",
     "inspect_tokens",
     "look",
+    "open_checkpoint",
     "predict",
+    "push",
     "use_fast_modules",
     "use_plain_modules",
     "verify_unchanged",
@@ -78,11 +86,14 @@ IMPORT_STRUCTURE = {
     "cli.api": (
         "add_class",
         "add_task",
+        "convert",
         "evaluate",
+        "export",
         "finetune",
         "inspect_tokens",
         "look",
         "predict",
+        "push",
         "verify_unchanged",
     ),
     "model.configuration_vitcls": ("ViTCLSConfig",),
@@ -91,6 +102,7 @@ IMPORT_STRUCTURE = {
         "convert_from_transformers",
         "convert_to_transformers",
     ),
+    "conversion.open_model": ("open_checkpoint",),
     "frozen.linear_probe": ("LinearProbe",),
     "inference.predictor": ("Predictor",),
     "model.image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),

@@ -2,6 +2,7 @@
 
     from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict
     from modeling_vitcls import add_class, add_task, verify_unchanged
+    from modeling_vitcls import convert, export, push
 
     results = finetune("timm:vit_tiny_patch16_224", train_images, "runs/mine", epochs=5, batch_size=32)
     rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
@@ -18,16 +19,30 @@ explains it. Errors name these arguments. A dataset is a path, a Hub id, or data
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchangedOptions
 from ..analysis.options import InspectOptions, LookOptions
+from ..export.options import ExportOptions
 from ..inference.options import EvaluateOptions, PredictOptions
 from ..runtime.errors import warn_on_first_process
 from ..runtime.flags import Options, check_types
 from ..runtime.own_state import own_state
 from ..training.options import FinetuneOptions
-from .commands import run_add_class, run_add_task, run_finetune
+from .commands import (
+    ConvertOptions,
+    PushOptions,
+    run_add_class,
+    run_add_task,
+    run_convert,
+    run_finetune,
+    run_push,
+)
+from .export import run_export
+
+
+if TYPE_CHECKING:
+    from ..publishing.push import PushedCommit
 
 
 CommandOptions = TypeVar("CommandOptions", bound=Options)
@@ -296,6 +311,82 @@ def verify_unchanged(
 
     options = build_options(VerifyUnchangedOptions, old=old, new=new, dataset=dataset, **flags)
     return verify_models(options)
+
+
+@own_state()
+def convert(model: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
+    """Convert a ViT of another project, and write its folder, as `vitcls convert` does.
+
+    `ViTCLSModel.from_pretrained(model)` converts, too, and keeps the folder in a cache.
+
+    Args:
+        model: `timm:NAME`, `transformers:PATH_OR_ID` or a file of weights; with
+            `to="transformers"`, a folder or Hub id of a vitcls model.
+        output: output folder, which must be empty or must not exist.
+        flags: `to` and `family`, as in `vitcls convert`.
+
+    Returns:
+        The contents of parity_report.json: the largest differences of the outputs, by image size.
+
+    Raises:
+        TypeError: if a flag is unknown.
+        ValueError, OSError: if the source cannot be read or converted, or the outputs differ. Nothing is
+            written then.
+
+    Examples:
+        >>> from modeling_vitcls import convert
+        >>> report = convert("timm:vit_small_patch14_reg4_dinov2.lvd142m", "converted")
+        >>> report["comparisons"][0]["image_size"]
+        [518, 518]
+    """
+    return run_convert(build_options(ConvertOptions, model=model, output=output, **flags))
+
+
+@own_state()
+def export(model: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
+    """Export a model to ONNX, and compare the outputs, as `vitcls export` does.
+
+    Args:
+        model: a folder, a Hub id or any other checkpoint that `--model` accepts.
+        output: a file (.onnx) that does not exist yet, or a folder for `model.onnx`.
+        flags: `image_size`, `dynamic` and `dtype`, as in `vitcls export`.
+
+    Returns:
+        The contents of OUTPUT.json: the largest differences, inputs and outputs of the graph.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `convert`.
+
+    Examples:
+        >>> from modeling_vitcls import export
+        >>> report = export("runs/photos", "photos.onnx")
+    """
+    return run_export(build_options(ExportOptions, model=model, output=output, **flags))
+
+
+@own_state()
+def push(model: str | Path, hub_model_id: str | None = None, **flags: Any) -> "PushedCommit":
+    """Push a model folder to the Hub with a card, and verify the commit, as `vitcls push` does.
+
+    Args:
+        model: the folder of a model.
+        hub_model_id: the repository. Default: in your account, named after the folder.
+        flags: `private`, `branch`, `license`, `card_samples` and `verify`, as in `vitcls push`.
+
+    Returns:
+        The commit, with `repo_id`, `sha` and `url`.
+
+    Raises:
+        TypeError: if a flag is unknown.
+        ValueError, OSError: if the folder is incomplete, or the token may not write to the repository.
+        PushError: if the push fails. The message ends with the command that completes it.
+
+    Examples:
+        >>> from modeling_vitcls import push
+        >>> commit = push("runs/photos", "ann/photos", private=True)
+        >>> print(commit.sha)  # pin it: from_pretrained("ann/photos", revision=commit.sha)
+    """
+    return run_push(build_options(PushOptions, model=model, hub_model_id=hub_model_id, **flags))
 
 
 # Options ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchangedOptions
 from ..analysis.options import InspectOptions, LookOptions
@@ -20,6 +20,9 @@ from ..training.options import FinetuneOptions
 from .demo import run_demo
 from .export import run_export
 
+
+if TYPE_CHECKING:
+    from ..publishing.push import PushedCommit
 
 LIBRARIES = "huggingface_hub datasets timm peft onnxruntime gradio tyro".split()
 # Instructions that make bf16 and int8 fast, as in /proc/cpuinfo
@@ -108,7 +111,7 @@ class ConvertOptions(Options):
     the parameter names."""
 
 
-def run_convert(options: ConvertOptions) -> None:
+def run_convert(options: ConvertOptions) -> dict[str, Any]:
     """Convert a timm or transformers ViT, or convert a model back.
 
     Examples:
@@ -151,6 +154,7 @@ def run_convert(options: ConvertOptions) -> None:
     )
     repo_id = f"YOUR-NAME/{options.output.resolve().name}"
     print(f"  {build_push_command(options.output, repo_id)}")
+    return report
 
 
 def run_inspect(options: InspectOptions) -> None:
@@ -254,7 +258,7 @@ class PushOptions(Options):
         check_each(self, is_identifier, "an identifier, such as apache-2.0", "license")
 
 
-def run_push(options: PushOptions) -> None:
+def run_push(options: PushOptions) -> "PushedCommit":
     """Push a model folder to the Hub and verify the pushed commit.
 
     Examples:
@@ -273,7 +277,7 @@ def run_push(options: PushOptions) -> None:
     repo_id = prepare_repository(
         options.hub_model_id, options.model.resolve().name, options.private
     )
-    push_and_verify(
+    return push_and_verify(
         folder,
         repo_id,
         options.verify,

@@ -8,7 +8,7 @@ from typing import Any
 from ..export.options import ExportOptions
 
 
-def run_export(options: ExportOptions) -> None:
+def run_export(options: ExportOptions) -> dict[str, Any]:
     """Export a model to ONNX, and compare the outputs.
 
     Examples:
@@ -21,7 +21,9 @@ def run_export(options: ExportOptions) -> None:
     from ..export.exporter import export_model
 
     silence_exporters()
-    print_export(export_model(options), options.output)
+    report = export_model(options)
+    print_export(report, options.output)
+    return report
 
 
 def silence_exporters() -> None:

@@ -17,10 +17,10 @@ source or the version of this package changes, the model is converted again.
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import constants
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..hub.connection import name_cache
 from ..hub.loading import (
@@ -36,13 +36,23 @@ from ..hub.model_files import (
     PROCESSOR_FILE,
 )
 from ..hub.model_folder import ModelFolder
-from ..model.configuration_vitcls import PRESETS
+from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..runtime.errors import warn_on_first_process
 from ..runtime.files import compute_json_digest, read_json
 from ..version import __version__
 
 
 SOURCE_PREFIXES = ("timm:", "transformers:")
+
+# Argument of `from_pretrained` -> what to do instead before a conversion
+REMEDIES = {
+    "cache_dir": "set HF_HUB_CACHE",
+    "force_download": "run `hf cache rm`",
+    "local_files_only": "set HF_HUB_OFFLINE=1",
+    "proxies": "set HTTPS_PROXY",
+    "subfolder": "name the downloaded folder",
+    "token": "set HF_TOKEN",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -88,16 +98,51 @@ def open_model(source: str) -> ModelFolder:
     return ModelFolder(Path(folder), source)
 
 
+def open_checkpoint(source: Any, revision: str | None = None, **keywords: Any) -> str:
+    """Find or make the folder of a vitcls model, as `from_pretrained` of the models does.
+
+    Args:
+        source: As in `open_model`.
+        revision: Commit, branch or tag of a Hub id.
+        keywords: Other arguments of `from_pretrained` about files, which conversions do not take.
+
+    Returns:
+        The folder: of a vitcls model, or of the exact conversion of another ViT.
+
+    Raises:
+        ValueError, OSError: As in `open_model`; ValueError if an argument has no effect.
+
+    Examples:
+        >>> from modeling_vitcls import open_checkpoint
+        >>> folder = open_checkpoint("facebook/dinov2-small")
+    """
+    name = str(source)
+    if is_preset(name):
+        raise ValueError(
+            f"{name} is a preset without trained weights. For random weights, build the model: "
+            f"`ViTCLSModel(ViTCLSConfig.from_preset({name.removeprefix('vitcls-')!r}))`"
+        )
+    for keyword in keywords:
+        if keywords[keyword] is not True or keyword != "token":  # True is what is done anyway
+            raise ValueError(
+                f"`{keyword}` has no effect on {name}, which is converted first: leave it out, and "
+                f"{REMEDIES[keyword]}"
+            )
+    if revision is not None and not Path(name).exists():
+        name = f"{name}@{revision}"
+    return str(open_model(name).path)
+
+
 def find_prefix(folder: str) -> str:
     """Find out which project a model is from: the prefix of its name, which is empty for ours."""
     file = Path(folder, CONFIG_FILE)
     config = read_json(file) if file.is_file() else {}
     model_type = config.get("model_type")
-    if model_type in CONFIG_MAPPING_NAMES:
+    if model_type not in (None, ViTCLSConfig.model_type):
         return "transformers:"
     if model_type is None and isinstance(config.get("architecture"), str):  # timm saved the model
         return "timm:local-dir:" if get_cached_commit(folder) is None else "timm:hf-hub:"
-    return ""  # Unsupported models raise an error when the folder is opened
+    return ""
 
 
 @name_cache()

@@ -11,6 +11,7 @@ report.
 import copy
 import difflib
 import inspect
+import re
 from math import isqrt
 from typing import Any
 
@@ -266,10 +267,16 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
         name = encoder_name
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
-            f"{architecture or type(config).__name__} cannot be converted. Use a plain ViT that "
-            "docs/converting.md lists"
+            f"{architecture or type(config).__name__} (model type {config.model_type}) cannot be "
+            f"converted. Use one of {', '.join(list_families())}"
         )
     return getattr(transformers, name)
+
+
+def list_families() -> list[str]:
+    """List the models of transformers that can be converted, as their classes begin."""
+    ends = re.compile(r"(Vision)?(Model|For).*")
+    return sorted({ends.sub("", name) for name in CONVERTIBLE_CLASSES}, key=str.lower)
 
 
 def load_transformers_model(

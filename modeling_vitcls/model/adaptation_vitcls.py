@@ -36,24 +36,19 @@ from transformers.utils import logging
 
 from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias_tables
 from .blocks_vitcls import has_user_hooks
-from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
+from .configuration_vitcls import (
+    ADAPTABLE_FIELDS,
+    HUB_KEYWORDS,
+    ViTCLSConfig,
+    find_checkpoint,
+)
 from .positions_vitcls import resample_positions, resize_patch_kernel
 from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS, count_added_tokens, update_gated_tokens
 
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that control how files are loaded, and arguments that
-# configurations do not accept.
-HUB_KEYWORDS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
+# Arguments of `from_pretrained` that configurations do not accept
 MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
 
@@ -72,14 +67,19 @@ class AdaptableModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint, and adapt the model if arguments change its `ADAPTABLE_FIELDS`.
 
+        The checkpoint is a folder or a Hub id: of a vitcls model or, with the package installed, of
+        any ViT that docs/converting.md lists, also `timm:NAME` and a file of weights. Another ViT is
+        converted exactly, once.
+
         `gate_new_tokens` is explained in `adapt`; other arguments are passed to
         `PreTrainedModel.from_pretrained`. If training has opened all gates of the checkpoint, the
         gates are removed.
 
         Raises:
-            ValueError: if configuration fields contradict each other.
+            ValueError: if configuration fields contradict each other, or the checkpoint is of another
+                model, and cannot be converted.
         """
-        source = pretrained_model_name_or_path
+        source = find_checkpoint(pretrained_model_name_or_path, kwargs)
         config_class = cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
         old_fields = {} if config is None else read_adaptable_fields(config_class, source, kwargs)
@@ -103,6 +103,8 @@ class AdaptableModel(PreTrainedModel):
         has_loading_info = isinstance(model_or_tuple, tuple)  # output_loading_info=True
         model = model_or_tuple[0] if has_loading_info else model_or_tuple
         align_weights(model)
+        if source is not pretrained_model_name_or_path:  # Adapters and cards name the source
+            model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         # Before `adapt`, so that it counts only gates that still do something
         remove_open_gates(model)
 

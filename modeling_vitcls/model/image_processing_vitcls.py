@@ -129,6 +129,18 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         self.crop_rounding = crop_rounding
         self.bit_depth = bit_depth
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load the processor of a checkpoint; of another ViT, it computes the same pixels.
+
+        The checkpoint is as in `from_pretrained` of the models, which also says what is raised.
+        """
+        # Not a global: `datasets` hashes a processor with all globals of its methods
+        from .configuration_vitcls import find_checkpoint
+
+        source = find_checkpoint(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(source, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """Write the settings for `preprocessor_config.json`, with both backends in `auto_map`."""
         settings = super().to_dict()

@@ -70,8 +70,8 @@ INHERITED_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPEN
 
 def push_and_verify(
     folder: ModelFolder, repo_id: str, verifies: bool = True, **settings: Any
-) -> None:
-    """Push a folder, verify the commit, and print both results.
+) -> PushedCommit:
+    """Push a folder, verify the commit, print both results, and return the commit.
 
     Args:
         folder: The folder.
@@ -86,7 +86,7 @@ def push_and_verify(
     pushed = push_folder(folder, repo_id, **settings)
     print(f"pushed    {pushed.url} ({'private' if pushed.is_private else 'public'})", flush=True)
     if not verifies:
-        return
+        return pushed
     print("verifying the pushed commit in a new process", flush=True)
     try:
         print(verify(pushed, folder))
@@ -94,6 +94,7 @@ def push_and_verify(
         raise OSError(
             f"the model was pushed to {pushed.url}, but not verified: {error}. {pushed.advice}"
         ) from error
+    return pushed
 
 
 def verify(commit: PushedCommit, folder: ModelFolder) -> str:

@@ -77,6 +77,7 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
         found |= add_prefix(
             f"{name}/larger", compute_outputs(larger, inputs["larger_pixel_values"])
         )
+    report["another ViT"] = load_another_vit(type(model), target / "vit")
     save_file(found, target / "answers.safetensors")
     (target / "report.json").write_text(json.dumps(report))
 
@@ -99,6 +100,19 @@ def load(source: str, auto_class: str) -> tuple[Any, dict[str, Any]]:
             backbone_class = get_class_from_dynamic_module(config.auto_map[auto_class], source)
         return backbone_class.from_pretrained(source, output_loading_info=True)
     return getattr(transformers, auto_class).from_pretrained(source, **options)
+
+
+def load_another_vit(model_class: Any, folder: Path) -> str:
+    """Load a ViT of transformers with a class of a checkpoint, and return the error."""
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.ViTModel(config).save_pretrained(folder)
+    try:
+        model_class.from_pretrained(folder)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @torch.no_grad()

@@ -212,6 +212,14 @@ def test_saving_with_and_without_the_package_writes_all_code_and_no_pickle(
     assert settings["auto_map"] == read_json(saved / name / "preprocessor_config.json")["auto_map"]
 
 
+def test_code_from_the_hub_alone_refuses_another_vit(first: LoadedCheckpoints) -> None:
+    """The model would have random weights."""
+    error = first.report["another ViT"]
+    assert f"{first.folder / 'vit'} is a checkpoint of another project" in error
+    assert "`pip install modeling_vitcls`" in error
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
 def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
     """Check libraries and siblings by name; transformers finds the same ones as Python."""
