@@ -48,10 +48,10 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, use_fast
 from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.conversion.convert_models import convert_from_timm, convert_from_transformers
 from modeling_vitcls.conversion.parity_report import build_random_images
-from modeling_vitcls.export.exporter import export_model
-from modeling_vitcls.export.onnx_file import OnnxGraph
-from modeling_vitcls.export.options import ExportOptions
-from modeling_vitcls.export.tracing import (
+from modeling_vitcls.exporting.exporter import export_model
+from modeling_vitcls.exporting.onnx_file import OnnxGraph
+from modeling_vitcls.exporting.options import ExportOptions
+from modeling_vitcls.exporting.tracing import (
     EXPORTABLE_CLASSES,
     NamedOutputsModel,
     load_exportable_model,

@@ -24,7 +24,7 @@ ORDER = (
     ("frozen",),
     ("evaluation",),
     ("analysis", "training"),
-    ("additions", "publishing", "export"),
+    ("additions", "publishing", "exporting"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

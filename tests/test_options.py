@@ -11,7 +11,7 @@ from helpers.tiny_models import raises_one_line
 from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.cli.commands import PushOptions
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
-from modeling_vitcls.export.options import ExportOptions
+from modeling_vitcls.exporting.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.runtime.flags import check_types, to_flags
 from modeling_vitcls.training.options import FinetuneOptions, ModelOptions, parse_cls_scopes

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchangedOptions
 from ..analysis.options import InspectOptions, LookOptions
-from ..export.options import ExportOptions
+from ..exporting.options import ExportOptions
 from ..inference.options import EvaluateOptions, PredictOptions
 from ..runtime.errors import warn_on_first_process
 from ..runtime.flags import Options, check_types
@@ -337,7 +337,7 @@ def convert(model: str | Path, output: str | Path, **flags: Any) -> dict[str, An
         >>> from modeling_vitcls import convert
         >>> report = convert("timm:vit_small_patch14_reg4_dinov2.lvd142m", "converted")
         >>> report["comparisons"][0]["image_size"]
-        [518, 518]
+        (518, 518)
     """
     return run_convert(build_options(ConvertOptions, model=model, output=output, **flags))
 

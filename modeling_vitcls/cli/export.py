@@ -1,11 +1,11 @@
-"""`vitcls export`: export a model to ONNX, and compare the outputs (modeling_vitcls/export/)."""
+"""`vitcls export`: export a model to ONNX, and compare the outputs (modeling_vitcls/exporting/)."""
 
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..export.options import ExportOptions
+from ..exporting.options import ExportOptions
 
 
 def run_export(options: ExportOptions) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def run_export(options: ExportOptions) -> dict[str, Any]:
     The export also writes OUTPUT.json, which contains the largest output differences, the shapes of the
     images in the comparison, and a description of the inputs and outputs of the graph.
     """
-    from ..export.exporter import export_model
+    from ..exporting.exporter import export_model
 
     silence_exporters()
     report = export_model(options)

@@ -32,8 +32,8 @@ from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.conversion.parity_report import build_random_images
 from modeling_vitcls.conversion.processors import select_settings
 from modeling_vitcls.data.labels import is_multi_label
-from modeling_vitcls.export.onnx_file import LIMITS, OnnxGraph, measure_differences, write_onnx
-from modeling_vitcls.export.tracing import (
+from modeling_vitcls.exporting.onnx_file import LIMITS, OnnxGraph, measure_differences, write_onnx
+from modeling_vitcls.exporting.tracing import (
     GraphShape,
     NamedOutputsModel,
     Outputs,

@@ -155,7 +155,7 @@ def test_paths_may_follow_a_choice() -> None:
     ("command", "module", "library", "extra"),
     [
         ("demo --model m", "cli.demo", "gradio", "demo"),
-        ("export --model m --output m.onnx", "export.exporter", "onnxruntime", "export"),
+        ("export --model m --output m.onnx", "exporting.exporter", "onnxruntime", "export"),
     ],
 )
 def test_a_missing_library_is_named_with_the_extra_of_the_checkout(

@@ -339,14 +339,14 @@ def save_config(config: transformers.PreTrainedConfig, folder: Path) -> str:
 
 
 UNSUPPORTED = {
-    "LlavaForConditionalGeneration cannot be converted": lambda folder: save_config(
+    "LlavaForConditionalGeneration (model type llava) cannot be converted": lambda folder: save_config(
         transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]), folder
     ),
     # without config.json
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
     "source 'timm:' is not supported": lambda folder: "timm:",
-    "ViTCLSModel cannot be converted": lambda folder: save_checkpoint(
+    "ViTCLSModel (model type vitcls) cannot be converted": lambda folder: save_checkpoint(
         ViTCLSModel(build_tiny_config()), folder
     ),
 }

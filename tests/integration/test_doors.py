@@ -33,8 +33,8 @@ from modeling_vitcls import (
     evaluate,
     predict,
 )
-from modeling_vitcls.export.exporter import export_model
-from modeling_vitcls.export.options import ExportOptions
+from modeling_vitcls.exporting.exporter import export_model
+from modeling_vitcls.exporting.options import ExportOptions
 from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_files import hash_weights
 

@@ -25,7 +25,7 @@ from helpers.varied_models import center_logits
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.export.onnx_file import OnnxGraph
+from modeling_vitcls.exporting.onnx_file import OnnxGraph
 from modeling_vitcls.runtime.files import write_json
 from scripts.space.static_space import TRANSFORMERS_JS_VERSION
 

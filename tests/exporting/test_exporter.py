@@ -32,11 +32,11 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
-from modeling_vitcls.export import onnx_file
-from modeling_vitcls.export.exporter import export_model, fit_processor
-from modeling_vitcls.export.onnx_file import OnnxGraph
-from modeling_vitcls.export.options import ExportOptions
-from modeling_vitcls.export.tracing import GraphShape, NamedOutputsModel, get_smallest_size
+from modeling_vitcls.exporting import onnx_file
+from modeling_vitcls.exporting.exporter import export_model, fit_processor
+from modeling_vitcls.exporting.onnx_file import OnnxGraph
+from modeling_vitcls.exporting.options import ExportOptions
+from modeling_vitcls.exporting.tracing import GraphShape, NamedOutputsModel, get_smallest_size
 from modeling_vitcls.hub.model_files import hash_files, hash_weights
 from modeling_vitcls.runtime.files import read_json
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.weight_rules import Fields
-from modeling_vitcls.export.tracing import (
+from modeling_vitcls.exporting.tracing import (
     GraphShape,
     NamedOutputsModel,
     get_smallest_size,
