@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..model.fast_image_processing_vitcls import open_regular_file
+from ..model.field_checks_vitcls import open_regular_file
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from ..runtime.files import compute_file_digest

@@ -20,9 +20,9 @@ from torchvision.transforms.v2 import functional
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
 
-from ..model.fast_image_processing_vitcls import resize_and_crop
 from ..model.field_checks_vitcls import Size
 from ..model.image_processing_vitcls import CROP_ROUNDINGS
+from ..speed.fast_images import resize_and_crop
 from .images import read_size
 
 

@@ -30,8 +30,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from ..model.fast_image_processing_vitcls import open_regular_file
-from ..model.field_checks_vitcls import Size
+from ..model.field_checks_vitcls import Size, open_regular_file
 from ..model.image_processing_vitcls import get_image_formats, read_image, shorten_text
 from ..runtime.errors import format_error
 from ..runtime.files import find_file

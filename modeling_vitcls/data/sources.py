@@ -35,7 +35,7 @@ from ..hub.loading import (
     is_hub_id,
 )
 from ..hub.local_paths import BUILT_IN_DATASET, is_local, resolve_name
-from ..model.fast_image_processing_vitcls import open_regular_file
+from ..model.field_checks_vitcls import open_regular_file
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import (
     describe_exhaustion,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..model.fast_image_processing_vitcls import open_regular_file
+from ..model.field_checks_vitcls import open_regular_file
 from ..runtime.errors import format_error
 from .cells import normalize_name, spell_label
 from .images import resolve_path

@@ -36,6 +36,7 @@ from ..hub.model_folder import ModelFolder
 from ..inference.features import FeatureLayout, Features
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import explain_damage, format_name_list, warn_on_first_process
+from ..speed.fast_images import compute_pixels
 
 
 NUM_MIRRORED = 8  # Photos whose mirror images pass the encoder
@@ -71,8 +72,8 @@ class MirroringProcessor:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def __call__(self, image: Image.Image, **arguments: Any) -> Any:
-        return self.processor(ImageOps.mirror(image), **arguments)
+    def __call__(self, image: Image.Image, return_tensors: str) -> dict[str, Any]:
+        return {"pixel_values": compute_pixels(self.processor, ImageOps.mirror(image))[None]}
 
     def to_dict(self) -> dict[str, Any]:
         return self.processor.to_dict() | {"is_mirrored": True}

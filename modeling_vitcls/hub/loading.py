@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from ..model.fast_image_processing_vitcls import open_regular_file
+from ..model.field_checks_vitcls import open_regular_file
 from ..runtime.errors import format_name_list
 from .connection import HUB_ERRORS, describe_no_response, format_hub_error, name_cache
 from .model_files import (

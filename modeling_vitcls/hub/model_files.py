@@ -244,7 +244,7 @@ def check_is_vitcls(source: str, folder: Path) -> None:
 def check_weight_files(source: str, folder: Path) -> None:
     """Check that the folder has one set of weights in safetensors, or only exported files."""
     # Imported here: options of commands import this file, and flags are parsed without torch.
-    from ..model.fast_image_processing_vitcls import open_regular_file
+    from ..model.field_checks_vitcls import open_regular_file
 
     has_one_file = (folder / WEIGHTS_FILE).is_file()
     has_index = (folder / INDEX_FILE).is_file()

@@ -33,6 +33,7 @@ from ..data.images import DatasetImages, LabeledImages, check_channels, count_un
 from ..data.labels import LabelSpace
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.progress import track
+from ..speed.fast_images import compute_pixels
 from .cuda_graphs import GraphedFunction
 from .feature_store import FeatureStore
 
@@ -194,7 +195,7 @@ def read_pixels(
     """
     try:
         image = images[index]
-        pixels = processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+        pixels = compute_pixels(processor, image)
         check_channels(image, pixels, num_channels)
     # Unreadable, not supported by the image processor, or too thin for torchvision to resize
     except (ValueError, RuntimeError) as error:

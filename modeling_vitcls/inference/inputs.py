@@ -61,6 +61,7 @@ from ..model.image_processing_vitcls import (
 )
 from ..runtime.errors import format_error, format_name_list, warn_on_first_process
 from ..runtime.flags import expand_home
+from ..speed.fast_images import compute_pixels
 from .options import PredictOptions
 
 
@@ -295,7 +296,7 @@ def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> 
         if isinstance(content, str):
             check_is_no_address(content)
         with LARGE_IMAGE if is_large(content) else nullcontext():
-            return processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+            return compute_pixels(processor, content)
     except (ValueError, OSError, RuntimeError) as error:
         return format_error(error)
 

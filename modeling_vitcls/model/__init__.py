@@ -11,7 +11,7 @@ They import only one another and public libraries.
     heads_vitcls.py                   poolers, classifiers, pixel decoder, losses
     (a forward pass of a default model runs these five files, and one function of positions_vitcls.py)
 
-    field_checks_vitcls.py            kinds of fields that have bounds, one-line errors
+    field_checks_vitcls.py            checks of fields, files and checkpoints, one-line errors
     extra_heads_vitcls.py             the configuration of heads of further tasks and classes
     positions_vitcls.py               rotary position embeddings, resampling
     attention_masks_vitcls.py         masks of CLS tokens, relative position bias, token gates
@@ -20,7 +20,6 @@ They import only one another and public libraries.
     adaptation_vitcls.py              checkpoints with other special tokens or sizes
     token_attention_vitcls.py         attention maps of the special tokens
     image_processing_vitcls.py        image processors with two backends
-    fast_image_processing_vitcls.py   faster image processing with the same outputs
     pipeline_vitcls.py                pipelines that leave the reading of images to the processor
 
 A checkpoint contains all files of this folder. transformers copies the files next to the weights,

@@ -36,12 +36,8 @@ from transformers.utils import logging
 
 from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias_tables
 from .blocks_vitcls import has_user_hooks
-from .configuration_vitcls import (
-    ADAPTABLE_FIELDS,
-    HUB_KEYWORDS,
-    ViTCLSConfig,
-    find_checkpoint,
-)
+from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
+from .field_checks_vitcls import HUB_KEYWORDS, find_checkpoint
 from .positions_vitcls import resample_positions, resize_patch_kernel
 from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS, count_added_tokens, update_gated_tokens
 

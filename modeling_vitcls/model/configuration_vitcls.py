@@ -26,18 +26,16 @@ import copy
 import dataclasses
 import difflib
 import importlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import logging
 
 from .extra_heads_vitcls import ExtraHeadsConfig
 from .field_checks_vitcls import (
@@ -48,6 +46,7 @@ from .field_checks_vitcls import (
     activation,
     between,
     extent,
+    find_checkpoint,
     finite,
     positive,
     rate,
@@ -87,7 +86,6 @@ from .attention_masks_vitcls import *
 from .blocks_vitcls import *
 from .class_distance_vitcls import *
 from .extra_heads_vitcls import *
-from .fast_image_processing_vitcls import *
 from .field_checks_vitcls import *
 from .heads_vitcls import *
 from .image_processing_vitcls import *
@@ -172,17 +170,6 @@ ADAPTABLE_FIELDS = (
     "gated_tokens",
     "extra_heads",
     "token_init",
-)
-
-# Arguments of `from_pretrained` that say where files are
-HUB_KEYWORDS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
 )
 
 # Attention implementations that config.json may name. In transformers, other values may name a
@@ -1048,68 +1035,3 @@ def _format_suggestion(name: str, known_names: Iterable[str], cutoff: float = 0.
 ViTCLSConfig.register_for_auto_class()
 
 __all__ = ["ViTCLSConfig"]
-
-
-# Finding checkpoints ------------------------------------------------------------------------------
-def find_checkpoint(source: Any, keywords: Mapping[str, Any]) -> Any:
-    """Find the vitcls checkpoint for what a person names: `source`, or the folder of its conversion.
-
-    The installed package converts other ViTs. Code from the Hub alone refuses them, because the model
-    would have random weights.
-
-    Args:
-        source: argument of `from_pretrained`: a folder or Hub id, `timm:NAME` or a file of weights.
-        keywords: other arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: if the checkpoint is of another model, and cannot be converted.
-    """
-    if source is None or is_own_checkpoint(source, keywords):
-        return source
-    try:
-        from modeling_vitcls import open_checkpoint
-    except ImportError as error:
-        raise ValueError(
-            f"{source} is a checkpoint of another project, and only the package can convert it: "
-            "`pip install modeling_vitcls`, and import the class from there"
-        ) from error
-    return open_checkpoint(
-        source, **{name: keywords[name] for name in HUB_KEYWORDS if keywords.get(name)}
-    )
-
-
-def is_own_checkpoint(source: Any, keywords: Mapping[str, Any]) -> bool:
-    """Tell whether a checkpoint is of this class; also if there is none, which transformers says."""
-    name = str(source)
-    path = Path(name)
-    if path.is_file() and path.suffix != ".json":
-        return False
-    if name.startswith(("timm:", "transformers:", "vitcls-")) and not path.exists():
-        return False
-    hub_keywords = {key: keywords[key] for key in HUB_KEYWORDS if key in keywords}
-    try:
-        settings, _ = PreTrainedConfig.get_config_dict(source, **hub_keywords)
-    except OSError:
-        settings = {}
-    if not settings:
-        return is_adapter_of_own_checkpoint(name, hub_keywords)
-    # timm writes `architecture`, and no model type
-    own_type = ViTCLSConfig.model_type
-    return settings.get("model_type", own_type) == own_type and "architecture" not in settings
-
-
-def is_adapter_of_own_checkpoint(name: str, hub_keywords: dict[str, Any]) -> bool:
-    """Tell whether a folder without a model has no adapter, or one of a checkpoint of this class.
-
-    Raise ValueError for an adapter of another model: transformers would load it onto random weights.
-    """
-    adapter = find_adapter_config_file(name, **hub_keywords)
-    if adapter is None:
-        return True
-    base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
-    if base is None or is_own_checkpoint(base, {}):
-        return True
-    raise ValueError(
-        f"{name} is an adapter of {base}, which has to be converted before: "
-        f"`PeftModel.from_pretrained(MODEL_CLASS.from_pretrained({base!r}), {name!r})`"
-    )

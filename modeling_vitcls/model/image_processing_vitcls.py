@@ -7,8 +7,8 @@
 
 This file reads sources (paths, bytes, URLs), applies EXIF orientation, converts channels and bit
 depths, and checks settings. The backends of transformers (torchvision or PIL) perform the remaining
-steps. A faster implementation with the same results is in fast_image_processing_vitcls.py. Neither
-file contains augmentation for training.
+steps. Augmentation for training is elsewhere, and the commands of the package compute the same pixels
+faster.
 """
 
 import difflib
@@ -36,22 +36,13 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
     PILImageResampling,
-    SizeDict,
     infer_channel_dimension_format,
     is_valid_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import is_torchvision_available, logging
 
-from .fast_image_processing_vitcls import (
-    URL_PREFIXES,
-    can_use_fast_path,
-    normalize_batch,
-    open_regular_file,
-    resize_and_crop,
-    try_read_jpeg,
-)
-from .field_checks_vitcls import raise_one_line_errors
+from .field_checks_vitcls import open_regular_file, raise_one_line_errors
 
 
 logger = logging.get_logger(__name__)
@@ -96,6 +87,7 @@ DOWNLOAD_TIMEOUT = 60.0  # Seconds without a byte
 MAX_SIDE = 4096  # Maximum height and width of a processed image, in pixels: 17 megapixels
 
 SOURCE_TYPES = (str, os.PathLike, bytes, bytearray)
+URL_PREFIXES = ("http://", "https://", "data:")
 
 
 class ViTCLSBaseImageProcessor(BaseImageProcessor):
@@ -136,7 +128,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         The checkpoint is as in `from_pretrained` of the models, which also says what is raised.
         """
         # Not a global: `datasets` hashes a processor with all globals of its methods
-        from .configuration_vitcls import find_checkpoint
+        from .field_checks_vitcls import find_checkpoint
 
         source = find_checkpoint(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(source, **kwargs)
@@ -144,7 +136,6 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         """Write the settings for `preprocessor_config.json`, with both backends in `auto_map`."""
         settings = super().to_dict()
-        settings.pop("_checked_settings", None)
         settings["auto_map"] = {name: dict(classes) for name, classes in AUTO_MAP.items()}
         return settings
 
@@ -342,59 +333,6 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         >>> processor("photo.jpg", return_tensors="pt")["pixel_values"].shape
         torch.Size([1, 3, 224, 224])
     """
-
-    # The last checked settings, if the fast path supports them.
-    _checked_settings: tuple[Any, ...] | None = None
-
-    def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
-        """Preprocess an image, a batch or a list; keyword arguments override the settings.
-
-        The first call checks the settings. Later calls with the same settings can use a fast path
-        if all images are on the CPU and `return_tensors="pt"` is the only other argument.
-        """
-        if (
-            args
-            or dict(kwargs) != {"return_tensors": "pt"}
-            or type(self) is not ViTCLSImageProcessor
-        ):
-            return super().preprocess(images, *args, **kwargs)
-
-        # Settings are attributes that a person may change between two calls, so they are compared
-        # each time.
-        values = (getattr(self, name, None) for name in self._valid_kwargs_names)
-        settings = tuple(
-            tuple(vars(value).values()) if isinstance(value, SizeDict) else value
-            for value in values
-        )
-        inputs = list(flatten_images(images))
-        is_on_cpu = bool(inputs) and all(getattr(image, "is_cpu", True) for image in inputs)
-        if settings == self._checked_settings and is_on_cpu:
-            tensors = [self._load_image(image) for image in inputs]
-            check_same_shape(tensors)
-            return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
-
-        # Decoded as in later calls: PIL may decode a JPEG a little differently, and threads would
-        # decide which photos are among the first.
-        if is_on_cpu and self.do_convert_rgb and can_use_fast_path(self):
-            images = [*map(try_read_jpeg, inputs)]
-        batch = super().preprocess(images, **kwargs)
-        # A complete call without an error has checked every setting.
-        self._checked_settings = settings if can_use_fast_path(self) else None
-        return batch
-
-    def _load_image(self, image: Any) -> Tensor:
-        """Load an image, and return it resized and cropped, [C, h, w] `uint8`."""
-        to_rgb = bool(self.do_convert_rgb)
-        pixels = try_read_jpeg(image) if to_rgb else image
-        if pixels is image:
-            pixels = image_to_tensor(
-                self.fetch_images(image),
-                to_rgb,
-                bit_depth=self.bit_depth,
-                num_channels=count_channels(self.image_mean),
-            )
-        check_statistics(len(pixels), image_mean=self.image_mean, image_std=self.image_std)
-        return resize_and_crop(self, pixels)
 
 
 class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ignore[misc]

@@ -6,4 +6,5 @@
 
 cpu_kernels.py   modules for CPUs, and all private names of PyTorch that the package uses
 lean_layers.py   layers that leave out Python, on any device
+fast_images.py   the pixels of one image, without the overhead of transformers
 """

@@ -339,8 +339,10 @@ def save_config(config: transformers.PreTrainedConfig, folder: Path) -> str:
 
 
 UNSUPPORTED = {
-    "LlavaForConditionalGeneration (model type llava) cannot be converted": lambda folder: save_config(
-        transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]), folder
+    "LlavaForConditionalGeneration (model type llava) cannot be converted": lambda folder: (
+        save_config(
+            transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]), folder
+        )
     ),
     # without config.json
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",

@@ -28,9 +28,9 @@ from transformers.testing_utils import CaptureLogger
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from modeling_vitcls.model import image_processing_vitcls
-from modeling_vitcls.model.fast_image_processing_vitcls import read_jpeg_bytes
 from modeling_vitcls.model.image_processing_vitcls import IMAGE_FORMATS, image_to_tensor
 from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.speed.fast_images import read_jpeg_bytes
 
 
 BACKENDS = {"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
@@ -521,7 +521,6 @@ def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> Non
     assert get_file_names(tmp_path) == {
         "preprocessor_config.json",
         "image_processing_vitcls.py",
-        "fast_image_processing_vitcls.py",
         "field_checks_vitcls.py",
     }
     stored = read_json(tmp_path / "preprocessor_config.json")

@@ -1,12 +1,11 @@
-# Copyright 2026 The modeling_vitcls maintainers
-# SPDX-License-Identifier: Apache-2.0
-"""The fast path of the image processor: bit-identical `pixel_values` with less overhead.
+"""The pixels of one image, bit-identical to those of the image processor, with less overhead.
 
-    JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize into the batch
+    compute_pixels(processor, "photo.jpg")      # [C, h, w]
 
-`ViTCLSImageProcessor` uses this path for calls whose only keyword argument is
-`return_tensors="pt"`, after the first call has checked the settings. The overhead of transformers
-(checks, grouping by shape, layout copies) takes as long as the image operations. The image
+    JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize
+
+The overhead of transformers (checks, grouping by shape, layout copies) takes as long as the image
+operations, so the first image of a processor checks its settings, and later ones only compare them. The image
 processor resizes and crops images; torchvision decodes JPEG files. Both decoders are libjpeg-turbo, and their
 pixels are equal to the bit (478 of 626 odd files; the other kinds are left to PIL or refused by
 both), so that what was computed from a file is the same by either.
@@ -15,17 +14,26 @@ Images are normalized in one thread, because several threads are slower for a si
 machine.
 """
 
-import os
 from functools import lru_cache
-from io import BufferedReader, BytesIO
-from pathlib import Path
+from io import BytesIO
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL.Image
 import torch
 from PIL.ExifTags import Base
 from torch import Tensor
+from transformers.image_utils import SizeDict
+
+from ..model.field_checks_vitcls import open_regular_file
+from ..model.image_processing_vitcls import (
+    ViTCLSImageProcessor,
+    check_statistics,
+    count_channels,
+    flatten_images,
+    image_to_tensor,
+)
 
 
 try:
@@ -35,10 +43,65 @@ except ImportError:  # PIL reads all files if torchvision or its decoders are no
 
 
 JPEG_SIGNATURE = b"\xff\xd8\xff"
-LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
-URL_PREFIXES = ("http://", "https://", "data:")
 # Axes to flip for the EXIF orientations 4, 1, 2 and 3, and for 8, 5, 6 and 7 after a transposition
 FLIPPED_AXES = ((-2,), (), (-1,), (-2, -1))
+
+
+# Image processor -> the settings with which a complete call has succeeded
+CHECKED_SETTINGS: WeakKeyDictionary[Any, tuple[Any, ...]] = WeakKeyDictionary()
+
+
+def compute_pixels(processor: Any, image: Any) -> Tensor:
+    """Compute the pixels [C, h, w] float32 of one image, as `processor(image, return_tensors="pt")`.
+
+    Args:
+        processor: an image processor. Subclasses of `ViTCLSImageProcessor` and others are called.
+        image: what the processor accepts.
+
+    Raises:
+        ValueError, RuntimeError: as the image processor.
+    """
+    is_plain = type(processor) is ViTCLSImageProcessor and can_use_fast_path(processor)
+    inputs = list(flatten_images(image))
+    if not is_plain or len(inputs) != 1 or not getattr(inputs[0], "is_cpu", True):
+        pixels: Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+    (image,) = inputs
+
+    # Attributes that a person may change between two calls
+    settings = read_settings(processor)
+    if CHECKED_SETTINGS.get(processor) == settings:
+        return normalize(processor, load_image(processor, image))
+
+    # Decoded as in later calls: PIL may decode a JPEG a little differently, and threads would
+    # decide which photos are among the first.
+    decoded = try_read_jpeg(image) if processor.do_convert_rgb else image
+    pixels = processor(decoded, return_tensors="pt")["pixel_values"][0]
+    CHECKED_SETTINGS[processor] = settings
+    return pixels
+
+
+def read_settings(processor: ViTCLSImageProcessor) -> tuple[Any, ...]:
+    """Read all settings of an image processor, as values that can be compared."""
+    values = (getattr(processor, name, None) for name in processor._valid_kwargs_names)
+    return tuple(
+        tuple(vars(value).values()) if isinstance(value, SizeDict) else value for value in values
+    )
+
+
+def load_image(processor: ViTCLSImageProcessor, image: Any) -> Tensor:
+    """Load an image, and return it resized and cropped, [C, h, w] `uint8`."""
+    to_rgb = bool(processor.do_convert_rgb)
+    pixels = try_read_jpeg(image) if to_rgb else image
+    if pixels is image:
+        pixels = image_to_tensor(
+            processor.fetch_images(image),
+            to_rgb,
+            bit_depth=processor.bit_depth,
+            num_channels=count_channels(processor.image_mean),
+        )
+    check_statistics(len(pixels), image_mean=processor.image_mean, image_std=processor.image_std)
+    return resize_and_crop(processor, pixels)
 
 
 def try_read_jpeg(source: Any) -> Any:
@@ -79,26 +142,8 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
         return None
 
 
-def open_regular_file(path: str | os.PathLike[str]) -> BufferedReader:
-    """Open a file for reading.
-
-    Raise OSError if it is missing, not a regular file after links (a named pipe would block, and a
-    device would fill the memory), or what Git leaves in place of a large file.
-    """
-    file = Path(os.path.expanduser(path))  # noqa: PTH111  # unlike Path's, without errors
-    if file.exists() and not file.is_file():
-        raise OSError(f"{path} is not a regular file")
-    stream = file.open("rb")
-    if stream.peek().startswith(LFS_SIGNATURE):
-        stream.close()
-        raise OSError(
-            f"{path} is a pointer of Git LFS instead of the file. Run `git lfs pull` in its folder"
-        )
-    return stream
-
-
 def can_use_fast_path(processor: Any) -> bool:
-    """Check whether `normalize_batch` supports all settings of an image processor."""
+    """Check whether `normalize` supports all settings of an image processor."""
     return bool(
         processor.do_rescale
         and processor.do_normalize
@@ -119,19 +164,17 @@ def resize_and_crop(processor: Any, pixels: Tensor) -> Tensor:
     )
 
 
-def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
-    """Rescale and normalize `uint8` images [C, h, w] of one shape; return float32 [B, C, h, w]."""
+def normalize(processor: Any, image: Tensor) -> Tensor:
+    """Rescale and normalize a `uint8` image [C, h, w]; return float32."""
     mean, std = scale_statistics(
         processor.image_mean, processor.image_std, processor.rescale_factor
     )
-    # NumPy writes each image to its place in the batch, in one thread and without a copy in
-    # between.
-    batch = np.empty((len(images), *images[0].shape), dtype=np.float32)  # [B, C, h, w]
-    for pixels, image in zip(batch, images, strict=True):
-        np.copyto(pixels, image.numpy())
-        np.subtract(pixels, mean, out=pixels)
-        np.divide(pixels, std, out=pixels)
-    return torch.from_numpy(batch)
+    pixels = np.empty(image.shape, dtype=np.float32)
+    # NumPy needs one thread and no copy in between.
+    np.copyto(pixels, image.numpy())
+    np.subtract(pixels, mean, out=pixels)
+    np.divide(pixels, std, out=pixels)
+    return torch.from_numpy(pixels)
 
 
 @lru_cache(maxsize=16)

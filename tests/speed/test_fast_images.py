@@ -1,4 +1,4 @@
-"""The fast path of the image processor returns the values of the slow path, to the bit."""
+"""The pixels of one image are those of the image processor, to the bit."""
 
 from base64 import b64decode
 from pathlib import Path
@@ -16,9 +16,9 @@ from pytest import MonkeyPatch
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.model import image_processing_vitcls
-from modeling_vitcls.model.fast_image_processing_vitcls import try_read_jpeg
 from modeling_vitcls.model.image_processing_vitcls import image_to_tensor, read_image
+from modeling_vitcls.speed import fast_images
+from modeling_vitcls.speed.fast_images import CHECKED_SETTINGS, compute_pixels, try_read_jpeg
 
 
 CROP = {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 33}
@@ -60,22 +60,20 @@ def examples(module_path: Path) -> dict[str, Any]:
         "array of whole numbers": values.astype(np.int64),
         "gray array": values[..., 0],
         "channels first": torch.from_numpy(values).permute(2, 0, 1).contiguous(),
-        "batch": torch.from_numpy(values).permute(2, 0, 1).expand(2, -1, -1, -1),
+        "batch of one": torch.from_numpy(values).permute(2, 0, 1)[None],
     }
 
 
-def run_slow_path(processor: ViTCLSImageProcessor, images: Any) -> torch.Tensor:
-    return super(ViTCLSImageProcessor, processor).preprocess(images, return_tensors="pt")[
-        "pixel_values"
-    ]
+def run_processor(processor: ViTCLSImageProcessor, image: Any) -> torch.Tensor:
+    return processor(image, return_tensors="pt")["pixel_values"][0]
 
 
-def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
-    """Check that the second call uses the fast path and returns the values of the slow path."""
-    wanted = run_slow_path(processor, images)
-    processor(images, return_tensors="pt")
-    assert processor._checked_settings is not None
-    found = processor(images, return_tensors="pt")["pixel_values"]
+def check_same(processor: ViTCLSImageProcessor, image: Any, name: str) -> None:
+    """Check that the second call uses the fast path and returns the pixels of the processor."""
+    wanted = run_processor(processor, image)
+    assert torch.equal(compute_pixels(processor, image), wanted), name
+    assert processor in CHECKED_SETTINGS
+    found = compute_pixels(processor, image)
     assert found.dtype == torch.float32
     assert found.is_contiguous()
     assert torch.equal(found, wanted), name
@@ -91,9 +89,9 @@ def test_all_images_have_the_same_values(sizes: dict[str, Any], examples: dict[s
 def test_the_first_photo_is_decoded_as_later_ones(monkeypatch: MonkeyPatch) -> None:
     """PIL and torchvision may contain different versions of libjpeg."""
     pixels = torch.full((3, 60, 60), 99, dtype=torch.uint8)
-    monkeypatch.setattr(image_processing_vitcls, "try_read_jpeg", lambda source: pixels)
+    monkeypatch.setattr(fast_images, "try_read_jpeg", lambda source: pixels)
     processor = ViTCLSImageProcessor(size=32)
-    first, second = (processor(JPEG, return_tensors="pt")["pixel_values"] for _ in range(2))
+    first, second = (compute_pixels(processor, JPEG) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -148,10 +146,10 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes(ODD_JPEG["cut"])
     (tmp_path / "text.jpg").write_text("no image")
     known = ViTCLSImageProcessor(do_resize=False)
-    known(JPEG, return_tensors="pt")
+    compute_pixels(known, JPEG)
     wrong = [
         tmp_path / "cut.jpg",
-        [JPEG, str(tmp_path / "text.jpg")],
+        str(tmp_path / "text.jpg"),
         "a\0b.jpg",
         "x" * 5000,  # too long for a name
         None,
@@ -165,7 +163,7 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as fresh:
             ViTCLSImageProcessor(do_resize=False)(images, return_tensors="pt")
         with raises_one_line(str(fresh.value)):
-            known(images, return_tensors="pt")
+            compute_pixels(known, images)
 
 
 def test_settings_may_change_between_calls() -> None:
@@ -181,12 +179,11 @@ def test_settings_may_change_between_calls() -> None:
         check_same(processor, JPEG, name)
 
     processor.size["height"] = 24
-    assert processor(JPEG, return_tensors="pt")["pixel_values"].shape == (1, 3, 24, 30)
-    assert isinstance(processor(JPEG, return_tensors="np")["pixel_values"], np.ndarray)
+    assert compute_pixels(processor, JPEG).shape == (3, 24, 30)
 
     processor.size["height"] = -1
     with raises_one_line("must be from 1 to 4,096 pixels"):
-        processor(JPEG, return_tensors="pt")
+        compute_pixels(processor, JPEG)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +202,8 @@ def test_settings_may_change_between_calls() -> None:
 def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
     processor = ViTCLSImageProcessor(size=32, **settings)
     for _ in range(2):
-        found = processor(JPEG, return_tensors="pt")["pixel_values"]
-        assert torch.equal(found, run_slow_path(processor, JPEG))
-    assert processor._checked_settings is None
+        assert torch.equal(compute_pixels(processor, JPEG), run_processor(processor, JPEG))
+    assert processor not in CHECKED_SETTINGS
 
 
 def test_methods_of_a_subclass_are_called() -> None:
@@ -217,5 +213,4 @@ def test_methods_of_a_subclass_are_called() -> None:
 
     plain, brighter = ViTCLSImageProcessor(size=32), Brighter(size=32)
     for _ in range(2):  # the second call could use the fast path
-        expected = run_slow_path(plain, JPEG) + 1
-        assert torch.equal(brighter(JPEG, return_tensors="pt")["pixel_values"], expected)
+        assert torch.equal(compute_pixels(brighter, JPEG), compute_pixels(plain, JPEG) + 1)
