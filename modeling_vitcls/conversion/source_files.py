@@ -120,6 +120,17 @@ class FileSource(TimmSource):
         return convert_family_model(self.model, self.weights, self.family)
 
 
+# Suffix of a file that no converter here reads -> its library
+OTHER_LIBRARIES = {
+    ".keras": "Keras",
+    ".h5": "Keras",
+    ".hdf5": "Keras",
+    ".tflite": "TensorFlow Lite",
+    ".pb": "TensorFlow",
+    ".mlmodel": "Core ML",
+}
+
+
 # Reading ------------------------------------------------------------------------------------------
 
 
@@ -132,6 +143,11 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is not a file. Use timm:NAME, transformers:PATH_OR_ID or an existing file"
+        )
+    if file.suffix.lower() in OTHER_LIBRARIES:
+        raise ConversionError(
+            f"{file} is a file of {OTHER_LIBRARIES[file.suffix.lower()]}. Weights of PyTorch, in "
+            ".safetensors or .pth, or of JAX, in .npz, can be converted"
         )
     open_regular_file(file).close()  # torch's errors about files say less
     try:

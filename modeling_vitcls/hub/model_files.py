@@ -216,10 +216,13 @@ def check_is_vitcls(source: str, folder: Path) -> None:
             f"{ADAPTER_FILE}"
         )
     if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{source} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of a "
-            "saved model"
+        checkpoints = sorted(folder.glob(f"checkpoint-*/{CONFIG_FILE}"), key=get_step)
+        remedy = (
+            f"The last checkpoint of Trainer in it is {checkpoints[-1].parent}: use that folder"
+            if checkpoints
+            else "Specify the folder of a saved model"
         )
+        raise ValueError(f"{source} does not contain a model: {CONFIG_FILE} is missing. {remedy}")
     # Imported here: options of commands import this file, and flags are parsed without torch.
     import torch
 
@@ -239,6 +242,12 @@ def check_is_vitcls(source: str, folder: Path) -> None:
     if (folder / PROCESSOR_FILE).is_file():
         read_json(folder / PROCESSOR_FILE)
     check_weight_files(source, folder)
+
+
+def get_step(file: Path) -> int:
+    """Read the step of a file in a folder checkpoint-STEP of Trainer; -1 if it has none."""
+    step = file.parent.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() else -1
 
 
 def check_weight_files(source: str, folder: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.ExifTags import Base
 from torch import Tensor
 
 from ..data.aspect_ratio import MAX_MEASURED_IMAGES
@@ -65,11 +66,11 @@ from ..speed.fast_images import compute_pixels
 from .options import PredictOptions
 
 
+COMPOSITE = "composite"  # What an editor of images shows: the background and all layers
 MAX_SHARED_PIXELS = 25_000_000  # Images with more are decoded one at a time
 LARGE_IMAGE = Lock()
-EQUAL_PIXELS = (
-    "almost of one color after reading, such as white on transparent, or dark 16-bit values"
-)
+EQUAL_PIXELS = "almost of one color after reading, such as white on transparent, dark 16-bit values, or an index map"
+OVERVIEW, MASK = 1, 4  # Bits of a TIFF's tag NewSubfileType
 MIN_SPREAD = 64  # Gray levels of 255; a scan that uses 14 of 16 bits has fewer
 
 
@@ -150,7 +151,19 @@ def list_sources(images: Any) -> list[Any]:
                 "object, a PIL image, an array, a tensor, or a list of these"
             )
         images = list(images)
+        # A gallery of Gradio has pairs of an image and its caption
+        images = [image[0] if is_captioned(image) else image for image in images]
     return [expand_home(read_file_object(image)) for image in flatten_images(images)]
+
+
+def is_captioned(image: Any) -> bool:
+    """Tell whether an image in memory has its caption, or None, beside it."""
+    return (
+        isinstance(image, tuple)
+        and len(image) == 2
+        and isinstance(image[1], str | None)
+        and not isinstance(image[0], SOURCE_TYPES)
+    )
 
 
 def is_buffer(image: Any) -> bool:
@@ -228,8 +241,20 @@ def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
         name = value.get("path")
         encoded = value.get("bytes")
         content = name if encoded is None else encoded
+        if content is None and value:
+            content = find_image(value)
         return ImageRecord(make_printable(name or str(index)), content)
     return ImageRecord(str(index), value.tobytes() if is_buffer(value) else value)
+
+
+def find_image(value: Mapping[str, Any]) -> Any:
+    """Find the image in a row of a dataset, or in what an editor of images returns."""
+    for name in ("image", COMPOSITE):
+        if value.get(name) is not None:
+            return value[name]
+    return ValueError(
+        f"an image is a dict with the keys {format_name_list(sorted(map(str, value)))}. Pass its image"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,18 +347,34 @@ def find_note(content: Any, bit_depth: int) -> str | None:
     with (
         suppress(Exception),  # Other formats, images in memory, and unreadable ones
         open_encoded_image(to_encoded_image(content, Path())) as stream,
-        Image.open(stream, formats=("TIFF", "PNG", "GIF", "WEBP")) as image,
+        Image.open(stream, formats=("TIFF", "PNG", "GIF", "WEBP", "BMP", "JPEG2000")) as image,
     ):
-        # Reading may hide what such images show, so they are decoded here
-        is_odd = image.has_transparency_data or re.search(";(16|32)", str(image.tile))
-        with suppress(EOFError):  # Counting thousands of pages would take minutes
-            image.seek(1)
+        # Reading may hide what such images show, so they are decoded here. Gray ones may have the
+        # numbers of classes (0, 1, 2) instead of gray levels
+        is_gray = image.mode == "L" or image.mode.startswith("I")
+        is_odd = is_gray or image.has_transparency_data or re.search(";(16|32)", str(image.tile))
+        if has_another_page(image):
             return "page 1 of several"
         if is_odd and image.width * image.height <= MAX_SHARED_PIXELS:
             pixels = pil_to_tensor(image, to_rgb=True, bit_depth=bit_depth)
             if pixels.max() - pixels.min() < MIN_SPREAD:
                 return EQUAL_PIXELS
     return None
+
+
+def has_another_page(image: Image.Image) -> bool:
+    """Tell whether a file has a second page, beside the overviews and masks of its first."""
+    page = 1
+    with suppress(EOFError):  # Counting thousands of pages would take minutes
+        while True:
+            image.seek(page)
+            kind = getattr(image, "tag_v2", {}).get(Base.NewSubfileType, 0)
+            if not kind & (OVERVIEW | MASK):
+                image.seek(0)
+                return True
+            page += 1
+    image.seek(0)
+    return False
 
 
 def count_notes(images: Any, bit_depth: int) -> list[str]:

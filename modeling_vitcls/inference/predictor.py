@@ -36,9 +36,11 @@ from .feature_store import FeatureStore
 from .features import FrozenEncoder
 from .image_pass import pass_over_images, prepare_batches
 from .inputs import (
+    COMPOSITE,
     ImageRecord,
     build_record,
     compute_checksum,
+    find_image,
     find_note,
     prepare_image,
     read_trained_checksums,
@@ -179,8 +181,10 @@ class Predictor:
         """
         if hasattr(images, "columns"):  # A table of Arrow or pandas
             images = images.to_pydict() if hasattr(images, "to_pydict") else images.to_dict("list")
-        if isinstance(images, Mapping):
+        if isinstance(images, Mapping) and COMPOSITE not in images:
             return self.add_columns(images)
+        if isinstance(images, Mapping):
+            images = find_image(images)
         return list(self.iterate_rows(wrap_images(images)))
 
     def add_columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,8 +195,8 @@ class Predictor:
         column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
         if batch and column not in batch:
             raise ValueError(
-                f"the batch has only the columns {', '.join(batch)}. Set `image_column` to one of "
-                "them"
+                f"the batch has only the columns {', '.join(batch)}. Build the object with one of "
+                "them: `Predictor(..., image_column=NAME)`"
             )
         images = batch[column] if column is not None and batch else ()
         shape: Any = getattr(images, "shape", ())

@@ -338,6 +338,11 @@ def save_config(config: transformers.PreTrainedConfig, folder: Path) -> str:
     return f"transformers:{folder}"
 
 
+def write_empty(file: Path) -> str:
+    file.touch()
+    return str(file)
+
+
 UNSUPPORTED = {
     "LlavaForConditionalGeneration (model type llava) cannot be converted": lambda folder: (
         save_config(
@@ -346,6 +351,7 @@ UNSUPPORTED = {
     ),
     # without config.json
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",
+    "is a file of Keras. Weights of PyTorch": lambda folder: write_empty(folder.with_suffix(".h5")),
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
     "source 'timm:' is not supported": lambda folder: "timm:",
     "ViTCLSModel (model type vitcls) cannot be converted": lambda folder: save_checkpoint(

@@ -15,6 +15,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.source_checkpoints import refuses_conversion, save_vit_classifier
 from helpers.tiny_models import (
     edit_weights,
+    raises_one_line,
     save_classifier,
 )
 from helpers.tiny_options import build_tiny_options, run_to_folder
@@ -88,6 +89,14 @@ def test_a_model_of_transformers_is_converted_once(
     assert report["source_class"] == "ViTForImageClassification"
 
     assert load_model(open_model(str(source))).config.num_labels == 3
+
+
+def test_the_last_checkpoint_of_trainer_in_a_folder_is_named(tmp_path: Path) -> None:
+    for step in (9, 10):
+        save_classifier(tmp_path / f"out/checkpoint-{step}")
+    with raises_one_line("use that folder", str(tmp_path / "out/checkpoint-10")):
+        open_model(str(tmp_path / "out"))
+    assert open_model(str(tmp_path / "out/checkpoint-10")).config.num_labels > 0
 
 
 def test_a_normalization_that_is_assumed_is_named_in_each_run(

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pytest
 from helpers.photo_folders import write_files
 from helpers.tiny_models import raises_one_line
-from PIL import Image
+from numpy.random import default_rng
+from PIL import Image, TiffImagePlugin
 from pytest import LogCaptureFixture, MonkeyPatch
 
 from modeling_vitcls.data import image_folder
 from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
     build_record,
+    find_note,
     open_input,
     prepare_image,
 )
@@ -122,3 +126,44 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: Mon
         list(threads.map(lambda file: prepare_image(process, file, 0), files * 4))  # type: ignore
     assert most[20] == 1
     assert most[10] > 1
+
+
+# Notes --------------------------------------------------------------------------------------------
+
+
+def write_pages(file: Path, *subfile_types: int) -> Path:
+    """Write a TIFF with a page of each type of NewSubfileType: 0 page, 1 overview, 4 mask."""
+    image = Image.fromarray(default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    with TiffImagePlugin.AppendingTiffWriter(str(file), True) as writer:
+        for kind in subfile_types:
+            tags = TiffImagePlugin.ImageFileDirectory_v2()
+            tags[254] = kind
+            image.save(writer, format="TIFF", tiffinfo=tags)
+            writer.newFrame()
+    return file
+
+
+@pytest.mark.parametrize("kinds", [(0,), (0, 1), (0, 1, 1), (0, 4), (0, 5)], ids=str)
+def test_overviews_and_masks_of_a_tiff_are_no_pages(kinds: tuple[int, ...], tmp_path: Path) -> None:
+    assert find_note(str(write_pages(tmp_path / "tile.tif", *kinds)), 16) is None
+
+
+@pytest.mark.parametrize("kinds", [(0, 0), (0, 1, 0), (0, 2)], ids=str)
+def test_pages_of_a_tiff_are_noted(kinds: tuple[int, ...], tmp_path: Path) -> None:
+    assert find_note(str(write_pages(tmp_path / "scan.tif", *kinds)), 16) == "page 1 of several"
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "jp2"])
+def test_an_index_map_is_noted_and_a_gray_photo_is_not(suffix: str, tmp_path: Path) -> None:
+    generator = default_rng(0)
+    for name, high in (("map", 3), ("photo", 256)):
+        pixels = generator.integers(0, high, (32, 32), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.{suffix}")
+    assert "index map" in str(find_note(str(tmp_path / f"map.{suffix}"), 16))
+    assert find_note(str(tmp_path / f"photo.{suffix}"), 16) is None
+
+
+def test_a_jpeg_2000_of_16_bits_that_is_almost_black_is_noted(tmp_path: Path) -> None:
+    pixels = default_rng(0).integers(0, 1024, (32, 32)).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "dark.jp2")
+    assert "16-bit" in str(find_note(str(tmp_path / "dark.jp2"), 16))

@@ -142,6 +142,20 @@ def test_a_photo_of_a_request_has_the_label_of_its_file(predictor: Predictor, ph
         assert row["probability"] == approx(expected["probability"], abs=1e-5), name
 
 
+def test_images_of_editors_galleries_and_rows_are_predicted(
+    predictor: Predictor, photos: Path
+) -> None:
+    photo = Image.open(photos / "a.jpg").convert("RGB")
+    editor = {"background": None, "layers": [], "composite": photo}
+    expected = predictor([photo])
+    assert predictor(editor) == expected
+    assert predictor([editor]) == expected
+    assert predictor([{"image": photo, "label": "cat"}]) == expected
+    assert len(predictor([(photo, None), (photo, "a caption")])) == 2
+    (row,) = predictor([{"b64": "x"}])
+    assert row["error"] == "an image is a dict with the keys b64. Pass its image"
+
+
 @pytest.mark.parametrize("shape", [(12, 10), (12, 10, 3), (3, 12, 10)], ids=str)
 def test_one_image_is_one_row_and_a_batch_one_row_per_image(
     shape: tuple[int, ...], predictor: Predictor
