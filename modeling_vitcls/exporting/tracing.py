@@ -62,6 +62,8 @@ class NamedOutputsModel(nn.Module):
         outputs: Any = self.model(pixel_values)
         named: Outputs = {}
         for name, value in outputs.items():
+            if name == "tokens":  # A graph of an encoder has none: they are in `last_hidden_state`
+                continue
             if name == "feature_maps":
                 named |= zip(self.model.out_features, value, strict=True)
             elif isinstance(value, dict):  # Task -> logits

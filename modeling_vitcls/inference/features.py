@@ -133,7 +133,7 @@ class FrozenEncoder:
         config = self.encoder.config
         layout = config.token_layout
         outputs = self.encoder(values, output_layers=self.layers)
-        masks = self.get_rings(outputs.grid_size)
+        masks = self.get_rings(self.encoder.embeddings.patch_embeddings.get_grid_size(values))
         states = []
         for layer in self.layers:
             tokens = outputs.layer_tokens[layer]

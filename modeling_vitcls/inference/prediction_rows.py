@@ -278,7 +278,7 @@ class FeatureColumns:
     """
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str], dtype: str) -> None:
-        self.encoder = model.base_model
+        self.encoder: Any = model.base_model
         columns = ["features"] if len(names) == 1 else names
         self.features = {
             column: Feature.from_name(name, model.config)
@@ -297,7 +297,7 @@ class FeatureColumns:
         layers = {feature.layer for feature in self.features.values()} - {None}
         outputs = self.encoder(
             pixel_values,
-            output_layers=layers,
+            output_layers={*layers, len(self.encoder.layers)},
             num_output_tokens=None if layers else self.count_special_tokens(),
         )
         return self.select(outputs.layer_tokens)

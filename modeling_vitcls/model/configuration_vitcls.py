@@ -249,6 +249,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         "losses",
         "hidden_states",
         "attentions",
+        "tokens",
     ]
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",

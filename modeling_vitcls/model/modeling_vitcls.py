@@ -18,8 +18,8 @@ sizes) and token_attention_vitcls.py.
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ from .heads_vitcls import (
 )
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
 from .token_attention_vitcls import LayerIndices, compute_token_attention
-from .token_layout_vitcls import COUNT_FIELDS, TokenLayout
+from .token_layout_vitcls import COUNT_FIELDS
 from .variants_vitcls import (
     ATTENTION_CLASSES,
     LAYER_CLASSES,
@@ -85,30 +85,22 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
             each, if requested.
         attentions: the attention weights [B, heads, N, N] of each layer, if requested; requires
             eager attention.
+        tokens: dict that maps "cls", "distillation", "registers" and "patches" to their tokens
+            [B, n, D], views of `last_hidden_state`. None while the model is traced or exported,
+            because the graph would have these outputs twice: `config.token_layout.split` makes them.
+        layer_tokens: dict that maps layers, from 1, to tokens [B, N, D] after the final norm, if
+            `output_layers` was passed.
+
+    As a tuple, an output has the four values of transformers' encoders, without `tokens` and
+    `layer_tokens`.
     """
 
-    # Set by the model; not fields, because fields are tensors.
-    token_layout: ClassVar[TokenLayout | None] = None
-    grid_size: ClassVar[Size | None] = None  # Number of patch rows and columns
-    # Layer -> tokens after the final norm: the last, `output_layers`, and what the pooler reads
-    layer_tokens: ClassVar[Mapping[int, Tensor]] = {}
+    tokens: dict[str, Tensor] | None = None
+    layer_tokens: dict[int, Tensor] | None = None
 
-    @property
-    def tokens(self) -> dict[str, Tensor]:
-        """The tokens [B, n, D] of "cls", "distillation", "registers" and "patches".
-
-        Raises:
-            ValueError: if the output was rebuilt from tensors, for example after gathering from
-                several processes.
-        """
-        if self.token_layout is None or self.last_hidden_state is None:
-            raise ValueError(
-                "tokens requires an output that the model returned, but this output was rebuilt "
-                "from tensors: slice last_hidden_state with config.token_layout"
-            )
-        return {
-            group: self.last_hidden_state[:, tokens] for group, tokens in self.token_layout.items()
-        }
+    def to_tuple(self) -> tuple[Any, ...]:
+        values = [getattr(self, field.name) for field in fields(BaseModelOutputWithPooling)]
+        return tuple(value for value in values if value is not None)
 
 
 @dataclass
@@ -126,6 +118,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
         distance: [B], Mahalanobis distance to the nearest class mean, in evaluation mode, if the
             model has class statistics of its present weights.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
+        tokens: as in `ViTCLSModelOutput`, if `output_tokens=True` was passed.
     """
 
     loss: Tensor | None = None
@@ -136,6 +129,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
     distance: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    tokens: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -147,7 +141,7 @@ class ViTCLSMultiTaskOutput(ModelOutput):
         losses: dict that maps task names to losses, for tasks with labels.
         logits: dict that maps task names to logits [B, num_labels].
         task_logits: as in `ViTCLSImageClassifierOutput`.
-        hidden_states, attentions: as in `ViTCLSModelOutput`.
+        hidden_states, attentions, tokens: as in `ViTCLSImageClassifierOutput`.
     """
 
     loss: Tensor | None = None
@@ -156,6 +150,7 @@ class ViTCLSMultiTaskOutput(ModelOutput):
     task_logits: dict[str, Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    tokens: dict[str, Tensor] | None = None
 
 
 # Base class ---------------------------------------------------------------------------------------
@@ -384,15 +379,14 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 states[ALL_TOKENS] = layers[-1](states[num_layers - 1], *inputs[-1][:2], **kwargs)
         layer_tokens = {index: self.normalize(states[index]) for index in sorted(read_layers)}
 
-        output = ViTCLSModelOutput(
-            last_hidden_state=layer_tokens[num_layers], pooler_output=self.pool(layer_tokens)
+        last_hidden_state = layer_tokens[num_layers]
+        has_graph = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return ViTCLSModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.pool(layer_tokens),
+            tokens=None if has_graph else self.config.token_layout.split(last_hidden_state),
+            layer_tokens=layer_tokens if output_layers else None,
         )
-        # Set on this instance; not with `setattr`, for which transformers lists all fields, nor with
-        # `update`, which PyTorch 2.9 does not compile
-        output.__dict__["token_layout"] = self.config.token_layout
-        output.__dict__["grid_size"] = grid_size
-        output.__dict__["layer_tokens"] = layer_tokens
-        return output
 
     @property
     def pooled_layer_indices(self) -> list[int]:
@@ -509,6 +503,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        output_tokens: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
@@ -520,6 +515,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
         Args:
             labels, num_items_in_batch: as in `compute_classification_loss`.
+            output_tokens: whether the last layer computes all tokens, and `tokens` are returned.
             pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
         distance_layers = self.distance_layers
@@ -529,12 +525,12 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
-            num_output_tokens=count_output_tokens(self.vitcls, kwargs),
+            num_output_tokens=None if output_tokens else count_output_tokens(self.vitcls, kwargs),
             output_layers={*self.extra_heads.layers, *distance_layers, *distillation_layers},
             **kwargs,
         )
         heads = self.apply_heads(
-            outputs.layer_tokens, outputs.pooler_output, has_distance=bool(distance_layers)
+            outputs.layer_tokens or {}, outputs.pooler_output, has_distance=bool(distance_layers)
         )
 
         loss = None
@@ -553,6 +549,9 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             **heads,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            tokens=self.config.token_layout.split(outputs.last_hidden_state)
+            if output_tokens
+            else None,
         )
 
     def apply_heads(
@@ -652,6 +651,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         pixel_values: Tensor,
         labels: dict[str, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        output_tokens: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSMultiTaskOutput:
         """Classify images for every task.
@@ -659,6 +659,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         Args:
             labels: dict that maps task names to class indices [B]. Tasks may be omitted. Labels of
                 -100 are ignored.
+            output_tokens: as in `ViTCLSForImageClassification.forward`.
 
         Raises:
             ValueError: if a task is unknown, or if a label is not a class index of the task.
@@ -667,7 +668,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
-            num_output_tokens=count_output_tokens(self.vitcls, kwargs),
+            num_output_tokens=None if output_tokens else count_output_tokens(self.vitcls, kwargs),
             output_layers={*pooled_layers, *self.extra_heads.layers},
             **kwargs,
         )
@@ -686,6 +687,9 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             **heads,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            tokens=self.config.token_layout.split(outputs.last_hidden_state)
+            if output_tokens
+            else None,
         )
 
     def apply_heads(
@@ -818,7 +822,8 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         )
         # [B, rows * columns, D]
         patches = outputs.last_hidden_state[:, self.config.token_layout.patches]
-        reconstruction = self.decoder(patches, outputs.grid_size)
+        grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        reconstruction = self.decoder(patches, grid_size)
 
         loss = None
         if bool_masked_pos is not None:
@@ -881,8 +886,9 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
                 f"out_features has {missing[0]}, but the model has {len(self.layers)} layers. Set "
                 "out_features of the backbone"
             )
+        grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         feature_maps = [
-            self.get_feature_map(stages[stage], outputs.grid_size) for stage in self.out_features
+            self.get_feature_map(stages[stage], grid_size) for stage in self.out_features
         ]
         return BackboneOutput(
             # Annotated as a tuple of length one

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from torch import Tensor
+
 from .field_checks_vitcls import Size
 
 
@@ -112,6 +114,10 @@ class TokenLayout:
     def items(self) -> Iterator[tuple[str, slice]]:
         """List the `(name, slice)` pairs of all groups, in sequence order."""
         return ((name, getattr(self, name)) for name in (*COUNT_FIELDS, "patches"))
+
+    def split(self, hidden_states: Tensor) -> dict[str, Tensor]:
+        """Split the tokens [B, N, D] of a layer into groups [B, n, D], which are views."""
+        return {name: hidden_states[:, tokens] for name, tokens in self.items()}
 
 
 def count_added_tokens(counts: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, int]:

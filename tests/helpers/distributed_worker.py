@@ -164,6 +164,16 @@ def data_parallel(layout: str, folder: Path) -> None:
     assert_same_weights(model, accelerator.unwrap_model(replica))
 
 
+def tokens_are_gathered(folder: Path) -> None:
+    """Check that the tokens of all processes are those of one, by group; one group is empty."""
+    model = build_random(vitcls.ViTCLSModel, image_size=[16, 24], num_register_tokens=4)
+    with torch.no_grad():
+        gathered = Accelerator(cpu=True).gather(model(build_own_images()))
+        expected = model(build_all_images())
+    assert gathered.tokens["registers"].shape == (2 * NUM_PROCESSES, 4, 16)
+    assert_close(gathered.tokens, expected.tokens, rtol=1e-5, atol=1e-6)
+
+
 def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     """Build a training loop of four steps, which calls `objective(model, batch)`."""
     accelerator = Accelerator(cpu=True)
@@ -249,6 +259,7 @@ def error_of_the_main_process_is_raised_by_all(folder: Path) -> None:
 CHECKS |= {
     function.__name__: function
     for function in (
+        tokens_are_gathered,
         random_numbers_per_process,
         non_finite_loss_stops_all_processes,
         signal_to_one_process_is_known_to_all,
