@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor
-
 from .field_checks_vitcls import Size
 
 
@@ -115,7 +113,7 @@ class TokenLayout:
         """List the `(name, slice)` pairs of all groups, in sequence order."""
         return ((name, getattr(self, name)) for name in (*COUNT_FIELDS, "patches"))
 
-    def split(self, hidden_states: Tensor) -> dict[str, Tensor]:
+    def split(self, hidden_states: Any) -> dict[str, Any]:
         """Split the tokens [B, N, D] of a layer into groups [B, n, D], which are views."""
         return {name: hidden_states[:, tokens] for name, tokens in self.items()}
 

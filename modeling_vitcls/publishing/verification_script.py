@@ -97,7 +97,8 @@ def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tenso
     named_values = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     for name, value in named_values:
         if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
+            if value.numel():  # A group without tokens has nothing to compare
+                yield f"{prefix}{name}", value
         elif isinstance(value, Mapping | tuple | list):
             yield from flatten_outputs(value, f"{prefix}{name}.")
 
