@@ -38,8 +38,7 @@ EXCEPTIONS = {
     ("docs/fine-tuning.md", "Photos are compared"): "a rule",
     ("docs/looking.md", "| part | what"): "what a printed number means",
     ("docs/looking.md", "The map is measured"): "how it is measured",
-    ("docs/looking.md", "With [gated tokens]"): "what a gate means",
-    ("docs/own-loop.md", "Give tokens and gates"): "the factor of gates",
+    ("docs/looking.md", "If tokens are still"): "what a value means",
     ("docs/predicting.md", "These statements hold"): "what a conformal set is",
 }
 

@@ -157,8 +157,8 @@ def test_lists_arrays_and_numbers_of_numpy_are_flags(name: str, value: Any, expe
 
 def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
     assert ModelOptions(model="vitcls-tiny").get_config_values() == {}
-    no_gates = {"gate_new_tokens": False}
-    assert ModelOptions(model="m", **no_gates).get_config_values() == no_gates
+    at_once = {"token_fade_in_steps": 0}
+    assert ModelOptions(model="m", **at_once).get_config_values() == at_once
 
     options = ModelOptions(
         model="vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native"

@@ -83,9 +83,12 @@ def write_inspection(options: InspectOptions) -> Inspection:
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Print what each token has, and the gates."""
+    """Print what each token has, and how far it is faded in."""
     lines = [describe_effect(effect) for effect in inspection.effects]
-    lines += [f"{name}: gate {gate:.3f}" for name, gate in inspection.gates.items()]
+    lines += [
+        f"{name}: faded in to {value:.2f}, where 1 is an ordinary token"
+        for name, value in inspection.fade_in.items()
+    ]
     for line in lines or ["The model has no special tokens."]:
         console.print(line, markup=False)
 

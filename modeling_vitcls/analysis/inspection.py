@@ -30,7 +30,7 @@ from ..evaluation.token_effects import (
     read_batches,
 )
 from ..inference.interventions import LayerRange
-from ..inference.token_names import read_gates
+from ..inference.token_names import read_fade_in
 from ..model.heads_vitcls import IGNORED_LABEL
 from .layer_table import measure_layers
 from .photo import measure_photo
@@ -53,7 +53,7 @@ class Inspection:
         num_parameters: number of parameters of the model.
         num_images: number of images that were measured.
         effects: records of each special token and each group (`measure_effects`).
-        gates: gate of each gated token, by its name: 0 hides the token, 1 makes it ordinary.
+        fade_in: how far the tokens are faded in, by name: 0 hides a token; empty if all are at 1.
         layers: a row for each layer and each group of tokens (`measure_layers`).
         error_messages: one message per image that could not be read.
     """
@@ -63,7 +63,7 @@ class Inspection:
     num_parameters: int
     num_images: int
     effects: list[dict[str, Any]]
-    gates: dict[str, float]
+    fade_in: dict[str, float]
     layers: pd.DataFrame
     error_messages: list[str]
 
@@ -121,7 +121,7 @@ def inspect_images(
         num_parameters=model.num_parameters(),
         num_images=len(indices),
         effects=list(effects),
-        gates=read_gates(model.base_model),
+        fade_in=read_fade_in(model.base_model),
         layers=layer_table,
         error_messages=error_messages,
     )

@@ -13,7 +13,7 @@ import copy
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model.adaptation_vitcls import remove_open_gates
+from ..model.adaptation_vitcls import remove_open_fade_in
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from .from_timm import convert_timm_model
 from .from_transformers import convert_transformers_model
@@ -108,9 +108,9 @@ def convert_to_transformers(
         >>> type(convert_to_transformers(model)).__name__
         'ViTModel'
     """
-    if model.config.gated_tokens:
+    if model.config.fading_tokens:
         model = copy.deepcopy(model)
-        remove_open_gates(model)
+        remove_open_fade_in(model)
     target, config, resampling = find_transformers_class(model)
     if resampling and not native_size_only:
         raise ConversionError(

@@ -138,10 +138,10 @@ def find_transformers_class(
     config, mismatches, resampling = matches[target]
     if mismatches:
         remedy = ""
-        if "gated_tokens" in mismatches:
+        if "fading_tokens" in mismatches:
             remedy = (
-                ". No class of transformers has gates. Train the tokens without them, with `vitcls "
-                "finetune --no-gate-new-tokens`"
+                ". No class of transformers fades tokens in. Train until they are, or without it, with "
+                "`vitcls finetune --token-fade-in-steps 0`"
             )
         raise ConversionError(
             f"{target}, the nearest class of transformers, does not support the "
@@ -232,7 +232,7 @@ HEAD_FIELDS = {"head_type", "head_hidden_size", "distillation_inference", "extra
 # the mask token.
 IGNORED_FIELDS = frozenset(
     (
-        "use_mask_token token_init initializer_range hidden_dropout_prob "
+        "use_mask_token token_init token_fade_in_steps initializer_range hidden_dropout_prob "
         "attention_probs_dropout_prob drop_path_rate mim_loss norm_pixel_target "
         "_out_features _out_indices apply_layernorm reshape_hidden_states qkv_bias "
         "class_statistics distance_threshold"

@@ -37,7 +37,7 @@ def intervene(
 
     No token attends to a hidden token, not even the token itself; a head that reads it still reads it.
     A replaced token is another photo's in the inputs of the layers and after each, where a head may read it.
-    The context sets hooks, so it needs no gates. The attention must be SDPA or eager.
+    The context sets hooks, so it needs no fading. The attention must be SDPA or eager.
 
     Args:
         model: any ViTCLS model.

@@ -1,9 +1,7 @@
-"""Names of the special tokens in tables, reports and figures, and their gates by name."""
+"""Names of the special tokens in tables, reports and figures, and how far they are faded in."""
 
 from itertools import chain
 from typing import Any
-
-from torch.distributed.tensor import DTensor
 
 from ..model.token_layout_vitcls import TOKEN_KINDS
 
@@ -41,15 +39,17 @@ def count_tokens(config: Any) -> dict[str, int]:
     return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
 
 
-def read_gates(encoder: Any) -> dict[str, float]:
-    """Read the gates of an encoder by the name of the token: 0 hides it, 1 makes it ordinary."""
-    if getattr(encoder, "gates", None) is None:
+def read_fade_in(encoder: Any) -> dict[str, float]:
+    """Read g of the tokens that are still faded in, by the name of the token: 0 hides it.
+
+    Tokens at 1 are ordinary tokens: if all are, the result is empty.
+    """
+    fade_in = getattr(encoder, "fade_in", None)
+    if fade_in is None:
         return {}
-    values = encoder.gates.get_gate_values().detach()
-    if isinstance(values, DTensor):
-        values = values.full_tensor()  # All processes call this
+    values = fade_in.get_values().tolist()
+    if min(values) == 1.0:
+        return {}
     names = get_token_names(encoder.config)
-    indices = encoder.gates.token_indices
-    return {
-        names[index]: round(value, 4) for index, value in zip(indices, values.tolist(), strict=True)
-    }
+    tokens = zip(fade_in.token_indices, values, strict=True)
+    return {names[index]: round(value, 4) for index, value in tokens}

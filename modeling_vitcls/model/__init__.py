@@ -5,7 +5,7 @@
 They import only one another and public libraries.
 
     configuration_vitcls.py           the fields of a model, and their checks
-    token_layout_vitcls.py            where each token is in the sequence, and which have gates
+    token_layout_vitcls.py            the kinds of tokens, and where each is in the sequence
     blocks_vitcls.py                  the ViT in plain PyTorch: embeddings, attention, MLP, layer
     modeling_vitcls.py                output classes, encoder, task classes
     heads_vitcls.py                   poolers, classifiers, pixel decoder, losses
@@ -14,7 +14,7 @@ They import only one another and public libraries.
     field_checks_vitcls.py            checks of fields, files and checkpoints, one-line errors
     extra_heads_vitcls.py             the configuration of heads of further tasks and classes
     positions_vitcls.py               rotary position embeddings, resampling
-    attention_masks_vitcls.py         masks of CLS tokens, relative position bias, token gates
+    attention_masks_vitcls.py         masks of CLS tokens, relative position bias, fading in
     variants_vitcls.py                other layers and attentions
     class_distance_vitcls.py          class statistics, and whether they fit the weights
     adaptation_vitcls.py              checkpoints with other special tokens or sizes

@@ -17,11 +17,11 @@ determines how each weight is adapted, and every change is logged in one line:
     distillation head      a new head is a copy of the classifier, if that reads one CLS token;
                            otherwise, it is random, and `distillation_inference` becomes "cls"
     class statistics       kept if the features have the same width
-    gates                  a gate is kept if the gated token is kept
+    fading in              a token that was kept goes on where it was
     other weights          newly initialized if they are missing or their shape changes
 
-Added tokens are gated (`TokenGates`): initially, they do not affect the other tokens.
-`gate_new_tokens=False` adds tokens without gates.
+Added tokens are faded in (`TokenFadeIn`): before training, they do not affect the other tokens.
+`token_fade_in_steps=0` adds ordinary tokens at once.
 """
 
 import copy
@@ -34,12 +34,12 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias_tables
+from .attention_masks_vitcls import TokenFadeIn, list_last_tokens, resample_bias_tables
 from .blocks_vitcls import has_user_hooks
 from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
 from .field_checks_vitcls import HUB_KEYWORDS, find_checkpoint
 from .positions_vitcls import resample_positions, resize_patch_kernel
-from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS, count_added_tokens, update_gated_tokens
+from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS, count_added_tokens, keep_fading_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,6 @@ class AdaptableModel(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: Any,
         *model_args: Any,
-        gate_new_tokens: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint, and adapt the model if arguments change its `ADAPTABLE_FIELDS`.
@@ -67,9 +66,8 @@ class AdaptableModel(PreTrainedModel):
         any ViT that docs/converting.md lists, also `timm:NAME` and a file of weights. Another ViT is
         converted exactly, once.
 
-        `gate_new_tokens` is explained in `adapt`; other arguments are passed to
-        `PreTrainedModel.from_pretrained`. If training has opened all gates of the checkpoint, the
-        gates are removed.
+        `token_fade_in_steps` is explained in `adapt`; other arguments are passed to
+        `PreTrainedModel.from_pretrained`.
 
         Raises:
             ValueError: if configuration fields contradict each other, or the checkpoint is of another
@@ -101,28 +99,29 @@ class AdaptableModel(PreTrainedModel):
         align_weights(model)
         if source is not pretrained_model_name_or_path:  # Adapters and cards name the source
             model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        # Before `adapt`, so that it counts only gates that still do something
-        remove_open_gates(model)
+        # Before `adapt`, so that it counts only tokens that are still faded in
+        replace_learned_gates(model)
+        remove_open_fade_in(model)
 
         if getattr(model, "class_distance", None) is not None:
             model.class_distance.check(model.base_model)
         if not changes:
             return model_or_tuple
-        model = model.adapt(gate_new_tokens=gate_new_tokens, **changes)
+        model = model.adapt(**changes)
         return (model, *model_or_tuple[1:]) if has_loading_info else model
 
-    def adapt(self, gate_new_tokens: bool = True, **changes: Any) -> Self:
+    def adapt(self, **changes: Any) -> Self:
         """Build a model with other values of `ADAPTABLE_FIELDS`, and adapt the weights to it.
 
         If no field changes, this model is returned. A new model has no hooks, and plain modules;
         gradient checkpointing stays on.
 
         Args:
-            gate_new_tokens: whether to gate the added tokens. Closed gates hide them from the other
-                tokens, so the logits stay the same until training. Set False for flash and flex
-                attention, which support no gates, and for a model with random weights, which
-                requires none.
-            changes: new values of `ADAPTABLE_FIELDS`.
+            changes: new values of `ADAPTABLE_FIELDS`. `token_fade_in_steps` is the number of training
+                passes over which the added tokens are faded in. Until the first one, they are hidden
+                from the other tokens, so the logits stay the same. Set 0 for tokens that act at once:
+                for flash and flex attention, which support no fading, and for a model with random
+                weights, which requires none.
 
         Raises:
             ValueError: if a field cannot be adapted, the new values contradict other fields, or the
@@ -140,19 +139,15 @@ class AdaptableModel(PreTrainedModel):
             return self
         check_weights_are_plain(self)
 
-        gated_tokens = get_gated_tokens(self.config, changes, gate_new_tokens)
-        config = replace_fields(self.config, changes | {"gated_tokens": gated_tokens})
+        config = replace_fields(self.config, changes | get_fade_in_fields(self.config, changes))
         pools_all = config.pooling == "attention" and config.attention_pool_tokens == "all"
-        if (
-            gate_new_tokens
-            and pools_all
-            and sum(config.token_counts) > sum(self.config.token_counts)
-        ):
+        has_more_tokens = sum(config.token_counts) > sum(self.config.token_counts)
+        if config.fading_tokens and pools_all and has_more_tokens:
             raise ValueError(
-                '`attention_pool_tokens="all"` would read new tokens, although their gates are closed. '
-                "Set `gate_new_tokens=False` if the logits may change"
+                '`attention_pool_tokens="all"` would read new tokens, although they are still hidden. '
+                "Set `token_fade_in_steps=0` if the logits may change"
             )
-        ignore_unready_parts(self.config, config, count_closed_gates(self))
+        ignore_unready_parts(self.config, config, count_hidden_tokens(self))
 
         model = self.new_like(config)
         # transformers' `to` is untyped
@@ -160,7 +155,7 @@ class AdaptableModel(PreTrainedModel):
         load_adapted_weights(self, model)
         statistics: Any = getattr(self, "class_distance", None) if config.class_statistics else None
         if statistics is not None and statistics.has_fingerprint_of(self.base_model):
-            # New tokens with closed gates and another size of the positions change no features.
+            # New tokens that are hidden and another size of the positions change no features.
             cast(Any, model).class_distance.store_fingerprint(model.base_model)
         if hasattr(self, "_loss_function"):
             model.loss_function = self.loss_function
@@ -174,6 +169,35 @@ class AdaptableModel(PreTrainedModel):
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Build a newly initialized model of this class for another configuration."""
         return type(self)(config)
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[Any, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Save as in transformers; tokens that training has faded in completely are ordinary tokens.
+
+        The model in memory stays as it is, because the other processes of a run do not save.
+        """
+        encoder: Any = self.base_model
+        fade_in, fields = encoder.fade_in, dict(vars(self.config))
+        remove_open_fade_in(self)
+        if state_dict is not None and encoder.fade_in is None:
+            state_dict = {
+                name: value
+                for name, value in state_dict.items()
+                if not name.endswith("fade_in.progress")
+            }
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        finally:
+            encoder.fade_in = fade_in
+            for config in (self.config, encoder.config):
+                config.fading_tokens = fields["fading_tokens"]
+                config.token_fade_in_steps = fields["token_fade_in_steps"]
 
 
 def resolve_config(
@@ -249,49 +273,71 @@ def check_weights_are_plain(model: AdaptableModel) -> None:
         )
 
 
-def remove_open_gates(model: AdaptableModel) -> None:
-    """Remove the gates of a loaded model if all are open: attention without a bias is faster."""
+def replace_learned_gates(model: AdaptableModel) -> None:
+    """Replace the learned gates of an old folder with a `TokenFadeIn` that goes on from their values."""
     encoder: Any = model.base_model
     gates = getattr(encoder, "gates", None)
-    if gates is not None and not gates.gates.is_meta and bool((gates.get_gate_values() == 1).all()):
-        encoder.gates = None
-        model.config.gated_tokens = encoder.config.gated_tokens = None
-        logger.info("gates.gates: removed, because all gates are open")
+    if gates is None:
+        return
+    for config in (model.config, encoder.config):
+        config.fading_tokens = config.gated_tokens or config.fading_tokens
+        config.gated_tokens = None
+    fade_in = TokenFadeIn(encoder.config)
+    if not gates.gates.is_meta:
+        fade_in.progress = (gates.get_values() * fade_in.FULL).round().long()
+    encoder.fade_in = fade_in.train(encoder.training)
+    encoder.gates = None
 
 
-def get_gated_tokens(
-    config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool
-) -> dict[str, int] | None:
-    """Decide which tokens are gated after `changes`; `gate_new_tokens` includes all added tokens."""
+def remove_open_fade_in(model: AdaptableModel) -> None:
+    """Make the tokens of a model ordinary ones, if training has faded all of them in."""
+    encoder: Any = model.base_model
+    fade_in = getattr(encoder, "fade_in", None)
+    if not isinstance(fade_in, TokenFadeIn):  # PEFT has wrapped it
+        return
+    fade_in.find_open_tokens()
+    if fade_in.is_open:
+        encoder.fade_in = None
+        for config in (model.config, encoder.config):
+            config.fading_tokens = None
+            config.token_fade_in_steps = type(config).token_fade_in_steps
+
+
+def get_fade_in_fields(config: ViTCLSConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Decide which tokens are faded in after `changes`, and over how many passes."""
+    steps = changes.get("token_fade_in_steps", config.token_fade_in_steps)
     num_added = count_added_tokens(vars(config), changes)
-    remaining_gated_tokens = update_gated_tokens(config.gated_tokens, num_added)
-    new_gated_tokens = dict(changes.get("gated_tokens", remaining_gated_tokens) or {})
-
+    remaining = keep_fading_tokens(config.fading_tokens, num_added)
+    fading_tokens = dict(changes.get("fading_tokens", remaining) or {})
     for kind in TOKEN_KINDS:
         added = num_added.get(kind.count_field, 0)
-        is_gated = gate_new_tokens and kind.is_gated
-        if is_gated and added > new_gated_tokens.get(kind.group, 0):
-            new_gated_tokens[kind.group] = added
-    return new_gated_tokens or None
+        if kind.is_faded_in and added > fading_tokens.get(kind.group, 0):
+            fading_tokens[kind.group] = added
+
+    if not steps or not fading_tokens:
+        # Tokens that somebody adds later are faded in, whatever was asked for these
+        return {"fading_tokens": None, "token_fade_in_steps": type(config).token_fade_in_steps}
+    return {"fading_tokens": fading_tokens, "token_fade_in_steps": steps}
 
 
-def count_closed_gates(model: AdaptableModel) -> dict[str, int]:
-    """Count the last tokens of each group that are behind closed gates: without them, nothing changes."""
-    gates: Any = model.base_model.gates
+def count_hidden_tokens(model: AdaptableModel) -> dict[str, int]:
+    """Count the last tokens of each group that are hidden: without them, nothing changes."""
+    fade_in: Any = model.base_model.fade_in
     counts = dict.fromkeys(COUNT_FIELDS, 0)
-    if gates is None or gates.gates.is_meta:
+    if fade_in is None or fade_in.progress.is_meta:
         return counts
-    for (group, _), gate in zip(list_gated_tokens(model.config), gates.gates.tolist(), strict=True):
-        counts[group] = counts[group] + 1 if gate == TokenGates.CLOSED else 0
+    tokens = list_last_tokens(model.config, model.config.fading_tokens)
+    for (group, _), progress in zip(tokens, fade_in.progress.tolist(), strict=True):
+        counts[group] = 0 if progress else counts[group] + 1
     return counts
 
 
 def ignore_unready_parts(
-    old_config: ViTCLSConfig, config: ViTCLSConfig, closed_gates: Mapping[str, int]
+    old_config: ViTCLSConfig, config: ViTCLSConfig, hidden_tokens: Mapping[str, int]
 ) -> None:
     """Set the fields of a new configuration so that it reads nothing random, and log each change.
 
-    `closed_gates` is from `count_closed_gates`.
+    `hidden_tokens` is from `count_hidden_tokens`.
     """
     has_new_head = config.has_distillation_head and not old_config.has_distillation_head
     is_random = has_new_head and not can_copy_classifier(old_config)
@@ -325,11 +371,11 @@ def ignore_unready_parts(
             f"pooled_cls_tokens: {config.pooled_cls_tokens}, so the logits stay the same"
         )
 
-    if config.class_statistics and not keeps_features(old_config, config, closed_gates):
+    if config.class_statistics and not keeps_features(old_config, config, hidden_tokens):
         config.class_statistics = config.distance_threshold = None
         logger.warning(
-            "class statistics (`distance`, `unknown`): dropped, because only tokens with closed gates "
-            "can be added or removed without another effect on the features"
+            "class statistics (`distance`, `unknown`): dropped, because only tokens that are still "
+            "hidden can be added or removed without another effect on the features"
         )
     elif config.distance_threshold and config.image_height_width != old_config.image_height_width:
         config.distance_threshold = None
@@ -337,19 +383,19 @@ def ignore_unready_parts(
 
 
 def keeps_features(
-    old_config: ViTCLSConfig, config: ViTCLSConfig, closed_gates: Mapping[str, int]
+    old_config: ViTCLSConfig, config: ViTCLSConfig, hidden_tokens: Mapping[str, int]
 ) -> bool:
-    """Tell whether only tokens with closed gates are new or gone; other sizes are as in a forward pass."""
+    """Tell whether only hidden tokens are new or gone; other sizes are as in a forward pass."""
     counts = {field: getattr(config, field) for field in COUNT_FIELDS.values()}
     has_all_tokens = all(
-        getattr(old_config, field) - counts[field] <= closed_gates[group]
+        getattr(old_config, field) - counts[field] <= hidden_tokens[group]
         for group, field in COUNT_FIELDS.items()
     )
     is_mean = old_config.num_cls_tokens > config.num_cls_tokens and config.cls_pooling == "mean"
     return (
         has_all_tokens
         and not is_mean
-        and get_gated_tokens(old_config, counts, gate_new_tokens=True) == config.gated_tokens
+        and get_fade_in_fields(old_config, counts)["fading_tokens"] == config.fading_tokens
         and old_config.cls_scopes == config.cls_scopes
         and old_config.patch_height_width == config.patch_height_width
         and old_config.compute_pooled_size("cls", 1) == config.compute_pooled_size("cls", 1)
@@ -530,28 +576,31 @@ def adapt_classifier(context: AdaptationContext) -> AdaptedWeight:
     return torch.cat(blocks, dim=1), "columns of new tokens are zero"
 
 
-def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
-    """Keep the gates [n] of kept tokens.
+def adapt_fade_in(context: AdaptationContext) -> AdaptedWeight:
+    """Keep the progress [n] of kept tokens.
 
-    New gates are closed for new tokens and open for existing tokens.
+    New tokens start at 0, and existing tokens that were ordinary ones at 1.
     """
-    gates = context.initial_value.clone()
-    old_gate_values = () if context.old_value is None else context.old_value
-    old_gates = dict(zip(list_gated_tokens(context.old_config), old_gate_values, strict=True))
-    gated_tokens = list_gated_tokens(context.new_config)
+    progress = context.initial_value.clone()
+    old_values = () if context.old_value is None else context.old_value
+    old_tokens = list_last_tokens(context.old_config, context.old_config.fading_tokens)
+    old_progress = dict(zip(old_tokens, old_values, strict=True))
+    fading_tokens = list_last_tokens(context.new_config, context.new_config.fading_tokens)
     old_counts = {
         group: getattr(context.old_config, field) for group, field in COUNT_FIELDS.items()
     }
 
-    for gate_index, (group, token_index) in enumerate(gated_tokens):
-        if token_index < old_counts[group]:
-            gates[gate_index] = old_gates.get((group, token_index), TokenGates.OPEN)
+    for row, (group, index) in enumerate(fading_tokens):
+        if index < old_counts[group]:
+            progress[row] = old_progress.get((group, index), TokenFadeIn.FULL)
 
-    if set(gated_tokens) == set(old_gates):
-        return gates, ""
-    num_kept = len(old_gates.keys() & set(gated_tokens))
-    num_closed = sum(token_index >= old_counts[group] for group, token_index in gated_tokens)
-    return gates, f"{num_kept} kept, {len(old_gates) - num_kept} dropped, {num_closed} closed"
+    if set(fading_tokens) == set(old_tokens):
+        return progress, ""
+    num_kept = len(set(old_tokens) & set(fading_tokens))
+    num_hidden = sum(index >= old_counts[group] for group, index in fading_tokens)
+    return progress, (
+        f"{num_kept} kept, {len(old_tokens) - num_kept} dropped, {num_hidden} hidden until training"
+    )
 
 
 # Substring of a parameter's name -> function that adapts the parameter.
@@ -575,7 +624,7 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
         "patches",
         lambda tables, old, new, _config: resample_bias_tables(tables, old, new),
     ),
-    "gates.gates": adapt_gates,
+    "fade_in.progress": adapt_fade_in,
     "distillation_classifier": adapt_distillation_head,
     "classifier.": adapt_classifier,
     "extra_heads.": adapt_classifier,

@@ -5,13 +5,15 @@
     attention_mask (argument)   mask of tokens (padding) [B, N], or complete 4-dimensional mask
     build_cls_attention_mask    hides patches from individual CLS tokens (`cls_scopes`)
     RelativePositionBias        learned bias per relative patch position (`relative_position_bias`)
-    TokenGates                  learned gates on added tokens (`gated_tokens`)
+    TokenFadeIn                 added tokens, until training has faded them in (`fading_tokens`)
 
 `build_attention_mask` combines the masks in the format that the attention implementation expects.
 `config.cls_scopes` hides patches from CLS tokens only. All tokens can attend to special tokens.
 """
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ def build_attention_mask(
     attention_mask: Tensor | None,
     grid_size: Size,
     relative_position_bias: "RelativePositionBias | None",
-    gates: "TokenGates | None",
+    fade_in: "TokenFadeIn | None",
 ) -> Any:
     """Combine the masks and biases in the format that the attention implementation expects.
 
@@ -67,8 +69,8 @@ def build_attention_mask(
 
     if relative_position_bias is not None:
         mask = relative_position_bias(hidden_states, mask, grid_size)
-    if gates is not None:
-        mask = gates(hidden_states, mask)
+    if fade_in is not None:
+        mask = fade_in(hidden_states, mask)
     return mask
 
 
@@ -230,82 +232,106 @@ def resample_bias_tables(tables: Tensor, grid_size: Size, new_grid_size: Size) -
     return torch.cat([distance_rows, tables[:, -3:]], dim=1)
 
 
-# Token gates --------------------------------------------------------------------------------------
-class TokenGates(nn.Module):
-    """Learned gates that scale the attention to added tokens; initially, they are almost closed.
+# Fading in ----------------------------------------------------------------------------------------
+class TokenFadeIn(nn.Module):
+    """Fades added tokens in: the attention to each is multiplied by g, which training raises to 1.
 
-    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the
-    scores of key j. A closed gate has g = 1e-30, because the exp(s_j) of a random token may be far
-    above the sum of all others: with g = 1e-7, four registers of a trained ViT-S changed the logits
-    of images of one color by up to 0.01. The parameter `gates` is made for optimizers such as Adam,
-    whose steps do not depend on the scale of the gradient:
+    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the scores
+    of key j. An added token starts at g = 0, where no other token attends to it. Each training pass
+    adds 1 / `config.token_fade_in_steps`, so after that many passes it is an ordinary token, with
+    any optimizer. At g = 1, attention needs no bias any more, and `save_pretrained` leaves nothing
+    of this module in the folder.
 
-    - g is linear in the parameter. With parameter log(g), a closed gate's gradient would be a
-      million times smaller.
-    - g is 50 times the magnitude of the parameter, because g ranges from 0 to 1 and typical weights
-      are about 0.02.
-    - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step
-      below zero.
-    - g is at most 1. A gate that reaches 1 stays open: the token is then an ordinary token. If all
-      gates of a checkpoint are open, `from_pretrained` removes them, and attention runs without a
-      bias.
+    A training pass is a forward pass in training mode with gradients: each pass of accumulated
+    gradients counts, evaluation does not. g = 0 hides a token from other tokens, not from a head
+    that reads it.
 
-    A closed gate hides a token from other tokens, not from a head that reads it.
+    Attributes:
+        progress: [n], g of each token in units of `FULL`. An integer, so that half precision neither
+            rounds nor stops it, and a buffer, so that checkpoints continue.
+        is_open: whether all tokens had g = 1 when it was last looked at: in eager training passes, and
+            in `train` and `eval`.
     """
 
-    SCALE = 50.0
-    OPEN = 1.0 / SCALE  # Value of the parameter for g = 1
-    CLOSED = 0.0  # Initial value of the parameter
-    SMALLEST = 1e-30  # Added to g, so that log(g) is finite; has no effect on g = 1 in float32
-    # Added in float16, which has no smaller numbers: no gradient would reach a gate below it
-    SMALLEST_HALF = 2.0**-24
+    FULL = 10**9
+    progress: Tensor
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
         layout = config.token_layout
         self.token_indices = [
-            getattr(layout, group).start + index for group, index in list_gated_tokens(config)
+            getattr(layout, group).start + index
+            for group, index in list_last_tokens(config, config.fading_tokens)
         ]
-        self.gates = nn.Parameter(torch.empty(len(self.token_indices)))
+        self.register_buffer(
+            "progress", torch.zeros(len(self.token_indices), dtype=torch.long), persistent=True
+        )
+        self.is_open = False
 
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
-        """Scale the attention to each gated token: add log(g) to the mask, or to the list of masks."""
-        require_mask(self.config, "gated_tokens (unless gate_new_tokens=False is set)")
-        values = detach_in_export(self.get_gate_values())
-        if get_matmul_dtype(hidden_states) == torch.float16:
-            values = values + self.SMALLEST_HALF
+        """Add log(g) to the mask, or to the list of masks. In training, count the pass first."""
+        require_mask(self.config, "fading tokens in (unless token_fade_in_steps=0 is set)")
+        if self.training and torch.is_grad_enabled():
+            self.progress += math.ceil(self.FULL / self.config.token_fade_in_steps)
+            # A compiled model would stop here in each pass; `train` and `eval` look for it.
+            if not torch.compiler.is_compiling():
+                self.find_open_tokens()
+
         bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])  # [1, 1, 1, N]
-        bias[..., self.token_indices] = values.log().to(bias.dtype)
+        bias[..., self.token_indices] = self.get_values().log().to(bias.dtype)
         if isinstance(mask, list):
             return [apply_mask(bias, layer_mask) for layer_mask in mask]
         return apply_mask(bias, mask)
 
-    def get_gate_values(self) -> Tensor:
-        """Compute the value g of each gate, [n]. A gate with g = 1 has no effect."""
-        # Unlike abs, it has a nonzero gradient at 0.
-        magnitude = torch.where(self.gates < 0, -self.gates, self.gates)
-        return (magnitude * self.SCALE + self.SMALLEST).clamp(max=1.0)
+    def get_values(self) -> Tensor:
+        """Compute g of each token, [n], in float32: from 0, hidden, to 1, an ordinary token."""
+        return (self.progress / self.FULL).clamp(max=1.0)
+
+    def find_open_tokens(self) -> None:
+        """Set `is_open`."""
+        self.is_open = not self.progress.is_meta and bool((self.progress >= self.FULL).all())
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, as in PyTorch, and look whether all tokens have g = 1."""
+        self.find_open_tokens()
+        return super().train(mode)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load as in PyTorch; weights that were saved without fading have ordinary tokens."""
+        ordinary = torch.full_like(self.progress, self.FULL)
+        state_dict.setdefault(f"{prefix}progress", ordinary)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.find_open_tokens()
 
 
-def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
-    """List (group, index within the group) of each gate, in sequence order.
+class LearnedGates(nn.Module):
+    """The gates of folders that were saved before tokens were faded in: g is 50 |parameter|, at most 1.
 
-    A group's last tokens are gated.
+    `from_pretrained` replaces this module with a `TokenFadeIn` of the same values.
     """
-    gated_tokens: dict[Any, int] = config.gated_tokens or {}
+
+    SCALE = 50.0
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        num_gates = len(list_last_tokens(config, config.gated_tokens))
+        self.gates = nn.Parameter(torch.zeros(num_gates))
+
+    def get_values(self) -> Tensor:
+        """Compute g of each token, [n]."""
+        return (self.gates.float().abs() * self.SCALE).clamp(max=1.0).double()
+
+
+def list_last_tokens(
+    config: ViTCLSConfig, counts: Mapping[Any, int] | None
+) -> list[tuple[str, int]]:
+    """List (group, index within the group) of the last `counts[group]` tokens, in sequence order."""
     tokens: list[tuple[str, int]] = []
     for group, field in COUNT_FIELDS.items():
         num_tokens = getattr(config, field)
-        first_gated = num_tokens - gated_tokens.get(group, 0)
-        tokens += [(group, index) for index in range(first_gated, num_tokens)]
+        first = num_tokens - (counts or {}).get(group, 0)
+        tokens += [(group, index) for index in range(first, num_tokens)]
     return tokens
-
-
-def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
-    """Find the dtype of matrix products of `inputs`; autocast changes all but float64."""
-    device = inputs.device.type
-    # FLOPs are counted on "meta", which has no autocast.
-    if inputs.dtype == torch.float64 or inputs.is_meta or not torch.is_autocast_enabled(device):
-        return inputs.dtype
-    return torch.get_autocast_dtype(device)

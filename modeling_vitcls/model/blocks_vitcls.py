@@ -456,7 +456,7 @@ class ViTCLSLayer(GradientCheckpointingLayer):
     """A pre-norm Transformer layer, [B, N, D] -> [B, N, D], and base class of the other layers.
 
     transformers records the output of each layer as a hidden state. The model passes the mask of
-    `cls_scopes`, gates and biases, and rotary positions: a layer that is called alone has none of them.
+    `cls_scopes`, biases and fading, and rotary positions: a layer that is called alone has none of them.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
-from .attention_masks_vitcls import list_gated_tokens
+from .attention_masks_vitcls import list_last_tokens
 from .configuration_vitcls import ViTCLSConfig
 from .heads_vitcls import TokenPooler
 from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS
@@ -290,10 +290,10 @@ def sum_weights(encoder: nn.Module) -> tuple[Tensor, Tensor] | None:
         halves = [sample.to(dtype).to(sample) for dtype in (torch.bfloat16, torch.float16)]
         are_rounded.append((sample == halves[0]).all() | (sample == halves[1]).all())
 
-    gates: Any = encoder.gates
-    if gates is not None:
-        # An open gate is the same as none, also in its sum.
-        totals[2].append((1 - gates.get_gate_values()).double().sum())
+    fade_in: Any = encoder.fade_in
+    if fade_in is not None:
+        # A token that is faded in completely is an ordinary token, also in its sum.
+        totals[2].append((1 - fade_in.get_values()).double().sum())
         squares[2].append(torch.ones_like(totals[2][-1]))
 
     # All of them at once, because a GPU has to be waited for.
@@ -305,19 +305,20 @@ def sum_weights(encoder: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def find_open_tokens(encoder: Any) -> dict[str, Tensor]:
-    """Find the tokens that act on others: parameter -> [1, n, 1], False behind a closed gate.
+    """Find the tokens that act on others: parameter -> [1, n, 1], False if it is hidden.
 
-    CLS tokens are left out, because the statistics read them, also behind a gate.
+    CLS tokens are left out, because the statistics read them, also hidden ones.
     """
-    if encoder.gates is None:
+    if encoder.fade_in is None:
         return {}
-    are_open = encoder.gates.get_gate_values() > 2 * encoder.gates.SMALLEST
+    are_open = encoder.fade_in.progress > 0
     masks: dict[str, Tensor] = {}
-    for gate, (group, index) in enumerate(list_gated_tokens(encoder.config)):
+    tokens = list_last_tokens(encoder.config, encoder.config.fading_tokens)
+    for row, (group, index) in enumerate(tokens):
         if group != "cls":
             num_tokens = getattr(encoder.config, COUNT_FIELDS[group])
             mask = masks.setdefault(group, are_open.new_ones(1, num_tokens, 1))
-            mask[:, index] = are_open[gate]
+            mask[:, index] = are_open[row]
     return {
         f"embeddings.{name}": masks[kind.group]
         for kind in TOKEN_KINDS
@@ -336,7 +337,7 @@ def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
             copies = {None: wrapper.original_module, **wrapper.modules_to_save}
             used = None if wrapper.disable_adapters else wrapper.active_adapters[0]
             unused.update(*(copies[adapter].modules() for adapter in copies if adapter != used))
-        if name.startswith(("pooler", "gates")) or module in unused:
+        if name.startswith(("pooler", "fade_in")) or module in unused:
             continue
         weights: Any = module._parameters.items()
         if "base_layer" in module._modules:

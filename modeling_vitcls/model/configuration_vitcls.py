@@ -62,7 +62,7 @@ from .token_layout_vitcls import (
     TokenLayout,
     check_scopes,
     count_added_tokens,
-    update_gated_tokens,
+    keep_fading_tokens,
 )
 
 
@@ -167,7 +167,8 @@ ADAPTABLE_FIELDS = (
     "patch_size",
     *COUNT_FIELDS.values(),
     "cls_scopes",
-    "gated_tokens",
+    "fading_tokens",
+    "token_fade_in_steps",
     "extra_heads",
     "token_init",
 )
@@ -189,7 +190,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     **Main options**
 
     Tokens: `num_cls_tokens`, `num_distillation_tokens`, `num_register_tokens`,
-        `use_mask_token`, `token_init`, `cls_scopes`, `gated_tokens`, `tasks`.
+        `use_mask_token`, `token_init`, `cls_scopes`, `token_fade_in_steps`, `fading_tokens`,
+        `gated_tokens`, `tasks`.
 
     Pooling and heads: `pooling`, `cls_pooling`, `pooled_cls_tokens`, `pooled_layers`,
         `head_type`, `head_hidden_size`, `distillation_head`, `distillation_inference`,
@@ -285,10 +287,15 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     """Image region that each CLS token can attend to, one region per token: `"image"`, or `[rows,
     columns, row, column]` for one cell of a rows x columns grid over the image. Every token can
     attend to all special tokens. Default: the whole image for each CLS token."""
+    token_fade_in_steps: int = between(0, 1_000_000)(default=100)
+    """Number of training passes over which `model.adapt` and `from_pretrained` fade added tokens in:
+    after n passes, the attention to them is multiplied by n / `token_fade_in_steps`. With 0, added
+    tokens are ordinary tokens at once, and change the logits."""
+    fading_tokens: dict[TokenGroup, int] | None = None
+    """Token group -> number of tokens at the end of the group that are being faded in. The field is
+    set when tokens are added, and removed when a model is saved after enough training passes."""
     gated_tokens: dict[TokenGroup, int] | None = None
-    """Token group -> number of gated tokens at the end of the group. A gate scales the influence of
-    a token on other tokens. `model.adapt` and `from_pretrained` set this field when they add
-    tokens."""
+    """`fading_tokens` of folders that were saved with learned gates; `from_pretrained` renames it."""
     tasks: dict[str, int | list[str]] | None = None
     """Task name -> number of labels or label names, for `ViTCLSForMultiTaskClassification`. Tasks
     are sorted by name; classifier i reads CLS token i and, with `pooling="cls_mean"`, the patches.
@@ -554,7 +561,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         field_names = known_names - TRANSFORMERS_KEYWORDS - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in field_names}
         # A misspelled field; transformers checks other keywords.
-        for name in sorted(kwargs.keys() - known_names - {"gate_new_tokens"}):
+        for name in sorted(kwargs.keys() - known_names):
             if hint := _format_suggestion(name, known_names, cutoff=0.8):
                 raise ValueError(f"Unknown field {name!r}{hint}")
         # Another attention function may be a download.
@@ -639,10 +646,10 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             stored.pop("distance_threshold", None)
             logger.warning(f"class_statistics: removed, because {changes[0]} is new")
 
-        gated_tokens = stored.get("gated_tokens")
-        if isinstance(gated_tokens, dict):  # Another type is an error of the check of the field
+        fading_tokens = stored.get("fading_tokens")
+        if isinstance(fading_tokens, dict):  # Another type is an error of the check of the field
             num_added = count_added_tokens({**vars(ViTCLSConfig), **stored}, overrides)
-            stored["gated_tokens"] = update_gated_tokens(gated_tokens, num_added)
+            stored["fading_tokens"] = keep_fading_tokens(fading_tokens, num_added)
 
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
@@ -816,12 +823,12 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
     # Checks of fields that depend on one another --------------------------------------------------
     def validate_tokens(self) -> None:
-        """Check the initial values, gates and scopes of special tokens."""
+        """Check the initial values, fading and scopes of special tokens."""
         has_learned_positions = self.position_embedding_type.startswith("learned")
         distinct_groups = (
             GROUPS_WITH_POSITIONS[self.position_embedding_tokens] if has_learned_positions else ()
         )
-        gated_tokens: dict[Any, int] = self.gated_tokens or {}
+        fading_tokens: dict[Any, int] = self.fading_tokens or {}
         for group, field in COUNT_FIELDS.items():
             num_tokens = getattr(self, field)
             if self.token_init == "zeros" and group not in distinct_groups and num_tokens > 1:
@@ -829,9 +836,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
                     f'`token_init="zeros"` keeps the tokens of "{group}" identical. '
                     'Set `token_init="trunc_normal"`.'
                 )
-            if group in gated_tokens and not 0 < gated_tokens[group] <= num_tokens:
+            if group in fading_tokens and not 0 < fading_tokens[group] <= num_tokens:
                 raise ValueError(
-                    f"`gated_tokens`: {gated_tokens.get(group)} of {num_tokens} {group!r} tokens. "
+                    f"`fading_tokens`: {fading_tokens.get(group)} of {num_tokens} {group!r} tokens. "
                     f"Omit {group!r} for none."
                 )
         if self.cls_scopes is not None:

@@ -36,7 +36,12 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptation_vitcls import AdaptableModel
-from .attention_masks_vitcls import RelativePositionBias, TokenGates, build_attention_mask
+from .attention_masks_vitcls import (
+    LearnedGates,
+    RelativePositionBias,
+    TokenFadeIn,
+    build_attention_mask,
+)
 from .blocks_vitcls import (
     LayerScale,
     LearnedPositionEmbeddings,
@@ -212,8 +217,10 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         elif isinstance(module, ViTCLSDifferentialAttention):
             init.constant_(module.lambda_full, module.LAMBDA_INIT)
             init.constant_(module.head_norm.weight, 1 - module.LAMBDA_INIT)
-        elif isinstance(module, TokenGates):
-            init.constant_(module.gates, module.CLOSED)
+        elif isinstance(module, TokenFadeIn):
+            init.zeros_(module.progress)
+        elif isinstance(module, LearnedGates):
+            init.zeros_(module.gates)
         elif isinstance(module, ClassDistance):
             for buffer in module.buffers(recurse=False):
                 init.zeros_(buffer)  # a file without statistics has none
@@ -283,7 +290,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         self.rotary_positions = build_rotary_embeddings(config)
         has_position_bias = config.relative_position_bias != "none"
         self.relative_position_bias = RelativePositionBias(config) if has_position_bias else None
-        self.gates = TokenGates(config) if config.gated_tokens else None
+        self.fade_in = TokenFadeIn(config) if config.fading_tokens else None
+        # Of old folders; `from_pretrained` replaces it
+        self.gates = LearnedGates(config) if config.gated_tokens else None
 
         self.layers = ViTCLSLayers(
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
@@ -349,7 +358,10 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         mask = position_embeddings = None
         # Without a mask, attention is faster. On a GPU, a small model takes as long as Python does,
         # so the default model also skips the call that would return None.
-        mask_modules = (self.relative_position_bias, self.gates)
+        fade_in = self.fade_in
+        if fade_in is not None and fade_in.is_open:
+            fade_in = None
+        mask_modules = (self.relative_position_bias, fade_in)
         if attention_mask is not None or any(mask_modules) or self.config.cls_scopes:
             mask = build_attention_mask(
                 self.config, hidden_states, attention_mask, grid_size, *mask_modules

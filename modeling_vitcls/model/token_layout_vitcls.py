@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of special tokens, where each token is in the sequence, and which tokens have gates.
+"""The kinds of special tokens, where each token is in the sequence, and which are faded in.
 
     [ CLS x k | distillation x d | register x r | patches ]
 
@@ -28,7 +28,7 @@ class TokenKind:
         title: of one token, in tables and figures.
         color: in figures; color-blind readers can distinguish the colors (palette of Okabe and Ito).
         position_values: values of `position_embedding_tokens` with which the tokens have positions.
-        is_gated: whether added tokens have gates unless asked otherwise.
+        is_faded_in: whether added tokens are hidden at first, and faded in by training passes.
         twin_of: group that new tokens start as twins of, if a head reads them.
     """
 
@@ -38,7 +38,7 @@ class TokenKind:
     title: str
     color: str
     position_values: tuple[str, ...] = ("all",)
-    is_gated: bool = True
+    is_faded_in: bool = True
     twin_of: TokenGroup | None = None
 
 
@@ -125,20 +125,19 @@ def count_added_tokens(counts: Mapping[str, Any], changes: Mapping[str, Any]) ->
     }
 
 
-def update_gated_tokens(
-    gated_tokens: Mapping[Any, int] | None, num_added: Mapping[str, int]
+def keep_fading_tokens(
+    fading_tokens: Mapping[Any, int] | None, num_added: Mapping[str, int]
 ) -> dict[Any, int] | None:
-    """Keep the gates of the tokens that remain when token counts change by `num_added`, by field.
+    """Count the fading tokens of each group when token counts change by `num_added`, by field.
 
-    Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the
-    end are also gated.
+    They are the last tokens of a group, so new tokens at the end belong to them, too.
     """
-    remaining_gated_tokens = {}
+    remaining = {}
     for group, field in COUNT_FIELDS.items():
-        num_gated = (gated_tokens or {}).get(group, 0)
-        if num_gated and (num_remaining := num_gated + num_added.get(field, 0)) > 0:
-            remaining_gated_tokens[group] = num_remaining
-    return remaining_gated_tokens or None
+        num_fading = (fading_tokens or {}).get(group, 0)
+        if num_fading and (num_remaining := num_fading + num_added.get(field, 0)) > 0:
+            remaining[group] = num_remaining
+    return remaining or None
 
 
 def check_scopes(scopes: Sequence[Any], num_cls_tokens: int, grid_size: Size) -> None:

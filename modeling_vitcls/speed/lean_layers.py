@@ -22,7 +22,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..model.attention_masks_vitcls import get_matmul_dtype
 from ..model.blocks_vitcls import (
     ViTCLSAttention,
     ViTCLSGLU,
@@ -459,6 +458,15 @@ def find_products(layers: LeanLayers, plan: Plan, inputs: Tensor) -> list[Produc
     kept = [*sources, *(each.detach() for each in sources)]
     packed[dtype] = state, kept, products
     return products
+
+
+def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
+    """Find the dtype of matrix products of `inputs`; autocast changes all but float64."""
+    device = inputs.device.type
+    # FLOPs are counted on "meta", which has no autocast.
+    if inputs.dtype == torch.float64 or inputs.is_meta or not torch.is_autocast_enabled(device):
+        return inputs.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def join_weights(plan: Plan) -> list[Product] | None:

@@ -59,13 +59,10 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     "from the frozen model's classifier": (3e-5, 384, 2, 1e-5, 4e-4),
     # The matrices start from zero, also after a frozen start (model_cards/studies/tokens.md).
     "LoRA": (5e-4, 1, 0, 0.0, 1.0),
-    # The rate of LoRA, because here, too, the encoder keeps its weights, and closed gates must open
+    # The rate of LoRA, because here, too, the encoder keeps its weights
     "special tokens": (5e-4, 1, 0, 0.0, 1.0),
     "new head on frozen weights": (1e-3, 1, 0, 0.0, 1.0),
 }
-
-# For tokens that the checkpoint lacks, and for gates, which must open within the run
-NEW_TOKEN_RATE = 1e-2
 
 # Checkpoint suggested if the initial weights are random.
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
@@ -143,7 +140,6 @@ def resolve_schedule(
     initial: InitialModel,
     num_training_images: int,
     has_frozen_start: bool,
-    has_new_tokens: bool = False,
 ) -> tuple[FinetuneOptions, dict[str, str | None]]:
     """Fill in the flags that only steps read, if they are not set; also return lines about them.
 
@@ -152,7 +148,6 @@ def resolve_schedule(
         initial: initial model.
         num_training_images: number of training images.
         has_frozen_start: whether the classifier starts from the frozen model's.
-        has_new_tokens: whether tokens or gates have a rate of their own.
     """
     config_values = options.get_config_values()
     width = config_values.get("hidden_size", initial.config.hidden_size)
@@ -187,17 +182,11 @@ def resolve_schedule(
         if options.max_steps is None:
             lines["epochs"] = f"{epochs:g}: {reason}"
 
-    # 4. The learning rates
-    rate = options.learning_rate
-    if rate is None:
+    # 4. The learning rate
+    if options.learning_rate is None:
         changes["learning_rate"] = rate = choose_learning_rate(method, width)
         decay = changes.get("layer_decay", options.layer_decay)
         lines["rate"] = f"{rate:g}: {method}, width {width}; layer decay {decay:g}"
-    if has_new_tokens:
-        rate, new_token_rate = rate if isinstance(rate, tuple) else (rate, NEW_TOKEN_RATE)
-        changes["learning_rate"] = (rate, new_token_rate)
-        text = lines.get("rate", f"{rate:g}")
-        lines["rate"] = f"{text}; new tokens and gates: {new_token_rate:g}"
     return replace(options, **changes), lines
 
 

@@ -25,7 +25,7 @@ from ..data.batches import Batch
 from ..data.images import count_unreadable
 from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import MetricValues, select_scalars
-from ..inference.token_names import read_gates
+from ..inference.token_names import read_fade_in
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from ..runtime.progress import track
@@ -285,7 +285,7 @@ class TrainingLoop:
         self.unreported_errors.clear()
 
     def compute_recent_metrics(self) -> MetricValues:
-        """Measure the losses and the speed since the last record, and the norms and gates of tokens.
+        """Measure the losses and the speed since the last record, and the norms of tokens.
 
         Losses are means over all processes and these steps. The speed excludes evaluations and
         checkpoints.
@@ -302,8 +302,9 @@ class TrainingLoop:
         recent_losses.clear()
         tokens = copy_special_tokens(self.unwrapped).items()
         norms = {f"norm_{name}": token.norm().item() for name, token in tokens}
-        gates = {f"gate_{name}": gate for name, gate in read_gates(self.unwrapped.vitcls).items()}
-        return record | {"images_per_second": images_per_second} | norms | gates
+        fade_in = read_fade_in(self.unwrapped.vitcls).items()
+        values = {f"fade_in_{name}": value for name, value in fade_in}
+        return record | {"images_per_second": images_per_second} | norms | values
 
     def measure_token_movement(self) -> dict[str, float]:
         """Measure how far each trained token has moved since the start of training (Euclidean norm)."""

@@ -5,12 +5,12 @@ The flag `--trainable` selects the trainable parameters:
     full      all parameters
     head      classifiers, and the pooler if it has parameters, but not the final norm (linear probing)
     last-N    the last N layers, the final norm and the head
-    tokens    new special tokens with their gates, or all special tokens if none is new, and the head (prompt
-              tuning, arXiv 2203.12119)
+    tokens    new special tokens, or all special tokens if none is new, and the head (prompt tuning, arXiv
+              2203.12119)
     lora      special tokens, the head, and low-rank updates of the query and value projections (arXiv 2106.09685)
 
 Parameters that are missing from the checkpoint are always trained, because their initial values are
-random. For example, a new distillation token is trained with its position embedding and the gates.
+random. For example, a new distillation token is trained with its position embedding.
 The mask token is already frozen and remains frozen.
 """
 
@@ -30,7 +30,6 @@ from ..data.labels import LabelSpace, get_label_space
 from ..hub.model_folder import ModelFolder, build_processor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier
 from ..model.adaptation_vitcls import can_copy_classifier
-from ..model.attention_masks_vitcls import list_gated_tokens
 from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -212,7 +211,7 @@ def list_token_parameters(model: Any) -> dict[str, str]:
 
 
 def check_model_flags(
-    model: str, model_config: Iterable[str], trainable: str, gate_new_tokens: bool
+    model: str, model_config: Iterable[str], trainable: str, token_fade_in_steps: int | None
 ) -> None:
     """Raise ValueError for flags of the model that are wrong whatever the checkpoint contains.
 
@@ -220,7 +219,7 @@ def check_model_flags(
         model: a name that only looks like a preset, but is no preset, file or folder, is wrong.
         model_config: names of fields of the configuration.
         trainable: parts of a preset are wrong, because its weights are random.
-        gate_new_tokens: False is wrong for a preset, whose tokens never have gates.
+        token_fade_in_steps: wrong for a preset, whose tokens are ordinary ones from the start.
     """
     has_random_weights = is_preset(model)
     looks_like_preset = (model.startswith("vitcls-") or model in PRESETS) and "/" not in model
@@ -228,9 +227,9 @@ def check_model_flags(
         raise ValueError(
             f"`model={model!r}` is not a preset. Use vitcls-{', vitcls-'.join(PRESETS)}"
         )
-    if has_random_weights and not gate_new_tokens:
+    if has_random_weights and token_fade_in_steps is not None:
         raise ValueError(
-            f"`gate_new_tokens=False` requires a checkpoint, but {model} has no gates. Remove it"
+            f"`token_fade_in_steps` requires a checkpoint, but {model} has random weights. Remove it"
         )
     if has_random_weights and trainable != "full":
         raise ValueError(
@@ -296,7 +295,7 @@ def set_trainable_parameters(
         trainable_names.update(token_names.values())
     trainable_names.update(new_parameter_names)
     for group in new_groups:
-        trainable_names |= {f"vitcls.embeddings.position_embeddings.{group}", "vitcls.gates.gates"}
+        trainable_names.add(f"vitcls.embeddings.position_embeddings.{group}")
 
     # The mask token was frozen before, and stays so.
     trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -309,9 +308,10 @@ def set_trainable_parameters(
 
 
 def find_new_tokens(initial: InitialModel, model: Any) -> dict[str, list[bool]]:
-    """Find the parameters that train at the rate of new tokens, with their positions and gates.
+    """Find the parameters of new tokens, with their positions.
 
-    They start at nothing, or near it, so they are not averaged with their start either.
+    The checkpoint says nothing about them, so they train at the rate of the head, and are not averaged
+    with their start.
 
     Returns:
         Name of each parameter -> for each of its tokens, whether it trains: in a group that has
@@ -326,10 +326,6 @@ def find_new_tokens(initial: InitialModel, model: Any) -> dict[str, list[bool]]:
     for group, values in grown.items():
         are_new[token_names[group]] = values
         are_new[f"vitcls.embeddings.position_embeddings.{group}"] = values
-    gates = [
-        group in grown and grown[group][index] for group, index in list_gated_tokens(model.config)
-    ]
-    are_new["vitcls.gates.gates"] = gates if any(gates) else [True] * len(gates)
 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: values for name, values in are_new.items() if name in trained}

@@ -26,8 +26,6 @@ def measure_tokens(
 ) -> tuple[dict[str, Any], str | None, Predictions | None]:
     """Measure each group of special tokens, in float32. Every process measures the same images.
 
-    An open gate is no evidence: noise at the rate of new tokens opens gates, too.
-
     Args:
         inputs: of the run, with the trained model.
         images: that did not train it.

@@ -15,14 +15,13 @@ def build_parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     new_tokens: Collection[str] = (),
-    new_token_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Group parameters by depth and weight decay.
 
     Weight decay applies to weights of linear and convolutional layers, but not to biases, norms,
     tokens, position embeddings or scales. The learning rate of each group is multiplied by
     `lr_scale`, which is `layer_decay ** (max_depth - depth)` for a group at `depth` (BEiT, arXiv
-    2106.08254, appendix), or `new_token_scale` for the parameters in `new_tokens`.
+    2106.08254, appendix), or 1 for the parameters in `new_tokens`, which the checkpoint lacks.
     """
     weight_decay_ids = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
@@ -34,7 +33,7 @@ def build_parameter_groups(
         if parameter.requires_grad:
             decay = weight_decay if id(parameter) in weight_decay_ids else 0.0
             scale = layer_decay ** (max_depth - depths[name])
-            groups[new_token_scale if name in new_tokens else scale, decay].append(parameter)
+            groups[1.0 if name in new_tokens else scale, decay].append(parameter)
 
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}

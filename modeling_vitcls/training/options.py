@@ -16,7 +16,7 @@ from ..runtime.flags import Options, check_each, check_minimum
 
 
 # Flags of the model that are no fields of its configuration
-NO_CONFIG_FIELDS = ("model", "gate_new_tokens", "resize", "bit_depth", "model_config")
+NO_CONFIG_FIELDS = ("model", "resize", "bit_depth", "model_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ class ModelOptions(Options):
     """Number of distillation tokens."""
     num_register_tokens: int | None = None
     """Number of register tokens."""
-    gate_new_tokens: bool = True
-    """Hide tokens that are added to a checkpoint behind gates, which training opens.
-    --no-gate-new-tokens: they are ordinary tokens from the first step."""
+    token_fade_in_steps: int | None = None
+    """Number of training passes over which tokens that are added to a checkpoint are faded in. Default:
+    100, or a third of a run of fewer than 300 passes. 0: they are ordinary tokens from the first step."""
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] | None = None
     """Pooling of the tokens for the classifier. Default: the pooling of the preset or checkpoint,
     or chosen by cross-validation, with a pre-trained encoder."""
@@ -86,9 +86,6 @@ class ModelOptions(Options):
             if name not in NO_CONFIG_FIELDS and value not in (None, "native")
         }
         config_values |= self.model_config or {}
-
-        if not self.gate_new_tokens:  # An argument of `from_pretrained`, but no field
-            config_values["gate_new_tokens"] = False
         if self.pooled_layers:
             config_values["pooled_layers"] = list(self.pooled_layers)
         if self.cls_scopes:
@@ -140,11 +137,10 @@ class FinetuneOptions(AugmentationOptions, DivisionOptions, ModelOptions):
     10,000 images."""
     gradient_accumulation_steps: int = 1
     """Number of forward and backward passes per optimizer step."""
-    learning_rate: float | tuple[float, float] | None = None
+    learning_rate: float | None = None
     """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0
     with a cosine schedule. Default: depends on the initial weights and the width, for example 5e-4
-    for a ViT-Ti with random weights and 5e-5 for a pre-trained ViT-B. A second value is the rate of
-    gates and of tokens that the checkpoint lacks (default: 0.01)."""
+    for a ViT-Ti with random weights and 5e-5 for a pre-trained ViT-B."""
     layer_decay: float | None = None
     """Layer-wise learning rate decay (BEiT, Bao et al. 2021): ratio of each layer's learning rate
     to the next layer's. Tokens, position embeddings and patch embeddings count as one layer

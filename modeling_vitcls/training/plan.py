@@ -53,7 +53,7 @@ class RunPlan:
         options: the flags, with a value for each that this kind of run reads.
         images: before they are divided. Without steps, a validation split trains the model, too.
         averaging: part of the start weights in the saved weights; 0 for the last weights.
-        new_tokens: parameters of new tokens and gates (`find_new_tokens`); empty without steps.
+        new_tokens: parameters of new tokens (`find_new_tokens`).
         lines: to print about values that the plan has chosen.
     """
 
@@ -116,11 +116,11 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
             inputs.initial,
             num_images,
             inputs.head_search is not None,
-            has_new_tokens=bool(new_tokens),
         )
     else:
-        # New registers behind closed gates are neither trained nor seen by other tokens
-        if {"vitcls.gates.gates", "vitcls.embeddings.register_tokens"} <= new_tokens.keys():
+        # New registers that are hidden are neither trained nor seen by other tokens
+        is_faded_in = inputs.model.vitcls.fade_in is not None
+        if is_faded_in and "vitcls.embeddings.register_tokens" in new_tokens:
             changed.append("num_register_tokens")
         if changed:
             lines["no steps"] = f"`{'`, `'.join(changed)}`: no effect, as only steps read them"

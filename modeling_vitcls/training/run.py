@@ -53,7 +53,9 @@ def train(asked: FinetuneOptions) -> Path:
     """
     # What was asked is checked before anything else is done.
     asked = convert_sources(asked, resolve_name)
-    check_model_flags(asked.model, asked.model_config or (), asked.trainable, asked.gate_new_tokens)
+    check_model_flags(
+        asked.model, asked.model_config or (), asked.trainable, asked.token_fade_in_steps
+    )
     folder = asked.output_dir
     for dataset in (asked.dataset, *asked.more_data):
         check_output_is_not_read(folder, dataset)

@@ -144,8 +144,6 @@ def find_in_trained_scenes(outcome: Outcome) -> dict[str, Any]:
     return count_in_trained_scenes(outcome.in_trained_scenes, outcome.predictions)
 
 
-MIN_OPEN_GATE = 0.1  # With gates below it, tokens change nothing that could be measured
-
 # Printed lines ------------------------------------------------------------------------------------
 
 
@@ -167,7 +165,7 @@ def print_result(config: ViTCLSConfig, outcome: Outcome, plan: RunPlan, reporter
         {
             "result": describe_result(outcome) + describe_start(outcome, options.model),
             "scenes": describe_in_trained_scenes(find_in_trained_scenes(outcome)),
-            "gates": describe_gates(outcome.results.get("gates")),
+            "fade-in": describe_fade_in(outcome.results.get("fade_in")),
             "unread": describe_unread_tokens(config, options),
             "classes": describe_classes(outcome.metrics, outcome.data.train.class_ratio),
             "steps": steps_text,
@@ -226,20 +224,14 @@ def compare_start(outcome: Outcome, start: dict[str, float]) -> tuple[str, bool]
     return Measurement("", metric, before).statement, is_better
 
 
-def describe_gates(gates: dict[str, float] | None) -> str | None:
-    """Say how much the gated tokens that a run has trained act; None without gates.
-
-    With nearly closed gates, the result says nothing about the tokens.
-    """
-    if not gates:
+def describe_fade_in(fade_in: dict[str, float] | None) -> str | None:
+    """Say how far the tokens are that a run has not faded in completely; None without any."""
+    if not fade_in:
         return None
-    lowest, highest = min(gates.values()), max(gates.values())
-    text = f"{lowest:.2f} to {highest:.2f}, where 1 is an ordinary token"
-    if highest >= MIN_OPEN_GATE:
-        return text
+    lowest = min(fade_in.values())
     return (
-        f"{text}, so the result is nearly as without these tokens. Set more epochs, a higher second value of "
-        "`learning_rate`, or `gate_new_tokens=False`"
+        f"new tokens act with {lowest:.2f} of the weight of ordinary ones, because the run was shorter than "
+        "`token_fade_in_steps`: the result says little about them"
     )
 
 

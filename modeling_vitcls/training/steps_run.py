@@ -22,7 +22,8 @@ from ..frozen.head_search import (
 )
 from ..frozen.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import compute_mean, get_task_metrics, select_scalars
-from ..inference.token_names import read_gates
+from ..inference.token_names import read_fade_in
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import configure_layer_sharding
 from .calibration import Calibration, calibrate
 from .checkpoints import Checkpoint, CheckpointStore
@@ -99,7 +100,7 @@ def run_steps(
                 "averaged",
                 f"saved: {plan.averaging:g} x the weights before the first step + "
                 f"{1 - plan.averaging:g} x those after the last"
-                f"{', alone for new tokens and gates' if plan.new_tokens else ''}",
+                f"{', alone for new tokens' if plan.new_tokens else ''}",
             )
     model = loop.model.eval()
     exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
@@ -186,8 +187,8 @@ def build_step_results(
     for name in ("frozen", "before_steps", "teacher_accuracy", "initial_classifier"):
         if name in start:
             results[name] = start[name]
-    if "vitcls.gates.gates" in plan.new_tokens:
-        results["gates"] = read_gates(loop.unwrapped.vitcls)
+    if fade_in := read_fade_in(loop.unwrapped.vitcls):
+        results["fade_in"] = fade_in
     if plan.averaging:
         results["average_with_start"] = plan.averaging
     return results
@@ -275,6 +276,11 @@ def start_steps(
     return start
 
 
+def choose_fade_in_steps(num_passes: int) -> int:
+    """Choose over how many training passes of a run new tokens are faded in: at most a third of it."""
+    return min(ViTCLSConfig.token_fade_in_steps, max(num_passes // 3, 1))
+
+
 def describe_teacher(start: dict[str, Any], num_images: int) -> str:
     """Say what a teacher reaches on the held-out images, compared with the frozen model, if any."""
     text = (
@@ -312,15 +318,10 @@ def build_loop(
         model.compile()
     # Accelerate reads in `prepare` which layers to shard.
     configure_layer_sharding(model)
-    rates = options.learning_rate
-    assert rates and options.layer_decay, "the plan sets them"
-    rate, new_token_rate = rates if isinstance(rates, tuple) else (rates, rates)
+    rate = options.learning_rate
+    assert rate and options.layer_decay, "the plan sets them"
     groups = build_parameter_groups(
-        model,
-        options.weight_decay,
-        options.layer_decay,
-        plan.new_tokens,
-        new_token_rate / rate,
+        model, options.weight_decay, options.layer_decay, plan.new_tokens
     )
     optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     # Model and optimizer are prepared in one call: FSDP2 replaces the parameters, and only this
@@ -360,6 +361,13 @@ def build_loop(
         start=start_weights,
     )
     num_steps = loop.plan.num_steps
+    fade_in = model.vitcls.fade_in
+    if fade_in is not None:
+        num_passes = num_steps * loop.plan.accumulation_steps
+        if options.token_fade_in_steps is None:
+            fade_in.config.token_fade_in_steps = choose_fade_in_steps(num_passes)
+        text = f"new tokens over the first {fade_in.config.token_fade_in_steps:,} of {num_passes:,} passes"
+        reporter.print_line("fade-in", text)
     reporter.print_line(
         "batches",
         f"{loop.plan.images_per_step} images per step; {num_steps:,} steps = "

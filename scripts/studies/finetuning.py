@@ -7,8 +7,7 @@ The results are in model_cards/studies/finetuning.md and model_cards/studies/tok
 For each seed, `finetune` trains on the same photographs: frozen, and five epochs of each row of
 `RECIPES`, with all labels, but for the row "default". The saved weights are the means of the
 start's and the trained ones (WiSE-FT, arXiv 2109.01903), but for the rows "not averaged". Each
-token has a control, the same run without it, and the table contains the gates at the end. The
-teacher is a frozen model of other photographs of the same classes. Each model is measured on all
+token has a control, the same run without it. The teacher is a frozen model of other photographs of the same classes. Each model is measured on all
 test photographs, and compared with the frozen one of the same seed.
 """
 
@@ -37,8 +36,6 @@ from modeling_vitcls import evaluate, finetune
 
 
 EPOCHS = 5
-SLOW_GATES = (3e-5, 1e-3)  # The second rate is that of gates and new tokens: 0.01 by default
-MIN_GATE = 0.1  # Below it, a row says nothing about its token
 # Name -> flags of `finetune`, five epochs if they set none. Each token has a control: the same run without it.
 RECIPES: dict[str, dict[str, Any]] = {
     "frozen": {"trainable": "head", "epochs": None},
@@ -49,28 +46,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "all layers, default: a fifth or a tenth held out": {"held_out_fraction": None},
     "all layers, not averaged": {"average_with_start": 0.0},
     "LoRA": {"trainable": "lora"},
-    "4 registers, gated, all layers": {"num_register_tokens": 4},
-    "4 registers, gates at 1e-3, all layers": {
-        "num_register_tokens": 4,
-        "learning_rate": SLOW_GATES,
-    },
-    "4 registers, open, all layers": {
-        "num_register_tokens": 4,
-        "gate_new_tokens": False,
-    },
-    "8 prompts, gated, nothing else": {
+    "4 registers, faded in, all layers": {"num_register_tokens": 4},
+    "4 registers at once, all layers": {"num_register_tokens": 4, "token_fade_in_steps": 0},
+    "8 prompts, faded in, nothing else": {"num_register_tokens": 8, "trainable": "tokens"},
+    "8 prompts at once, nothing else": {
         "num_register_tokens": 8,
         "trainable": "tokens",
-    },
-    "8 prompts, gates at 1e-3, nothing else": {
-        "num_register_tokens": 8,
-        "trainable": "tokens",
-        "learning_rate": SLOW_GATES,
-    },
-    "8 prompts, open, nothing else": {
-        "num_register_tokens": 8,
-        "trainable": "tokens",
-        "gate_new_tokens": False,
+        "token_fade_in_steps": 0,
     },
     "CLS for each quarter, all layers": {
         "cls_scopes": ("image", "2x2"),
@@ -118,13 +100,13 @@ def run_recipe(options: Options, seed: int, name: str, flags: dict[str, Any]) ->
         flags = flags | {"teacher": str(fit_teacher(options, seed, set(train)))}
 
     start = time.process_time()
-    trained = fit(options, folder / "train", folder / "model", **{"epochs": EPOCHS} | flags)
+    fit(options, folder / "train", folder / "model", **{"epochs": EPOCHS} | flags)
     seconds = time.process_time() - start
     results = evaluate(folder / "model", options.output / "test", num_workers=0)
     names = ("accuracy", "loss", "calibration_error", "cls_accuracy", "distillation_accuracy")
     row = {"seed": seed, "name": name, "cpu_seconds": seconds}
     row |= {each: results.get(each) for each in names}
-    add_row(options.output, row | {"gates": list(trained.get("gates", {}).values())})
+    add_row(options.output, row)
 
 
 def fit_teacher(options: Options, seed: int, students: set[Path]) -> Path:
@@ -144,9 +126,9 @@ def fit_teacher(options: Options, seed: int, students: set[Path]) -> Path:
     return folder / "teacher"
 
 
-def fit(options: Options, photos: Path, output: Path, **flags: Any) -> dict[str, Any]:
-    """Train on all photographs, without a report, and return the results of the run."""
-    return finetune(
+def fit(options: Options, photos: Path, output: Path, **flags: Any) -> None:
+    """Train on all photographs, without a report."""
+    finetune(
         options.encoder,
         str(photos),
         output,
@@ -161,8 +143,8 @@ def format_page(rows: list[dict[str, Any]]) -> str:
     """Format a table of the recipes: mean accuracy, and paired differences with their interval."""
     lines = [
         "| trained for five epochs | accuracy | over frozen, points (95%) | over all layers, each draw "
-        "| mean (95%) | log loss | calibration error, points | gates at the end | CPU seconds |",
-        "|---|---:|---|---|---|---:|---:|---|---:|",
+        "| mean (95%) | log loss | calibration error, points | CPU seconds |",
+        "|---|---:|---|---|---|---:|---:|---:|",
     ]
     for name in RECIPES:
         own = sorted((row for row in rows if row["name"] == name), key=itemgetter("seed"))
@@ -178,7 +160,6 @@ def format_page(rows: list[dict[str, Any]]) -> str:
             format_interval(over_all),
             f"{fmean(row['loss'] for row in own):.3f}",
             f"{100 * fmean(row['calibration_error'] for row in own):.1f}",
-            format_gates(own),
             f"{fmean(row['cpu_seconds'] for row in own):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -191,15 +172,6 @@ def compare(rows: list[dict[str, Any]], own: list[dict[str, Any]], name: str) ->
     if own[0]["name"] == name:
         return []
     return [100 * (row["accuracy"] - others[row["seed"]]) for row in own if row["seed"] in others]
-
-
-def format_gates(rows: list[dict[str, Any]]) -> str:
-    """Format the range of the gates; a token below 0.1 was hardly in the network."""
-    gates = [gate for row in rows for gate in row["gates"]]
-    if not gates:
-        return "open" if "open" in rows[0]["name"] else ""
-    note = ": not tested" if fmean(gates) < MIN_GATE else ""
-    return f"{min(gates):.2g} to {max(gates):.2g}, mean {fmean(gates):.2f}{note}"
 
 
 def format_interval(differences: list[float]) -> str:

@@ -14,7 +14,7 @@ from pytest import CaptureFixture, approx
 
 from modeling_vitcls import inspect_tokens
 from modeling_vitcls.analysis.report import write_tables
-from modeling_vitcls.model.attention_masks_vitcls import TokenGates
+from modeling_vitcls.model.attention_masks_vitcls import TokenFadeIn
 
 
 CLASSES = ["cat", "dog", "owl"]
@@ -22,11 +22,11 @@ CLASSES = ["cat", "dog", "owl"]
 
 @pytest.fixture(scope="module")
 def model(module_path: Path) -> str:
-    """Return a classifier whose second register is almost closed."""
-    fields: dict[str, Any] = {"num_register_tokens": 2, "gated_tokens": {"registers": 1}}
+    """Return a classifier whose second register is almost hidden."""
+    fields: dict[str, Any] = {"num_register_tokens": 2, "fading_tokens": {"registers": 1}}
     folder = save_classifier(module_path / "model", *CLASSES, **fields)
     with edit_weights(folder) as weights:
-        weights["vitcls.gates.gates"].fill_(0.031 / TokenGates.SCALE)
+        weights["vitcls.fade_in.progress"].fill_(31 * TokenFadeIn.FULL // 1000)
     return str(folder)
 
 
@@ -53,9 +53,9 @@ def test_terminal_page_and_the_function_have_the_same_values(
     text = page.read_text()
     for effect in found.effects:
         assert f"log loss {effect['content']['loss_change']:+.3f} (" in text
-    assert found.gates == {"register 2": approx(0.031)}
-    assert "<td>0.031</td>" in text
-    assert "0.031" in printed
+    assert found.fade_in == {"register 2": approx(0.031)}
+    assert "<td>0.03</td>" in text
+    assert "faded in to 0.03," in printed
     assert str(image_folder) not in text
     assert model not in text  # local folders are not in the page
 

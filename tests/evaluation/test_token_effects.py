@@ -74,14 +74,15 @@ def test_the_tokens_come_from_photos_of_other_classes() -> None:
 
 
 def test_a_head_reads_the_content_of_cls_and_a_register_that_mends_a_bias_has_a_place() -> None:
-    """Register 1 alone is trained, 2 is random behind a half-open gate, 3 behind a closed one.
+    """Register 1 alone is trained, 2 is random and half faded in, 3 is hidden.
 
     What the second one does, nobody knows.
     """
     model = train_digits_model(num_register_tokens=0).adapt(num_register_tokens=3)
     with torch.no_grad():
         model.classifier.bias[3] += 8
-        model.vitcls.gates.gates.copy_(torch.tensor([1.0, 0.5, 0.0]) * model.vitcls.gates.OPEN)
+        full = model.vitcls.fade_in.FULL
+        model.vitcls.fade_in.progress.copy_(torch.tensor([full, full // 2, 0]))
     token = model.vitcls.embeddings.register_tokens
     optimizer = torch.optim.Adam([token], lr=0.05)
     for indices in torch.arange(NUM_TRAINED).repeat(4).split(100):

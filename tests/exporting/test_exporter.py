@@ -94,7 +94,7 @@ MODELS = {
         {
             "num_hidden_layers": 1,
             "num_register_tokens": 2,
-            "gated_tokens": {"registers": 1},
+            "fading_tokens": {"registers": 1},
             "relative_position_bias": "layer",
             "position_interpolation": "crop",
             "head_type": "mlp",

@@ -15,8 +15,8 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 
-# With gates, parameters require gradients, and so would the attention bias.
-GATED = [
+# Their attention has a bias, because they are still faded in.
+ADDED = [
     {"num_register_tokens": 4},
     {"num_distillation_tokens": 1, "num_register_tokens": 2},
     {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 1, 0]]},
@@ -27,7 +27,7 @@ GATED = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("layout", "added"),
-    [*((layout, {}) for layout in LAYOUTS.values()), *(({}, added) for added in GATED)],
+    [*((layout, {}) for layout in LAYOUTS.values()), *(({}, added) for added in ADDED)],
     ids=str,
 )
 def test_the_batch_is_dynamic_and_no_output_is_repeated(

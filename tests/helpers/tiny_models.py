@@ -24,6 +24,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.conversion.weight_rules import Fields
+from modeling_vitcls.model.attention_masks_vitcls import TokenFadeIn
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
@@ -153,10 +154,16 @@ def build_tiny_config(**fields: Any) -> ViTCLSConfig:
 
 @torch.no_grad()
 def randomize(model: Model, seed: int = 0) -> Model:
-    """Set all parameters to random values, as zeros and ones hide errors; enter eval mode."""
+    """Set all parameters, and how far tokens are faded in, to random values; enter eval mode.
+
+    Zeros and ones would hide errors.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    for module in model.modules():
+        if isinstance(module, TokenFadeIn):
+            module.progress.random_(module.FULL, generator=generator)
     return model.eval()
 
 

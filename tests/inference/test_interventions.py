@@ -24,7 +24,7 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
         BLOCKS["scopes"] | {"pooling": "mean"},
         {"attention_type": "differential", "layer_type": "post"},
         {"relative_position_bias": "layer", "_attn_implementation": "eager"},
-        {"gated_tokens": {"registers": 1}},
+        {"fading_tokens": {"registers": 1}},
     ],
     ids=str,
 )
@@ -65,7 +65,7 @@ def test_with_the_cls_token_of_another_photo_a_head_that_reads_it_answers_for_th
         BLOCKS["scopes"],
         {"relative_position_bias": "layer", "_attn_implementation": "eager"},
         {"position_embedding_type": "rope_2d", "num_distillation_tokens": 1},
-        {"position_embedding_type": "rope_mixed", "gated_tokens": {"registers": 1}},
+        {"position_embedding_type": "rope_mixed", "fading_tokens": {"registers": 1}},
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from modeling_vitcls.inference.speed import count_flops
 
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"attention_type": "differential", "gated_tokens": {"cls": 1}}],
+    [{}, {"attention_type": "differential", "fading_tokens": {"cls": 1}}],
     ids=str,
 )
 @each_kind

@@ -3,7 +3,7 @@
 Models are adapted by `from_pretrained(..., field=value)` and `adapt`.
 
 Unchanged weights (kept and removed tokens) must be equal to the bit. Resampled weights are compared
-with PyTorch's interpolation, and patch kernels with timm's. Gates are tested in
+with PyTorch's interpolation, and patch kernels with timm's. Fading in is tested in
 test_gates.py.
 """
 
@@ -86,7 +86,7 @@ def test_adapted_models_keep_their_tokens_and_resample_their_patches(
     saver: Any, loader: Any, change: Fields, tmp_path: Path
 ) -> None:
     old = build_random(saver, **FIELDS)
-    new = adapt_with_loader(old, loader, tmp_path, gate_new_tokens=False, **change)
+    new = adapt_with_loader(old, loader, tmp_path, token_fade_in_steps=0, **change)
 
     assert type(new) is saver
     assert not new.training
@@ -174,15 +174,12 @@ def test_nothing_changes_without_a_change(caplog: LogCaptureFixture, tmp_path: P
 
 def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
     model = build_random(ViTCLSForImageClassification).requires_grad_(False).train()
-    changed = model.adapt(
-        num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True
-    )
+    changed = model.adapt(num_register_tokens=2, num_distillation_tokens=1, image_size=48)
 
     assert changed.training
     assert {name for name, parameter in changed.named_parameters() if parameter.requires_grad} == {
         "vitcls.embeddings.register_tokens",
         "vitcls.embeddings.distillation_token",
-        "vitcls.gates.gates",
         "distillation_classifier.weight",
         "distillation_classifier.bias",
     }
@@ -204,7 +201,7 @@ def test_new_tokens_of_a_frozen_group_are_frozen_and_a_line_says_so(
 def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
     model = build_random(ViTCLSForImageClassification, position_embedding_tokens=positions)
     larger = model.adapt(
-        num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1, gate_new_tokens=False
+        num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1, token_fade_in_steps=0
     )
     wanted = model(IMAGES, output_hidden_states=True)
     between = larger(IMAGES).cls_logits
@@ -281,9 +278,9 @@ def test_impossible_changes_are_errors_with_a_remedy_that_works(tmp_path: Path) 
     ).embeddings.register_tokens
     assert (tokens[:, 1:].std(dim=1) > 0).all()
     pooled = build_random(ViTCLSModel, pooling="attention", attention_pool_tokens="all")
-    with raises_one_line("gate_new_tokens=False"):
+    with raises_one_line("token_fade_in_steps=0"):
         pooled.adapt(num_register_tokens=4)
-    assert pooled.adapt(num_register_tokens=4, gate_new_tokens=False).gates is None
+    assert pooled.adapt(num_register_tokens=4, token_fade_in_steps=0).fade_in is None
 
     model = build_random(ViTCLSModel, tasks={"age": 2})
     model.save_pretrained(tmp_path)
@@ -402,7 +399,7 @@ def test_added_tokens_of_every_kind_leave_logits_and_patches_as_they_are(
         found = adapted.vitcls(IMAGES).tokens["patches"]
         assert get_largest_difference(found, patches) <= 1e-5, added
     # otherwise, the test could not detect unused tokens
-    opened = model.adapt(num_register_tokens=4, gate_new_tokens=False)
+    opened = model.adapt(num_register_tokens=4, token_fade_in_steps=0)
     assert get_largest_difference(opened(IMAGES).logits, logits) > 1e-3
 
 

@@ -1,7 +1,7 @@
 """The relative position bias: what it depends on, and masks.
 
-tests/model/test_tokens.py tests masks and the scopes of CLS tokens, and tests/model/test_gates.py
-tests gates.
+tests/model/test_tokens.py tests masks and the scopes of CLS tokens, and
+tests/model/test_fade_in.py tokens that are faded in.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from helpers.tiny_models import build_tiny_config, get_largest_difference, randomize
 from torch.testing import assert_close
 
-from modeling_vitcls.model.attention_masks_vitcls import RelativePositionBias, TokenGates
+from modeling_vitcls.model.attention_masks_vitcls import RelativePositionBias, TokenFadeIn
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -53,11 +53,11 @@ def test_tables_are_resampled_along_their_own_axes() -> None:
 def test_masks_hide_tokens_whatever_their_bias_is() -> None:
     """A boolean mask and an additive mask have the same effect on the softmax."""
     config = build_tiny_config(
-        **FIELDS, relative_position_bias="shared", gated_tokens={"registers": 1}
+        **FIELDS, relative_position_bias="shared", fading_tokens={"registers": 1}
     )
     module = randomize(RelativePositionBias(config))
-    gates = TokenGates(config)
-    gates.gates.fill_(0.25 * TokenGates.OPEN)
+    fade_in = TokenFadeIn(config)
+    fade_in.progress.fill_(fade_in.FULL // 4)
     states = torch.zeros(2, NUM_SPECIAL + 16, 16)
     is_visible = torch.rand(2, 1, 1, NUM_SPECIAL + 16) < 0.5
     is_visible[..., :4] = True
@@ -65,9 +65,9 @@ def test_masks_hide_tokens_whatever_their_bias_is() -> None:
         ~is_visible, torch.finfo(torch.float32).min
     )
     weights = module(states, None, (4, 4)).exp() * is_visible  # [2, heads, N, N]
-    weights[..., 2] *= 0.25  # the last register is gated
+    weights[..., 2] *= 0.25  # the last register is faded in
     expected = weights / weights.sum(dim=-1, keepdim=True)
 
     for mask in (is_visible, additive):
-        found = gates(states, module(states, mask, (4, 4))).softmax(dim=-1)
+        found = fade_in(states, module(states, mask, (4, 4))).softmax(dim=-1)
         assert get_largest_difference(found, expected) <= 1e-6

@@ -352,14 +352,14 @@ def test_statistics_of_other_features_or_labels_are_dropped(
 # with a line that names the field, or an error. docs/configuration.md has this table, too.
 OTHER_FIELDS = [
     ({"compute_all_tokens": True}, "equal", True),
-    ({"gated_tokens": {}}, "equal", True),
+    ({"fading_tokens": {}}, "equal", True),
     ({"num_register_tokens": 6}, "equal", True),
     ({"pooling": "cls"}, "pooling='mean', but the model has pooling='cls'", True),
     ({"pooling": "max"}, "pooling='mean', but the model has pooling='max'", True),
     ({"pooled_layers": [-2, -1]}, "pooled_layers=[-1, -2], but the model", True),
     ({"layer_norm_eps": 0.1}, "layer_norm_eps=1e-06, but the model", False),
     ({"cls_scopes": [[2, 2, 0, 0]]}, "class statistics (`distance`, `unknown`): dropped", False),
-    ({"gated_tokens": {"registers": 2}}, "gates.gates: 0 kept", False),
+    ({"fading_tokens": {"registers": 2}}, "fade_in.progress: 0 kept", False),
     ({"image_size": 512}, "distance_threshold: dropped", True),
     ({"pooled_layers": [-1]}, "error", False),
     ({"pooling": "cls_mean"}, "error", False),
@@ -445,7 +445,7 @@ def test_an_encoder_is_loaded_without_a_report_about_statistics(
     ("changes", "keeps"),
     [
         ({"num_distillation_tokens": 1, "num_cls_tokens": 2}, True),
-        ({"num_register_tokens": 4, "gate_new_tokens": False}, False),
+        ({"num_register_tokens": 4, "token_fade_in_steps": 0}, False),
         ({"num_register_tokens": 0}, False),
         ({"patch_size": 4}, False),
     ],
@@ -463,12 +463,13 @@ def test_statistics_stay_only_if_the_features_stay(changes: Fields, keeps: bool)
         assert_close(adapted(IMAGES).distance, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_tokens_behind_closed_gates_may_be_trained_and_open_ones_may_not() -> None:
+def test_hidden_tokens_may_be_trained_and_others_may_not() -> None:
     model = build_model().adapt(num_register_tokens=2)
     expected = model(IMAGES).distance
     model.vitcls.embeddings.register_tokens.normal_()
     assert_close(model(IMAGES).distance, expected)
-    model.vitcls.gates.gates[1] = 0.01
+    model.train().vitcls.fade_in.progress[1] = model.vitcls.fade_in.FULL // 2
+    model.eval()
     assert model(IMAGES).distance is None
     assert model.adapt(num_register_tokens=0).class_distance is None
 

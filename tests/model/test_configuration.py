@@ -67,7 +67,7 @@ CONTRADICTIONS = [
         for tasks in ({"species": 2, "age": 2}, {"species": ["cat", "cat"]}, {"a b": 2}, {"age": 0})
     ),
     {"cls_scopes": ["image", [2, 2, 0, 0]], "num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}},
-    *({"gated_tokens": counts} for counts in ({"patches": 1}, {"cls": 2}, {"cls": 0})),
+    *({"fading_tokens": counts} for counts in ({"patches": 1}, {"cls": 2}, {"cls": 0})),
     {"pooled_cls_tokens": []},
     {"pooled_cls_tokens": [0, 2], "num_cls_tokens": 2},
     {"attention_pool_heads": 3},
@@ -298,7 +298,7 @@ SAVED_CONFIGS = [
     {"id2label": {0: "cat", 1: "dog", 2: "cow"}},
     {"num_cls_tokens": 2, "tasks": {"age": 1, "species": 2}, "cls_scopes": ["image", [4, 4, 0, 1]]},
     {"out_indices": [0, 1]},
-    {"num_register_tokens": 2, "gated_tokens": {"cls": 1, "registers": 2}},
+    {"num_register_tokens": 2, "fading_tokens": {"cls": 1, "registers": 2}},
 ]
 
 

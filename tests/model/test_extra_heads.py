@@ -53,7 +53,7 @@ MODELS = {
     "cls": {},
     "mean": {"pooling": "mean", "num_register_tokens": 4},
     "several layers": {"pooled_layers": [-2, -1], "num_distillation_tokens": 1},
-    "gates": {"num_register_tokens": 2, "gated_tokens": {"registers": 2}},
+    "fading": {"num_register_tokens": 2, "fading_tokens": {"registers": 2}},
 }
 
 

@@ -43,7 +43,7 @@ NUM_READ = [
     (TOKENS, 3),
     (TOKENS | {"distillation_head": False, "cls_pooling": "concat", "mlp_type": "swiglu"}, 2),
     (TOKENS | BLOCKS["scopes"] | {"pooled_cls_tokens": [1]}, 3),
-    (TOKENS | {"gated_tokens": {"registers": 2}, "relative_position_bias": "layer"}, 3),
+    (TOKENS | {"fading_tokens": {"registers": 2}, "relative_position_bias": "layer"}, 3),
     (TOKENS | {"position_embedding_type": "rope_mixed", "qk_norm": True}, 3),
     (TOKENS | {"pooled_layers": [-2, -1]}, 3),
     (TOKENS | {"attention_type": "differential", "layer_type": "parallel"}, 3),

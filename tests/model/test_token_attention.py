@@ -31,15 +31,15 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 # Fields that change attention scores or masks.
 ATTENTIONS = {
     "scopes": BLOCKS["scopes"],
-    "gates": {"gated_tokens": {"registers": 2}},
-    "scopes and gates": {"cls_scopes": [[2, 1, 1, 0], "image"], "gated_tokens": {"cls": 1}},
+    "fading": {"fading_tokens": {"registers": 2}},
+    "scopes and fading": {"cls_scopes": [[2, 1, 1, 0], "image"], "fading_tokens": {"cls": 1}},
     "rotary": {"position_embedding_type": "rope_2d"},
     "mixed rotary": {"position_embedding_type": "rope_mixed"},
     "normalised queries": {"qk_norm": True},
     "relative positions": {"relative_position_bias": "layer"},
     "shared relative positions": {
         "relative_position_bias": "shared",
-        "gated_tokens": {"registers": 1},
+        "fading_tokens": {"registers": 1},
     },
     "differential": {"attention_type": "differential"},
     "parallel": {"layer_type": "parallel"},

@@ -39,7 +39,7 @@ model = ViTCLSForImageClassification(config).eval()
 images = torch.randn(2, 3, 32, 32)
 prompted = model.adapt(num_prompt_tokens=4).eval()
 assert prompted.config.token_layout.prompts == slice(2, 6)
-assert prompted.config.gated_tokens == {"prompts": 4}
+assert prompted.config.fading_tokens == {"prompts": 4}
 assert (prompted(images).logits - model(images).logits).abs().max() < 1e-5
 assert prompted.vitcls(images).tokens["prompts"].shape == (2, 4, 32)
 assert prompted.token_attention(images, tokens=["prompts"]).shape == (2, 2, 2, 4, 22)

@@ -233,7 +233,11 @@ UNSUPPORTED = [
         {"position_antialias": True, "pooled_activation": "tanh"},
         "position_antialias=True",
     ),
-    (ViTCLSModel, REGISTERS | {"gated_tokens": {"registers": 2}}, "gated_tokens={'registers': 2}"),
+    (
+        ViTCLSModel,
+        REGISTERS | {"fading_tokens": {"registers": 2}},
+        "fading_tokens={'registers': 2}",
+    ),
     (
         ViTCLSModel,
         {"qk_norm": True, "relative_position_bias": "layer"},
@@ -254,22 +258,22 @@ def test_errors_name_the_unsupported_field(model_class: Any, values: dict, field
         convert_to_transformers(model_class(ViTCLSConfig(**BASE | values)))
 
 
-def test_open_gates_go_home_and_half_open_ones_are_an_error_with_a_remedy() -> None:
+def test_tokens_go_home_when_they_are_faded_in_and_before_that_is_an_error_with_a_remedy() -> None:
     values = LAYER_SCALE | {"position_antialias": True, "pooling": "cls_mean"}
     plain = randomize_weights(ViTCLSForImageClassification(ViTCLSConfig(**BASE | values)))
     model = plain.adapt(num_register_tokens=4).eval()
-    gates = model.vitcls.gates
-    gates.gates.fill_(gates.OPEN)
+    fade_in = model.vitcls.fade_in
+    fade_in.progress.fill_(fade_in.FULL)
     expected = compute_outputs(model, images((32, 32)))
 
     converted = convert_to_transformers(model)
     assert type(converted).__name__ == "Dinov2WithRegistersForImageClassification"
     assert_same_outputs(model, converted, "registers classifier", (48, 24))
-    assert model.vitcls.gates is gates
+    assert model.vitcls.fade_in is fade_in
     assert torch.equal(compute_outputs(model, images((32, 32)))["logits"], expected["logits"])
 
-    gates.gates[0] = gates.OPEN / 2
-    with refuses_conversion("gated_tokens", "--no-gate-new-tokens"):
+    fade_in.progress[0] = fade_in.FULL // 2
+    with refuses_conversion("fading_tokens", "--token-fade-in-steps 0"):
         convert_to_transformers(model)
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import save_encoder
-from helpers.tiny_options import build_tiny_options, forget_end, read_metrics, run_to_folder
+from helpers.tiny_options import build_tiny_options, forget_end, run_to_folder
 from numpy.testing import assert_allclose
-from pytest import approx
+from pytest import CaptureFixture, approx
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -19,7 +19,6 @@ from modeling_vitcls import ViTCLSForImageClassification, evaluate
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.report import finish_run
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training.run_results import describe_gates
 
 
 LAST = "checkpoints/step-00000004"
@@ -87,18 +86,11 @@ def test_an_interrupted_run_ends_at_the_same_mean_to_the_bit(
     assert weights[0] == weights[1]
 
 
-def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_averaged(
-    encoder: Path, tmp_path: Path
-) -> None:
-    """Half of a closed gate is lost in a mean, and the rate of the weights would not open it."""
-    flags = {"num_cls_tokens": 2, "num_register_tokens": 3, "learning_rate": (1e-5, 1e-3)}
-    run = train(tmp_path, encoder, **flags)
+def test_new_tokens_are_not_averaged(encoder: Path, tmp_path: Path) -> None:
+    run = train(tmp_path, encoder, num_cls_tokens=2, num_register_tokens=3)
     last, mean, start = map(load_encoder_weights, (run / LAST, run, encoder))
 
-    gates = 50 * mean["gates.gates"].abs()
-    assert len(gates) == 4
-    assert (gates > 4 * 50 * 1e-5).all(), "four steps at the rate of the weights end below this"
-    for name in ("gates.gates", "embeddings.cls_token", "embeddings.register_tokens"):
+    for name in ("embeddings.cls_token", "embeddings.register_tokens"):
         assert torch.equal(mean[name], last[name])
     # The token of the checkpoint stays beside the new one; the layers are averaged.
     assert torch.equal(mean["embeddings.cls_token"][:, :1], start["embeddings.cls_token"])
@@ -115,20 +107,15 @@ def evaluate_with(folder: Path, tmp_path: Path, **counts: int) -> dict[str, Any]
     return evaluate(adapted, "digits", per_image=tmp_path / "rows.parquet")
 
 
-def test_the_default_rate_opens_the_gates_of_prompts_and_the_run_says_what_they_are_worth(
+def test_a_short_run_ends_with_ordinary_tokens_and_says_what_they_are_worth(
     encoder: Path, tmp_path: Path
 ) -> None:
-    flags = {"num_register_tokens": 8, "trainable": "tokens", "learning_rate": None}
+    flags = {"num_register_tokens": 8, "trainable": "tokens"}
     folder = run_to_folder(build_options(tmp_path / "run", encoder, **flags, max_steps=8))
-    gates = (50 * load_encoder_weights(folder)["gates.gates"].abs()).clamp(max=1)
-    assert gates.max() > 0.1
-    found = read_json(folder / "results.json")["gates"]
-    assert list(found) == [f"register {number}" for number in range(1, 9)]
-    assert_close(torch.tensor([*found.values()]), gates, atol=1e-4, rtol=0)
-    last_record = read_metrics(folder)[-1]
-    assert {name: last_record[f"gate_{name}"] for name in found} == found
-
+    assert not [name for name in load_encoder_weights(folder) if name.startswith("fade_in")]
     results = read_json(folder / "results.json")
+    assert "fade_in" not in results
+    assert results["tokens"]["registers"]["hidden"]["loss_change"] != approx(0, abs=1e-6)
     found = results["tokens"]["registers"]
     # The same images, with the same model without these tokens
     measured = evaluate_with(folder, tmp_path, num_register_tokens=0)
@@ -161,9 +148,21 @@ def test_without_distillation_tokens_the_model_is_that_of_adapt(
     assert found["without"]["loss"] != approx(found["hidden"]["loss"], abs=1e-4)
 
 
-def test_gates_that_stayed_closed_are_named_with_what_opens_them() -> None:
-    text = describe_gates({"registers[0]": 0.002, "registers[1]": 0.04})
-    assert text is not None
-    assert "0.00 to 0.04" in text
-    assert "`gate_new_tokens=False`" in text
-    assert describe_gates(None) is None
+def test_a_run_that_is_shorter_than_asked_for_says_how_far_the_tokens_are(
+    encoder: Path, tmp_path: Path, capsys: CaptureFixture
+) -> None:
+    flags = {"num_register_tokens": 2, "token_fade_in_steps": 10, "max_steps": 4}
+    folder = run_to_folder(build_options(tmp_path / "run", encoder, **flags))
+    assert "0.40 of the weight of ordinary ones" in " ".join(capsys.readouterr().out.split())
+    assert read_json(folder / "results.json")["fade_in"] == {"register 1": 0.4, "register 2": 0.4}
+    assert load_encoder_weights(folder)["fade_in.progress"].tolist() == [400_000_000] * 2
+
+
+def test_an_interrupted_run_continues_to_fade_tokens_in(encoder: Path, tmp_path: Path) -> None:
+    flags = {"num_register_tokens": 2, "token_fade_in_steps": 3}
+    whole = train(tmp_path / "whole", encoder, **flags)
+    folder = shutil.copytree(whole, tmp_path / "run")
+    forget_end(folder, 4)
+    train(tmp_path, encoder, **flags, resume=True)
+    weights = [(each / "model.safetensors").read_bytes() for each in (folder, whole)]
+    assert weights[0] == weights[1]

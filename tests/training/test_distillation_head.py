@@ -65,7 +65,7 @@ def test_a_teacher_continues_from_the_frozen_model(taught: Path) -> None:
     assert results["cls_accuracy"] >= start - 0.05
     assert results["distillation_accuracy"] >= start - 0.15
     assert results["average_with_start"] == 0.5
-    assert results["chosen_flags"]["learning_rate"][0] <= 4e-4
+    assert results["chosen_flags"]["learning_rate"] <= 4e-4
 
 
 def test_the_returned_head_has_the_lowest_loss(taught: Path) -> None:

@@ -172,26 +172,26 @@ def test_only_names_that_look_like_presets_must_be_presets(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vitcls-mine").mkdir()
     for name in ("vitcls-tiny", "vitcls-mine", "vitcls-lab/model", "other-model"):
-        check_model_flags(name, (), "full", True)
+        check_model_flags(name, (), "full", None)
     with raises_one_line("`model='vitcls-yours'` is not a preset", "vitcls-tiny, vitcls-small"):
-        check_model_flags("vitcls-yours", (), "full", True)
+        check_model_flags("vitcls-yours", (), "full", None)
     with raises_one_line("`model='tiny'` is not a preset", "vitcls-tiny"):
-        check_model_flags("tiny", (), "full", True)
+        check_model_flags("tiny", (), "full", None)
 
 
 def test_fields_that_follow_from_the_labels_and_unknown_ones_are_errors() -> None:
     with raises_one_line("`model_config` cannot set `num_labels`"):
-        check_model_flags("vitcls-tiny", {"num_labels": 7}, "full", True)
+        check_model_flags("vitcls-tiny", {"num_labels": 7}, "full", None)
     with raises_one_line("'drop_path': did you mean drop_path_rate?"):
-        check_model_flags("some/checkpoint", {"drop_path": 0.1}, "full", True)
+        check_model_flags("some/checkpoint", {"drop_path": 0.1}, "full", None)
 
 
 def test_contradictory_flags_are_errors() -> None:
-    with raises_one_line("`gate_new_tokens=False`", "checkpoint"):
-        check_model_flags("vitcls-tiny", (), "full", False)
+    with raises_one_line("`token_fade_in_steps`", "checkpoint"):
+        check_model_flags("vitcls-tiny", (), "full", 0)
     with raises_one_line("`trainable='last-1'`", "`model`"):
-        check_model_flags("vitcls-tiny", (), "last-1", True)
-    check_model_flags("some/checkpoint", (), "head", True)
+        check_model_flags("vitcls-tiny", (), "last-1", None)
+    check_model_flags("some/checkpoint", (), "head", None)
 
 
 LAYOUT = {"num_distillation_tokens": 1, "num_register_tokens": 2}
@@ -208,7 +208,7 @@ MODELS = {
     ),
     "several tasks": (ViTCLSForMultiTaskClassification, TASKS),
     "mask token": (ViTCLSForImageClassification, LAYOUT | {"use_mask_token": True}),
-    "gates": (ViTCLSForImageClassification, LAYOUT | {"gated_tokens": {"registers": 2}}),
+    "fading": (ViTCLSForImageClassification, LAYOUT | {"fading_tokens": {"registers": 2}}),
 }
 
 
@@ -262,14 +262,12 @@ def test_each_choice_trains_its_parameters(choice: str, expected: set[str]) -> N
 
 
 @pytest.mark.parametrize("choice", ["head", "last-1", "lora", "tokens"])
-def test_added_tokens_are_trained_with_their_positions_and_gates(
-    choice: str, tmp_path: Path
-) -> None:
+def test_added_tokens_are_trained_with_their_positions(choice: str, tmp_path: Path) -> None:
     """All new tokens of an adapted checkpoint are trained."""
     fields = {
         "position_embedding_tokens": "all",
         "num_register_tokens": 1,
-        "gated_tokens": {"registers": 1},
+        "fading_tokens": {"registers": 1},
     }
     names = ["ant", "bee", "cat"]
     saved = ViTCLSForImageClassification(
@@ -281,9 +279,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
         tmp_path, labels, num_distillation_tokens=1, num_register_tokens=3
     )
     found = group_trainable(set_trainable_parameters(model, choice, new_names))
-    new = {"gates.gates"} | {
-        f"embeddings.{name}" for name in ("distillation_token", "register_tokens")
-    }
+    new = {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
 
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found
