@@ -119,8 +119,8 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         )
     else:
         # New registers that are hidden are neither trained nor seen by other tokens
-        is_faded_in = inputs.model.vitcls.fade_in is not None
-        if is_faded_in and "vitcls.embeddings.register_tokens" in new_tokens:
+        has_registers = "vitcls.embeddings.register_tokens" in new_tokens
+        if has_registers and inputs.model.config.fading_tokens:
             changed.append("num_register_tokens")
         if changed:
             lines["no steps"] = f"`{'`, `'.join(changed)}`: no effect, as only steps read them"

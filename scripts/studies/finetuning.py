@@ -7,8 +7,9 @@ The results are in model_cards/studies/finetuning.md and model_cards/studies/tok
 For each seed, `finetune` trains on the same photographs: frozen, and five epochs of each row of
 `RECIPES`, with all labels, but for the row "default". The saved weights are the means of the
 start's and the trained ones (WiSE-FT, arXiv 2109.01903), but for the rows "not averaged". Each
-token has a control, the same run without it. The teacher is a frozen model of other photographs of the same classes. Each model is measured on all
-test photographs, and compared with the frozen one of the same seed.
+token has a control, the same run without it. The teacher is a frozen model of other photographs of
+the same classes. Each model is measured on all test photographs, and compared with the frozen one
+of the same seed.
 """
 
 import time
