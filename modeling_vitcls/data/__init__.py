@@ -5,6 +5,7 @@ The files in this folder are not pushed to the Hub.
 options.py                                   flags of a dataset and its held-out images
 sources.py, image_folder.py, in_memory.py    datasets -> splits by name
 folder_layout.py                             folders of splits and of classes, by their names
+class_folders.py                             folders that are no classes: left out, asked about, refused
 tables.py, columns.py                        tables as text; their columns: images, labels, splits, groups
 cells.py, labels.py                          cells -> names of labels -> indices
 answers.py                                   labels that a person gave on a page of photos

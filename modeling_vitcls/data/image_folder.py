@@ -21,6 +21,7 @@ from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_name_list, warn_on_first_process
+from .class_folders import check_class_folders
 from .folder_layout import FOLDER_COLUMN, SPLIT_ORDER, find_groups, find_split_folders, locate_image
 
 
@@ -42,6 +43,12 @@ REMEDIES = {
         "Boxes and annotations of detection are no classes: cut the objects out of the photos, and move "
         "those of each class into a separate folder"
     ),
+    r"\.dvc$": "To get the files of DVC, run `dvc pull`",
+    r"\.(tfrecords?|mdb|lmdb)$": "To read records, export the images as files, or to a Parquet file",
+    r"\.(zip|tar|tgz|gz|7z|rar)$": "Unpack the archives, and set `dataset` to the folder of their images",
+    r"\.(jpe?g|png|webp)[?&@_].*$": (
+        "Rename files that a download has named 1.jpg?w=640, so that the name ends with .jpg or .png"
+    ),
     r"\.(dcm|dicom)$": "To read DICOM, convert it: `dcmj2pnm --write-png IMAGE.dcm IMAGE.png` (DCMTK)",
     r"\.(np[yz]|h5|hdf5|mat|pkl)$": (
         "To use arrays, load them in Python: `finetune(model, list(zip(images, labels)), folder)`"
@@ -56,6 +63,8 @@ MASK = re.compile(
     r"(?<![^/])(masks?|labels?|gt|ground_?truths?|seg\w*|annotations?)/|[ _.-]+[a-z]+[ _-]?\d*$",
     re.IGNORECASE,
 )
+# Microscopes write a file for each channel
+CHANNEL = re.compile(r"[ _.-](w|ch|channel)[ _-]?\d$", re.IGNORECASE)
 PHOTOS = re.compile(r"(?<![^/])(images?|imgs?|photos?|pictures?|scans?|inputs?)/", re.IGNORECASE)
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .ndjson .parquet .tar .tsv .zip".split())
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -229,9 +238,11 @@ def read_image_folder(
         if repeated := find_repeated_names(folder.images):
             warn_on_first_process(
                 f"WARNING: {where}: {len(repeated):,} images have the name of another one: "
-                f"{format_name_list(repeated)}. Remove them if they are its mask or a copy, such as "
-                "thumbnails: a classifier recognizes them, so the result would be too good"
+                f"{format_name_list(repeated)}. Remove them if they are its mask, a channel or a copy, such "
+                "as thumbnails: a classifier recognizes them, so the result would be too good"
             )
+        if has_groups:
+            places = check_class_folders(folder.path, places, folder.tables)
         features["label"] = datasets.ClassLabel(names=sorted(set(places["label"])))
         features[FOLDER_COLUMN] = datasets.Value("string")
     images = [str(folder.path / image) for image in places.index]
@@ -275,17 +286,22 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
 def find_repeated_names(images: Sequence[str]) -> list[str]:
     """Find images that have the name of another one in a folder above, or of the photo of a mask.
 
-    Formats do not matter: a/1_mask.png belongs to a/1.jpg, and masks/1.png to images/1.jpg.
+    Formats do not matter: a/1_mask.png belongs to a/1.jpg, and masks/1.png to images/1.jpg. Neither do
+    channels: a/1_w2.tif belongs to a/1_w1.tif.
     """
     paths = {image: PurePosixPath(image).with_suffix("") for image in images}
     known = {*paths.values()}
     photos = {PHOTOS.sub("", str(path)) for path in known}
+    seen: set[str] = set()
     repeated = []
     for image, path in paths.items():
         name = PHOTOS.sub("", str(path))
         photo = MASK.sub("", name)
         is_mask = photo != name and photo in photos
-        if is_mask or any(folder / path.name in known for folder in path.parent.parents):
+        without_channel = CHANNEL.sub("", str(path))
+        is_seen = without_channel in seen
+        seen.add(without_channel)
+        if is_seen or is_mask or any(folder / path.name in known for folder in path.parent.parents):
             repeated.append(image)
     return repeated
 
@@ -294,8 +310,14 @@ def explain_layout(folder: ImageFolder) -> str:
     """Say what a folder of images contains instead of several class folders, and what to do."""
     if remedy := get_remedy([*folder.other_files, *folder.tables]):
         return remedy
+    tables = [table for table in folder.tables if not table.lower().endswith(".json")]
+    if tables:
+        return f"To read a table, set `dataset` to it: {format_name_list(tables)}"
     if folder.tables:
-        return f"To read a table, set `dataset` to it: {format_name_list(folder.tables)}"
+        return (
+            f"JSON files ({format_name_list(folder.tables)}) are not read: write a table with a row for each "
+            "image, its file name and its label, and set `dataset` to it"
+        )
     above = {str(PurePosixPath(image).parent.parent) for image in folder.images}
     if inner := os.path.commonpath(above):
         return (

@@ -247,6 +247,8 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     """
     if page := HUB_PAGE.match(name):
         return f"{name} is an address. Set the id of the {repo_type}: `{repo_type}={page[1]!r}`"
+    if Path(f"{name}.dvc").is_file():
+        return f"{name} is not there, but {name}.dvc is. Run `dvc pull`, which gets it"
     absence = describe_absence(name, repo_type)
     if not is_hub_id(name):
         return f"{absence} and not a valid id of a {repo_type} on the Hub. Check the path"

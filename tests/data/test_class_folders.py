@@ -1,0 +1,120 @@
+"""Folders whose names, files and tables say that they are no classes are left out, asked about or refused."""
+
+from pathlib import Path
+
+import pytest
+from helpers.photo_folders import draw_noise, write_files
+from helpers.tiny_models import raises_one_line
+from pytest import LogCaptureFixture
+
+from modeling_vitcls.data.image_folder import find_repeated_names, read_image_folder, scan_folder
+
+
+def write_photos(folder: Path, *paths: str) -> Path:
+    for path, photo in zip(paths, draw_noise(*[(8, 8)] * len(paths)), strict=True):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        photo.save(folder / path)
+    return folder
+
+
+def read_classes(folder: Path) -> list[str]:
+    splits = read_image_folder(scan_folder(folder), use_labels=True)
+    return splits["train"].features["label"].names
+
+
+# Left out -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["no_label", "Unlabeled", "unlabelled", "unsorted", "TODO"])
+def test_a_folder_without_labels_is_left_out_with_a_line(
+    name: str, tmp_path: Path, caplog: LogCaptureFixture
+) -> None:
+    folder = write_photos(tmp_path, "cat/1.png", "dog/1.png", f"{name}/1.png", f"{name}/2.png")
+    assert read_classes(folder) == ["cat", "dog"]
+    assert f"images (2) have no label are left out: {name}" in caplog.text
+
+
+def test_unsorted_is_a_class_beside_one_other(tmp_path: Path) -> None:
+    assert read_classes(write_photos(tmp_path, "cat/1.png", "unsorted/1.png")) == [
+        "cat",
+        "unsorted",
+    ]
+
+
+# Asked about --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name",
+    ["cat - Copy", "cat - Copy (2)", "cat copy", "cat (1)", "cat 2", "trash", "rejected"],
+)
+def test_a_copy_of_a_class_folder_and_a_bin_are_asked_about(
+    name: str, tmp_path: Path, caplog: LogCaptureFixture
+) -> None:
+    folder = write_photos(tmp_path, "cat/1.png", "dog/1.png", f"{name}/1.png")
+    assert name in read_classes(folder)
+    assert f"classes of their own? {name}. " in caplog.text
+
+
+def test_classes_with_numbers_and_words_are_not_asked_about(
+    tmp_path: Path, caplog: LogCaptureFixture
+) -> None:
+    names = ["boeing 737", "boeing 747", "0", "1", "trashcan", "notes", "test tube"]
+    assert read_classes(write_photos(tmp_path, *(f"{name}/1.png" for name in names))) == sorted(
+        names
+    )
+    assert caplog.text == ""
+
+
+# Refused ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("train_images", "test_images"),
+        ("Train_jpg", "Test_jpg"),
+        ("images_training", "images_test"),
+        ("train1", "test1"),
+    ],
+)
+def test_parts_without_classes_are_refused(first: str, second: str, tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, f"{first}/cat.1.png", f"{second}/2.png")
+    with raises_one_line(first, second, "look like splits without classes"):
+        read_classes(folder)
+
+
+@pytest.mark.parametrize("parts", [("images_001", "images_002"), ("train_images", "test_images")])
+@pytest.mark.parametrize("has_suffix", [True, False])
+def test_a_table_that_names_the_images_of_parts_is_named(
+    parts: tuple[str, str], has_suffix: bool, tmp_path: Path
+) -> None:
+    images = [f"{part}/{part}{number}.png" for part in parts for number in (1, 2)]
+    folder = write_photos(tmp_path, *images)
+    names = [Path(image).name if has_suffix else Path(image).stem for image in images]
+    rows = [f"{name},{index % 2}" for index, name in enumerate(names)]
+    write_files(folder, "labels.csv", content="\n".join(["image,label", *rows]).encode())
+    with raises_one_line("look like parts of a dataset", "Set `dataset=", "labels.csv"):
+        read_classes(folder)
+
+
+def test_a_table_of_other_images_does_not_count(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, "class_1/a.png", "class_2/b.png")
+    write_files(folder, "notes.csv", content=b"image,label\nx.png,1\n")
+    assert read_classes(folder) == ["class_1", "class_2"]
+
+
+def test_files_that_are_named_like_classes_in_each_folder_are_refused(tmp_path: Path) -> None:
+    rooms = ("kitchen", "bath", "bed")
+    folder = write_photos(tmp_path, *(f"listing_{n}/{room}.jpg" for n in (0, 1) for room in rooms))
+    with raises_one_line("each of the folders listing_0, listing_1 contains bath, bed, kitchen"):
+        read_classes(folder)
+
+
+def test_numbered_files_in_numbered_classes_are_read(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, *(f"{label}/{n}.png" for label in (0, 1) for n in (1, 2)))
+    assert read_classes(folder) == ["0", "1"]
+
+
+# Names of files -----------------------------------------------------------------------------------
+def test_files_of_one_photo_in_two_formats_and_channels_are_repeated() -> None:
+    images = ["a/1.jpg", "a/1.tif", "b/f07_w1.tif", "b/f07_w2.tif", "b/f07_w3.tif", "b/f08_w1.tif"]
+    assert find_repeated_names(images) == ["a/1.tif", "b/f07_w2.tif", "b/f07_w3.tif"]
+
+
+def test_numbers_at_the_end_of_a_name_are_no_channels() -> None:
+    assert find_repeated_names(["a/dog_1.jpg", "a/dog_2.jpg", "a/w1.jpg", "a/w2.jpg"]) == []
