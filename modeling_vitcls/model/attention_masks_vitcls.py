@@ -18,11 +18,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import logging
 
 from .configuration_vitcls import ViTCLSConfig
 from .field_checks_vitcls import Size
 from .positions_vitcls import needs_resampling
 from .token_layout_vitcls import COUNT_FIELDS
+
+
+logger = logging.get_logger(__name__)
 
 
 def build_attention_mask(
@@ -277,6 +281,8 @@ class TokenFadeIn(nn.Module):
             # A compiled model would stop here in each pass; `train` and `eval` look for it.
             if not torch.compiler.is_compiling():
                 self.find_open_tokens()
+        elif hidden_states.requires_grad and not torch.compiler.is_compiling():
+            hidden_states.register_hook(warn_about_evaluation_mode)
 
         bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])  # [1, 1, 1, N]
         bias[..., self.token_indices] = self.get_values().log().to(bias.dtype)
@@ -294,7 +300,8 @@ class TokenFadeIn(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, as in PyTorch, and look whether all tokens have g = 1."""
-        self.find_open_tokens()
+        if not self.is_open:
+            self.find_open_tokens()
         return super().train(mode)
 
     def _load_from_state_dict(
@@ -305,6 +312,13 @@ class TokenFadeIn(nn.Module):
         state_dict.setdefault(f"{prefix}progress", ordinary)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.find_open_tokens()
+
+
+def warn_about_evaluation_mode(_gradient: Tensor) -> None:
+    """Say that tokens stay hidden. `from_pretrained` returns a model in evaluation mode."""
+    logger.warning_once(
+        "The model is trained in evaluation mode, in which new tokens are not faded in. Call model.train()"
+    )
 
 
 class LearnedGates(nn.Module):

@@ -1,6 +1,7 @@
 """Added tokens change no output before training, and training passes make ordinary tokens of them."""
 
 import copy
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,18 @@ def test_only_training_passes_with_gradients_count(faded: ViTCLSForImageClassifi
     faded(IMAGES)
     faded.train()(IMAGES)
     assert read_values(faded) == [0.0] * 4
+
+
+def test_training_in_evaluation_mode_is_named(
+    faded: ViTCLSForImageClassification, caplog: LogCaptureFixture
+) -> None:
+    """`from_pretrained` returns this mode, and a loop may forget `model.train()`."""
+    transformers_logger = logging.getLogger("modeling_vitcls.model.attention_masks_vitcls")
+    transformers_logger.warning_once.cache_clear()
+    loss = faded(IMAGES, labels=IMAGE_LABELS).loss
+    assert "evaluation mode" not in caplog.text
+    loss.backward()
+    assert "Call model.train()" in caplog.text
 
 
 def test_gradient_checkpointing_counts_a_pass_once(faded: ViTCLSForImageClassification) -> None:
