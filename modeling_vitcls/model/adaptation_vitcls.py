@@ -360,7 +360,7 @@ def ignore_unready_parts(
     reads_new_tokens = config.num_cls_tokens > num_old > 0 and config.pooled_cls_tokens is None
     # Twins leave a mean as it is, if each token has equally many; the classifier ignores what is
     # concatenated, but a norm or a linear layer before it mixes all.
-    are_mixed = {
+    are_mixed: dict[Any, Any] = {
         "first": False,
         "mean": config.num_cls_tokens % max(num_old, 1) or config.cls_scopes,
         "concat": config.pooled_norm or config.pooled_activation,
@@ -369,6 +369,14 @@ def ignore_unready_parts(
         config.pooled_cls_tokens = list(range(num_old))
         logger.warning(
             f"pooled_cls_tokens: {config.pooled_cls_tokens}, so the logits stay the same"
+        )
+    reads_all = config.pooled_cls_tokens is None and config.cls_pooling != "first"
+    if config.num_cls_tokens > num_old and not (
+        config.tasks or (reads_all and config.pooling.startswith("cls"))
+    ):
+        logger.warning(
+            "num_cls_tokens: no head reads the new CLS tokens. A head that is trained anew reads all with "
+            'pooling="cls" and cls_pooling="mean" or "concat"'
         )
 
     if config.class_statistics and not keeps_features(old_config, config, hidden_tokens):

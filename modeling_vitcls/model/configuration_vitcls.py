@@ -307,8 +307,10 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     """Input of the head: `"cls"`, `"mean"` (of the patches), `"cls_mean"` (both, concatenated),
     `"max"` (of the patches) or `"attention"` (a learned query over the patches; Zhai et al. 2022,
     arXiv 2106.04560, section 3.3)."""
-    cls_pooling: Literal["first", "mean", "concat"] = "first"
-    """How several CLS tokens are combined: the first alone, their mean, or their concatenation."""
+    cls_pooling: Literal["first", "mean", "concat"] | None = None
+    """How several CLS tokens are combined: the first alone, their mean, or their concatenation.
+    Default of a new configuration: `"mean"` of several, so the head reads all. A checkpoint keeps
+    its value, so a CLS token that is added to it is not read."""
     pooled_cls_tokens: list[int] | None = None
     """Indices of the CLS tokens that are pooled. Default: all."""
     pooled_layers: list[int] | None = None
@@ -521,6 +523,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None),
         )
 
+        if self.cls_pooling is None:
+            self.cls_pooling = "mean" if self.num_cls_tokens > 1 else "first"
         self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         # transformers leaves `label2id` empty if only `id2label` is given, and its indices as text if
@@ -591,6 +595,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
                 "The stored configuration has fields that this version does not use: "
                 f"{unknown_fields}"
             )
+        stored.setdefault("cls_pooling", "first")  # The default when such a checkpoint was saved
         cls._forget_what_changes(stored, overrides, kwargs.get("num_labels"))
         # The overrides are merged first: alone, the stored values may contradict them.
         config_or_tuple = super().from_dict(stored | overrides, **kwargs)
@@ -622,6 +627,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             for name in HEAD_FIELDS
             if name in overrides and overrides[name] != stored.get(name, getattr(cls, name))
         ]
+        if stored.get("num_cls_tokens", 1) == 1 and overrides.get("cls_pooling") == "mean":
+            # One token is its own mean, and new ones are its twins
+            head_changes = [name for name in head_changes if name != "cls_pooling"]
         changes = [name for name in head_changes if name in FEATURE_FIELDS]
         if "num_hidden_layers" in changes:
             stored |= dict.fromkeys(("out_features", "out_indices"))
@@ -781,7 +789,11 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     def resolve_layers(
         self, layers: Sequence[int] | None, num_layers: int | None = None
     ) -> list[int]:
-        """Count layers from 1 to `num_layers` (default: all); -1 and None are the last layer."""
+        """Count layers from 1 to `num_layers` (default: all); -1 and None are the last layer.
+
+        All arguments and fields that name layers are counted so: `pooled_layers`, `output_layers`,
+        `layers` of `token_attention` and of interventions, `out_indices` and features such as `cls@6`.
+        """
         last = num_layers or self.num_hidden_layers
         return [layer + (last + 1) * (layer < 0) for layer in layers or [-1]]
 

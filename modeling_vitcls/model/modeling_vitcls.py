@@ -87,9 +87,9 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
         pooler_output: [B, P], the input of a classifier (`config.pooling`, `config.pooled_layers`);
             None if the model has no pooler.
         hidden_states: the embeddings and the output of each layer before the final norm, [B, N, D]
-            each, if requested.
+            each, if requested: `hidden_states[1]` is of layer 1.
         attentions: the attention weights [B, heads, N, N] of each layer, if requested; requires
-            eager attention.
+            eager attention. As in transformers, `attentions[0]` is of layer 1.
         tokens: dict that maps "cls", "distillation", "registers" and "patches" to their tokens
             [B, n, D], views of `last_hidden_state`. None while the model is traced or exported,
             because the graph would have these outputs twice: `config.token_layout.split` makes them.

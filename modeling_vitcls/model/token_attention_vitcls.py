@@ -42,7 +42,12 @@ def compute_token_attention(
     indices_by_group = {name: indices[getattr(layout, name)] for name in COUNT_FIELDS}
     token_indices = sorted(index for group in set(tokens) for index in indices_by_group[group])
     chosen = encoder.config.resolve_layers(layers, len(layer_numbers))
-    layer_indices = [layer_numbers.index(layer) for layer in chosen]
+    if not set(chosen) <= set(layer_numbers):
+        last = len(layer_numbers)
+        raise ValueError(
+            f"layers={list(layers)}: layers count from 1; layers=[1] is the first, [{last}] or [-1] the last"
+        )
+    layer_indices = [layer - 1 for layer in chosen]
     rows: dict[int, Tensor] = {}  # Layer -> [B, heads, special tokens, N]
 
     def record(layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:

@@ -403,6 +403,29 @@ def test_added_tokens_of_every_kind_leave_logits_and_patches_as_they_are(
     assert get_largest_difference(opened(IMAGES).logits, logits) > 1e-3
 
 
+@pytest.mark.parametrize("loader", [ViTCLSForImageClassification, None], ids=["loaded", "adapt"])
+def test_a_line_says_once_that_no_head_reads_a_new_cls_token(
+    loader: Any, caplog: LogCaptureFixture, tmp_path: Path
+) -> None:
+    model = build_random(ViTCLSForImageClassification)
+    adapted = adapt_with_loader(model, loader, tmp_path, num_cls_tokens=2).eval()
+    assert caplog.text.count("no head reads the new CLS tokens") == 1
+    assert adapted.config.cls_pooling == "first"
+    assert get_largest_difference(adapted(IMAGES).logits, model(IMAGES).logits) <= 1e-5
+
+
+def test_a_head_that_reads_a_new_cls_token_need_not_be_fitted_again(
+    caplog: LogCaptureFixture, tmp_path: Path
+) -> None:
+    model = build_random(ViTCLSForImageClassification)
+    model.save_pretrained(tmp_path)
+    tokens = {"num_cls_tokens": 2, "cls_pooling": "mean"}
+    adapted = ViTCLSForImageClassification.from_pretrained(tmp_path, **tokens).eval()
+    assert "no head reads" not in caplog.text
+    assert "Fit it again" not in caplog.text
+    assert get_largest_difference(adapted(IMAGES).logits, model(IMAGES).logits) <= 1e-5
+
+
 def test_a_distillation_token_is_a_twin_of_cls_until_a_teacher_trains_it() -> None:
     model = build_random(ViTCLSForImageClassification, num_labels=5, pooled_layers=[-2, -1])
     adapted = model.adapt(num_distillation_tokens=1).eval()

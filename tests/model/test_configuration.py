@@ -31,7 +31,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.model.configuration_vitcls import AUTO_MAP
-from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.files import read_json, write_json
 from scripts.tools.make_field_tables import PAGE, build_tables, replace_tables
 
 
@@ -400,6 +400,18 @@ sys.modules["torch"] = None
 from transformers import AutoConfig
 print(AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).token_counts)
 """
+
+
+def test_a_checkpoint_that_stores_no_cls_pooling_reads_the_first_token(tmp_path: Path) -> None:
+    build_tiny_config(num_cls_tokens=3).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    write_json(file, {k: v for k, v in read_json(file).items() if k != "cls_pooling"})
+    assert ViTCLSConfig.from_pretrained(tmp_path).cls_pooling == "first"
+
+
+def test_a_new_configuration_reads_all_cls_tokens_also_after_saving(tmp_path: Path) -> None:
+    build_tiny_config(num_cls_tokens=3).save_pretrained(tmp_path)
+    assert ViTCLSConfig.from_pretrained(tmp_path).cls_pooling == "mean"
 
 
 def test_a_configuration_is_read_without_pytorch(tmp_path: Path) -> None:

@@ -95,9 +95,12 @@ def _mean_of_patches(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
 # Name -> fields, and the pooled vector as a function of the tokens.
 POOLED = {
     "cls": ({}, lambda tokens: tokens["cls"][:, 0]),
-    "first": ({"num_cls_tokens": 3}, lambda tokens: tokens["cls"][:, 0]),
+    "first": (
+        {"num_cls_tokens": 3, "cls_pooling": "first"},
+        lambda tokens: tokens["cls"][:, 0],
+    ),
     "mean_of_cls": (
-        {"num_cls_tokens": 3, "cls_pooling": "mean"},
+        {"num_cls_tokens": 3},
         lambda tokens: sum(tokens["cls"].unbind(1)) / 3,
     ),
     "selected_cls": (
