@@ -14,6 +14,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .analysis.register_neurons import find_register_neurons
     from .cli.api import (
         add_class,
         add_task,
@@ -70,6 +71,7 @@ __all__ = [
     "convert_to_transformers",
     "evaluate",
     "export",
+    "find_register_neurons",
     "finetune",
     "inspect_tokens",
     "look",
@@ -83,6 +85,7 @@ __all__ = [
 
 # Module -> names of its public objects.
 IMPORT_STRUCTURE = {
+    "analysis.register_neurons": ("find_register_neurons",),
     "cli.api": (
         "add_class",
         "add_task",

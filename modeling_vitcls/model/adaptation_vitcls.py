@@ -240,11 +240,14 @@ def read_adaptable_fields(
         config_dict, _ = config_class.get_config_dict(source, **hub_kwargs)
     except OSError:
         return {}
-    return {
+    fields = {
         name: config_dict.get(name, getattr(config_class, name))
         for name in ADAPTABLE_FIELDS
         if config_dict
     }
+    if neurons := fields.get("register_neurons"):  # JSON has texts as keys
+        fields["register_neurons"] = {int(layer): numbers for layer, numbers in neurons.items()}
+    return fields
 
 
 def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True) -> Any:
@@ -306,6 +309,8 @@ def remove_open_fade_in(model: AdaptableModel) -> None:
 def get_fade_in_fields(config: ViTCLSConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Decide which tokens are faded in after `changes`, and over how many passes."""
     steps = changes.get("token_fade_in_steps", config.token_fade_in_steps)
+    if changes.get("register_neurons"):
+        steps = 0  # A test-time register is used without training
     num_added = count_added_tokens(vars(config), changes)
     remaining = keep_fading_tokens(config.fading_tokens, num_added)
     fading_tokens = dict(changes.get("fading_tokens", remaining) or {})
@@ -493,6 +498,8 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
     new_weight = (
         torch.zeros_like(context.initial_value) if are_positions else context.initial_value.clone()
     )
+    if context.new_config.register_neurons and context.name.endswith("register_tokens"):
+        new_weight.zero_()  # A test-time register is not trained (arXiv 2506.08010, section 4)
     twins = None if are_positions else list_twins(context)
     if twins is not None:
         new_weight = twins[:, torch.arange(new_weight.shape[1]) % twins.shape[1]]

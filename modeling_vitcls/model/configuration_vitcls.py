@@ -169,6 +169,7 @@ ADAPTABLE_FIELDS = (
     "cls_scopes",
     "fading_tokens",
     "token_fade_in_steps",
+    "register_neurons",
     "extra_heads",
     "token_init",
 )
@@ -191,7 +192,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
     Tokens: `num_cls_tokens`, `num_distillation_tokens`, `num_register_tokens`,
         `use_mask_token`, `token_init`, `cls_scopes`, `token_fade_in_steps`, `fading_tokens`,
-        `gated_tokens`, `tasks`.
+        `gated_tokens`, `register_neurons`, `tasks`.
 
     Pooling and heads: `pooling`, `cls_pooling`, `pooled_cls_tokens`, `pooled_layers`,
         `head_type`, `head_hidden_size`, `distillation_head`, `distillation_inference`,
@@ -296,6 +297,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     set when tokens are added, and removed when a model is saved after enough training passes."""
     gated_tokens: dict[TokenGroup, int] | None = None
     """`fading_tokens` of folders that were saved with learned gates; `from_pretrained` renames it."""
+    register_neurons: dict[int, list[int]] | dict[str, list[int]] | None = None
+    """Layer, from 1 -> MLP neurons whose largest activations move from the patches to the last register
+    (test-time registers; Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds them."""
     tasks: dict[str, int | list[str]] | None = None
     """Task name -> number of labels or label names, for `ViTCLSForMultiTaskClassification`. Tasks
     are sorted by name; classifier i reads CLS token i and, with `pooling="cls_mean"`, the patches.
@@ -526,6 +530,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         if self.cls_pooling is None:
             self.cls_pooling = "mean" if self.num_cls_tokens > 1 else "first"
         self._check_labels(kwargs.get("num_labels"))
+        if self.register_neurons:  # JSON has texts as keys
+            neurons = {int(layer): numbers for layer, numbers in self.register_neurons.items()}
+            self.register_neurons = neurons
         super().__post_init__(**kwargs)
         # transformers leaves `label2id` empty if only `id2label` is given, and its indices as text if
         # they were. config.json sorts the ids as text, so 10 comes before 2.
@@ -855,6 +862,21 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
                 )
         if self.cls_scopes is not None:
             check_scopes(self.cls_scopes, self.num_cls_tokens, self.grid_size)
+
+    def validate_register_neurons(self) -> None:
+        """Check that the neurons exist, and that a register receives their activations."""
+        if self.register_neurons and (not self.num_register_tokens or self.mlp_norm):
+            raise ValueError(
+                "`register_neurons` requires a register, and MLPs without an inner norm. Set "
+                "`num_register_tokens=1` and `mlp_norm=False`."
+            )
+        for layer, neurons in (self.register_neurons or {}).items():
+            are_neurons = all(0 <= neuron < self.intermediate_size for neuron in neurons)
+            if not (1 <= int(layer) <= self.num_hidden_layers and are_neurons):
+                raise ValueError(
+                    f"`register_neurons`: {layer}: {neurons[:3]}, but the model has layers 1 to "
+                    f"{self.num_hidden_layers} with neurons 0 to {self.intermediate_size - 1}."
+                )
 
     def validate_tasks(self) -> None:
         """Check that every task has its own CLS token, a valid name, and labels."""

@@ -73,6 +73,7 @@ from .token_layout_vitcls import COUNT_FIELDS
 from .variants_vitcls import (
     ATTENTION_CLASSES,
     LAYER_CLASSES,
+    RegisterNeurons,
     ViTCLSDifferentialAttention,
 )
 
@@ -298,6 +299,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
         )
+        for number, neurons in (config.register_neurons or {}).items():
+            mlp: Any = self.layers[int(number) - 1].mlp
+            mlp.norm = RegisterNeurons(config, neurons)
 
         self.layernorm = build_norm(config) if config.final_norm else None
         self.pooler = build_pooler(config) if add_pooling_layer else None

@@ -4,6 +4,7 @@
 
     layer_type="post", "parallel"     ViTCLSPostNormLayer, ViTCLSParallelLayer
     attention_type="differential"     ViTCLSDifferentialAttention
+    register_neurons={4: [17]}        RegisterNeurons
 
 These classes extend the classes of blocks_vitcls.py, which does not import this file.
 """
@@ -101,3 +102,29 @@ ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
     "softmax": ViTCLSAttention,
     "differential": ViTCLSDifferentialAttention,
 }
+
+
+# Test-time registers ------------------------------------------------------------------------------
+class RegisterNeurons(nn.Module):
+    """Move activations of an MLP from the patches to the last register, without training.
+
+    A few neurons write the outliers of a ViT without registers. The last register gets the largest
+    activation of each over the patches, which then have 0; other special tokens keep theirs (Jiang et al.
+    2025, arXiv 2506.08010, section 4). An activation is an input of the last linear layer of the MLP: of
+    a gated one, the product of the gate and the value.
+    """
+
+    def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
+        super().__init__()
+        self.neurons = neurons
+        self.layout = config.token_layout
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Move the activations of `neurons`, in a copy of [B, N, intermediate]."""
+        if activations.shape[1] <= self.layout.num_prefix_tokens:  # A last layer of special tokens
+            return activations
+        moved = activations.clone()
+        moved[:, self.layout.patches, self.neurons] = 0
+        largest = activations[:, self.layout.patches, self.neurons].amax(dim=1)
+        moved[:, self.layout.registers.stop - 1, self.neurons] = largest
+        return moved
