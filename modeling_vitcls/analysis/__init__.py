@@ -6,6 +6,7 @@ options.py              flags of `vitcls inspect` and `vitcls look`
 token_use.py            which tokens the outputs of a model read, and in how many layers
 maps.py                 attention to patches as maps, and as pictures over the photo
 inspection.py           all measurements for a model and images: what a page shows
+register_neurons.py     the MLP neurons that write outliers, for a register without training
 layer_table.py          norms, attention, outliers and similarities of each layer and group
 report.py               the HTML report
 pages.py                HTML of the report and of sheets, from templates

@@ -25,6 +25,7 @@ from ..runtime.distributed import resolve_precision
 from ..runtime.progress import build_console, print_warning, track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
 from .options import PAGE_SUFFIXES, InspectOptions
+from .photo import describe_outliers
 from .report import write_page, write_tables
 from .token_use import find_token_use
 
@@ -89,7 +90,9 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         f"{name}: faded in to {value:.2f}, where 1 is an ordinary token"
         for name, value in inspection.fade_in.items()
     ]
-    for line in lines or ["The model has no special tokens."]:
+    patches = inspection.layers.xs("patches", level="group")
+    lines = lines or ["The model has no special tokens."]
+    for line in [*lines, describe_outliers(patches["outliers"].tolist())]:
         console.print(line, markup=False)
 
 

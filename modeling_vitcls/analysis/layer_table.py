@@ -19,13 +19,10 @@ from torch import Tensor, nn
 
 from ..evaluation.token_effects import Outputs, check_finite, gather_outputs, list_groups
 from ..inference.image_pass import ImageBatch
-from .photo import trace_attention
+from .photo import OUTLIER_RATIO, trace_attention
 
 
 MEASURES = ["norm", "attention", "outliers", "similarity"]
-# Minimum norm of an outlier, as a multiple of the median norm of the patches of the image. Darcet et
-# al. choose an absolute norm for each model.
-OUTLIER_RATIO = 3.0
 
 
 def measure_layers(model: Any, batches: Iterable[ImageBatch]) -> tuple[pd.DataFrame, Outputs]:

@@ -11,7 +11,7 @@ Patches of one object have similar features and thus similar colors (Oquab et al
 2304.07193, figure 1). Features are hidden states before the final norm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ NUM_COLOR_CHANNELS = 3  # Red, green and blue
 # Quantiles of a component that are drawn in the darkest and the brightest color; values beyond
 # these quantiles are clipped.
 COLOR_QUANTILES = 0.02, 0.98
+# Minimum norm of an outlier, as a multiple of the median norm of the patches of the image. Darcet et
+# al. choose an absolute norm for each model.
+OUTLIER_RATIO = 3.0
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,20 @@ def color_patches(features: Tensor, reference: int) -> tuple[Tensor, list[float]
         scaled = ((rotated - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
         colors[index, :, :num_components] = torch.from_numpy(scaled)
     return colors.unflatten(1, features.shape[1:3]), shares
+
+
+def describe_outliers(shares: Sequence[float]) -> str:
+    """Say whether patches have outlier norms, given the share of them after each layer."""
+    layer, share = max(enumerate(shares, start=1), key=lambda pair: pair[1])
+    if not share:
+        return (
+            f"outliers: after no layer has a patch more than {OUTLIER_RATIO:g} times the median norm, so registers "
+            "have nothing to take over"
+        )
+    return (
+        f"outliers: {share:.1%} of the patches after layer {layer} have more than {OUTLIER_RATIO:g} times the "
+        "median norm. `find_register_neurons` finds what writes them"
+    )
 
 
 # Attention ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layer_table import OUTLIER_RATIO
+from .photo import OUTLIER_RATIO
 
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from ..inference.outputs import WRITERS
 from ..runtime.files import write_atomically, write_text
 from ..version import __version__
 from .inspection import Inspection
-from .layer_table import OUTLIER_RATIO
 from .pages import render
+from .photo import OUTLIER_RATIO
 from .sheet import ShownPhoto
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..model.token_layout_vitcls import TOKEN_KINDS
 from .maps import choose_scale, draw_map, draw_region, overlay, to_picture
-from .photo import PhotoMeasurements, ShownToken
+from .photo import OUTLIER_RATIO, PhotoMeasurements, ShownToken, describe_outliers
 
 
 PHOTO_SIDE = 400  # Longer side of the pictures with the photo, in pixels
@@ -153,6 +153,11 @@ def describe_photo(measurements: PhotoMeasurements) -> list[str]:
         f"photo of {image.width} × {image.height} pixels; the model sees {width} × {height} pixels, "
         f"as {columns} × {rows} patches"
     ]
+    medians = measurements.norms.flatten(1).median(dim=1).values[:, None, None]
+    are_outliers = measurements.norms > OUTLIER_RATIO * medians
+    if are_outliers.any():
+        shares = are_outliers.float().mean(dim=(1, 2)).tolist()
+        lines.append(describe_outliers(shares))
     for task, labels in measurements.predictions.items():
         text = ", ".join(f"{name} {probability:.0%}" for name, probability in labels)
         if measurements.is_unknown and not task:

@@ -3,15 +3,29 @@
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import transformers
-from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
-from pytest import LogCaptureFixture
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_both
+from pytest import CaptureFixture, LogCaptureFixture
 from torch import Tensor
 from torch.testing import assert_close
+from torchvision.transforms.v2.functional import to_pil_image
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, find_register_neurons
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    convert_to_transformers,
+    export,
+    find_register_neurons,
+    inspect_tokens,
+    look,
+)
+from modeling_vitcls.conversion.open_model import open_model
+from modeling_vitcls.conversion.weight_rules import ConversionError
+from modeling_vitcls.inference.load_model import load_model
 
 
 LAYER, NEURON = 2, 5  # the layer counts from 1
@@ -149,12 +163,56 @@ def test_a_saved_folder_has_them_and_the_same_logits(image: Tensor, tmp_path: Pa
     assert torch.equal(again(image).logits, moved(image).logits)
 
 
+@torch.no_grad()
+def test_an_exported_graph_moves_them_at_any_size(image: Tensor, tmp_path: Path) -> None:
+    moved = move(plant(image))
+    folder = save_both(moved, tmp_path / "model", ViTCLSImageProcessor(size=32))
+    export(folder, tmp_path / "model.onnx")
+    graph = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for each in (image, torch.randn(2, 3, 40, 48)):
+        (logits, *_) = graph.run(["logits"], {"pixel_values": each.numpy()})
+        assert_close(torch.from_numpy(logits), moved(each).logits, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_packed_layers_move_them(image: Tensor, tmp_path: Path) -> None:
+    moved = move(plant(image))
+    folder = save_both(moved, tmp_path / "model", ViTCLSImageProcessor(size=32))
+    packed = load_model(open_model(str(folder)))
+    assert_close(packed(image).logits, moved(image).logits, rtol=0, atol=1e-5)
+
+
+def test_no_class_of_transformers_moves_them(image: Tensor) -> None:
+    with pytest.raises(ConversionError, match="register_neurons"):
+        convert_to_transformers(move(plant(image)))
+
+
 def test_a_model_without_outliers_has_nothing_to_move(
     image: Tensor, caplog: LogCaptureFixture
 ) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(image_size=32, patch_size=8))).eval()
     assert find_register_neurons(model, image, threshold=1e6) == {}
     assert "there is nothing to move into a register" in caplog.text
+
+
+def test_inspect_and_look_say_whether_there_are_outliers(
+    image: Tensor, tmp_path: Path, capsys: CaptureFixture
+) -> None:
+    photo = tmp_path / "photo.png"
+    pixels = ((image[0] / image.abs().max() + 1) * 127.5).byte()
+    to_pil_image(pixels).save(photo)
+    processor = ViTCLSImageProcessor(size=32)
+    model = plant(processor(photo, return_tensors="pt")["pixel_values"])
+    found = {}
+    for name, each in (("planted", model), ("moved", move(model))):
+        folder = save_both(each, tmp_path / name, processor)
+        inspect_tokens(folder, [photo], output=tmp_path / "table.csv")
+        look(folder, photo, output=tmp_path / "sheet.html")
+        found[name] = capsys.readouterr().out, (tmp_path / "sheet.html").read_text()
+    for text in found["planted"]:
+        assert "outliers: 12.5% of the patches after layer" in text
+    assert "so registers have nothing to take over" in found["moved"][0]
+    assert "outliers" not in found["moved"][1]
 
 
 @pytest.mark.parametrize(
