@@ -100,3 +100,29 @@ def test_a_head_reads_the_content_of_cls_and_a_register_that_mends_a_bias_has_a_
     assert verdicts == ["content", "place", "not shown"]
     for kind in ("hidden", "content"):
         assert found[3][kind]["loss_change"] == approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("added", [{"num_cls_tokens": 2}, {"num_register_tokens": 1}], ids=str)
+def test_an_added_token_that_training_has_filled_has_an_effect(added: dict[str, int]) -> None:
+    """It is the only weight that can mend the planted bias of class 3; no head reads it."""
+    model = train_digits_model(num_register_tokens=0, cls_pooling="first").adapt(**added)
+    with torch.no_grad():
+        model.classifier.bias[3] += 8
+    model.requires_grad_(False).train()
+    for name in ("cls_token", "register_tokens"):
+        token = getattr(model.vitcls.embeddings, name)
+        if token is not None:
+            token.requires_grad_()
+    first = model.vitcls.embeddings.cls_token[:, :1].clone()
+    tokens = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.Adam(tokens, lr=0.05)
+    for indices in torch.arange(NUM_TRAINED).repeat(10).split(100):
+        optimizer.zero_grad()
+        model(PIXELS[indices], labels=LABELS[indices]).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.vitcls.embeddings.cls_token[:, :1] = first
+
+    batch = ImageBatch(HELD_OUT[0][:128], HELD_OUT[1][:128], list(range(128)))
+    found, _ = measure_effects(model.eval(), [batch])
+    assert found[1]["hidden"]["loss_change"] > 0.1
