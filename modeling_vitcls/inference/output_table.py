@@ -1,14 +1,19 @@
 """The table of `predict`: what a person has edited is never lost.
 
-labels.csv              the table
-labels.edited.csv       what a person has made of it, after `overwrite`
-labels.changed.csv      photos that an earlier table had with another label
-.labels.csv.written     digests of the tables that `predict` has written there
+labels.csv                   the table
+labels.edited.csv            what a person has made of it, after `overwrite`
+labels.changed.csv           photos that an earlier table had with another label
+labels.changed.edited.csv    what a person has made of that list
+.labels.csv.written          digests of the tables and lists that `predict` has written there
+.labels.csv.lock             while a command writes them
+
+No file beside the table is written through a link, and none that `predict` has not written is replaced.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from glob import escape
 from itertools import islice
@@ -24,6 +29,7 @@ from ..runtime.files import (
     write_atomically,
     write_text,
 )
+from ..runtime.staging import lock_file
 from .outputs import ROWS_PER_GROUP, Columns, Writer
 from .prediction_rows import Row
 
@@ -52,26 +58,47 @@ class OutputTable:
         return self.file.with_name(f".{self.file.name}.written")
 
     def read_digests(self) -> list[str]:
-        """Read the digests of the tables that were written here."""
-        with suppress(OSError, ValueError):  # Without the list, no table is known
+        """Read the digests of what was written here."""
+        with suppress(OSError, ValueError):  # Without the list, no file is known
             return read_text(self.digest_file).split()
         return []
 
-    @property
-    def is_edited(self) -> bool:
-        """Whether the file is there, and not as `predict` has written it."""
-        return self.file.exists() and compute_file_digest(self.file) not in self.read_digests()
+    def remember(self, file: Path) -> None:
+        """Add a file to the list of what `predict` has written, before it gets its name."""
+        # Earlier ones stay known: this one may not replace a file that is in use
+        digests = [*self.read_digests(), compute_file_digest(file)]
+        write_text(self.digest_file, "\n".join(digests))
 
-    def check(self, overwrite: bool) -> None:
-        """Raise ValueError if the file is not as `predict` has written it, unless `overwrite` is set."""
-        if not overwrite and self.is_edited:
-            raise ValueError(
-                f"{self.file} exists, and is not what `predict` has written there. Rename it, set "
-                "another `output`, or set `overwrite`, which keeps it beside"
-            )
-        # Left by a command that was killed while it wrote the table
-        for remainder in self.file.parent.glob(f".{escape(self.file.name)}.*{UNFINISHED_SUFFIX}"):
-            remainder.unlink(missing_ok=True)
+    def is_edited(self, file: Path) -> bool:
+        """Tell whether the table or the list of changes is there, and not as `predict` has written it.
+
+        Raise OSError if it is not a regular file.
+        """
+        if not file.exists():
+            return False
+        if not file.is_file():
+            raise OSError(f"cannot write {file}: it is not a regular file. Set another `output`")
+        return compute_file_digest(file) not in self.read_digests()
+
+    @contextmanager
+    def reserve(self, overwrite: bool) -> Iterator[None]:
+        """Lock the table inside the block.
+
+        Raise ValueError if another command writes it, or if it is not as `predict` has written it, unless
+        `overwrite` is set.
+        """
+        with lock_file(self.file):
+            if not overwrite and self.is_edited(self.file):
+                raise ValueError(
+                    f"{self.file} exists, and is not what `predict` has written there. Rename it, set "
+                    "another `output`, or set `overwrite`, which keeps it beside"
+                )
+            # Left by a command that was killed while it wrote the table
+            for remainder in self.file.parent.glob(
+                f".{escape(self.file.name)}.*{UNFINISHED_SUFFIX}"
+            ):
+                remainder.unlink(missing_ok=True)
+            yield
 
     def write(self, rows: Iterator[Row]) -> list[Row]:
         """Write the rows while they are computed, and return their columns of `SUMMARY`."""
@@ -85,18 +112,21 @@ class OutputTable:
 
         with write_atomically(self.file) as file:
             self.write_file(build_tables(), schema, file)
-            kept = self.file
-            if self.is_edited:
-                while kept.exists():
-                    kept = kept.with_stem(f"{kept.stem}.edited")
-                shutil.copy2(self.file, kept)
-                print(f"{kept}: the table as you have edited it")
-            elif kept.exists():
+            if self.is_edited(self.file):
+                self.keep_edited(self.file)
+            elif self.file.exists():
                 self.list_changes(summary)
-            # Earlier ones stay known: this one may not replace a table that is in use
-            digests = [*self.read_digests(), compute_file_digest(file)]
-            write_text(self.digest_file, "\n".join(digests))
+            self.remember(file)
         return summary
+
+    def keep_edited(self, file: Path) -> None:
+        """Copy what a person has made of a file to a new name beside it."""
+        kept = file
+        while os.path.lexists(kept):
+            kept = kept.with_stem(f"{kept.stem}.edited")
+        with write_atomically(kept) as copy:
+            shutil.copy2(file, copy)
+        print(f"{kept}: {file.name} as you have edited it")
 
     def list_changes(self, summary: list[Row]) -> None:
         """Write which photos of the table that is replaced have another label now, and print their number."""
@@ -111,8 +141,13 @@ class OutputTable:
             before = table.drop_duplicates("checksum")
             both = pd.DataFrame(summary).merge(before, on="checksum", suffixes=("", "_before"))
             changed = both[both["label"].fillna("") != both["label_before"].fillna("")]
-            file = self.file.with_suffix(".changed.csv")
             shown = changed.filter("image label_before label source".split())
             shown = shown.map(lambda cell: escape_csv_cell(str(cell)), na_action="ignore")
-            shown.to_csv(file, index=False)
+
+            file = self.file.with_suffix(".changed.csv")
+            if self.is_edited(file):
+                self.keep_edited(file)
+            with write_atomically(file) as temporary_file:
+                shown.to_csv(temporary_file, index=False)
+                self.remember(temporary_file)
             print(f"{file}: {len(changed):,} photos whose label has changed")

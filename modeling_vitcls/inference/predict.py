@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 
@@ -74,8 +75,9 @@ def predict_images(options: PredictOptions) -> list[Row]:
         if write is write_csv:
             write = partial(write_csv, delimiter=options.delimiter)
         table = OutputTable(options.output, columns, write)
-        run_on_main(partial(table.check, options.overwrite))
-        summary = table.write(rows) if accelerator.is_main_process else [*rows]
+        with ExitStack() as stack:
+            run_on_main(stack.enter_context, table.reserve(options.overwrite))
+            summary = table.write(rows) if accelerator.is_main_process else [*rows]
 
     num_images = len(records)
     failed = [row["index"] for row in summary if row["error"] is not None]

@@ -9,6 +9,7 @@ folder is complete if it is there. What a killed process left behind is removed 
 that writes to the folder.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .errors import warn_on_first_process
 from .files import sync_to_disk
 
 
@@ -26,35 +28,69 @@ LAST_FILE = "config.json"  # A model folder with this file is complete
 # Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a
 # few seconds later.
 LOCK_TIMEOUT = 10.0
+# What file systems without locks say, such as some of networks
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def lock_folder(folder: Path, parameter: str = "output_dir") -> Iterator[None]:
-    """Create an output folder if necessary, and lock it inside the block.
-
-    The operating system releases the lock of a process that has ended for any reason, even if the
-    process ran on another host that shares the file system. Raise ValueError if another command
-    holds the lock.
-    """
+    """Create an output folder if necessary, and lock it inside the block, as `hold_lock` does."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file. Set `{parameter}` to a folder")
+    with hold_lock(folder / LOCK_FILE, folder, parameter):
+        yield
+
+
+@contextmanager
+def lock_file(file: Path, parameter: str = "output") -> Iterator[None]:
+    """Create the folder of an output file if necessary, and lock the file inside the block."""
+    with hold_lock(file.with_name(f".{file.name}.lock"), file, parameter):
+        yield
+
+
+@contextmanager
+def hold_lock(lock_path: Path, output: Path, parameter: str) -> Iterator[None]:
+    """Hold the lock of an output inside the block.
+
+    The operating system releases the lock of a process that has ended for any reason, even if the
+    process ran on another host that shares the file system. On a file system without locks, a
+    warning says so.
+
+    Args:
+        lock_path: the file of the lock, whose folder is created if necessary.
+        output: what is locked, for errors.
+        parameter: its name in errors.
+
+    Raises:
+        ValueError: if another command holds the lock.
+    """
     # A command that fails leaves no empty folder behind
+    folder = lock_path.parent
     new_folders = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock_file = folder / LOCK_FILE
-    lock = FileLock(lock_file, timeout=LOCK_TIMEOUT, thread_local=False)
+    # A lock is no link. Older versions of filelock would empty the file that one names.
+    if lock_path.is_symlink():
+        lock_path.unlink()
+    lock = FileLock(lock_path, timeout=LOCK_TIMEOUT, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"{folder} is in use by another command. Wait until it ends, or set a different "
+            f"{output} is in use by another command. Wait until it ends, or set a different "
             f"`{parameter}`"
         ) from None
+    except (OSError, NotImplementedError) as error:  # The latter by older versions of filelock
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise OSError(error.errno, error.strerror, str(output)) from error
+        warn_on_first_process(
+            f"WARNING: the file system of {output} has no locks. Do not run another command with the "
+            f"same `{parameter}` until this one ends"
+        )
     try:
         yield
     finally:
         # Removed before the release: afterwards, the file could be the lock of another command
-        lock_file.unlink(missing_ok=True)
+        lock_path.unlink(missing_ok=True)
         lock.release()
         for each in new_folders:
             with suppress(OSError):  # The folder is not empty

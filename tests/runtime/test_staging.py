@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,24 @@ def test_two_commands_never_write_to_one_folder(tmp_path: Path, monkeypatch: Mon
     with raises_one_line("exists and is not empty"):
         write(tmp_path / "out", "second")
     assert (tmp_path / "out/config.json").read_text() == "first"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has other locks")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_written_to_with_a_warning(
+    number: int, tmp_path: Path, monkeypatch: MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import fcntl
+
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning) if number == errno.ENOSYS else nullcontext():
+        write(tmp_path / "out")
+    assert list_names(tmp_path / "out") == NAMES
+    if number != errno.ENOSYS:  # filelock itself has a replacement
+        assert "has no locks" in caplog.text
 
 
 def end_at_change(number: int, folder: Path, work: Callable[[], Any]) -> int:
