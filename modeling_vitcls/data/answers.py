@@ -1,25 +1,26 @@
 """Labels that a person gave on a page of photos (publishing/labels_page.py): the files of `--answers`.
 
-    checksum    of the content of a photo, so a renamed or moved photo is found
+    checksum    of the content of a photo (16 hexadecimal digits), so a renamed or moved photo is found
     image       its name, for people
     label       what the photo shows; empty: none of the classes
     before      its label before, if it had one
-    chosen      why a page asked: contradicted, unsure, unknown, or random
-    time        of the answer. The latest answer about a photo counts
+    chosen      why a page asked: contradicted, unsure, unknown, or random; empty: not known
+    time        of the answer, UTC unless it names a time zone. The latest answer about a photo counts
 
 A photo that a page has shown because a model was unsure about it trains a model, but does not measure it:
 in three rounds of a collection, the interval of all photos contained the accuracy on others in 6 of 36
 cases, and the interval without such photos in 36.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..runtime.errors import format_name_list
+from ..runtime.errors import format_name_list, warn_on_first_process
+from .cells import fold_name, normalize_name
 from .images import LabeledImages
 from .labels import LabelSpace, OneLabel
 from .tables import read_table
@@ -33,23 +34,122 @@ MIN_DISPUTED = 10
 # Part of the contradicted labels that are changed, from which a person believes the classifier. With a tenth of the
 # labels wrong, 43 % of 60 are; with three tenths, 82 %.
 BELIEVED_PART = 0.95
+REASONS = ("", RANDOM, CONTRADICTED, *HARD)
+NO_PHOTOS = (
+    "WARNING: no answer of `answers` is about a photo of the data. Pass the photos of the page, with their content "
+    "as it was, or remove `answers`"
+)
 
 
 def read_answers(files: Sequence[str]) -> pd.DataFrame:
-    """Read files of answers: `label` and `chosen` of the latest answer about each photo, by its checksum.
+    """Read files of answers: the latest answer about each photo, by its checksum.
 
-    Raise ValueError if a file has other columns.
+    Spreadsheets may have changed the files: upper and lower case of columns, checksums and reasons is the
+    same, and so are times in any format. Labels have the Unicode form of tables (NFC).
+
+    Raises:
+        ValueError: if a file has other columns; if a row has no checksum, or another reason or time, such
+            as after a spreadsheet has turned a checksum into a number; or if it is not clear which of
+            two answers is the later one.
     """
-    tables = []
-    for file in map(Path, files):
-        table = read_table(file, file.parent).to_pandas()
-        if missing := {"checksum", "label", "chosen", "time"}.difference(table):
+    answers = pd.concat(map(read_file, files), ignore_index=True)
+    latest = find_latest(answers, day_first=True)
+    is_disputed = answers.groupby("checksum")["label"].transform("nunique") > 1
+    if not is_disputed.any():
+        return latest
+
+    disputed = answers[is_disputed]
+    names = disputed.drop_duplicates("checksum")["image"].tolist()
+    if (disputed["time"] == "").any():
+        name = disputed["image"][disputed["time"] == ""].iloc[0]
+        raise ValueError(
+            f"`answers` has different labels of {name}, of which one has no time. Add it, or remove one of them"
+        )
+    other = find_latest(answers, day_first=False)
+    if (is_unclear := latest["label"] != other["label"]).any():
+        first = latest[is_unclear].iloc[0]
+        raise ValueError(
+            f"`answers` has different labels of {first['image']}, and it is not clear which is the later one: "
+            f"{first['time']} is one of two days. Write the day as 2026-12-31"
+        )
+    warn_on_first_process(
+        f"WARNING: `answers` has different labels of {len(names):,} photos, and the later one counts: "
+        f"{format_name_list(names)}"
+    )
+    return latest
+
+
+def read_file(file: str) -> pd.DataFrame:
+    """Read one file of answers, and check its cells."""
+    path = Path(file)
+    table = read_table(path, path.parent).to_pandas().fillna("").astype(str)
+    table.columns = table.columns.str.lower()
+    if missing := {"checksum", "label", "chosen", "time"}.difference(table):
+        raise ValueError(
+            f"{file} has no column {sorted(missing)[0]}. Set `answers` to a file that a page has saved"
+        )
+    if "image" not in table:
+        table["image"] = table["checksum"]
+    table["time"] = table["time"].str.strip()
+    table["checksum"] = table["checksum"].str.strip().str.lower()
+    table["chosen"] = table["chosen"].str.strip().str.lower()
+    # A blank behind a label is invisible in a spreadsheet
+    table["label"] = table["label"].map(normalize_name).str.rstrip()
+
+    has_time = parse_times(table["time"], day_first=True).notna()
+    checks = {
+        "checksum": (table["checksum"].str.fullmatch("[0-9a-f]{16}"), "16 hexadecimal digits"),
+        "label": (~table["label"].str.contains("\0", regex=False), "text"),
+        "chosen": (table["chosen"].isin(REASONS), f"empty or one of {', '.join(REASONS[1:])}"),
+        "time": ((table["time"] == "") | has_time, "a time"),
+    }
+    for column, (is_valid, requirement) in checks.items():
+        if not is_valid.all():
+            row = (~is_valid).argmax()
             raise ValueError(
-                f"{file} has no column {sorted(missing)[0]}. Set `answers` to a file that a page has saved"
+                f"{file}: row {row} ({table['image'][row]:.60}) has the {column} "
+                f"{table[column][row]!r:.60}, which is not {requirement}. Correct it, or save the file again "
+                "from the page; a spreadsheet may change texts that look like numbers"
             )
-        tables.append(table)
-    answers = pd.concat(tables).fillna("").sort_values("time", kind="stable")
-    return answers.drop_duplicates("checksum", keep="last").set_index("checksum")
+    return table
+
+
+def find_latest(answers: pd.DataFrame, day_first: bool) -> pd.DataFrame:
+    """Find the latest answer about each photo, in the order of checksums; of one time, the last one."""
+    order = parse_times(answers["time"], day_first).sort_values(kind="stable").index
+    latest = answers.loc[order].drop_duplicates("checksum", keep="last")
+    return latest.set_index("checksum").sort_index()
+
+
+def parse_times(texts: pd.Series, day_first: bool) -> pd.Series:
+    """Parse times in any format, in UTC; those that cannot be parsed are missing (NaT).
+
+    Args:
+        texts: as a page writes them (ISO 8601), or a spreadsheet.
+        day_first: whether 9/12/2026 is a day of December.
+    """
+    times = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce")
+    others = texts[times.isna()]
+    parsed = pd.to_datetime(others, format="mixed", dayfirst=day_first, utc=True, errors="coerce")
+    return times.fillna(parsed)
+
+
+def match_classes(labels: pd.Series, class_names: Sequence[str]) -> pd.Series:
+    """Spell labels as the classes: with their Unicode form, and blanks around them."""
+    names = {normalize_name(name).strip(): name for name in class_names}
+    return labels.map(
+        lambda label: label if label in class_names else names.get(label.strip(), label)
+    )
+
+
+def format_unknown_labels(labels: Collection[str], class_names: Sequence[str]) -> str:
+    """Name labels that are no classes, and how they differ from a class that looks alike."""
+    alike = {fold_name(name): name for name in class_names}
+    names = []
+    for label in sorted(labels):
+        similar = alike.get(fold_name(label))
+        names.append(label if similar is None else f"{label!a} (the class is {similar!a})")
+    return format_name_list(names)
 
 
 def apply_answers(
@@ -71,6 +171,7 @@ def apply_answers(
     """
     if label_space.kind != OneLabel.kind:
         raise ValueError("`answers` requires one label per image. Remove it, or set `label_column`")
+    answers = answers.assign(label=match_classes(answers["label"], ["", *label_space.names]))
     classes: Any = {"": None} | {name: index for index, name in enumerate(label_space.names)}
     answered = {}
     tables = []
@@ -81,7 +182,7 @@ def apply_answers(
         names = rows["label"].fillna(rows["own"])
         if unknown := {*names} - classes.keys():
             raise ValueError(
-                f"`answers` has the labels {format_name_list(sorted(unknown))}, but the classes are "
+                f"`answers` has the labels {format_unknown_labels(unknown, label_space.names)}, but the classes are "
                 f"{format_name_list(label_space.names, 20)}. Correct them, or add photos of these classes"
             )
         answered[split] = replace(
@@ -93,6 +194,8 @@ def apply_answers(
         tables.append(rows.dropna(subset="label"))
 
     table = pd.concat(tables)
+    if table.empty:
+        warn_on_first_process(NO_PHOTOS)
     labels, own = table["label"], table["own"]
     text = (
         f"{((own != '') & (labels != '') & (labels != own)).sum():,} labels changed, "

@@ -322,9 +322,7 @@ def warn_about_similar_names(where: str, names: Sequence[str]) -> None:
     """Log a warning about names that differ only in case, white space or invisible characters."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        visible = "".join(each for each in name if unicodedata.category(each) != "Cf")
-        key = " ".join(unicodedata.normalize("NFKC", visible).split()).casefold()
-        groups.setdefault(key, []).append(name)
+        groups.setdefault(fold_name(name), []).append(name)
     alike = [" and ".join(map(ascii, group)) for group in groups.values() if len(group) > 1]
     if alike:
         warn_on_first_process(
@@ -395,3 +393,9 @@ def spell_label(value: Any) -> str | None:
 def normalize_name(name: str) -> str:
     """Make names comparable (Unicode form NFC): macOS and Windows write é in two ways."""
     return unicodedata.normalize("NFC", name)
+
+
+def fold_name(name: str) -> str:
+    """Reduce a name to what a person sees: without case, white space and invisible characters."""
+    visible = "".join(each for each in name if unicodedata.category(each) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", visible).split()).casefold()

@@ -30,7 +30,7 @@ FILE_NAME_COLUMNS = {
 }  # Names that are no labels; they show where the header is
 # Blank lines and comments before the header, and the line in which spreadsheets name the separator
 PREAMBLE = re.compile(r'(?:[ \t]*(?:#.*)?\n)*(?:"?sep=(?P<separator>.)"?\n)?')
-QUOTE_OF_FORMULA = "^'(?=[=+@-])"  # `predict` writes it before a text that spreadsheets would run
+QUOTE_OF_FORMULA = "^'(?='*[=+@-])"  # `predict` writes it before a text that spreadsheets would run
 
 
 def read_table(file: Path, folder: Path) -> Any:

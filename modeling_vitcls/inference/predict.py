@@ -55,15 +55,16 @@ def predict_images(options: PredictOptions) -> list[Row]:
     rows = compute_rows(accelerator, predictor, records)
     answered: Counter[tuple[bool, bool]] = Counter()
     if options.answers:
-        from ..data.answers import read_answers  # imports pandas
+        from ..data import answers as pages  # imports pandas
 
         columns["source"] = pa.string()
-        answers = read_answers(options.answers)
-        names = {"", *predictor.folder.config.id2label.values()}
-        if others := sorted({*answers["label"]} - names):
+        answers = pages.read_answers(options.answers)
+        names = ["", *predictor.folder.config.id2label.values()]
+        answers["label"] = pages.match_classes(answers["label"], names)
+        if others := {*answers["label"]}.difference(names):
             warn_on_first_process(
-                f"`answers` has labels that are no classes of the model: {format_name_list(others)}. Correct them, or "
-                "train the model with them"
+                "`answers` has labels that are no classes of the model: "
+                f"{pages.format_unknown_labels(others, names)}. Correct them, or train the model with them"
             )
         rows = apply_labels(rows, answers.to_dict("index"), answered)
     if options.output is None:
@@ -85,6 +86,8 @@ def predict_images(options: PredictOptions) -> list[Row]:
     if accelerator.is_main_process and options.output is not None:
         print(f"{options.output}: {num_images - len(failed):,} of {num_images:,} images predicted")
     if options.answers and accelerator.is_main_process:
+        if not any(row["source"] == "person" for row in summary):
+            warn_on_first_process(pages.NO_PHOTOS)
         print(describe_labels(answered, num_images - len(failed) - num_trained))
     if left_out:
         warn_on_first_process(

@@ -126,7 +126,9 @@ def escape_csv_cell(text: str) -> str:
     escaped = INVISIBLE_CHARACTER.sub(
         lambda match: match[0].encode("unicode_escape").decode(), text
     )
-    return f"'{escaped}" if text.startswith(FORMULA_PREFIXES) else escaped
+    # A text that has a quote there already gets another one, because reading removes one
+    is_formula = text.lstrip("'").startswith(FORMULA_PREFIXES)
+    return f"'{escaped}" if is_formula else escaped
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

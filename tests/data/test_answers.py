@@ -1,5 +1,6 @@
 """Labels that a person gave on a page of photos, for the photos of a dataset."""
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,78 @@ def test_answers_that_cannot_be_used_are_an_error() -> None:
         read("answers.csv")
     with raises_one_line("photos.csv has no column checksum"):
         read("photos.csv")
+
+
+def test_a_checksum_that_a_spreadsheet_has_changed_is_an_error_with_its_row() -> None:
+    answer("answers.csv", "cat", "cat")
+    text = Path("answers.csv").read_text()
+    second = compute_checksum(Path("1.png")) or ""
+    for changed in ("1.11122E+15", "12", ""):
+        Path("answers.csv").write_text(text.replace(second, changed))
+        with raises_one_line("answers.csv: row 1", repr(changed.lower()), "16 hexadecimal digits"):
+            read("answers.csv")
+    Path("answers.csv").write_text(text.replace(second, second.upper()))
+    assert read("answers.csv")[0]["1.png"] == "cat"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        ("9/12/2026 10:00", "10/12/2026 10:00"),
+        ("2026-12-01T04:00:00+02:00", "2026-12-01T03:00:00Z"),
+        ("2026-12-01 09:00", "2026-12-01T09:00:30.123Z"),
+    ],
+)
+def test_times_are_compared_as_times(
+    earlier: str, later: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer("later.csv", "Äpfel", time=later)
+    answer("earlier.csv", "cat", time=earlier)
+    assert read("later.csv", "earlier.csv")[0]["0.png"] == "Äpfel"
+
+
+def test_two_answers_without_an_order_are_an_error() -> None:
+    answer("1.csv", "cat", time="1/12/2026")
+    answer("2.csv", "Äpfel", time="2026-06-01")
+    with raises_one_line("1/12/2026 is one of two days", "2026-12-31"):
+        read("1.csv", "2.csv")
+    answer("2.csv", "Äpfel", time="")
+    with raises_one_line("different labels", "no time"):
+        read("1.csv", "2.csv")
+    answer("2.csv", "Äpfel", time="yesterday evening")
+    with raises_one_line("2.csv: row 0", "'yesterday evening'", "not a time"):
+        read("1.csv", "2.csv")
+
+
+def test_different_answers_about_a_photo_and_answers_about_other_photos_are_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    answer("1.csv", "cat", "cat", "cat")
+    answer("2.csv", "Äpfel", "Äpfel", "cat", time="2026-12-02")
+    first = compute_checksum(Path("0.png"))
+    read("1.csv", "2.csv")
+    assert f"different labels of 2 photos, and the later one counts: {first}" in caplog.text
+    assert "no answer of" not in caplog.text
+    write("3.csv", checksum=["0" * 16], label="cat", chosen="", time="2026-12-01")
+    read("3.csv")
+    assert "no answer of `answers` is about a photo" in caplog.text
+
+
+def test_labels_reasons_and_columns_are_read_in_any_spelling() -> None:
+    label = unicodedata.normalize("NFD", " Äpfel ")
+    answer("answers.csv", label, "cat\t", chosen="Random ")
+    Path("answers.csv").write_text(
+        Path("answers.csv").read_text().replace("chosen", "Chosen ").replace("label", "LABEL")
+    )
+    labels, text = read("answers.csv")
+    assert (labels["0.png"], labels["1.png"]) == ("Äpfel", "cat")
+    assert "of 1 labels of photos drawn at random, 0 were changed" in text
+
+
+def test_an_error_shows_invisible_differences_of_a_label() -> None:
+    answer("answers.csv", "ca\u200bt")
+    with raises_one_line(r"'ca\u200bt' (the class is 'cat')"):
+        read("answers.csv")
+    answer("answers.csv", "cat", chosen="surely")
+    with raises_one_line("row 0", "'surely'", "random, contradicted, unsure, unknown"):
+        read("answers.csv")

@@ -9,7 +9,7 @@ from helpers.tiny_models import save_classifier
 from pytest import MonkeyPatch
 
 
-NAMES = ("=1+1", "@SUM(A1)", "-2\n3")
+NAMES = ("=1+1", "@SUM(A1)", "-2\n3", "'=1+2")
 FORMULA_PREFIXES = tuple("=+-@\t\r")
 
 

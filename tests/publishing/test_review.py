@@ -2,16 +2,18 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from helpers.tiny_models import raises_one_line, save_classifier
 from PIL import Image
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Page
 from pytest import CaptureFixture, LogCaptureFixture
 
 from modeling_vitcls.cli.commands import run_predict
+from modeling_vitcls.data.answers import read_answers
 from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.inference.predict import apply_labels, describe_labels
 from modeling_vitcls.publishing.labels_page import write_labels_page
@@ -41,7 +43,7 @@ def test_photos_are_asked_about_once(
     assert "source" not in pd.read_csv(table)
 
     first, second, *_ = asked
-    lines = ["checksum,label,chosen,time", f"{first},mine,random,1", f"{second},,unsure,1"]
+    lines = ["checksum,label,chosen,time", f"{first},mine,random,", f"{second},,unsure,"]
     answers.write_text("\n".join(lines))
     left = ask(folder, photos, output=table, answers=(str(answers),), review_count=99)
     assert len(left) == 7
@@ -101,19 +103,57 @@ def test_what_a_person_corrects_is_right_and_random_draws_tell_how_many_others_a
     assert "about 87% of the labels are right (95% interval: 72% to 98%)" in text
 
 
-def test_of_ten_classes_only_letters_that_one_begins_with_answer(
-    folder: Path, browser: Browser
-) -> None:
-    names = ["shirt", "shirts", "shoes", *"abcdefg"]
-    photo = {"label": "", "prediction": "a", "chosen": "random", "image": "1.png"}
-    picture = Image.new("RGB", (8, 8))
-    photos = [photo | {"checksum": f"{n:016x}", "picture": picture} for n in range(3)]
-    write_labels_page(folder / "page.html", photos, names)
+@pytest.fixture
+def ask_about(folder: Path, browser: Browser) -> Iterator[Callable[[list[str]], Page]]:
+    """Open a page about three photos of some classes."""
     page = browser.new_page()
-    page.goto((folder / "page.html").as_uri())
+
+    def open_page(names: list[str]) -> Page:
+        photo = {"label": "", "prediction": "a", "chosen": "random", "image": "1.png"}
+        picture = Image.new("RGB", (8, 8))
+        photos = [photo | {"checksum": f"{n:016x}", "picture": picture} for n in range(3)]
+        write_labels_page(folder / "page.html", photos, names)
+        page.goto((folder / "page.html").as_uri())
+        return page
+
+    yield open_page
+    page.close()
+
+
+def list_answers(page: Page) -> str:
+    return page.evaluate("Object.values(answers).map(each => each.label).join()")
+
+
+def test_of_36_classes_each_has_a_key(ask_about: Callable[[list[str]], Page]) -> None:
+    names = [f"class {number}" for number in range(1, 37)]
+    page = ask_about(names)
+    for key in "9a0":
+        page.keyboard.press(key)
+    assert list_answers(page) == "class 9,class 10,class 36"
+    page.keyboard.press("Control+z")
+    page.keyboard.press("-")
+    assert list_answers(page) == "class 9,class 10,"
+
+
+def test_of_more_classes_only_letters_that_one_begins_with_answer(
+    ask_about: Callable[[list[str]], Page],
+) -> None:
+    page = ask_about(["shirt", "shirts", "shoes", *(f"a{number}" for number in range(34))])
     numbers = []
     for keys in ("sh", "oe", "shirt"):
         page.keyboard.type(keys)
         page.keyboard.press("Enter")
-        numbers.append(page.evaluate("Object.values(answers).map(each => each.label).join()"))
+        numbers.append(list_answers(page))
     assert numbers == ["", "shoes", "shoes,shirt"]
+
+
+def test_a_class_that_begins_with_a_quote_and_a_formula_is_saved_and_read(
+    ask_about: Callable[[list[str]], Page],
+) -> None:
+    page = ask_about(["'=x", "=x", "'x"])
+    for key in "123":
+        page.keyboard.press(key)
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    labels = read_answers([str(download.value.path())])["label"]
+    assert sorted(labels) == ["'=x", "'x", "=x"]

@@ -288,6 +288,19 @@ def test_saved_answers_survive_a_reload(labels: Page) -> None:
     assert rows["time"].is_monotonic_increasing
 
 
+@pytest.mark.parametrize("stored", ["5", '"text"', "[1]", "{broken", "answers of numbers"])
+def test_what_another_page_has_stored_does_not_stop_the_page(labels: Page, stored: str) -> None:
+    """All pages that are files of this computer may share one storage."""
+    labels.evaluate(
+        "stored => localStorage.setItem(key, stored === 'answers of numbers'"
+        " ? JSON.stringify({[questions[0].checksum]: 5}) : stored)",
+        stored,
+    )
+    labels.reload()
+    labels.keyboard.press("1")
+    expect(labels.locator("#count")).to_contain_text("1 of 13")
+
+
 def test_the_model_that_knows_a_photo_does_not_explain_a_mistake_about_it(page: Page) -> None:
     assert page.locator("#photos summary .quiet:not(.name)").all_inner_texts() == [
         "· least confident",
