@@ -24,6 +24,7 @@ from .images import resolve_path
 
 
 SEPARATORS = ",;\t|"
+MAX_COLUMNS = 10_000  # Each costs a millisecond in `datasets`, so 30,000 take half a minute
 FILE_NAME_COLUMNS = {
     "file_name",
     "filename",
@@ -77,7 +78,8 @@ def read_table_text(file: Path) -> str:
 def read_csv(file: Path, text: str) -> dict[str, list[str]]:
     """Read the columns of a CSV file. Columns without a name, such as an index, are left out.
 
-    Raise ValueError if there is no header, a row has more fields, or the quotes do not match.
+    Raise ValueError if there is no header, there are too many columns, a row has more fields, or the quotes do
+    not match.
     """
     import pandas
 
@@ -94,6 +96,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
         )
     # A header of one column has no separator; `max` then returns the first, the comma.
     separator = preamble["separator"] or max(SEPARATORS, key=header.count)
+    check_width(file, 1 + header.count(separator))
     # Some programs add separators at the end of a line
     rows = re.sub(rf"([ \t]*{re.escape(separator)})+[ \t]*$", "", rows, flags=re.MULTILINE)
     try:
@@ -162,7 +165,17 @@ def read_json_lines(file: Path, text: str) -> dict[str, list[Any]]:
             '{"file_name": "1.jpg", "label": "cat"}'
         )
     names = dict.fromkeys(name for row in rows for name in row)
+    check_width(file, len(names))
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def check_width(file: Path, num_columns: int) -> None:
+    """Raise ValueError if a table has more columns than are read."""
+    if num_columns > MAX_COLUMNS:
+        raise ValueError(
+            f"{file} has {num_columns:,} columns, but at most {MAX_COLUMNS:,} are read. Keep those that name "
+            "images, labels and groups"
+        )
 
 
 def build_column(values: Sequence[Any]) -> Any:

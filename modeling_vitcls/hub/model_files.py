@@ -17,9 +17,12 @@ Errors are lines that name the file, the problem and a remedy. What is not check
 - Where the folder is from, and whether it was changed since: hub/provenance.py, publishing/verify.py.
 """
 
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from ..runtime.files import compute_file_digest, compute_json_digest, read_json
 
@@ -55,6 +58,8 @@ PICKLED_WEIGHTS_PATTERNS = (
     "pytorch_model-*-of-*.bin",
     "pytorch_model.bin.index.json",
 )
+HEAD = re.compile(r"(classifier|extra_heads).*weight$")  # Names of the weights of heads
+MANY_LABELS = 30_000  # Checked within a second or two, without looking at the weights
 ADAPTER_FILE = "adapter_config.json"  # transformers adds the adapter that it describes
 
 
@@ -215,7 +220,7 @@ def check_is_vitcls(source: str, folder: Path) -> None:
             "it into its model (PEFT's `merge_and_unload`) and save the model, or remove "
             f"{ADAPTER_FILE}"
         )
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / CONFIG_FILE).exists():
         checkpoints = sorted(folder.glob(f"checkpoint-*/{CONFIG_FILE}"), key=get_step)
         remedy = (
             f"The last checkpoint of Trainer in it is {checkpoints[-1].parent}: use that folder"
@@ -242,6 +247,32 @@ def check_is_vitcls(source: str, folder: Path) -> None:
     if (folder / PROCESSOR_FILE).is_file():
         read_json(folder / PROCESSOR_FILE)
     check_weight_files(source, folder)
+    check_number_of_labels(source, folder, config_dict.get("id2label"))
+
+
+def check_number_of_labels(source: str, folder: Path, labels: Any) -> None:
+    """Raise ValueError if config.json has more labels than the heads in the weights have rows.
+
+    Checking a million labels takes more than a minute, and counting them milliseconds.
+    """
+    if not isinstance(labels, dict) or len(labels) <= MANY_LABELS:
+        return
+    from safetensors import SafetensorError, safe_open
+
+    num_rows = 0
+    for name in list_weight_files(folder):
+        # Weights that are missing or damaged are an error when they are read
+        with (
+            suppress(OSError, SafetensorError),
+            safe_open(folder / name, framework="np") as weights,
+        ):
+            shapes = {each: weights.get_slice(each).get_shape() for each in weights.keys()}  # noqa: SIM118
+            num_rows += sum(shape[0] for each, shape in shapes.items() if HEAD.search(each))
+    if len(labels) > num_rows:
+        raise ValueError(
+            f"{CONFIG_FILE} of {source} has {len(labels):,} labels, but the heads in the weights have "
+            f"{num_rows:,}. Use the configuration of the weights"
+        )
 
 
 def get_step(file: Path) -> int:

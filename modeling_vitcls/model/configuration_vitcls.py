@@ -568,6 +568,10 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from a stored dict; overrides are applied before validation."""
+        # Counted before each of them is checked
+        labels = config_dict.get("id2label")
+        if isinstance(labels, dict) and len(labels) > MAX_LABELS:
+            raise ValueError(f"`id2label` has {len(labels):,} labels, but at most {MAX_LABELS:,}.")
         known_names = cls._list_keywords()
         field_names = known_names - TRANSFORMERS_KEYWORDS - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in field_names}

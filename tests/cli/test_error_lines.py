@@ -151,7 +151,14 @@ def test_a_named_pipe_instead_of_a_file_is_an_error(name: str) -> None:
     os.mkfifo(file)
     is_recipe = name == "recipe.yaml"
     flags = ["--config", file] if is_recipe else ["--model", "model"]
-    assert name in fail(*FINETUNE, *flags, status=2 if is_recipe else 1)
+    error = fail(*FINETUNE, *flags, status=2 if is_recipe else 1)
+    assert f"{name} is not a regular file" in error
+
+
+@pytest.mark.usefixtures("time_limit")
+def test_a_million_labels_in_the_configuration_are_counted_before_they_are_checked() -> None:
+    edit_config(Path("model"), id2label={str(number): f"class {number}" for number in range(10**6)})
+    assert "config.json of model has 1,000,000 labels, but the heads" in fail(*PREDICT)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tables as people have them: spelled labels, separators, lists, columns of splits and groups."""
 
 import base64
+import json
 import os
 import unicodedata
 from pathlib import Path
@@ -20,6 +21,7 @@ from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import SeveralLabels
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_undivided_images
+from modeling_vitcls.data.tables import read_table
 
 
 NUM_IMAGES = 12
@@ -512,3 +514,12 @@ def test_files_are_found_in_both_unicode_forms(form: str, name: str, tmp_path: P
     dataset = tmp_path if name == "metadata.csv" else table
     splits = read_splits_of(dataset)
     assert [image.size for image in splits.train.images] == [(8, 8)] * 2
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_table_with_too_many_columns_is_an_error(suffix: str, tmp_path: Path) -> None:
+    row = {"file_name": "1.png", "label": "cat"} | {f"c{number}": "1" for number in range(10_000)}
+    text = f"{','.join(row)}\n{','.join(row.values())}" if suffix == ".csv" else json.dumps(row)
+    (tmp_path / f"table{suffix}").write_text(text)
+    with raises_one_line("has 10,002 columns, but at most 10,000 are read"):
+        read_table(tmp_path / f"table{suffix}", tmp_path)
