@@ -19,7 +19,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from huggingface_hub import constants
 
 from ..hub.connection import name_cache
@@ -39,6 +38,7 @@ from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..runtime.errors import warn_on_first_process
 from ..runtime.files import compute_json_digest, read_json
+from ..runtime.staging import hold_lock
 from ..version import __version__
 
 
@@ -155,10 +155,10 @@ def convert_once(source: str) -> str:
     folder = (
         Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted" / compute_cache_name(source)
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # All processes of a run open the same model. One of them converts it, and the others find it
     # done.
-    with FileLock(f"{folder}.lock"):
+    lock_path = folder.with_name(f"{folder.name}.lock")
+    with hold_lock(lock_path, folder, "model", timeout=-1):
         # This file is moved last, so a folder that has it is complete.
         if not (folder / CONFIG_FILE).is_file():
             logger.warning("converting %s to the cache, %s", source, folder)

@@ -239,6 +239,11 @@ class ModelFolder:
             raise OSError(
                 f"cannot load the weights in {self.source}: {format_error(error)}. Copy the file again"
             ) from error
+        if self.read_weight_states() != self.first_weight_states:
+            raise OSError(
+                f"the weights in {self.source} were replaced while they were read, and it is not known which "
+                "ones were read. Run the command again"
+            )
         if mismatched := sorted(loading_info["mismatched_keys"]):
             name, saved_shape, expected_shape = mismatched[0]
             raise ValueError(
@@ -325,8 +330,19 @@ class ModelFolder:
     def weights_sha256(self) -> dict[str, str] | None:
         """The SHA-256 of each weight file; None if one is missing."""
         if all((self.path / name).is_file() for name in self.weight_files):
+            _ = self.first_weight_states
             return hash_weights(self.path)
         return None
+
+    @cached_property
+    def first_weight_states(self) -> list[tuple[int, ...]]:
+        """The state of the weight files before they are hashed."""
+        return self.read_weight_states()
+
+    def read_weight_states(self) -> list[tuple[int, ...]]:
+        """Read what changes if a weight file is replaced or written: its number, size and time."""
+        states = [(self.path / name).stat() for name in self.weight_files]
+        return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
 
     @cached_property
     def results_of_any_weights(self) -> dict[str, Any]:

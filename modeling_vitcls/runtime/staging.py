@@ -49,7 +49,9 @@ def lock_file(file: Path, parameter: str = "output") -> Iterator[None]:
 
 
 @contextmanager
-def hold_lock(lock_path: Path, output: Path, parameter: str) -> Iterator[None]:
+def hold_lock(
+    lock_path: Path, output: Path, parameter: str, timeout: float | None = None
+) -> Iterator[None]:
     """Hold the lock of an output inside the block.
 
     The operating system releases the lock of a process that has ended for any reason, even if the
@@ -60,6 +62,8 @@ def hold_lock(lock_path: Path, output: Path, parameter: str) -> Iterator[None]:
         lock_path: the file of the lock, whose folder is created if necessary.
         output: what is locked, for errors.
         parameter: its name in errors.
+        timeout: how long to wait for another command, in seconds; below 0: until it ends. Default:
+            LOCK_TIMEOUT.
 
     Raises:
         ValueError: if another command holds the lock.
@@ -71,7 +75,8 @@ def hold_lock(lock_path: Path, output: Path, parameter: str) -> Iterator[None]:
     # A lock is no link. Older versions of filelock would empty the file that one names.
     if lock_path.is_symlink():
         lock_path.unlink()
-    lock = FileLock(lock_path, timeout=LOCK_TIMEOUT, thread_local=False)
+    seconds = LOCK_TIMEOUT if timeout is None else timeout
+    lock = FileLock(lock_path, timeout=seconds, thread_local=False)
     try:
         lock.acquire()
     except Timeout:

@@ -14,6 +14,7 @@ from helpers.tiny_models import edit_config, edit_weights
 from huggingface_hub import constants
 from pytest import LogCaptureFixture, MonkeyPatch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.features import FrozenEncoder
@@ -178,6 +179,21 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
     assert run_here(*command.split()) == 0
     assert hash_weights(place / "model") != read_weights
     assert read_json(Path("a.json"))["weights_sha256"] == read_weights
+
+
+def test_weights_that_are_replaced_between_hash_and_load_are_an_error(
+    place: Path, monkeypatch: MonkeyPatch
+) -> None:
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def replace_weights(*arguments: Any, **keywords: Any) -> Any:
+        add_stray_layer(place / "model")
+        return load(*arguments, **keywords)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(replace_weights))
+    command = "evaluate --model model --dataset photos --output a.json --num-workers 0"
+    assert "weights in model were replaced" in fail(*command.split())
+    assert not Path("a.json").exists()
 
 
 def test_settings_that_were_edited_after_training_are_named(
