@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, TemplateError
 from markupsafe import Markup
 
 from ..evaluation.token_effects import describe_change
@@ -156,7 +156,7 @@ def render_card(
             "class_tables": build_class_tables(folder.results, format_name),
         }
         text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
-    except (TypeError, AttributeError, LookupError) as error:
+    except (TypeError, AttributeError, LookupError, OverflowError, TemplateError) as error:
         raise ValueError(
             f"cannot write the card of {folder.source} from its {RESULTS_FILE} and {CONFIG_FILE}: "
             f"{format_error(error)}. Copy these files again"

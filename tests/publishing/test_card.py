@@ -101,8 +101,9 @@ def test_values_of_a_folder_are_no_markdown(tmp_path: Path) -> None:
     assert "javascript" not in text
 
 
-def test_values_of_another_type_are_one_line(tmp_path: Path) -> None:
-    folder = write_run_folder(tmp_path / "mine", {"per_class": 5})
+@pytest.mark.parametrize("results", [{"per_class": 5}, {"versions": "2.15.0"}])
+def test_values_of_another_type_are_one_line(results: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path / "mine", results)
     with raises_one_line("results.json", "Copy"):
         load_card(folder)
 
