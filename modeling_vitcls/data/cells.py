@@ -103,7 +103,7 @@ def read_label_names(
     items = {cell: split_labels(value, separator) for cell, value in column.values.items()}
     is_split = separator not in (None, NO_SEPARATOR)
     has_lists = check_items(column, items) or is_split
-    has_vectors = not is_split and are_vectors(column, items, classes)
+    has_vectors = not is_split and are_vectors(column, items, classes, bool(own_names))
     names = {}
     for split, cells in column.rows.items():
         own_classes = declared[split]
@@ -195,12 +195,16 @@ def check_items(column: LabelColumn, items: Mapping[str, list[Any]]) -> bool:
 
 
 def are_vectors(
-    column: LabelColumn, items: Mapping[str, list[Any]], classes: Sequence[str]
+    column: LabelColumn,
+    items: Mapping[str, list[Any]],
+    classes: Sequence[str],
+    is_declared: bool,
 ) -> bool:
     """Tell whether lists have one place for each class, with 0 or 1, and are no class indices.
 
     Then most of them have one length, and almost all do or one of them repeats a number, which
-    indices do not. Raise ValueError if the classes are not known, or if a row has another length.
+    indices do not. If the dataset declares the classes (`ClassLabel`), its numbers are indices, unless
+    one is repeated. Raise ValueError if the classes are not known, or if a row has another length.
     """
     vectors = {cell: list(map(get_bit, labels)) for cell, labels in items.items()}
     lengths: Counter[int] = Counter()
@@ -209,6 +213,8 @@ def are_vectors(
             lengths[len(bits)] += column.counts[cell]
     length, number = lengths.most_common(1)[0] if lengths else (0, 0)
     is_repeated = any(len(set(bits)) < len(bits) == length for bits in vectors.values())
+    if is_declared and not is_repeated:
+        return False
     min_share = 0.5 if is_repeated else MIN_VECTORS
     if number <= min_share * column.counts.total():
         return False

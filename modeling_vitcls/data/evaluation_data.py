@@ -1,8 +1,10 @@
 """The images that evaluation reads: all of a split, except those that trained the model."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from .images import LabeledImages
@@ -14,6 +16,7 @@ from .splits import HELD_OUT_SPLITS, add_keys, check_contradictions, merge_rows
 from .splits_table import EMPTY_TABLE, find_trained_images
 
 
+MAX_MISSING = 100  # More unreadable images end every command
 # Splits that `vitcls evaluate` reads, in order of precedence.
 EVALUATION_SPLITS = ("test", *HELD_OUT_SPLITS[:-1])
 
@@ -87,9 +90,10 @@ def load_evaluation_data(
         description += f" of split {name!r}"
     if num_trained and split is not None:  # All its images count
         description += f", of which training used {num_trained:,}"
-    elif num_trained == len(images):
+    elif are_missing(images, np.flatnonzero(~is_trained)):
+        others = " that are there" if num_trained < len(images) else ""
         raise ValueError(
-            f"the model was trained on all {len(images):,} images of {dataset}. Its own "
+            f"the model was trained on all {num_trained:,} images of {dataset}{others}. Its own "
             f"result is in its results.json. Set `dataset` to other "
             f"images, or `split={name!r}` to evaluate these"
         )
@@ -104,4 +108,16 @@ def load_evaluation_data(
         description += f"; answers: {text}"
     return EvaluationData(
         loaded.label_space, drawn, name, num_trained, description, dataset, outside
+    )
+
+
+def are_missing(images: LabeledImages, indices: np.ndarray) -> bool:
+    """Tell whether there are no images at the indices [N], or only files that do not exist."""
+    if len(indices) > MAX_MISSING:
+        return False
+    encoded = [images.images.get_encoded_image(index) for index in indices]
+    paths = [each["path"] or "" for each in encoded if each["bytes"] is None]
+    # A file in an archive has an address
+    return len(paths) == len(indices) and not any(
+        "://" in path or os.path.lexists(path) for path in paths
     )

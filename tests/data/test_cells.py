@@ -151,6 +151,12 @@ def test_lists_of_indices_are_no_vectors() -> None:
         assert read(lists, names=tuple(names))[1] == labels
 
 
+def test_lists_of_declared_indices_are_vectors_only_if_one_repeats_a_number() -> None:
+    declared = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    assert read([[0, 1], [0, 1], [0, 1]], declared)[1] == [[0, 1]] * 3
+    assert read([[0, 1], [1, 1], [0, 0]], declared)[1] == [[1], [0, 1], []]
+
+
 # Separators ---------------------------------------------------------------------------------------
 
 

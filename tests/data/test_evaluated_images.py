@@ -61,6 +61,19 @@ def test_the_test_split_is_evaluated_or_else_the_validation_split(
         assert found["num_images"] == 2 * len(numbers)
 
 
+def test_a_training_table_whose_file_is_missing_has_no_other_images(
+    photos: Path, tmp_path: Path
+) -> None:
+    run = train(tmp_path / "run", photos / "train", held_out_fraction=0)
+    files = sorted((photos / "train").rglob("*.png"))
+    names = [*map(str, files), str(tmp_path / "missing.png")]
+    labels = [*(file.parent.name for file in files), files[0].parent.name]
+    table = tmp_path / "table.csv"
+    pd.DataFrame({"file_name": names, "label": labels}).to_csv(table, index=False)
+    with raises_one_line("was trained on all 60 images", "that are there"):
+        evaluate(run, str(table), num_workers=0)
+
+
 def test_a_model_without_splits_is_evaluated_on_all_images_and_a_line_says_so(
     photos: Path, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:

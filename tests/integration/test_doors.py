@@ -20,7 +20,13 @@ from helpers.fresh_processes import run_python
 from helpers.odd_photos import REFUSED, encode_turned, write_odd_photos
 from helpers.photo_folders import encode_image
 from helpers.sample_photographs import photograph
-from helpers.tiny_models import CLS, build_random, save_with_processor
+from helpers.tiny_models import (
+    CLS,
+    build_random,
+    build_tiny_config,
+    raises_one_line,
+    save_with_processor,
+)
 from PIL import Image
 from pytest import MonkeyPatch, approx
 from scipy.special import softmax
@@ -176,6 +182,15 @@ def test_the_handler_of_an_inference_endpoint(model: Path, photos: Photos, rows:
     check_answers(ask_one_by_one(classify, photos), rows)
     handler.model.config.distance_threshold = None  # As below 100 training photos
     assert "unknown" not in handler({"inputs": photos["plain.png"].read_bytes()})
+
+
+def test_the_handler_refuses_several_labels_per_image(tmp_path: Path) -> None:
+    program: dict[str, Any] = {}
+    exec(read_program("handler.py"), program)
+    several = build_tiny_config(problem_type="multi_label_classification")
+    save_with_processor(ViTCLSForImageClassification(several), tmp_path)
+    with raises_one_line("one label per image"):
+        program["EndpointHandler"](str(tmp_path))
 
 
 @pytest.mark.slow
