@@ -85,9 +85,6 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         adds_classes=True,
     )
     all_statistics.set_in_model(extended)
-    # The fingerprint belongs to the weights before they were rounded or merged: the old statistics
-    # keep their bits.
-    extended.class_distance.fingerprint.copy_(model.class_distance.fingerprint)
 
     layers = dict.fromkeys(layer for layer, _ in statistics.tokens)
     record: dict[str, Any] = {

@@ -57,6 +57,9 @@ ENCODER_PREFIX = "vitcls."
 # Class statistics, to which an added class appends a row; `distance` reads them
 GROWING_PREFIXES = tuple(f"class_distance.{name}" for name in ("means_", "counts", "scales"))
 
+# Of the weights, in class statistics of older versions, which nothing reads
+OLD_FINGERPRINT = "class_distance.fingerprint"
+
 
 class ModelsDiffer(ValueError):
     """Error about two models that should have the same outputs. Its message names a difference."""
@@ -136,6 +139,8 @@ def compare_tensors(old_folder: Path, new_folder: Path) -> dict[str, str]:
     hashes = {}
     changed = []
     for name, tensor in old.items():
+        if name == OLD_FINGERPRINT:
+            continue
         hashes[name] = hash_tensor(tensor)
         found = new.get(name, new.get(f"{ENCODER_PREFIX}{name}"))  # OLD may be an encoder
         if found is None:

@@ -242,6 +242,9 @@ def append_head(
     extended = use_fast_modules(model.new_like(config)).to(device=model.device, dtype=model.dtype)
     # The old model has no weights for the new head, which are set below.
     extended.load_state_dict(model.state_dict(), strict=False)
+    old_statistics = getattr(model, "class_distance", None)
+    if extended.config.class_statistics and old_statistics is not None and old_statistics.is_valid:
+        extended.class_distance.claim(extended.base_model)  # The encoder is the same
     # This must come after the weights, because it compares the class statistics with them
     extended.eval()
     set_weights(extended.extra_heads[f"task_{name}"], weight, bias)

@@ -262,9 +262,9 @@ class ClassStatistics:
         }
         model.class_distance.load_state_dict(
             {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()},
-            strict=False,  # The fingerprint follows, and models without added classes have no scales
+            strict=False,  # The digests follow, and models without added classes have no scales
         )
-        model.class_distance.to(model.device).store_fingerprint(model.vitcls)
+        model.class_distance.to(model.device).claim(model.vitcls)
 
     @classmethod
     def from_model(cls, model: Any) -> "ClassStatistics | None":
@@ -273,7 +273,7 @@ class ClassStatistics:
         The result is None if it has none, or if they belong to other weights of the encoder.
         """
         stored = getattr(model, "class_distance", None)
-        if stored is None or not stored.check(model.vitcls):
+        if stored is None or not stored.is_valid:
             return None
         # NumPy has no bfloat16
         arrays = {name: each.double().cpu().numpy() for name, each in stored.state_dict().items()}

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ..data.images import LabeledImages
-from ..model.class_distance_vitcls import sum_weights
+from ..model.blocks_vitcls import has_user_hooks
+from ..model.class_distance_vitcls import hash_weights, select_weights
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size
 from ..model.heads_vitcls import ALL_TOKENS, TokenPooler
@@ -104,7 +106,7 @@ class Features(ImageOutputs):
 
 
 class FrozenEncoder:
-    """A model whose weights stay, and its pass over images.
+    """A model whose weights stay, and its pass over images: weights are hashed once.
 
     Args:
         model: a classifier or an encoder, on its device and in evaluation mode.
@@ -206,12 +208,12 @@ class FrozenEncoder:
     def open_store(self, processor: Any, precision: str) -> FeatureStore | None:
         """Open what photos have left in earlier passes; None if nothing is kept.
 
-        Nothing is for sharded weights. The states of a photo depend on its content and on the key of the
-        pass, of which these are the parts:
+        Nothing is for sharded or quantized weights, adapters and hooks. The states of a photo depend on
+        its content and on the key of the pass, of which these are the parts:
 
             version      of `encode`, `PASS_VERSION`
-            weights      fingerprint of the encoder (class_distance_vitcls.py), without heads: models that
-                         were trained on a frozen encoder share what is kept
+            weights      SHA-256 of the encoder in memory, without heads: models that were trained on a
+                         frozen encoder share what is kept
             config       settings of the encoder, without `HEAD_FIELDS`; of its own pooling, those too
             processor    class and settings of the image processor. There is one decoder
             layers       whose tokens are kept
@@ -224,13 +226,11 @@ class FrozenEncoder:
         """
         encoder, config = self.encoder, self.encoder.config
         file = find_store_file()
-        if file is None or not (sums := sum_weights(encoder)):
+        if file is None or self.weights_hash is None:
             return None
         parts = [
             PASS_VERSION,
-            [
-                f"{value:.10g}" for value in sums[0].tolist()
-            ],  # The order of a sum changes its last digits
+            self.weights_hash,
             {name: value for name, value in config.to_dict().items() if name not in HEAD_FIELDS},
             [config.pooling, config.pooled_layers] if self.has_own_pooling else None,
             processor.to_dict(),
@@ -239,7 +239,27 @@ class FrozenEncoder:
             [encoder.device.type, config._attn_implementation, can_use_cpu_kernels()],
         ]
         text = json.dumps(parts, sort_keys=True, default=str)
-        return FeatureStore(file, hashlib.blake2b(text.encode(), digest_size=16).digest())
+        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return FeatureStore(file, key, self.num_values)
+
+    @cached_property
+    def weights_hash(self) -> str | None:
+        """Hash what the states depend on; None if it is not plain numbers in plain modules."""
+        encoder = self.encoder
+        for module in encoder.modules():
+            if type(module).__module__.startswith("peft.") or has_user_hooks(module):
+                return None
+        weights = {**encoder.state_dict(keep_vars=True), **dict(encoder.named_buffers())}
+        digest = hash_weights(weights if self.has_own_pooling else select_weights(weights))
+        return None if digest is None else digest.hex()
+
+    @property
+    def num_values(self) -> int:
+        """Number of values of the states of an image."""
+        config = self.encoder.config
+        num_tokens = config.num_cls_tokens + bool(config.num_distillation_tokens) + 1
+        size = len(self.layers) * (num_tokens + len(RING_WIDTHS)) * config.hidden_size
+        return size + config.pooled_size * self.has_own_pooling
 
     def compute_features(
         self,

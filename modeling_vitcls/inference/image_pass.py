@@ -317,7 +317,7 @@ class ImagePass:
             }
             parts.append(arrays | {"indices": np.array(batch.indices, np.int64)})
         if self.store is not None:
-            self.store.flush()
+            self.store.close()
 
         # Errors are raised after the last batch, by all processes together. A process that stopped
         # in the middle would leave the others waiting for its part of a sharded model.

@@ -179,7 +179,7 @@ def compute_rows(
         size = sum(map(len, batches[start : start + number][index : index + 1]))
         yield from gather_object(list(islice(rows, size)))
     if store is not None:
-        store.flush()
+        store.close()
         num_found = sum(gather_object([len(store.found)]))
         if num_found and accelerator.is_main_process:
             print(f"{num_found:,} of {len(records):,} images had passed this encoder before")

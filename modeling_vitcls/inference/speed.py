@@ -36,6 +36,8 @@ def count_flops(model: Any) -> int:
 
     with torch.device("meta"):
         counted = model.new_like(config).eval()
+        if getattr(model, "class_distance", None) is not None:
+            counted.class_distance.is_valid = model.class_distance.is_valid
         pixel_values = torch.empty(1, config.num_channels, *config.image_height_width)
         with FlopCounterMode(display=False) as counter:
             counted(pixel_values)

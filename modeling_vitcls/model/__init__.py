@@ -16,7 +16,7 @@ They import only one another and public libraries.
     positions_vitcls.py               rotary position embeddings, resampling
     attention_masks_vitcls.py         masks of CLS tokens, relative position bias, fading in
     variants_vitcls.py                other layers and attentions, test-time registers
-    class_distance_vitcls.py          class statistics, and whether they fit the weights
+    class_distance_vitcls.py          class statistics, and digests of their weights
     adaptation_vitcls.py              checkpoints with other special tokens or sizes
     token_attention_vitcls.py         attention maps of the special tokens
     image_processing_vitcls.py        image processors with two backends

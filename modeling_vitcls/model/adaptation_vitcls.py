@@ -154,9 +154,9 @@ class AdaptableModel(PreTrainedModel):
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]
         load_adapted_weights(self, model)
         statistics: Any = getattr(self, "class_distance", None) if config.class_statistics else None
-        if statistics is not None and statistics.has_fingerprint_of(self.base_model):
+        if statistics is not None and statistics.is_valid:
             # New tokens that are hidden and another size of the positions change no features.
-            cast(Any, model).class_distance.store_fingerprint(model.base_model)
+            cast(Any, model).class_distance.claim(model.base_model)
         if hasattr(self, "_loss_function"):
             model.loss_function = self.loss_function
         if any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
@@ -180,7 +180,8 @@ class AdaptableModel(PreTrainedModel):
     ) -> None:
         """Save as in transformers; tokens that training has faded in completely are ordinary tokens.
 
-        The model in memory stays as it is, because the other processes of a run do not save.
+        Class statistics of other weights than those that are saved are no longer used. The model in
+        memory stays as it is, because the other processes of a run do not save.
         """
         encoder: Any = self.base_model
         fade_in, fields = encoder.fade_in, dict(vars(self.config))
@@ -191,13 +192,39 @@ class AdaptableModel(PreTrainedModel):
                 for name, value in state_dict.items()
                 if not name.endswith("fade_in.progress")
             }
+        statistics: Any = getattr(self, "class_distance", None)
+        digests = None if statistics is None else statistics.digests
+        if statistics is not None and is_main_process:
+            statistics.digests = self.renew_digests(statistics, state_dict)
+            if state_dict is not None and "class_distance.digests" in state_dict:
+                state_dict = {**state_dict, "class_distance.digests": statistics.digests}
         try:
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         finally:
             encoder.fade_in = fade_in
+            if statistics is not None:
+                statistics.digests = digests
             for config in (self.config, encoder.config):
                 config.fading_tokens = fields["fading_tokens"]
                 config.token_fade_in_steps = fields["token_fade_in_steps"]
+
+    def renew_digests(self, statistics: Any, state_dict: Mapping[str, Tensor] | None) -> Tensor:
+        """Compute the digests of the weights that are saved; zeros if the statistics are of others."""
+        prefix = f"{self.base_model_prefix}."
+        weights = {
+            name.removeprefix(prefix): weight
+            for name, weight in (state_dict or self.state_dict(keep_vars=True)).items()
+            if name.startswith(prefix)
+        }
+        digests: Tensor | None = statistics.renew(weights)
+        if digests is not None:
+            return digests
+        if statistics.digests.any():
+            logger.warning(
+                "class statistics (`distance`, `unknown`): the saved model does not use them, because its "
+                "encoder has other weights"
+            )
+        return torch.zeros(statistics.digests.shape, dtype=torch.uint8)
 
 
 def resolve_config(

@@ -52,7 +52,7 @@ from .blocks_vitcls import (
     build_norm,
     has_user_hooks,
 )
-from .class_distance_vitcls import ClassDistance
+from .class_distance_vitcls import ClassDistance, count_modules
 from .configuration_vitcls import ViTCLSConfig
 from .field_checks_vitcls import Size
 from .heads_vitcls import (
@@ -427,13 +427,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
 
 # Classifiers --------------------------------------------------------------------------------------
-def check_statistics(model: Any, load_result: Any = None) -> None:
-    """Check the class statistics after `load_state_dict` and training: a compiled model cannot do it later."""
-    if model.class_distance is not None:
-        model.class_distance.checked_state = []
-        model.class_distance.check(model.vitcls)
-
-
 class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     """A ViT with a classifier on the pooled tokens.
 
@@ -463,7 +456,6 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.loss_function = compute_classification_loss
         self.extra_heads = ExtraHeads(config)
         self.class_distance = None if config.class_statistics is None else ClassDistance(config)
-        self.register_load_state_dict_post_hook(check_statistics)
         self.post_init()
 
     def build_classifiers(self) -> None:
@@ -478,12 +470,12 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_classifier(self.config, size, num_labels)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as in PyTorch; after training, class statistics are checked."""
-        # A compiled model has set `training` of this module before, but not of the encoder
-        has_trained = self.vitcls.training and not mode
+        """Set the training mode, as in PyTorch; training ends the use of class statistics."""
         super().train(mode)
-        if has_trained:
-            check_statistics(self)
+        if self.class_distance is not None:
+            has_other_modules = count_modules(self.vitcls) != self.class_distance.num_modules
+            if mode or has_other_modules:
+                self.class_distance.drop("the model is in training mode or has adapters")
         return self
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
@@ -511,7 +503,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         """The layers that valid class statistics read in evaluation mode."""
         if self.class_distance is None or self.training:
             return []
-        return self.class_distance.layers if self.class_distance.check(self.vitcls) else []
+        return self.class_distance.layers if self.class_distance.is_valid else []
 
     @can_return_tuple
     def forward(

@@ -102,5 +102,15 @@ def write_model(inputs: RunInputs, folder: Path, weights: Tensors) -> None:
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save
     # PyTorch's source files as the model's code.
     model.__class__ = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
-    model.save_pretrained(folder, state_dict=merge_lora(weights))
+    merged = merge_lora(weights)
+    if getattr(model, "class_distance", None) is not None:
+        # The run has fitted the statistics to these weights, before they were merged or gathered
+        prefix = f"{model.base_model_prefix}."
+        encoder_weights = {
+            name.removeprefix(prefix): weight
+            for name, weight in merged.items()
+            if name.startswith(prefix)
+        }
+        model.class_distance.claim(model.base_model, encoder_weights)
+    model.save_pretrained(folder, state_dict=merged)
     inputs.processor.save_pretrained(folder)

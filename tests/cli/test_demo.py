@@ -66,7 +66,7 @@ def test_an_unknown_photo_shows_none_of_the_labels_on_the_page_and_the_sheet(
     model = save_classifier(tmp_path / "model", *NAMES, **fields)
     classifier = ViTCLSForImageClassification.from_pretrained(model)
     classifier.class_distance.counts.fill_(1)
-    classifier.class_distance.store_fingerprint(classifier.vitcls)
+    classifier.class_distance.claim(classifier.vitcls)
     classifier.save_pretrained(model)
     answer, sheet = ask(model, photo)
     assert answer == "none of these: cat, dog, fox"

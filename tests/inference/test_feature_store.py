@@ -3,6 +3,7 @@
 import os
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ from modeling_vitcls.inference.feature_store import STORE_FILE, FeatureStore
 NUM_PHOTOS = 20
 
 
-def write(file: Path, start: int = 0) -> FeatureStore:
+def write(file: Path, start: int = 0, key: bytes = b"key", days: int = 0) -> FeatureStore:
     """Write the rows of 20 photos: 2,000 times their number."""
-    store = FeatureStore(file, b"key")
+    store = FeatureStore(file, key)
+    store.today += days
     for index in range(NUM_PHOTOS):
         assert store.prepare(index, str(start + index).encode(), dict) == {}
     store.write(range(NUM_PHOTOS), torch.arange(start, start + NUM_PHOTOS).repeat(2000, 1).T)
-    store.flush()
+    store.close()
     return store
 
 
@@ -63,20 +65,81 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(file: Path, tmp_path: 
     assert not store.waiting
 
 
-def test_the_photos_that_were_not_used_for_the_longest_time_are_removed(
+@pytest.mark.parametrize(
+    "value",
+    ["NULL", "7", "7.5", "'text'", "x''", "x'01'", "row || row"],
+)
+def test_a_row_of_another_type_or_size_counts_as_missing(value: str, file: Path) -> None:
+    with sqlite3.connect(file) as connection:
+        connection.execute(f"UPDATE features SET row = {value}")
+    assert not list_found(FeatureStore(file, b"key"))
+    write(file)
+    assert len(list_found(FeatureStore(file, b"key"))) == NUM_PHOTOS
+
+
+def test_a_row_with_another_number_of_values_counts_as_missing(file: Path) -> None:
+    assert len(list_found(FeatureStore(file, b"key", 2000))) == NUM_PHOTOS
+    assert not list_found(FeatureStore(file, b"key", 1999))
+
+
+def test_the_photos_of_other_passes_that_were_not_used_for_the_longest_time_are_removed(
     file: Path, monkeypatch: MonkeyPatch
 ) -> None:
-    with sqlite3.connect(file) as connection:
-        connection.execute("UPDATE features SET day = day - 2")
+    write(file, 20, b"old", days=-2)
+    monkeypatch.setattr(feature_store, "MAX_BYTES", 400_000)
+    write(file, 50)
+    assert not list_found(FeatureStore(file, b"old"))
+    assert len(list_found(FeatureStore(file, b"key"))) == 2 * NUM_PHOTOS
+
+
+def test_rows_of_the_future_are_removed_too(file: Path, monkeypatch: MonkeyPatch) -> None:
+    write(file, 20, b"future", days=999)
+    monkeypatch.setattr(feature_store, "MAX_BYTES", 400_000)
+    write(file, 50)
+    assert not list_found(FeatureStore(file, b"future"))
+
+
+def test_a_pass_never_removes_its_own_rows_and_says_how_many_it_keeps(
+    file: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VITCLS_CACHE_SIZE", "0.0003")
+    write(file, 50)
+    found = list_found(FeatureStore(file, b"key"))
+    assert {*range(NUM_PHOTOS)} < {*found}
+    (message,) = caplog.messages
+    assert f"full: {len(found) - NUM_PHOTOS} of {NUM_PHOTOS} photos are kept" in message
+    assert "VITCLS_CACHE_SIZE" in message
+
+
+def test_rows_wait_while_another_command_holds_the_file(
+    file: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(feature_store, "TIMEOUT", 0.01)
     store = FeatureStore(file, b"key")
-    for number in range(5):
-        store.prepare(0, str(number).encode(), dict)  # Used today
-    store.flush()
-    monkeypatch.setattr(feature_store, "MAX_BYTES", 300_000)
-    found = list_found(write(file, start=50))
-    assert {*range(5), *range(60, 70)} <= {*found}
-    assert len(found) < 40
-    assert file.stat().st_size < 600_000
+    with sqlite3.connect(file) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for number in range(50, 60):
+            store.prepare(number, str(number).encode(), dict)
+            store.write([number], torch.full((1, 2000), number))
+            store.flush()
+    store.close()
+    assert {*range(50, 60)} <= {*list_found(FeatureStore(file, b"key"))}
+    (message,) = caplog.messages
+    assert "Remove the file" not in message
+
+
+def test_threads_say_one_line_about_a_damaged_file(file: Path, caplog: LogCaptureFixture) -> None:
+    store = FeatureStore(file, b"key")
+    damage(file)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: store.prepare(n, str(n).encode(), dict), range(99)))
+    assert len(caplog.messages) == 1
+
+
+def test_a_file_that_others_can_read_gets_its_mode_back(file: Path) -> None:
+    file.chmod(0o644)
+    assert len(list_found(FeatureStore(file, b"key"))) == NUM_PHOTOS
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def damage(file: Path) -> None:
@@ -93,6 +156,12 @@ def make_pipe(file: Path) -> None:
     os.mkfifo(file)
 
 
+def open_side_file(file: Path) -> None:
+    side = file.with_name(f"{STORE_FILE}-wal")
+    side.touch()
+    side.chmod(0o666)
+
+
 def replace_folder(file: Path) -> None:
     file.unlink()
     file.parent.rmdir()
@@ -101,7 +170,18 @@ def replace_folder(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [damage, make_link, make_pipe, replace_folder, lambda file: file.chmod(0o602)],
+    [
+        damage,
+        make_link,
+        make_pipe,
+        replace_folder,
+        lambda file: file.chmod(0o602),
+        lambda file: file.chmod(0o660),
+        lambda file: file.parent.chmod(0o777),
+        lambda file: file.parent.chmod(0o1777),
+        lambda file: file.with_name(f"{STORE_FILE}-journal").symlink_to("elsewhere"),
+        open_side_file,
+    ],
 )
 def test_an_unusual_file_is_not_used_and_said_in_one_line(
     change: Callable[[Path], None], file: Path, caplog: LogCaptureFixture

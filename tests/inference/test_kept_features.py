@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import peft
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
@@ -168,6 +169,15 @@ def test_an_interrupted_command_goes_on_where_it_stopped(
     assert sum(passed) == 9
 
 
+def test_nothing_is_kept_of_adapters_and_hooks(model: Path) -> None:
+    processor = ViTCLSImageProcessor.from_pretrained(model)
+    adapted, hooked = (load_model(ModelFolder(model)) for _ in range(2))
+    peft.get_peft_model(adapted, peft.LoraConfig(target_modules=["q_proj"]))
+    hooked.vitcls.layers[0].register_forward_hook(print)
+    for each in (adapted, hooked):
+        assert FrozenEncoder(each).open_store(processor, "no") is None
+
+
 @torch.no_grad()
 def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
     model: Path, monkeypatch: MonkeyPatch
@@ -190,7 +200,12 @@ def test_all_that_changes_the_features_of_a_photo_is_in_the_key(
     add_key()
     assert keys[0] == keys.pop()  # Another classifier on the same encoder
 
-    classifier.vitcls.layers[0].mlp.fc1.weight[0, 0] += 1e-3
+    weight = classifier.vitcls.layers[0].mlp.fc1.weight
+    weight.view(torch.int32)[0, 0] += 1  # The last bit of one number
+    add_key()
+    weight.copy_(weight.flip(0))
+    add_key()
+    classifier.vitcls.layers = classifier.vitcls.layers[::-1]
     add_key()
     classifier.config.layer_norm_eps = 1e-3
     add_key()

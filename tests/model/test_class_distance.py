@@ -1,11 +1,11 @@
 """Distance to the nearest class: stored with the weights, equal to that of the statistics."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import peft
@@ -13,15 +13,14 @@ import pytest
 import torch
 from helpers.tiny_models import (
     CLS,
-    IMAGE_LABELS,
     IMAGES,
     MEAN,
     build_images,
     build_random,
-    get_largest_difference,
 )
 from numpy.testing import assert_allclose
-from pytest import LogCaptureFixture, MonkeyPatch
+from pytest import LogCaptureFixture
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -29,8 +28,6 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.weight_rules import Fields
 from modeling_vitcls.frozen.class_statistics import ClassStatistics
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.model import class_distance_vitcls
-from modeling_vitcls.model.class_distance_vitcls import sum_weights
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -66,13 +63,6 @@ def build_model(kinds: Iterable[tuple[int, str]] = TOKENS, **fields: Any) -> Any
     return model
 
 
-@pytest.fixture
-def reads(monkeypatch: MonkeyPatch) -> Mock:
-    """Count how often the weights are read."""
-    monkeypatch.setattr(class_distance_vitcls, "sum_weights", Mock(wraps=sum_weights))
-    return class_distance_vitcls.sum_weights
-
-
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
 def test_the_distance_of_a_model_is_that_of_its_statistics(pooling: str) -> None:
     model = build_model(pooling=pooling)
@@ -94,7 +84,6 @@ def test_edited_statistics_count_at_once() -> None:
 def test_the_gradient_of_a_distance_is_that_of_autograd() -> None:
     model = build_model()
     pixels = IMAGES.clone().requires_grad_()
-    torch.optim.SGD([pixels]).step()  # After a step, a few weights are read again
     found = torch.func.grad(lambda pixels: model(pixels).distance.sum())(IMAGES)
     model(pixels).distance.sum().backward()
     assert_close(found, pixels.grad)
@@ -119,6 +108,7 @@ def test_a_model_that_is_built_in_half_precision_keeps_the_digits_of_statistics(
     model = build_model()
     half = ViTCLSForImageClassification._from_config(model.config, dtype=torch.bfloat16).eval()
     half.load_state_dict(model.state_dict())
+    half.class_distance.claim(half.vitcls)
     assert torch.equal(half.class_distance.means_0, model.class_distance.means_0)
     assert_close(half(IMAGES.bfloat16()).distance, model(IMAGES).distance, rtol=0.05, atol=0)
 
@@ -135,72 +125,104 @@ def test_logits_have_the_same_bits_with_and_without_statistics() -> None:
 # Validity -----------------------------------------------------------------------------------------
 
 
-def train_steps(model: Any, part: str = "vitcls.") -> None:
-    """Change the weights of a part as ten steps of AdamW with a rate of 1e-3 do."""
-    for name, weight in model.named_parameters():
-        if name.startswith(part):
-            weight.add_(1e-2 * torch.sign(torch.randn_like(weight)))
+def save_and_load(model: Any, folder: Path, **fields: Any) -> Any:
+    """Save a model and load it."""
+    model.save_pretrained(folder)
+    return ViTCLSForImageClassification.from_pretrained(folder, **fields)
 
 
-def flip_rows(model: Any) -> None:
+def flip_rows(encoder: Any) -> None:
     """Change the order of rows, but not the sum of the weights."""
-    weight = model.vitcls.layers[0].mlp.fc1.weight
+    weight = encoder.layers[0].mlp.fc1.weight
     weight.copy_(weight.flip(0))
 
 
-def permute_columns(model: Any) -> None:
-    """Change the order of columns, but not the sum of each row."""
-    for layer in model.vitcls.layers:
-        layer.mlp.fc1.weight.copy_(layer.mlp.fc1.weight.flip(1))
+def swap_layers(encoder: Any) -> None:
+    """Exchange two layers."""
+    encoder.layers = encoder.layers[::-1]
 
 
-@torch.enable_grad()
-def train_with_sgd(model: Any, name: str, fused: bool = False) -> None:
-    """Train one parameter of the embeddings with SGD, in evaluation mode."""
-    weight = model.vitcls.embeddings.get_parameter(name)
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=fused)
-    for _ in range(5):
-        model(IMAGES, labels=IMAGE_LABELS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.zero_grad()
+def change_last_bit(encoder: Any) -> None:
+    """Change one number by its last bit."""
+    number = encoder.layernorm.weight.view(torch.int32)
+    number[0] += 1
 
 
-TRAINED_NAMES = ("cls_token", "position_embeddings.cls", "position_embeddings.patches")
-PARTS = ("embeddings.patch_embeddings", "embeddings.cls_token", "layers.1.mlp.fc2", "layernorm")
+@pytest.mark.parametrize("change", [flip_rows, swap_layers, change_last_bit])
+def test_a_saved_model_never_claims_other_weights(
+    change: Any, tmp_path: Path, caplog: LogCaptureFixture
+) -> None:
+    model = build_model()
+    change(model.vitcls)
+    loaded = save_and_load(model, tmp_path)
+    assert loaded(IMAGES).distance is None
+    assert "has other weights" in caplog.text
+    assert "vitcls finetune --model" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        flip_rows,
-        permute_columns,
-        *(partial(train_with_sgd, name=name) for name in TRAINED_NAMES),
-        partial(train_with_sgd, name="cls_token", fused=True),
-        *(partial(train_steps, part=f"vitcls.{part}") for part in PARTS),
-    ],
-)
-def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(
-    change: Any, caplog: LogCaptureFixture
+def test_weights_that_were_exchanged_in_a_folder_have_no_distance(tmp_path: Path) -> None:
+    save_and_load(build_model(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["vitcls.layernorm.bias"] += 1e-3
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert ViTCLSForImageClassification.from_pretrained(tmp_path)(IMAGES).distance is None
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+@pytest.mark.parametrize("loaded", ["float32", "bfloat16", "float16"])
+def test_rounding_at_load_keeps_the_distance_and_so_does_saving_it(
+    saved: str, loaded: str, tmp_path: Path
+) -> None:
+    model = build_model().to(getattr(torch, saved))
+    model = save_and_load(model, tmp_path / "saved", dtype=loaded)
+    again = save_and_load(model, tmp_path / "again", dtype="float32")
+    assert again(IMAGES).distance is not None
+
+
+def test_shards_keep_the_distance(tmp_path: Path) -> None:
+    model = build_model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    loaded = ViTCLSForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IMAGES).distance, model(IMAGES).distance)
+
+
+def test_training_mode_ends_the_distance_in_one_line(caplog: LogCaptureFixture) -> None:
+    model = build_model()
+    for _ in range(2):
+        assert model.train().eval()(IMAGES).distance is None
+    assert caplog.text.count("class statistics") == 1
+
+
+def test_a_model_that_was_not_changed_in_training_mode_is_saved_with_its_distance(
+    tmp_path: Path,
 ) -> None:
     model = build_model()
     expected = model(IMAGES).distance
-    state = copy.deepcopy(model.state_dict())
-    change(model)
-    # the model stays in evaluation mode: some loops train there
+    assert torch.equal(save_and_load(model.train(), tmp_path)(IMAGES).distance, expected)
+
+
+def test_a_loaded_state_dict_ends_the_distance() -> None:
+    model = build_model()
+    model.load_state_dict(model.state_dict())
     assert model(IMAGES).distance is None
-    assert "vitcls finetune --model" in caplog.text
-    model.load_state_dict(state)
-    assert torch.equal(model(IMAGES).distance, expected)
 
 
-def test_a_change_in_inference_mode_ends_the_distance() -> None:
-    """Tensors that are made in inference mode do not count their edits."""
-    with torch.inference_mode():
-        model = build_model()
-        assert model(IMAGES).distance is not None
-        model.vitcls.layers[0].mlp.fc1.weight.mul_(1.01)
-        assert model(IMAGES).distance is None
+def test_a_checkpoint_registers_nothing_in_the_optimizers_of_the_process(tmp_path: Path) -> None:
+    """The hooks of all optimizers, after the import and after loading a checkpoint as remote code."""
+    ViTCLSForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+    build_model().save_pretrained(tmp_path)
+    program = f"""
+import torch.optim.optimizer as module
+from transformers import AutoModelForImageClassification as Model
+before = dict(module._global_optimizer_pre_hooks), dict(module._global_optimizer_post_hooks)
+model = Model.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+import modeling_vitcls.model.modeling_vitcls
+assert model.class_distance.is_valid
+assert before == ({{}}, {{}})
+assert not module._global_optimizer_pre_hooks and not module._global_optimizer_post_hooks
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 ADDED = {"num_register_tokens": 8, "num_distillation_tokens": 1, "num_cls_tokens": 3}
@@ -214,9 +236,8 @@ BEFORE = {"num_register_tokens": 0, "num_distillation_tokens": 0, "num_cls_token
         (lambda model: model.half().float(), 0.3),
         (copy.deepcopy, 0.0),
         (lambda model: model.adapt(**ADDED).adapt(**BEFORE), 0.0),
-        (lambda model: model.train().eval(), 0.0),
     ],
-    ids=["bfloat16", "float16", "deepcopy", "removed again", "modes"],
+    ids=["bfloat16", "float16", "deepcopy", "removed again"],
 )
 def test_nothing_that_keeps_the_function_ends_the_distance(change: Any, limit: float) -> None:
     model = build_model()
@@ -235,92 +256,26 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("kind", list(ADAPTERS))
-def test_an_adapter_that_is_merged_or_loaded_has_its_logits_and_no_distance_once_it_is_trained(
-    kind: str, tmp_path: Path
-) -> None:
+def test_an_adapter_that_is_loaded_or_merged_ends_the_distance(kind: str, tmp_path: Path) -> None:
     model = build_model()
-    expected = model(IMAGES).distance
-    adapted = peft.get_peft_model(copy.deepcopy(model), ADAPTERS[kind]).eval()
-    assert_close(adapted(IMAGES).distance, expected)
-
+    adapted = peft.get_peft_model(copy.deepcopy(model), ADAPTERS[kind])
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.add_(0.01 * torch.randn_like(weight))
-    assert adapted(IMAGES).distance is None
-    with adapted.disable_adapter():
-        assert_close(adapted(IMAGES).distance, expected)
     adapted.save_pretrained(tmp_path)
-    trained = adapted(IMAGES)
-    assert get_largest_difference(trained.logits, model(IMAGES).logits) > 1e-3
-    for again in (
-        peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path),
-        adapted.merge_and_unload(),
-    ):
-        outputs = again(IMAGES)
-        assert_close(outputs.logits, trained.logits, rtol=1e-4, atol=1e-5)
-        assert outputs.distance is None
+    assert adapted.eval()(IMAGES).distance is None
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path)
+    assert loaded(IMAGES).distance is None
+    assert loaded.merge_and_unload()(IMAGES).distance is None
 
 
-@torch.enable_grad()
-def test_functions_of_the_weights_have_logits_and_no_distance() -> None:
-    model = build_model()
-    parameters = dict(model.named_parameters())
-
-    def compute_outputs(weights: Any) -> Any:
-        outputs = torch.func.functional_call(model, weights, (IMAGES,))
-        assert outputs.distance is None  # a distance to other weights would mislead
-        return outputs.logits
-
-    gradients = torch.func.grad(lambda weights: compute_outputs(weights).sum())(parameters)
-    model(IMAGES).logits.sum().backward()
-    assert model.classifier.weight.grad is not None
-    assert_close(gradients["classifier.weight"], model.classifier.weight.grad)
-
-    ensemble = {name: torch.stack([each, each]) for name, each in parameters.items()}
-    logits = torch.vmap(compute_outputs)(ensemble)
-    assert_close(logits[1], model(IMAGES).logits, rtol=1e-4, atol=1e-5)
-    assert model(IMAGES).distance is not None
-
-
-def test_a_module_that_peft_copies_keeps_the_distance_until_the_copy_is_trained() -> None:
-    model = build_model()
-    expected = model(IMAGES).distance
-    config = peft.LoraConfig(
-        target_modules=["q_proj", "v_proj"], r=2, modules_to_save=["vitcls.embeddings"]
-    )
-    adapted = peft.get_peft_model(model, config).eval()
-    assert torch.equal(adapted(IMAGES).distance, expected)
-
-    adapted.base_model.model.vitcls.embeddings.cls_token.normal_()
-    assert adapted(IMAGES).distance is None
-    with adapted.disable_adapter():
-        assert torch.equal(adapted(IMAGES).distance, expected)
-
-
-def test_statistics_of_a_model_with_an_adapter_are_those_of_the_merged_model() -> None:
-    model = build_model()
-    statistics = fit_statistics(model)
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config).eval()
-    statistics.set_in_model(adapted.base_model.model)
-    expected = adapted(IMAGES).distance
-    merged = adapted.merge_and_unload()
-    assert_close(merged(IMAGES).distance, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_a_compiled_model_knows_its_weights_after_eval_and_those_that_are_loaded() -> None:
+def test_a_compiled_model_has_the_distance_until_it_is_trained() -> None:
     model = build_model().adapt().eval()
-    weights = copy.deepcopy(model.state_dict())
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_close(compiled(IMAGES).distance, model(IMAGES).distance)
     compiled.train()
-    train_steps(model)
-    trained = copy.deepcopy(model.state_dict())
     compiled.eval()
     assert compiled(IMAGES).distance is None
-    for state, has_distance in ((weights, True), (trained, False)):
-        model.load_state_dict(state)
-        assert (compiled(IMAGES).distance is not None) is has_distance
 
 
 @pytest.mark.parametrize(
@@ -403,25 +358,6 @@ def test_an_encoder_with_another_pooling_has_no_line(
     assert "classifier: " not in caplog.text
 
 
-@torch.enable_grad()
-def test_training_in_evaluation_mode_is_one_line_and_reads_the_weights_once(
-    reads: Mock, caplog: LogCaptureFixture
-) -> None:
-    """Lightning keeps the mode of a loaded model, which is evaluation."""
-    model = build_model()
-    model(IMAGES)
-    reads.reset_mock()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(4):
-        loss = model(IMAGES, labels=IMAGE_LABELS).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert reads.call_count == 1
-    assert model.eval()(IMAGES).distance is None
-    assert caplog.text.count("class statistics") == 1
-
-
 def test_a_file_without_statistics_is_one_line(tmp_path: Path, caplog: LogCaptureFixture) -> None:
     model = build_model()
     weights = model.state_dict()
@@ -463,15 +399,11 @@ def test_statistics_stay_only_if_the_features_stay(changes: Fields, keeps: bool)
         assert_close(adapted(IMAGES).distance, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_hidden_tokens_may_be_trained_and_others_may_not() -> None:
+def test_statistics_stay_with_a_token_that_training_has_opened(tmp_path: Path) -> None:
     model = build_model().adapt(num_register_tokens=2)
-    expected = model(IMAGES).distance
-    model.vitcls.embeddings.register_tokens.normal_()
-    assert_close(model(IMAGES).distance, expected)
-    model.train().vitcls.fade_in.progress[1] = model.vitcls.fade_in.FULL // 2
-    model.eval()
-    assert model(IMAGES).distance is None
-    assert model.adapt(num_register_tokens=0).class_distance is None
+    model.vitcls.fade_in.progress.fill_(model.vitcls.fade_in.FULL)
+    fit_statistics(model).set_in_model(model)
+    assert save_and_load(model, tmp_path)(IMAGES).distance is not None
 
 
 class Sharded(nn.Parameter):
@@ -480,29 +412,7 @@ class Sharded(nn.Parameter):
 
 def test_weights_that_cannot_be_read_have_no_distance() -> None:
     model = build_model()
-    assert model(IMAGES).distance is not None
     layer = model.vitcls.layers[0].mlp.fc1
     layer.weight = Sharded(layer.weight.detach().clone())
+    fit_statistics(model).set_in_model(model)
     assert model(IMAGES).distance is None
-
-
-def test_weights_are_read_once_after_training(reads: Mock) -> None:
-    model = build_model()
-    model(IMAGES)
-    reads.reset_mock()
-    model.train()
-    model.vitcls.layernorm.weight.data.mul_(1.5)  # without a version counter
-    model.eval()
-    for _ in range(3):
-        assert model(IMAGES).distance is None
-    assert reads.call_count == 1
-
-
-def test_large_sums_of_weights_have_their_digits() -> None:
-    model = build_model()
-    statistics = fit_statistics(model)
-    for weight in model.vitcls.layers.parameters():
-        weight.abs_().add_(1)
-    statistics.set_in_model(model)
-    assert model(IMAGES).distance is not None
-    assert model.class_distance.fingerprint.max() > 2**32
