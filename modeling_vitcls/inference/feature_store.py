@@ -8,8 +8,9 @@ A row that is not exactly what was written counts as missing. Nothing here raise
 
     killed          a command loses at most the last second
     locked, no space on the disk    rows wait, and are tried again with the next ones
-    full            the oldest rows of other passes are removed first, a few at a time; a pass never
-                    removes its own, and says how many photos it could not keep (`VITCLS_CACHE_SIZE`)
+    full            the oldest rows of other passes, and those that 30 days have not used, are removed
+                    first, a few at a time; then a pass says how many photos it could not keep
+                    (`VITCLS_CACHE_SIZE`)
     damaged         everything is computed, after one line
 
 A row is found by the key of the photo (data/images.py; `checksum` in tables) and the key of the pass
@@ -44,6 +45,7 @@ SHORT_TIMEOUT = 0.1  # After that, until the first transaction that succeeds
 SECONDS_BETWEEN_WRITES = 1.0
 MAX_WAITING = 10_000  # Rows
 DIGEST_SIZE = 8
+FILE_ERRORS = (sqlite3.Error, UnicodeError)  # A damaged schema has other bytes than text
 # Errors that pass: the rows are tried again
 PASSING_ERRORS = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
 TABLE = """
@@ -57,12 +59,13 @@ COUNT_BYTES = """
     FROM pragma_page_count, pragma_freelist_count, pragma_page_size
 """
 # Rows of the future, from a clock that was ahead, would otherwise never be the oldest
-END_FUTURE = "UPDATE features SET day = ?1 WHERE day > ?1"
+END_FUTURE = "UPDATE features SET day = 0 WHERE day > ?"
 REMOVE_OLDEST = """
     DELETE FROM features WHERE rowid IN
-    (SELECT rowid FROM features WHERE pass != ? ORDER BY day, rowid LIMIT 20)
+    (SELECT rowid FROM features WHERE pass != ? OR day < ? ORDER BY day, rowid LIMIT 20)
 """
 REMOVE_ONE = "DELETE FROM features WHERE pass = ? AND photo = ?"
+UNUSED_DAYS = 30  # After which a pass removes rows of its own kind, too
 MAX_REMOVALS = 100  # Of 20 rows each, in one transaction
 
 
@@ -94,7 +97,7 @@ class FeatureStore:
         self.connection: sqlite3.Connection | None = None
         try:
             self.connection = self.open()
-        except (sqlite3.Error, OSError) as error:
+        except (*FILE_ERRORS, OSError) as error:
             self.give_up(error)
 
     def open(self) -> sqlite3.Connection:
@@ -114,7 +117,7 @@ class FeatureStore:
         try:
             connection.execute(TABLE)
             connection.execute(INDEX)
-        except sqlite3.Error as error:
+        except FILE_ERRORS as error:
             if not is_passing(error):
                 raise
             self.wait(connection, error)
@@ -125,7 +128,7 @@ class FeatureStore:
         self.connection = None
         self.say(f"{format_error(error)}. Remove the file, or set")
 
-    def wait(self, connection: sqlite3.Connection, error: sqlite3.Error) -> None:
+    def wait(self, connection: sqlite3.Connection, error: Exception) -> None:
         """Keep the rows until the next attempt, and say so once."""
         connection.execute(f"PRAGMA busy_timeout = {SHORT_TIMEOUT * 1000:.0f}")
         self.say(
@@ -170,7 +173,7 @@ class FeatureStore:
             found = connection.execute(
                 "SELECT row, day FROM features WHERE pass = ? AND photo = ?", (self.key, photo)
             ).fetchone()
-        except sqlite3.Error as error:
+        except FILE_ERRORS as error:
             if is_passing(error):
                 self.wait(connection, error)
             else:
@@ -228,7 +231,7 @@ class FeatureStore:
                     connection, [row[1] for row in waiting if row[1] not in known]
                 )
             connection.execute(f"PRAGMA busy_timeout = {TIMEOUT * 1000:.0f}")
-        except sqlite3.Error as error:
+        except FILE_ERRORS as error:
             if is_passing(error):
                 self.wait(connection, error)
             else:
@@ -254,7 +257,7 @@ class FeatureStore:
             return 0
         connection.execute(END_FUTURE, (self.today,))
         for _ in range(MAX_REMOVALS):
-            if not connection.execute(REMOVE_OLDEST, (self.key,)).rowcount:
+            if not connection.execute(REMOVE_OLDEST, (self.key, self.today - UNUSED_DAYS)).rowcount:
                 break
             if not is_full():
                 return 0
@@ -291,7 +294,7 @@ def check_is_own(path: Path, is_kind: Callable[[int], bool]) -> None:
         raise OSError(f"others can write {path}")
 
 
-def is_passing(error: sqlite3.Error) -> bool:
+def is_passing(error: Exception) -> bool:
     """Tell whether a file can be used again later: it is locked, or the disk is full."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in PASSING_ERRORS
 
