@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         ViTCLSPreTrainedModel,
     )
     from .model.token_layout_vitcls import TokenLayout
-    from .speed.lean_layers import use_fast_modules, use_plain_modules
+    from .speed.packed import pack
 
 __all__ = [
     "LinearProbe",
@@ -76,10 +76,9 @@ __all__ = [
     "inspect_tokens",
     "look",
     "open_checkpoint",
+    "pack",
     "predict",
     "push",
-    "use_fast_modules",
-    "use_plain_modules",
     "verify_unchanged",
 ]
 
@@ -118,7 +117,7 @@ IMPORT_STRUCTURE = {
         "ViTCLSPreTrainedModel",
     ),
     "model.token_layout_vitcls": ("TokenLayout",),
-    "speed.lean_layers": ("use_fast_modules", "use_plain_modules"),
+    "speed.packed": ("pack",),
 }
 MODULE_BY_NAME = {name: module for module, names in IMPORT_STRUCTURE.items() for name in names}
 
@@ -152,4 +151,3 @@ def is_cli_process() -> bool:
 
 if not is_cli_process():
     __getattr__("ViTCLSConfig").register_auto_classes()
-    importlib.import_module(".inference.pipelines", __name__).register_pipelines()

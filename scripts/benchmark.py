@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer, timer
 from transformers import PreTrainedModel
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, use_fast_modules
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, pack
 from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.conversion.convert_models import convert_from_timm, convert_from_transformers
 from modeling_vitcls.conversion.parity_report import build_random_images
@@ -230,7 +230,7 @@ def load_model(settings: BenchmarkOptions, folder: Path) -> Any:
         loaded, _, source_folder = load_exportable_model(settings.model)
         model = randomize_weights(loaded) if source_folder is None else loaded
         model.save_pretrained(folder)
-    return use_fast_modules(model, packed=True)
+    return pack(model)
 
 
 def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:

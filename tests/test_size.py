@@ -46,7 +46,7 @@ MANY_PARAMETERS = {
     "publishing/push.py:upload_files",
     "publishing/report.py:draw_page",
     "runtime/progress.py:track",
-    "speed/lean_layers.py:run_layer",
+    "speed/packed.py:run_layer",
     "training/steps_run.py:build_loop",
     "training/steps_run.py:run_steps",
 }

@@ -17,8 +17,9 @@ from ..hub.local_paths import strip_folders
 from ..inference.features import Features
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
-from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
+from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
 from ..runtime.errors import warn_on_first_process
+from ..speed.packed import count_output_tokens
 from .extend import Addition, OldModel, append_head, check_has_one_label
 from .options import AddTaskOptions
 from .records import build_result
@@ -44,7 +45,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
 
     # A classifier on CLS does not compute the patches of the last layer. A head on them would
     # compute this layer again for all tokens: about 8% of a forward pass instead of 2%.
-    has_patches = count_output_tokens(old.model.vitcls, {}) is None
+    has_patches = count_output_tokens(old.model.vitcls) is None
     probe = LinearProbe(pooling=None if has_patches else "cls")
     readable = {
         (layer, kind): values

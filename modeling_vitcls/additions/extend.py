@@ -50,7 +50,6 @@ from ..runtime.distributed import set_mixed_precision
 from ..runtime.errors import warn_on_first_process
 from ..runtime.flags import to_flags
 from ..runtime.staging import create_output_folder
-from ..speed.lean_layers import use_fast_modules
 from .certificate import load_old_model
 from .options import AdditionOptions
 
@@ -238,8 +237,7 @@ def append_head(
         config.label2id = {label: index for index, label in enumerate(names)}
         config.class_statistics = None  # The statistics of all classes are set afterwards
     config.extra_heads = {**(config.extra_heads or {}), name: head}
-    # Fast as the old model, whose outputs the certificate compares to the bit
-    extended = use_fast_modules(model.new_like(config)).to(device=model.device, dtype=model.dtype)
+    extended = model.new_like(config).to(device=model.device, dtype=model.dtype)
     # The old model has no weights for the new head, which are set below.
     extended.load_state_dict(model.state_dict(), strict=False)
     old_statistics = getattr(model, "class_distance", None)

@@ -18,7 +18,6 @@ from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.errors import format_error, format_name_list, warn_on_first_process
 from ..runtime.files import read_json, read_text, replace_control_characters
-from ..speed.lean_layers import use_fast_modules
 from .connection import silence_transformers
 from .loading import get_model_folder
 from .local_paths import BUILT_IN_DATASET, is_hub_dataset, strip_folders
@@ -188,7 +187,7 @@ class ModelFolder:
             ) from error
 
     def load(self, model_class: Any, **arguments: Any) -> Any:
-        """Load the model in evaluation mode with fast modules; `arguments` are of `from_pretrained`.
+        """Load the model in evaluation mode; `arguments` are of `from_pretrained`.
 
         Raise ValueError if a weight is missing, and as `load_partly` does.
         """
@@ -270,7 +269,7 @@ class ModelFolder:
                 "weights. If a wrapper, such as DataParallel or Lightning's, put a prefix before the "
                 "names, save the model inside it"
             )
-        return use_fast_modules(model), set(loading_info["missing_keys"])
+        return model, set(loading_info["missing_keys"])
 
     def warn_about_edited_settings(self) -> None:
         """Log a line if settings of the model or the image processor changed after training."""

@@ -13,7 +13,6 @@
     outputs.py          rows -> table, CSV, JSON, Parquet; progress
     predictor.py        Predictor: a loaded model, for servers, Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`
-    pipelines.py        the pipelines of transformers, in the folder of a model
     intervals.py        confidence intervals
     stated_result.py    a result in words, and metrics as tables
     speed.py            speed and FLOPs of a model

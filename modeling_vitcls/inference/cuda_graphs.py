@@ -26,7 +26,7 @@ class GraphedFunction:
 
     The first batch of a shape is computed as usual, which also loads the kernels; the second one is
     recorded. While the object is used, the weights may be changed in place, but not replaced; a
-    packed model (`use_fast_modules`) may only be read: not changed, and not called with gradients.
+    packed model (`pack`) may only be read.
 
     Args:
         function: function of images [B, C, H, W]. It returns tensors, also in dicts and model

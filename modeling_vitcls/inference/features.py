@@ -29,7 +29,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size
 from ..model.heads_vitcls import ALL_TOKENS, TokenPooler
 from ..speed.cpu_kernels import can_use_cpu_kernels
-from ..speed.lean_layers import use_fast_modules
+from ..speed.packed import pack
 from .feature_store import FeatureStore, find_store_file
 from .image_pass import ImageOutputs, ImagePass
 
@@ -117,6 +117,7 @@ class FrozenEncoder:
     def __init__(self, model: Any, num_layers: int = NUM_LAST_LAYERS, **arguments: Any) -> None:
         self.model = model
         self.encoder = model.base_model
+        self.reader = self.encoder  # What computes a pass
         self.arguments = arguments
         self.rings: dict[Size, Tensor] = {}  # Size of the grid -> [rings, patches], parts of a mean
         last = len(self.encoder.layers)
@@ -134,7 +135,7 @@ class FrozenEncoder:
             return values
         config = self.encoder.config
         layout = config.token_layout
-        outputs = self.encoder(values, output_layers=self.layers)
+        outputs = self.reader(values, output_layers=self.layers)
         masks = self.get_rings(self.encoder.embeddings.patch_embeddings.get_grid_size(values))
         states = []
         for layer in self.layers:
@@ -293,13 +294,14 @@ class FrozenEncoder:
                 computed["row"] = states
             return computed
 
-        use_fast_modules(self.encoder, packed=True)  # Each time: training in between ends it
+        self.reader = pack(self.encoder)  # Each time: training in between changes the weights
         arguments = self.arguments | arguments
         precision = arguments["accelerator"].mixed_precision
         image_pass = ImagePass(
             images, **arguments, store=self.open_store(arguments["processor"], precision)
         )
-        outputs = image_pass.collect(self.encoder, self.encode, console, read)
+        outputs = image_pass.collect(self.reader, self.encode, console, read)
+        self.reader = self.encoder
         return Features(layout=layout, **vars(outputs))
 
     def compute_labeled_features(self, images: LabeledImages, **arguments: Any) -> "Features":

@@ -18,7 +18,7 @@ from ..model.modeling_vitcls import (
     ViTCLSModel,
 )
 from ..runtime.system import has_bfloat16
-from ..speed.lean_layers import use_fast_modules
+from ..speed.packed import pack
 
 
 # 8 images with 196 patches. Larger batches need more memory on a CPU and are not faster.
@@ -86,7 +86,7 @@ def has_classifier(config: ViTCLSConfig) -> bool:
 def load_model(
     folder: ModelFolder, use_head: bool | None = None, device: torch.device | None = None
 ) -> Any:
-    """Load a model to be read, in evaluation mode with packed weights.
+    """Load a packed model, which is only read.
 
     Args:
         folder: The model.
@@ -107,4 +107,4 @@ def load_model(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not has_bfloat16(device):
         model.float()  # Half precision would take several times as long
-    return use_fast_modules(model.to(device), packed=True)
+    return pack(model.to(device))

@@ -13,8 +13,8 @@ B images, N tokens, D channels. Every layer updates special tokens in the same w
 differential attention are in variants_vitcls.py. Module names follow the ViT of
 transformers.
 
-This file contains no performance optimizations, and is what runs. The installed package can replace
-modules with faster ones: `use_fast_modules(model)`.
+This file contains no performance optimizations, and is what runs. The installed package builds a faster
+object for reading: `pack(model)`.
 """
 
 import math

@@ -34,7 +34,6 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
 from .extra_heads_vitcls import ExtraHeadsConfig
@@ -333,8 +332,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     """Logits that a model with two heads returns: the mean of both heads' logits (DeiT, section
     5.2), or the logits of one head."""
     compute_all_tokens: bool = False
-    """Whether the last layer of a classifier computes all tokens. By default, it computes only the
-    tokens that its heads read, which is faster; the logits are the same."""
+    """Whether the last layer of a packed classifier computes all tokens. By default, it computes
+    only the tokens that its heads read, which is faster; the logits are the same."""
     extra_heads: dict[str, dict[str, Any]] | None = None
     """Task name -> fields of `ExtraHead`, for example `{"weather": {"labels": ["rain", "sun"],
     "pooling": "mean", "pooled_layers": [-2, -1]}}`. Extra heads are linear classifiers that only
@@ -723,10 +722,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
         Composite models, for example `VisionTextDualEncoderModel`, require this registration. A
         registered class takes precedence over `trust_remote_code` and `revision` in all later loads
-        in this process. This package's pipelines replace two of transformers, and do the same as
-        before with other models.
+        in this process.
         """
-        pipelines = importlib.import_module(".pipeline_vitcls", __package__)
         processing = importlib.import_module(".image_processing_vitcls", __package__)
         modeling = importlib.import_module(".modeling_vitcls", __package__)
         model_classes = {
@@ -751,8 +748,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             },
             exist_ok=True,
         )
-        for task, pipeline_class in pipelines.PIPELINES.items():
-            PIPELINE_REGISTRY.supported_tasks[task] |= {"impl": pipeline_class}
         cls.is_registered = True
 
     # Derived values -------------------------------------------------------------------------------

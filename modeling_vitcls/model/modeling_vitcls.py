@@ -50,7 +50,6 @@ from .blocks_vitcls import (
     ViTCLSLayer,
     ViTCLSLayers,
     build_norm,
-    has_user_hooks,
 )
 from .class_distance_vitcls import ClassDistance, count_modules
 from .configuration_vitcls import ViTCLSConfig
@@ -180,6 +179,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Special tokens that a classifier computes in the last layer; a packed model sets it (`pack`)
+    num_output_tokens: int | None = None
     _can_record_outputs = {"hidden_states": ViTCLSLayer, "attentions": ViTCLSAttention}
     _input_embed_layer = "patch_embeddings"
     # A model without class statistics may be loaded from a file that has them, and the reverse.
@@ -327,8 +328,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for
                 hidden tokens. It hides keys from attention; poolings other than CLS still read all patches.
             num_output_tokens: number of special tokens to compute in the last layer and return.
-                Default: all tokens. Classifiers pass the number of tokens that their heads read
-                (`count_output_tokens`).
+                Default: all tokens, also if hidden states or attentions are requested.
             interpolate_pos_encoding: has no effect, because positions are always interpolated to
                 the image size.
             output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the
@@ -357,6 +357,10 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         pixel_values = pixel_values.to(patch_embeddings.projection.weight.dtype)
         grid_size = patch_embeddings.get_grid_size(pixel_values)
         hidden_states = self.embeddings(pixel_values, grid_size, bool_masked_pos)  # [B, N, D]
+
+        requested = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(self.config, name)) for name in requested):
+            num_output_tokens = None
 
         # None, a value for all layers, or a list with one value per layer
         mask = position_embeddings = None
@@ -533,7 +537,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
-            num_output_tokens=None if output_tokens else count_output_tokens(self.vitcls, kwargs),
+            num_output_tokens=None if output_tokens else self.num_output_tokens,
             output_layers={*self.extra_heads.layers, *distance_layers, *distillation_layers},
             **kwargs,
         )
@@ -676,7 +680,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
-            num_output_tokens=None if output_tokens else count_output_tokens(self.vitcls, kwargs),
+            num_output_tokens=None if output_tokens else self.num_output_tokens,
             output_layers={*pooled_layers, *self.extra_heads.layers},
             **kwargs,
         )
@@ -741,47 +745,6 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
                 task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)
             losses[name] = compute_cross_entropy(task_logits, task_labels, owner=f"task {name!r}")
         return losses
-
-
-def count_output_tokens(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
-    """Count how many special tokens the last layer computes for a classifier; None for all.
-
-    The last layer computes only the tokens that the heads read; the logits do not change. It
-    computes all tokens if `config.compute_all_tokens` is True, if hidden states or attentions are
-    requested, or if others may read them: a pooler of patches, hooks, recorders and patched
-    `forward` methods of the encoder, its last layer, final norm or pooler, and layers of a person.
-    """
-    config = encoder.config
-    # Without labels, the logits are the pooler output of the encoder, to the bit
-    if config.compute_all_tokens or not config.num_labels or not config.can_trim_last_layer:
-        return None
-    # Classifiers of tasks have no pooler, and statistics may read what the classifier does not
-    if config.pooling != "cls" or [-1, "mean"] in (config.class_statistics or {}).get("tokens", ()):
-        return None
-    if any(
-        kwargs.get(name, getattr(config, name))
-        for name in ("output_hidden_states", "output_attentions")
-    ):
-        return None
-
-    last_layer: Any = encoder.layers[-1]
-    # If this version of PyTorch cannot tell whether all modules have hooks, assume them.
-    has_global_hooks = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
-    is_ours = isinstance(last_layer, ViTCLSLayer)
-    # Another attention module has no recorder
-    if not is_ours or getattr(last_layer.attention, "recorder", True) or has_global_hooks():
-        return None
-
-    readers = [encoder, encoder.layers]
-    for part in (last_layer, encoder.layernorm, encoder.pooler):
-        # torch.compile before 2.11 traces no += here
-        readers = readers if part is None else [*readers, *part.modules()]
-    for reader in readers:
-        # The pooler says what it reads: `config.pooling` may have changed since it was built.
-        reads_patches = getattr(reader, "pooling", "cls") != "cls"
-        if reads_patches or "forward" in vars(reader) or has_user_hooks(reader):
-            return None
-    return config.num_cls_tokens + config.num_distillation_tokens * config.has_distillation_head
 
 
 # Masked image modeling ----------------------------------------------------------------------------

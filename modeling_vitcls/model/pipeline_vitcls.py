@@ -5,8 +5,8 @@
     file, URL, bytes, base64, PIL image, array -> image processor -> model -> labels or features
 
 transformers' own pipelines convert every image to RGB first, which clips 16-bit images, drops
-transparency and accepts floats that no command of this package reads. `ViTCLSConfig` names these
-classes: as code of the folder (`custom_pipelines`) and, once it is registered, for the tasks.
+transparency and accepts floats that no command of this package reads. The configuration of a folder
+names these classes (`custom_pipelines`), which `pipeline(..., trust_remote_code=True)` then builds.
 """
 
 import base64
@@ -49,9 +49,3 @@ class ViTCLSImageClassificationPipeline(ImageReading, ImageClassificationPipelin
 
 class ViTCLSImageFeatureExtractionPipeline(ImageReading, ImageFeatureExtractionPipeline):  # type: ignore[misc]
     """`pipeline("image-feature-extraction", ...)`: the tokens of an image."""
-
-
-PIPELINES = {
-    "image-classification": ViTCLSImageClassificationPipeline,
-    "image-feature-extraction": ViTCLSImageFeatureExtractionPipeline,
-}

@@ -35,7 +35,6 @@ from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..model.token_layout_vitcls import COUNT_FIELDS
-from ..speed.lean_layers import use_fast_modules
 
 
 # The rank at which LoRA's results hardly change any more (Hu et al. 2021, arXiv 2106.09685, table 6)
@@ -105,7 +104,6 @@ def build_model(
         model, new_parameter_names = load_with_label_space(initial, config_values, label_space)
         processor = initial.folder.load_processor()
 
-    use_fast_modules(model)
     mask_token = model.vitcls.embeddings.mask_token
     if mask_token is not None:
         # No run uses it, and DDP requires gradients of all trainable parameters

@@ -19,7 +19,7 @@ from ..inference.features import (
     FrozenEncoder,
     Token,
 )
-from ..model.modeling_vitcls import count_output_tokens
+from ..speed.packed import count_output_tokens
 from .run_inputs import RunInputs
 
 
@@ -78,6 +78,6 @@ def select_tokens(model: Any, features: Features) -> dict[Token, np.ndarray]:
     tokens = features.get_tokens()
     # A classifier on CLS skips the patches of the last layer, so at inference they have no
     # distance.
-    if count_output_tokens(model.vitcls, {}) is not None:
+    if count_output_tokens(model.vitcls) is not None:
         del tokens[-1, "mean"]
     return tokens

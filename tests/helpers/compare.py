@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest import MonkeyPatch
 
-from modeling_vitcls import ViTCLSForImageClassification, use_fast_modules
+from modeling_vitcls import ViTCLSForImageClassification, pack
 from modeling_vitcls.speed import cpu_kernels
 
 from .tiny_models import IMAGE_LABELS, build_tiny_config, randomize
@@ -24,12 +24,13 @@ NUM_MODELS = 8  # Number of models over which rounding errors are compared
 MEAN_RATIO, MAX_RATIO = 1.25, 2.0
 
 
-def build_models(seed: int = 0, packed: bool = False, **fields: Any) -> tuple[Any, Any]:
-    """Build two classifiers with equal weights, a fast one and a plain one."""
-    fast, plain = (
-        randomize(ViTCLSForImageClassification(build_tiny_config(**fields)), seed) for _ in range(2)
+def build_models(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
+    """Build two classifiers with equal weights, a packed one and a plain one."""
+    first, plain = (
+        randomize(ViTCLSForImageClassification(build_tiny_config(**fields)), seed).eval()
+        for _ in range(2)
     )
-    return use_fast_modules(fast, packed), plain
+    return pack(first), plain
 
 
 def reorder_weights(monkeypatch: MonkeyPatch, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 from modeling_vitcls.conversion.weight_rules import Fields
-from modeling_vitcls.speed.lean_layers import use_fast_modules
+from modeling_vitcls.speed.packed import pack
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -86,9 +86,8 @@ def test_a_head_with_another_number_of_labels_is_new() -> None:
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_logits_keep_their_bits(fields: Fields, dtype: torch.dtype, has_kernels: bool) -> None:
     model, extended = (each.to(dtype) for each in build_pair(HEADS, **WIDE | fields))
-    for each in (model, extended):
-        if has_kernels:
-            use_fast_modules(each, packed=True)
+    if has_kernels:
+        model, extended = pack(model), pack(extended)
     for batch_size in (1, 3, 16):
         images = build_images(batch_size, 48, 48).to(dtype)
         for compute_all_tokens in (True, False):

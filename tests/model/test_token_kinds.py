@@ -28,7 +28,7 @@ EDITS = {
 USE_PROMPTS = """
 import sys
 import torch
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, use_fast_modules
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, pack
 from modeling_vitcls.analysis.sheet import GROUP_COLORS
 from modeling_vitcls.inference.prediction_rows import Feature
 from modeling_vitcls.inference.token_names import get_token_names
@@ -50,7 +50,9 @@ assert GROUP_COLORS["prompts"] == "#CC79A7"
 prompted.save_pretrained(sys.argv[1])
 loaded = ViTCLSForImageClassification.from_pretrained(sys.argv[1]).eval()
 assert torch.equal(loaded(images).logits, prompted(images).logits)
-use_fast_modules(loaded)(images, labels=torch.tensor([0, 1])).loss.backward()
+with torch.no_grad():
+    assert torch.allclose(pack(loaded)(images).logits, prompted(images).logits, atol=1e-5)
+loaded(images, labels=torch.tensor([0, 1])).loss.backward()
 assert loaded.vitcls.embeddings.prompt_tokens.grad is not None
 fewer = ViTCLSForImageClassification.from_pretrained(sys.argv[1], num_prompt_tokens=1)
 assert fewer.vitcls.embeddings.prompt_tokens.shape == (1, 1, 32)

@@ -12,7 +12,6 @@ from helpers.compare import (
     assert_as_exact_in_half_precision,
     build_models,
     reorder_weights,
-    run_step,
     stack_models,
 )
 from helpers.tiny_models import IMAGES, assert_same_outputs, each_dtype
@@ -61,41 +60,38 @@ def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:
 # Values and gradients -----------------------------------------------------------------------------
 
 
-def run(model: Any, dtype: torch.dtype, has_gradients: bool, uses_autocast: bool) -> Tensors:
-    """Return the logits of a model in a dtype, and its gradients or not."""
+@torch.no_grad()
+def run(model: Any, dtype: torch.dtype, uses_autocast: bool) -> Tensors:
+    """Return the logits of a model in a dtype."""
     images = IMAGES
     if not uses_autocast:
         model, images = model.to(dtype), images.to(dtype)
     is_enabled = uses_autocast and dtype != torch.float32
-    with (
-        torch.autocast("cpu", dtype=dtype, enabled=is_enabled),
-        torch.set_grad_enabled(has_gradients),
-    ):
-        return run_step(model, images) if has_gradients else {"logits": model(images).logits}
+    with torch.autocast("cpu", dtype=dtype, enabled=is_enabled):
+        return {"logits": model(images).logits}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "has_gradients", "uses_autocast", "fields"),
+    ("dtype", "uses_autocast", "fields"),
     [
-        (torch.bfloat16, True, False, {}),
-        (torch.bfloat16, True, True, {"layer_scale_init_value": 0.1}),
-        (torch.float16, True, True, {"mlp_type": "swiglu"}),
-        (torch.bfloat16, False, False, {"num_register_tokens": 1, "cls_scopes": [[2, 2, 0, 1]]}),
-        (torch.bfloat16, False, True, {"position_embedding_type": "rope_2d"}),
-        (torch.bfloat16, False, True, {"mlp_type": "swiglu"}),
+        (torch.bfloat16, True, {"layer_scale_init_value": 0.1}),
+        (torch.float16, True, {"mlp_type": "swiglu"}),
+        (torch.bfloat16, False, {"num_register_tokens": 1, "cls_scopes": [[2, 2, 0, 1]]}),
+        (torch.bfloat16, True, {"position_embedding_type": "rope_2d"}),
+        (torch.bfloat16, True, {"mlp_type": "swiglu"}),
     ],
 )
 @pytest.mark.usefixtures("reorder_bfloat16")
 def test_half_precision_is_as_exact_as_plain_pytorch(
-    dtype: torch.dtype, has_gradients: bool, uses_autocast: bool, fields: Fields
+    dtype: torch.dtype, uses_autocast: bool, fields: Fields
 ) -> None:
     """Errors against float32 are as large as in plain PyTorch."""
     results: list[list[Tensors]] = [[], [], []]
     for seed in range(NUM_MODELS):
-        fast, plain = build_models(seed, packed=True, **fields)
-        runs = ((plain, torch.float32), (fast, dtype), (plain, dtype))
+        packed, plain = build_models(seed, **fields)
+        runs = ((plain, torch.float32), (packed, dtype), (plain, dtype))
         for found, (model, own_dtype) in zip(results, runs, strict=True):
-            found.append(run(model, own_dtype, has_gradients, uses_autocast))
+            found.append(run(model, own_dtype, uses_autocast))
     exact, found, expected = map(stack_models, results)
     assert_as_exact_in_half_precision(found, expected, exact)
 
@@ -160,10 +156,9 @@ def test_chunked_attention_in_bfloat16_is_as_exact_as_in_pytorch(
         (torch.bfloat16, {}, False),
         (torch.float32, {}, False),
         (torch.bfloat16, {}, True),
-        (torch.bfloat16, {"attention_probs_dropout_prob": 0.1}, False),
         (torch.bfloat16, {"num_register_tokens": 1184}, False),
     ],
-    ids=["chunks", "float32", "mask", "dropout", "1201 keys"],
+    ids=["chunks", "float32", "mask", "1201 keys"],
 )
 @torch.no_grad()
 def test_sdpa_computes_what_chunks_do_not(
@@ -172,7 +167,7 @@ def test_sdpa_computes_what_chunks_do_not(
     has_mask: bool,
     request: pytest.FixtureRequest,
 ) -> None:
-    model = build_models(**fields)[0].to(dtype).train()
+    model = build_models(**fields)[0].to(dtype)
     mask = torch.arange(34).view(2, 17) < 33 if has_mask else None
     operators = list_operators(partial(model, attention_mask=mask), IMAGES.to(dtype))
     assert (SDPA in operators) == (request.node.callspec.id != "chunks")
@@ -180,7 +175,7 @@ def test_sdpa_computes_what_chunks_do_not(
 
 @pytest.mark.usefixtures("reorder_float32")
 def test_packed_weights_compute_where_they_apply() -> None:
-    model, plain = build_models(packed=True)
+    model, plain = build_models()
     with torch.no_grad():
         assert ONEDNN in list_operators(model, IMAGES)
         assert "aten::gelu" not in list_operators(model, IMAGES)
@@ -194,14 +189,14 @@ def test_packed_weights_compute_where_they_apply() -> None:
             with FlopCounterMode(display=False) as counter:
                 each(IMAGES)
             counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
+    assert 0 < counts[0] < counts[1]  # The last layer computes CLS alone
     assert ONEDNN not in list_operators(model, IMAGES)  # with gradients
 
 
 @pytest.mark.usefixtures("reorder_float32")
 @torch.no_grad()
 def test_weights_of_narrow_layers_are_not_reordered(monkeypatch: MonkeyPatch) -> None:
-    model = build_models(packed=True)[0]
+    model = build_models()[0]
     monkeypatch.setattr(cpu_kernels, "MIN_REORDERED_WIDTH", 1 + model.config.hidden_size)
     assert ONEDNN not in list_operators(model, IMAGES)
 
@@ -210,11 +205,10 @@ def test_weights_of_narrow_layers_are_not_reordered(monkeypatch: MonkeyPatch) ->
 @torch.no_grad()
 def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
     """An exported program may run on another machine: it is that of plain PyTorch."""
-    fast, plain = (model.to(dtype) for model in build_models(packed=True, num_register_tokens=2))
+    fast, plain = (model.to(dtype) for model in build_models(num_register_tokens=2))
     fast(IMAGES.to(dtype))
     programs = [torch.export.export(model, (IMAGES.to(dtype),)) for model in (fast, plain)]
     operators = [[str(node.target) for node in program.graph.nodes] for program in programs]
-    assert operators[0] == operators[1]
     assert not any("mkldnn" in name for name in operators[0])
 
 
