@@ -123,14 +123,11 @@ def load_model(args: argparse.Namespace, labels: list[str]) -> ViTCLSForImageCla
 
 
 def compute_loss(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module | None) -> Tensor:
-    """Compute the cross entropy; with a teacher, half of it with its labels (DeiT, equation 3)."""
-    outputs = model(batch["pixel_values"])
-    loss = nn.functional.cross_entropy(outputs.cls_logits, batch["labels"])
-    if teacher is None:
-        return loss
-    with torch.no_grad():
-        teacher_labels = teacher(batch["pixel_values"]).logits.argmax(dim=-1)
-    return (loss + nn.functional.cross_entropy(outputs.distillation_logits, teacher_labels)) / 2
+    """Compute the loss of the labels and, with a teacher, of its answers (DeiT, equation 3)."""
+    if teacher is not None:
+        with torch.no_grad():
+            batch = batch | {"teacher_logits": teacher(batch["pixel_values"]).logits}
+    return model(**batch).loss
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

@@ -23,6 +23,7 @@ from .field_checks_vitcls import Size
 
 
 IGNORED_LABEL = -100
+TAU = 3.0  # Temperature of soft distillation, as in DeiT
 LOSSES = {
     "regression": nn.functional.mse_loss,
     "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
@@ -327,6 +328,42 @@ def compute_cross_entropy(
     if num_items_in_batch is not None:
         return loss_sum / num_items_in_batch
     return loss_sum / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def compute_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    kind: str = "hard",
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Compute the mean loss of logits [B, C] against those of a teacher, in float32.
+
+    Source: DeiT, arXiv 2012.12877, section 4. "hard" is the cross-entropy with the class that the
+    teacher ranks first (equation 3). "soft" is TAU² times the Kullback-Leibler divergence between
+    softened probabilities (equation 2): the sum of p_teacher * log(p_teacher / p_student). The
+    factor TAU² keeps the gradients of any temperature as large (arXiv 1503.02531).
+
+    Args:
+        num_items_in_batch: divisor of the loss, as in `compute_classification_loss`.
+
+    Raises:
+        ValueError: if the teacher has other classes, or `kind` is neither "hard" nor "soft".
+    """
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher_logits require the shape of the logits, {list(student_logits.shape)}, but have "
+            f"{list(teacher_logits.shape)}: take a teacher of the same classes"
+        )
+    student, teacher = student_logits.float(), teacher_logits.float().to(student_logits.device)
+    if kind == "hard":
+        loss_sum = nn.functional.cross_entropy(student, teacher.argmax(dim=-1), reduction="sum")
+    elif kind == "soft":
+        student, teacher = ((each / TAU).log_softmax(dim=-1) for each in (student, teacher))
+        divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
+        loss_sum = TAU**2 * divergence
+    else:
+        raise ValueError(f'distillation_loss="{kind}": choose "hard" or "soft"')
+    return loss_sum / (len(student) if num_items_in_batch is None else num_items_in_batch)
 
 
 def compute_masked_pixel_loss(

@@ -64,6 +64,7 @@ from .heads_vitcls import (
     build_pooler,
     compute_classification_loss,
     compute_cross_entropy,
+    compute_distillation_loss,
     compute_masked_pixel_loss,
 )
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
@@ -516,18 +517,24 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         output_tokens: bool = False,
+        teacher_logits: Tensor | None = None,
+        distillation_loss: str = "hard",
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
 
         The loss is computed from `logits`. During training, a model with two classifiers uses the
-        mean of both losses, so that both classifiers are trained. The training loop adds
-        distillation from a teacher (training/losses.py). As in transformers, another loss can be set:
-        `model.loss_function = f`, called as `f(labels, logits, config, **kwargs)`.
+        mean of both losses, so that both classifiers are trained. With a teacher, the loss is DeiT's
+        (arXiv 2012.12877, section 4): the mean of the label loss of the classifier, and of the loss
+        of the distillation classifier or, without one, of the same logits against the teacher. As in
+        transformers, another label loss can be set: `model.loss_function = f`, called as
+        `f(labels, logits, config, **kwargs)`.
 
         Args:
             labels, num_items_in_batch: as in `compute_classification_loss`.
             output_tokens: whether the last layer computes all tokens, and `tokens` are returned.
+            teacher_logits, distillation_loss: [B, num_labels], and "hard" or "soft", as in
+                `compute_distillation_loss`; only with `labels`.
             pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
         distance_layers = self.distance_layers
@@ -547,14 +554,23 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
         loss = None
         if labels is not None:
-            all_logits = [heads["logits"]]
-            if self.training and heads["distillation_logits"] is not None:
-                all_logits = [heads["cls_logits"], heads["distillation_logits"]]
+            read, second = ["logits"], heads["distillation_logits"]
+            if teacher_logits is not None:
+                read = ["cls_logits"]
+            elif self.training and second is not None:
+                read = ["cls_logits", "distillation_logits"]
             losses = [
-                self.loss_function(labels, head_logits, self.config, **kwargs)
-                for head_logits in all_logits
+                self.loss_function(labels, heads[name], self.config, **kwargs) for name in read
             ]
+            if teacher_logits is not None:
+                student = heads["cls_logits"] if second is None else second
+                num_items = kwargs.get("num_items_in_batch")
+                losses.append(
+                    compute_distillation_loss(student, teacher_logits, distillation_loss, num_items)
+                )
             loss = torch.stack(losses).mean()
+        elif teacher_logits is not None:
+            raise ValueError("teacher_logits require labels: the classifier learns from them")
 
         return ViTCLSImageClassifierOutput(
             loss=loss,

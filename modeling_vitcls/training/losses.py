@@ -27,6 +27,7 @@ from ..data.augmentation import build_mixer
 from ..data.batches import Batch, Normalizer
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData
+from ..model.heads_vitcls import compute_distillation_loss
 from .options import FinetuneOptions
 from .teacher import Teacher
 
@@ -34,8 +35,6 @@ from .teacher import Teacher
 Losses = dict[str, Tensor]
 # Returns the "loss" to minimize, and other losses to log
 Objective = Callable[[nn.Module, Batch], Losses]
-
-TAU = 3.0  # Temperature of soft distillation, as in DeiT
 
 
 # Losses of a head, by kind of labels --------------------------------------------------------------
@@ -134,28 +133,6 @@ def compute_batch_losses(
     return {"loss": (cls_loss + compute_label_loss(second_logits, labels)) / 2}
 
 
-def compute_distillation_loss(kind: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Compute the mean loss of a head against the teacher, as a `float32` scalar.
-
-    The logits of both are [B, L].
-
-    The "hard" loss is the cross-entropy against the teacher's predicted label (equation 3). The
-    "soft" loss is TAU² times the Kullback-Leibler divergence between the softened probabilities of
-    teacher and student (equation 2). This divergence is the sum of p_teacher * log(p_teacher /
-    p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor TAU² keeps the magnitude of the
-    gradients roughly independent of the temperature.
-    """
-    student_logits = student_logits.float()
-    teacher_logits = teacher_logits.float()
-    if kind == "hard":
-        return nn.functional.cross_entropy(student_logits, teacher_logits.argmax(dim=-1))
-    student_log_probs = (student_logits / TAU).log_softmax(dim=-1)
-    teacher_log_probs = (teacher_logits / TAU).log_softmax(dim=-1)
-    return TAU**2 * nn.functional.kl_div(
-        student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True
-    )
-
-
 def build_objective(
     options: FinetuneOptions,
     data: TrainingData,
@@ -194,6 +171,6 @@ def build_objective(
         # one.
         with accelerator.autocast():
             teacher_logits = teacher(batch["pixels"])
-        return compute_distillation_loss(options.distillation, logits, teacher_logits)
+        return compute_distillation_loss(logits, teacher_logits, options.distillation)
 
     return partial(objective, compute_teacher_loss=compute_teacher_loss)

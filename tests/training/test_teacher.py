@@ -31,7 +31,7 @@ from transformers import (
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import OneLabel
-from modeling_vitcls.training.losses import compute_distillation_loss
+from modeling_vitcls.model.heads_vitcls import compute_distillation_loss
 from modeling_vitcls.training.teacher import Teacher, load_teacher, match_labels
 
 
@@ -271,7 +271,7 @@ def test_hard_loss_is_the_mean_negative_log_likelihood_of_the_teacher_label() ->
     student = build_logits(seed=1)
     teacher = build_logits(seed=2)
     probabilities = student.float().softmax(-1)[torch.arange(6), teacher.argmax(-1)]
-    found = compute_distillation_loss("hard", student, teacher)
+    found = compute_distillation_loss(student, teacher, "hard")
     assert get_largest_difference(found, -probabilities.log().mean()) <= 1e-6
 
 
@@ -282,7 +282,7 @@ def test_soft_loss_is_the_scaled_kl_divergence_from_the_teacher() -> None:
     of_student, of_teacher = ((logits.float() / tau).softmax(-1) for logits in (student, teacher))
     expected = tau**2 * (of_teacher * (of_teacher / of_student).log()).sum(-1).mean()
     assert (
-        get_largest_difference(compute_distillation_loss("soft", student, teacher), expected)
+        get_largest_difference(compute_distillation_loss(student, teacher, "soft"), expected)
         <= 1e-5
     )
-    assert compute_distillation_loss("soft", teacher, teacher.float() + 5).abs() <= 1e-5
+    assert compute_distillation_loss(teacher, teacher.float() + 5, "soft").abs() <= 1e-5
