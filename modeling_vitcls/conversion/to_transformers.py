@@ -30,7 +30,7 @@ from transformers.utils import logging
 from ..model.adaptation_vitcls import replace_fields
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
-from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS
+from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, TOKEN_KINDS
 from ..runtime.errors import format_error
 from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES
 from .transformers_families import FIELD_NAMES, compute_dinov2_mlp_size, read_label_fields
@@ -284,11 +284,7 @@ def get_activation_name(config: ViTCLSConfig) -> str:
     return "silu" if config.mlp_type == "swiglu" else config.hidden_act
 
 
-TOKEN_WEIGHT_NAMES = {
-    "cls": "embeddings.cls_token",
-    "distillation": "embeddings.distillation_token",
-    "registers": "embeddings.register_tokens",
-}
+TOKEN_WEIGHT_NAMES = {kind.group: f"embeddings.{kind.parameter}" for kind in TOKEN_KINDS}
 POSITION_EMBEDDINGS = "embeddings.position_embeddings"
 
 

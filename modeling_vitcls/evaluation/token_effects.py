@@ -33,7 +33,7 @@ from ..inference.metrics import compute_losses
 from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..model.token_layout_vitcls import TokenLayout
+from ..model.token_layout_vitcls import TOKEN_KINDS, TokenLayout
 
 
 # Batches of images. Labels are [B, A] with the columns of all tasks, or [B] if A is 1.
@@ -384,7 +384,8 @@ def select_outputs(outputs: Any, layout: TokenLayout) -> dict[str, Tensor]:
     if hasattr(outputs, "logits"):
         return outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
     states = outputs.last_hidden_state  # [B, N, D]
-    features = {name: states[:, tokens] for name, tokens in layout.items() if name != "registers"}
+    unread = {kind.group for kind in TOKEN_KINDS if kind.twin_of is None}
+    features = {name: states[:, tokens] for name, tokens in layout.items() if name not in unread}
     return {name: vectors for name, vectors in features.items() if vectors.shape[1]}
 
 

@@ -172,15 +172,15 @@ class FrozenEncoder:
         return tokens.tensor_split([-len(RING_WIDTHS)], dim=2)
 
     def get_layer_tokens(self, states: States) -> dict[int, Tensor]:
-        """Put the tokens of layers in their places: registers are 0, and their mean is the only patch."""
+        """Put the tokens of layers in their places; others are 0, and the mean of the patches is the only patch."""
         config = self.encoder.config
         tokens = self.divide(states)[0].to(self.encoder.dtype)
-        cls, others = tokens.tensor_split([config.num_cls_tokens], dim=2)
-        registers = torch.zeros_like(tokens[:, :, :1]).expand(
-            -1, -1, config.num_register_tokens, -1
-        )
-        distillation = others[:, :, :1].expand(-1, -1, config.num_distillation_tokens, -1)
-        placed = torch.cat([cls, distillation, registers, others[:, :, -1:]], dim=2)
+        cls, means = tokens.tensor_split([config.num_cls_tokens], dim=2)
+        layout = config.token_layout
+        placed = tokens.new_zeros(*tokens.shape[:2], layout.get_num_tokens(1, 1), tokens.shape[3])
+        placed[:, :, layout.cls] = cls
+        placed[:, :, layout.distillation] = means[:, :, :1]  # No place if there are none
+        placed[:, :, layout.patches] = means[:, :, -1:]
         layers = [*self.layers, ALL_TOKENS]
         return dict(zip(layers, [*placed.unbind(dim=1), placed[:, -1]], strict=True))
 

@@ -3,8 +3,10 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from helpers.doc_pages import PACKAGE
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
+from helpers.photo_folders import write_unequal_photos
 
 
 # File -> text, and what is inserted before it.
@@ -60,18 +62,51 @@ print("all of it")
 """
 
 
-def test_a_kind_of_token_is_a_row_and_a_field(tmp_path: Path) -> None:
-    shutil.copytree(PACKAGE, tmp_path / "code/modeling_vitcls")
+# A run on a frozen encoder, the card of its folder, and an inspection
+TRAIN_AND_INSPECT = """
+import sys
+from pathlib import Path
+import torch
+from modeling_vitcls import ViTCLSConfig, ViTCLSModel, finetune, inspect_tokens
+
+torch.manual_seed(0)
+sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+config = ViTCLSConfig(**sizes, image_size=32, patch_size=8, num_cls_tokens=2, num_prompt_tokens=4)
+ViTCLSModel(config).save_pretrained("encoder")
+results = finetune("encoder", sys.argv[1], "run")
+assert results["num_right"] == 24
+inspection = inspect_tokens("run", sys.argv[1], output="report.html")
+assert {"prompts"} <= {effect["group"] for effect in inspection.effects}, inspection.effects
+assert "prompt x 4" in Path("run/README.md").read_text()
+print("all of it")
+"""
+
+
+@pytest.fixture(scope="module")
+def code(module_path: Path) -> Path:
+    """Follow the recipe in a copy of the package, and return the folder of the copy."""
+    code = module_path / "code"
+    shutil.copytree(PACKAGE, code / "modeling_vitcls")
     for name, edits in EDITS.items():
-        file = tmp_path / "code/modeling_vitcls" / name
+        file = code / "modeling_vitcls" / name
         text = file.read_text()
         for before, added in edits:
             assert text.count(before) == 1, before
             text = text.replace(before, added + before)
         file.write_text(text)
+    return code
 
-    environment = SCRIPT_ENVIRONMENT | {"PYTHONPATH": str(tmp_path / "code")}
-    done = run_python(
-        "-c", USE_PROMPTS, tmp_path / "model", environment=environment, cwd=tmp_path / "code"
-    )
+
+def test_a_kind_of_token_is_a_row_and_a_field(code: Path, tmp_path: Path) -> None:
+    environment = SCRIPT_ENVIRONMENT | {"PYTHONPATH": str(code)}
+    done = run_python("-c", USE_PROMPTS, tmp_path / "model", environment=environment, cwd=code)
+    assert "all of it" in done.stdout
+
+
+def test_a_frozen_run_its_card_and_an_inspection_know_a_new_kind(
+    code: Path, tmp_path: Path
+) -> None:
+    photos = write_unequal_photos(tmp_path / "photos")
+    environment = SCRIPT_ENVIRONMENT | {"PYTHONPATH": str(code)}
+    done = run_python("-c", TRAIN_AND_INSPECT, photos, environment=environment, cwd=tmp_path)
     assert "all of it" in done.stdout
