@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "notebooks" / "photos.ipynb",
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
 ]
 COMMAND = re.compile(
     r'pip install (\\?")(?:\.|modeling_vitcls)\[([a-z,]+)\](?: @ git\+[^\s"\\]+)?\\?"'

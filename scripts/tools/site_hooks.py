@@ -32,6 +32,7 @@ ADDED = [
     "CHANGELOG.md",
     "LICENSE",
     "notebooks/photos.ipynb",
+    "notebooks/tokens.ipynb",
     *(
         file.relative_to(ROOT).as_posix()
         for file in (ROOT / "scripts" / "studies" / "compared").glob("*.*")

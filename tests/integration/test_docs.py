@@ -87,7 +87,7 @@ OTHER_PROGRAMS = {"--version", "--tyro-print-completion", "env"}  # without flag
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(
     r"(?P<variables>(?:[A-Z_]+=\S+ )*)(?:accelerate launch (?P<launcher>.*?)-m modeling_vitcls\.cli"
-    r"|vitcls|python(?= scripts/)) (?P<program>-?-?[a-z][\w/.-]+) ?(?P<flags>.*)"
+    r"|vitcls|(?:python|accelerate launch)(?= scripts/)) (?P<program>-?-?[a-z][\w/.-]+) ?(?P<flags>.*)"
 )
 INLINE = re.compile(r"`([^`\n]+)`")
 FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
@@ -263,7 +263,7 @@ def test_links_of_the_package_page_are_absolute(tmp_path: Path, monkeypatch: Mon
 
     assert targets
     assert all(target.startswith(("https://", "http://")) for target in targets)
-    assert "https://example.org/vitcls/raw/main/docs/images/classifier.jpg" in targets
+    assert "https://example.org/vitcls/raw/main/docs/images/look.jpg" in targets
 
 
 def test_the_study_in_the_docs_is_the_recipe() -> None:

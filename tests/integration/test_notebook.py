@@ -1,4 +1,4 @@
-"""notebooks/photos.ipynb and the programs of docs/course.md run completely, without a network."""
+"""The notebooks and the programs of docs/course.md run completely, without a network."""
 
 import re
 from pathlib import Path
@@ -16,13 +16,18 @@ from modeling_vitcls import ViTCLSModel
 
 
 NOTEBOOK = ROOT / "notebooks/photos.ipynb"
+TOKENS = ROOT / "notebooks/tokens.ipynb"
 
 
 @pytest.fixture
-def notebook(monkeypatch: MonkeyPatch) -> nbformat.NotebookNode:
+def offline(monkeypatch: MonkeyPatch) -> None:
     environment = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def notebook(offline: None) -> nbformat.NotebookNode:
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
@@ -47,15 +52,29 @@ def write_phone_photos(folder: Path, *kinds: str) -> None:
         (folder / kind / "film.MOV").write_bytes(b"film")
 
 
-def test_the_notebook_is_stored_with_its_outputs() -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize(
+    ("path", "image"), [(NOTEBOOK, "image/jpeg"), (TOKENS, "image/png")], ids=["photos", "tokens"]
+)
+def test_a_notebook_is_stored_with_its_outputs(path: Path, image: str) -> None:
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
-    assert any("image/jpeg" in output.get("data", {}) for output in outputs)
-    assert NOTEBOOK.stat().st_size < 400_000
+    assert any(image in output.get("data", {}) for output in outputs)
+    assert path.stat().st_size < 400_000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("offline")
+def test_the_notebook_of_the_tokens_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(TOKENS, as_version=4)
+    training = next(cell for cell in notebook.cells if "EPOCHS, BATCH = 20" in cell.source)
+    training.source = training.source.replace("EPOCHS, BATCH = 20", "EPOCHS, BATCH = 5")
+    printed = run(notebook, tmp_path)
+    assert int(re.findall(r"=== both heads: (\d+) of 360 right", printed)[0]) > 180
+    assert float(re.findall(r"=== largest change of a logit: (\S+)", printed)[0]) < 1e-5
 
 
 @pytest.mark.slow
