@@ -467,6 +467,8 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
         examples = doctest.DocTestParser().get_examples(inspect.getdoc(each) or "")
         assert examples, f"{each.__name__} has no example"
         for example in examples:
+            if doctest.SKIP in example.options:  # It needs the Hub
+                continue
             expected = example.want.strip()
             is_value = expected and not example.source.startswith("print")
             source = example.source.strip()
