@@ -292,7 +292,12 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
 
 
 def check_weights_are_plain(model: AdaptableModel) -> None:
-    """Raise ValueError unless a model has the weights of its configuration."""
+    """Raise ValueError unless a model has the weights of its configuration, in memory."""
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            "a model with offloaded weights cannot be adapted: load it without device_map, save the "
+            "adapted model, and load that with device_map"
+        )
     with torch.device("meta"):
         expected = model.new_like(model.config).state_dict()
     missing = expected.keys() - model.state_dict().keys()

@@ -32,6 +32,7 @@ from transformers.utils import TransformersKwargs
 from .configuration_vitcls import ViTCLSConfig
 from .field_checks_vitcls import Size
 from .positions_vitcls import (
+    can_trace_resampling,
     needs_resampling,
     resample_positions,
     rotate_patches,
@@ -191,7 +192,7 @@ class LearnedPositionEmbeddings(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add positions to patches [B, rows * columns, D], and to special tokens that have any."""
         positions: Tensor = self.patches  # [1, rows * columns, D]
-        if needs_resampling(self.grid_size, grid_size):
+        if needs_resampling(self.grid_size, grid_size, can_trace_resampling(self.config)):
             positions = resample_positions(positions, self.grid_size, grid_size, self.config)
         for group, tokens in special_tokens.items():
             if getattr(self, group) is not None:
@@ -356,9 +357,9 @@ class ViTCLSAttention(nn.Module):
             # example has one image.
             queries = torch.cat([hidden_states[:, :num_queries]], dim=1)
         # [B, n or N, heads, head_dim]
-        query = self.q_norm(self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim)))
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)))
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        query = self.q_norm(split_heads(self.q_proj(queries), self.qk_head_dim))
+        key = self.k_norm(split_heads(self.k_proj(hidden_states), self.qk_head_dim))
+        value = split_heads(self.v_proj(hidden_states), self.head_dim)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def attend(
@@ -384,6 +385,11 @@ class ViTCLSAttention(nn.Module):
         return ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+
+
+def split_heads(states: Tensor, head_dim: int) -> Tensor:
+    """Split [B, N, heads * head_dim] into heads; `unflatten` would fix the batch size of a traced model."""
+    return states.view(*states.shape[:-1], -1, head_dim)
 
 
 # MLP ----------------------------------------------------------------------------------------------

@@ -540,6 +540,12 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             for index, label in sorted(self.id2label.items())  # type: ignore[union-attr]
         }
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # A stale `label2id` would contradict new labels when the saved folder is loaded
+        if name == "id2label" and value and self.label2id:
+            self.label2id = {label: index for index, label in value.items()}
+
     # Building and saving --------------------------------------------------------------------------
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "ViTCLSConfig":
@@ -675,7 +681,11 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """Save the configuration, with an `auto_map` that refers to code in the same folder.
 
         In memory, only a configuration that remote code has loaded has an `auto_map`.
+
+        Raises:
+            ValueError: if `label2id` contradicts `id2label`.
         """
+        self._check_labels(None)
         loaded: dict[str, str] = getattr(self, "auto_map", {})
         # The class of the model, which may be a subclass; code in other repositories has a --
         self.auto_map = AUTO_MAP | {

@@ -115,7 +115,8 @@ class ViTCLSImageClassifierOutput(ModelOutput):
 
     Attributes:
         loss: the loss (see `ViTCLSForImageClassification.forward`), if labels were given.
-        logits: [B, num_labels], the logits selected by `config.distillation_inference`.
+        logits: [B, num_labels], the logits selected by `config.distillation_inference`; in training
+            mode, the mean of both classifiers.
         cls_logits: [B, num_labels], the output of the classifier on the pooled tokens.
         distillation_logits: [B, num_labels], the output of the distillation classifier, if the
             model has one.
@@ -229,6 +230,17 @@ class ViTCLSPreTrainedModel(AdaptableModel):
                 init.zeros_(buffer)  # a file without statistics has none
         else:
             super()._init_weights(module)  # Norms
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that timm's optimizers do not decay: all but weights of linear and patch layers."""
+        layers = [each for each in self.modules() if isinstance(each, nn.Linear | nn.Conv2d)]
+        decayed = {id(layer.weight) for layer in layers}
+        return {name for name, weight in self.named_parameters() if id(weight) not in decayed}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Describe the depth of parameters, from embeddings to heads, for the layer decay of timm."""
+        layers = [(r"^(?:vitcls\.)?layers\.(\d+)", None), (r"^(?:vitcls\.)?layernorm", (99999,))]
+        return {"stem": r"^(?:vitcls\.)?embeddings", "blocks": layers[0][0] if coarse else layers}
 
     def token_attention(
         self,
@@ -610,7 +622,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 "cls": cls_logits,
                 "distillation": distillation_logits,
             }
-            logits = choices[self.config.distillation_inference]
+            # A loss of others, such as Trainer's label smoothing, also trains both classifiers
+            logits = choices["mean" if self.training else self.config.distillation_inference]
         elif torch.onnx.is_in_onnx_export():
             # The graph would have the same output twice.
             cls_logits = None

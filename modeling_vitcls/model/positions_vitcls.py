@@ -150,13 +150,19 @@ def rotate_patches(
 
 
 # Resampling ---------------------------------------------------------------------------------------
-def needs_resampling(grid_size: Size, new_grid_size: Size) -> bool:
+def needs_resampling(grid_size: Size, new_grid_size: Size, is_traceable: bool = True) -> bool:
     """Check whether two grids differ. Dynamic sizes count as different, as comparing makes them static."""
     if torch.compiler.is_exporting() and any(
         isinstance(size, torch.SymInt) for size in new_grid_size
     ):
         return True
-    return grid_size != new_grid_size
+    return (is_traceable and torch.jit.is_tracing()) or grid_size != new_grid_size
+
+
+def can_trace_resampling(config: ViTCLSConfig) -> bool:
+    """Tell whether TorchScript can keep the size of positions dynamic: no factors, crops or, in ONNX, antialiasing."""
+    is_plain = not config.position_offset and config.position_interpolation != "crop"
+    return is_plain and not (config.position_antialias and torch.onnx.is_in_onnx_export())
 
 
 def resample_positions(

@@ -54,3 +54,22 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(
 def test_outside_of_an_export_the_logits_have_both_names() -> None:
     outputs = build_random(ViTCLSForImageClassification)(IMAGES)
     assert outputs.cls_logits is outputs.logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fields", [{}, {"position_antialias": True}], ids=["bicubic", "antialias"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_older_exporter_keeps_the_batch_size_dynamic(
+    attention: str, fields: Fields, tmp_path: Path
+) -> None:
+    model = build_random(ViTCLSForImageClassification, **fields)
+    model.set_attn_implementation(attention)
+    axes = {"pixel_values": {0: "batch"}}
+    torch.onnx.export(
+        model, (build_images(3),), tmp_path / "model.onnx", dynamo=False, opset_version=18,
+        input_names=["pixel_values"], output_names=["logits"], dynamic_axes=axes,
+    )  # fmt: skip
+    images = build_images(5)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(["logits"], {"pixel_values": images.numpy()})
+    assert_close(torch.tensor(logits), model(images).logits, rtol=1e-5, atol=1e-5)

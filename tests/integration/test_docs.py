@@ -299,6 +299,20 @@ def test_timms_calls_and_those_beside_them_have_the_same_outputs(tmp_path: Path)
             assert_close(actual, expected)
 
 
+TOOL = re.compile(r"^\| `([a-z]+)` \| [^|]+ \| ([\d.]+) \| ([^|]+) \|", re.M)
+TOOLS = TOOL.findall((ROOT / "docs/own-loop.md").read_text())
+
+
+@pytest.mark.parametrize(("tool", "version", "files"), TOOLS, ids=[tool for tool, *_ in TOOLS])
+def test_a_tool_is_tested_from_the_version_on_that_the_page_names(
+    tool: str, version: str, files: str
+) -> None:
+    requirements = (ROOT / "pyproject.toml").read_text()
+    assert f'"{tool}>={version}"' in requirements
+    for file in re.findall(r"`([^`]+)`", files):
+        assert re.search(rf"\b{tool}\b", (ROOT / file).read_text()), file
+
+
 # Running ------------------------------------------------------------------------------------------
 
 

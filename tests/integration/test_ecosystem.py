@@ -17,6 +17,7 @@ from helpers.tiny_models import (
     PROCESSOR,
     build_images,
     build_tiny_config,
+    raises_one_line,
     save_encoder,
 )
 from numpy.random import default_rng
@@ -227,6 +228,8 @@ def test_offloaded_weights_have_equal_outputs(fields: Fields, tmp_path: Path) ->
     )
     assert on_disk.vitcls.embeddings.cls_token.device.type == "meta"  # it is on the disk
     assert_same_logits(on_disk, model)
+    with raises_one_line("offloaded weights"):
+        on_disk.adapt(num_register_tokens=6)
     in_memory = cpu_offload(
         build_tiny_classifier(**fields).eval(), execution_device=torch.device("cpu")
     )

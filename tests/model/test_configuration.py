@@ -414,6 +414,21 @@ def test_a_new_configuration_reads_all_cls_tokens_also_after_saving(tmp_path: Pa
     assert ViTCLSConfig.from_pretrained(tmp_path).cls_pooling == "mean"
 
 
+def test_new_names_of_labels_are_saved(tmp_path: Path) -> None:
+    config = ViTCLSConfig(id2label={0: "cat", 1: "dog"})
+    config.id2label = {0: "Katze", 1: "Hund"}
+    config.save_pretrained(tmp_path)
+    assert ViTCLSConfig.from_pretrained(tmp_path).label2id == {"Katze": 0, "Hund": 1}
+
+
+def test_contradicting_names_of_labels_are_not_saved(tmp_path: Path) -> None:
+    """A folder with them cannot be loaded."""
+    config = ViTCLSConfig(id2label={0: "cat", 1: "dog"})
+    config.label2id = {"Katze": 0, "Hund": 1}
+    with raises_one_line("`label2id` has ['Katze']"):
+        config.save_pretrained(tmp_path)
+
+
 def test_a_configuration_is_read_without_pytorch(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config(num_register_tokens=3)).save_pretrained(tmp_path / "model")
     environment = os.environ | {"HF_HOME": str(tmp_path / "cache")}

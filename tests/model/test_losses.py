@@ -117,6 +117,15 @@ def test_both_heads_are_trained() -> None:
         assert_close(output.loss, functional.cross_entropy(output.logits, IMAGE_LABELS))
 
 
+def test_a_loss_of_the_logits_trains_both_heads() -> None:
+    """Trainer takes labels away for its label smoothing."""
+    for choice in ("mean", "cls", "distillation"):
+        model = build_classifier(num_distillation_tokens=1, distillation_inference=choice).train()
+        functional.cross_entropy(model(IMAGES).logits, IMAGE_LABELS).backward()
+        assert model.classifier.weight.grad.any()
+        assert model.distillation_classifier.weight.grad.any()
+
+
 # Labels, and words of the error.
 WRONG_LABELS = [
     (

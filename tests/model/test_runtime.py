@@ -174,6 +174,23 @@ def test_models_of_each_class_can_be_exported(kind: Kind) -> None:
     check_exported(kind.build(), 5)
 
 
+TRACED = {
+    **{name: BLOCKS[name] for name in ("qk_norm", "rope", "sincos", "tokens")},
+    "differential": {"attention_type": "differential"},
+    "relative positions": {"relative_position_bias": "layer"},
+    "antialiased": {"position_antialias": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("fields", TRACED.values(), ids=TRACED)
+def test_a_traced_model_takes_other_batches_and_sizes(fields: Fields) -> None:
+    model = build_random(ViTCLSForImageClassification, **fields)
+    traced = torch.jit.trace(model, build_images(3), strict=False)
+    for images in (build_images(5), build_images(2, 48, 24)):
+        assert_same_outputs(traced(images)["logits"], model(images).logits, 1e-6)
+
+
 # Parallelism plans
 
 

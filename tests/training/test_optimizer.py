@@ -4,6 +4,7 @@ import math
 
 from helpers.tiny_models import build_random
 from pytest import approx
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification
@@ -50,3 +51,21 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
     for name, scale in scale_of.items():
         (prefix,) = [prefix for prefix in expected if name.startswith(f"{prefix}.")]
         assert scale == expected[prefix], name
+
+
+def test_timm_groups_the_parameters_as_the_runs_do() -> None:
+    fields = {"num_hidden_layers": 3, "num_distillation_tokens": 1, "num_register_tokens": 2}
+    model = build_random(ViTCLSForImageClassification, **fields)
+    settings = {"weight_decay": 0.05, "layer_decay": 0.5}
+    timm_groups = param_groups_layer_decay(
+        model, no_weight_decay_list=model.no_weight_decay(), **settings
+    )
+    own, timm = (
+        {
+            id(parameter): (group["lr_scale"], group["weight_decay"])
+            for group in groups
+            for parameter in group["params"]
+        }
+        for groups in (build_parameter_groups(model, **settings), timm_groups)
+    )
+    assert timm == own
