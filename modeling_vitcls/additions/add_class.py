@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..data.cells import normalize_name, warn_about_similar_names
-from ..data.images import LabeledImages
 from ..data.in_memory import get_title
 from ..data.labels import LabelSpace, OneLabel, get_label_space
-from ..data.splits import load_undivided_images
+from ..data.sources import Splits
+from ..data.splits import build_counted_record, load_undivided_images
 from ..data.splits_table import find_trained_images, read_splits
 from ..evaluation.evaluator import build_predictions, build_rows
 from ..frozen.class_statistics import ClassStatistics
@@ -49,7 +49,8 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
             f"add-class requires photos of two old classes, but those of {options.model} are all of one. Train "
             "with both again"
         )
-    label_space, images = load_new_images(options, get_label_space(model.config).names)
+    label_space, splits = load_new_images(options, get_label_space(model.config).names)
+    images = splits.train
     if num_trained := int(find_trained_images(images, read_splits(old.folder)).sum()):
         warn_on_first_process(
             f"{num_trained:,} of the {len(images):,} images of the new classes trained "
@@ -97,7 +98,10 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     rows = None
     folds = split_folds(features.labels, features.groups, min_classes=1)
     logits, distances = cross_validate(statistics, features, folds, len(names), threshold)
-    measured = np.flatnonzero(~np.isnan(distances))
+    can_measure = images.is_counted[features.indices]
+    measured = np.flatnonzero(~np.isnan(distances) & can_measure)
+    if not can_measure.any():
+        record["missing_reason"] = "a page has asked about all images when a model was unsure"
     if len(measured):
         left_out = features.take(measured)
         left_out = replace(
@@ -107,21 +111,21 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         )
         predictions = build_predictions(get_label_space(extended.config), left_out)
         record["result"] = build_result("recall", predictions, len(folds))
+        if options.answers:
+            record["result"].update(build_counted_record(images, splits.no_estimate))
         rows = build_rows(predictions)
         if threshold is not None:
             record["num_unknown"] = int((distances[measured] > threshold).sum())
         if unmeasured := np.setdiff1d(features.labels, features.labels[measured]).tolist():
             warn_on_first_process(
                 f"no result measures {format_name_list([names[label] for label in unmeasured])}, "
-                "because the class has one image or one group. Add images"
+                "because the class has one image or one group, or none that is counted. Add images"
             )
     return Addition(extended, record, {"train": images}, trained_scenes, rows)
 
 
-def load_new_images(
-    options: AddClassOptions, old_names: list[str]
-) -> tuple[LabelSpace, LabeledImages]:
-    """Load the training images of the new classes."""
+def load_new_images(options: AddClassOptions, old_names: list[str]) -> tuple[LabelSpace, Splits]:
+    """Load the training images of the new classes, with the labels of the label space."""
     images = load_undivided_images(options, min_classes=1)
     check_has_one_label(images.label_space, images.name)
     ((column, names),) = images.label_space.columns.items()
@@ -138,7 +142,9 @@ def load_new_images(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
     warn_about_similar_names(f"{images.name} and the model", [*old_names, *label_space.names])
-    return label_space, replace(images.train, labels=indices.tolist())
+    train = replace(images.train, labels=indices.tolist())
+    split, *_ = images.images_by_split
+    return label_space, replace(images, images_by_split={split: train})
 
 
 def build_class_rows(

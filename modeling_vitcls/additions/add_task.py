@@ -53,7 +53,8 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         if kind != "distillation"  # Extra heads do not read it
     }
     with threadpool_limits(limits=1):  # The matrices are small
-        probe.fit(readable, features.labels, features.groups)
+        is_counted = train.is_counted[features.indices]
+        probe.fit(readable, features.labels, features.groups, is_counted)
     tokens = probe.candidate_.tokens
     weight, bias = probe.build_linear(len(label_space.names))
     choice = probe.build_record(len(features.labels))
@@ -72,6 +73,8 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     if predictions is not None:
         rows = build_rows(predictions)
         record["result"] = build_result("accuracy", predictions, head.num_folds)
+        if options.answers:
+            record["result"].update(data.build_counted_record())
         if num_seen := data.count_seen(list_encoder_rows(old.folder)):
             del record["result"]["accuracy_interval"]
             warn_on_first_process(
@@ -105,8 +108,10 @@ def divide(
         return data, features, old.compute_features(data.held_out, data.label_space)
     if not len(data.held_out):
         return data, features, None
-    is_held_out = np.isin(features.indices, data.held_out_indices)
-    return data, features.take(~is_held_out), features.take(is_held_out)
+    is_trained, is_held_out = (
+        np.isin(features.indices, places) for places in (data.train_indices, data.held_out_indices)
+    )
+    return data, features.take(is_trained), features.take(is_held_out)
 
 
 def check_name(name: str, config: ViTCLSConfig) -> None:

@@ -21,14 +21,13 @@ import pandas as pd
 
 from ..runtime.errors import format_name_list, warn_on_first_process
 from .cells import fold_name, normalize_name
-from .images import LabeledImages
+from .images import HARD, LabeledImages
 from .labels import LabelSpace, OneLabel
 from .tables import read_table
 
 
 RANDOM = "random"
 CONTRADICTED = "contradicted"
-HARD = ("unsure", "unknown")  # Photos that were shown for these reasons are harder than others
 BELIEVED = "believed"  # Name of the line that says why there is no estimate
 MIN_DISPUTED = 10
 # Part of the contradicted labels that are changed, from which a person believes the classifier. With a tenth of the
@@ -90,6 +89,7 @@ def read_file(file: str) -> pd.DataFrame:
         )
     if "image" not in table:
         table["image"] = table["checksum"]
+    table["file"] = file  # Photos of one page were drawn together
     table["time"] = table["time"].str.strip()
     table["checksum"] = table["checksum"].str.strip().str.lower()
     table["chosen"] = table["chosen"].str.strip().str.lower()

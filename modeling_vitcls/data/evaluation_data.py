@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .answers import CONTRADICTED
 from .images import LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace
 from .options import DataOptions
 from .sources import choose_split, drop_unlabeled_images, load_splits
-from .splits import HELD_OUT_SPLITS, add_keys, check_contradictions, merge_rows
+from .splits import HELD_OUT_SPLITS, add_keys, check_contradictions, merge_rows, select_counted
 from .splits_table import EMPTY_TABLE, find_trained_images
 
 
@@ -30,8 +31,10 @@ class EvaluationData(NamedTuple):
     num_trained: int  # Number of images that trained the model: left out, unless a split is named
     description: str  # Says which images these are
     dataset: str = ""  # Names of all datasets
-    # Images that show none of the classes, as a person has answered, without those chosen as unknown
+    # Images that show none of the classes, as a person has answered, of those that are counted
     outside: LabeledImages | None = None
+    num_uncounted: int = 0  # Number of images that a model was unsure about: left out
+    no_estimate: str | None = None  # Why the result says nothing about new photos
 
 
 def load_evaluation_data(
@@ -70,12 +73,7 @@ def load_evaluation_data(
     dataset = loaded.name
     outside = None
     if images.chosen is not None:
-        # A page that asks about unknown photos would measure its own choice
-        outside = images.select(
-            index
-            for index, why in enumerate(images.chosen)
-            if images.labels[index] is None and why not in ("", "unknown")
-        )
+        outside = select_outside(images)
         images = drop_unlabeled_images(images, dataset, ["label"])
     if use_labels:
         images = add_keys({name: images})[name]
@@ -101,13 +99,26 @@ def load_evaluation_data(
         images, _ = images.divide(is_trained)
         description += f" without the {num_trained:,} that trained the model"
 
+    num_uncounted = int((~images.is_counted).sum())
+    if num_uncounted:
+        images = select_counted(images, dataset)
+        description += f", without the {num_uncounted:,} that a model was unsure about"
     drawn = images.draw(max_images)
     if len(drawn) < len(images):
         description = f"drawn at random from {description}"
     if text := loaded.facts.get("answers"):
         description += f"; answers: {text}"
     return EvaluationData(
-        loaded.label_space, drawn, name, num_trained, description, dataset, outside
+        loaded.label_space,
+        drawn,
+        name,
+        num_trained,
+        description,
+        dataset,
+        outside=outside,
+        num_uncounted=num_uncounted,
+        # An answer about other photos changes none of these labels
+        no_estimate=loaded.no_estimate if has_contradicted(images) else None,
     )
 
 
@@ -121,3 +132,17 @@ def are_missing(images: LabeledImages, indices: np.ndarray) -> bool:
     return len(paths) == len(indices) and not any(
         "://" in path or os.path.lexists(path) for path in paths
     )
+
+
+def select_outside(images: LabeledImages) -> LabeledImages:
+    """Select the answered images that show none of the classes, of those that are counted.
+
+    A page that asks about unknown photos would measure its own choice.
+    """
+    is_outside = np.array([label is None for label in images.labels], bool)
+    return images.select(np.flatnonzero(is_outside & images.is_counted & (images.chosen != "")))
+
+
+def has_contradicted(images: LabeledImages) -> bool:
+    """Check whether a person has answered about an image because a classifier contradicted its label."""
+    return images.chosen is not None and bool((images.chosen == CONTRADICTED).any())

@@ -45,6 +45,7 @@ MAX_UNREADABLE_IMAGES = 100
 ROWS_PER_READ = 64  # Number of dataset rows that are read from disk at once
 MIN_BASE64_LENGTH = 100  # Shorter texts are paths: photos are not that small
 URL_SAFE = str.maketrans("-_", "+/")  # Another alphabet of base64
+HARD = ("unsure", "unknown")  # Photos that a page showed for these reasons are harder than others
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -69,6 +70,13 @@ class LabeledImages:
     def is_stratified(self) -> bool:
         """Whether held-out images can be selected by class: each image has one known label."""
         return all(isinstance(label, int) for label in self.labels)
+
+    @property
+    def is_counted(self) -> np.ndarray:
+        """Whether each image measures a model, too [N]: not if a model chose it because it was unsure."""
+        if self.chosen is None:
+            return np.ones(len(self), bool)
+        return ~np.isin(self.chosen, HARD)
 
     @property
     def class_ratio(self) -> float:

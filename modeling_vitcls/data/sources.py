@@ -104,6 +104,7 @@ class Splits:
     # Lines about what was read: the labels, and the columns of splits and groups
     facts: dict[str, str] = field(default_factory=dict)
     missing_reason: str | None = None  # Why groups cannot measure one another
+    no_estimate: str | None = None  # Why a result says nothing about new photos
 
     @property
     def train(self) -> LabeledImages:
@@ -184,14 +185,16 @@ def load_splits(
         tables, columns, dataset, options.label_separator, options.label_names
     )
     parts = {split: LabeledImages(images[split], labels[split]) for split in tables}
+    no_estimate = None
     if options.answers:
-        from .answers import apply_answers, read_answers  # imports pandas
+        from .answers import BELIEVED, apply_answers, read_answers  # imports pandas
 
         if answer_classes and label_space.kind == OneLabel.kind:
             ((label, names),) = label_space.columns.items()
             label_space = OneLabel({label: list(dict.fromkeys([*names, *answer_classes]))})
         parts, lines = apply_answers(parts, label_space, read_answers(options.answers))
         facts |= lines
+        no_estimate = lines.get(BELIEVED)
     hidden = [
         split
         for split in [*parts][1:]
@@ -226,7 +229,7 @@ def load_splits(
             f"{'; '.join(examples)}"
         )
     grouped = {split: replace(part, groups=groups.get(split)) for split, part in labeled.items()}
-    return Splits(name, label_space, grouped, facts, reason)
+    return Splits(name, label_space, grouped, facts, reason, no_estimate)
 
 
 def load_several(

@@ -68,6 +68,11 @@ class TrainingData:
     train_indices: np.ndarray  # Places of the training images among the undivided ones
     held_out_indices: np.ndarray  # Places of the held-out images; -1 if they are a split
     selection: LabeledImages | None  # Images of a validation split beside a test split
+    no_estimate: str | None = None  # Why the result says nothing about new photos
+
+    def build_counted_record(self) -> dict[str, Any]:
+        """Build the fields of results.json about answers: what is only trained on, and who believed the model."""
+        return build_counted_record(self.train, self.no_estimate)
 
     @property
     def is_shared(self) -> np.ndarray:
@@ -92,7 +97,8 @@ def divide_images(
     """Choose the images that train, calibrate and measure a model.
 
     If there are two splits for evaluation, the first calibrates the model, and the second measures it.
-    If there are fewer, images are held out from the training images.
+    If there are fewer, images are held out from the training images. Images that are not counted
+    neither calibrate nor measure: they are used for training, unless an image of their group is held out.
 
     Args:
         held_out_fraction: part of the training images to hold out if no split is for
@@ -110,6 +116,10 @@ def divide_images(
         reason = "the photos of each class are shots of one scene"
     train_indices = np.arange(len(train))
     selection = None
+    others = [
+        select_counted(part, f"{images.name}, split {name!r}")
+        for name, part in zip(names, others, strict=True)
+    ]
     if len(others) == 2:
         selection = others.pop(0)
     if others:
@@ -121,8 +131,9 @@ def divide_images(
         if train.is_stratified:
             held_out_name += ", stratified by class"
         is_held_out = select_held_out(train, held_out_fraction, 0, images.name, reason)
-        train_indices, held_out_indices = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-        train, held_out = train.divide(is_held_out)
+        train_indices = np.flatnonzero(~is_held_out)
+        held_out_indices = np.flatnonzero(is_held_out & train.is_counted)
+        train, held_out = train.select(train_indices), train.select(held_out_indices)
     return TrainingData(
         name=images.name,
         label_space=images.label_space,
@@ -133,7 +144,31 @@ def divide_images(
         train_indices=train_indices,
         held_out_indices=held_out_indices,
         selection=selection,
+        no_estimate=images.no_estimate,
     )
+
+
+def build_counted_record(images: LabeledImages, no_estimate: str | None) -> dict[str, Any]:
+    """Build the fields of a result about answers.
+
+    Args:
+        images: of which those that are not counted are only trained on.
+        no_estimate: why the result says nothing about new photos.
+    """
+    return {"num_uncounted": int((~images.is_counted).sum()), "no_estimate": no_estimate}
+
+
+def select_counted(images: LabeledImages, name: str) -> LabeledImages:
+    """Select the images that measure a model. Raise ValueError if there are none; `name` is theirs."""
+    if images.is_counted.all():
+        return images
+    counted = images.select(np.flatnonzero(images.is_counted))
+    if not len(counted):
+        raise ValueError(
+            f"{name}: no image measures a model, because a page has asked about all of them when a model was "
+            "unsure. Add other images, or answers about photos drawn at random"
+        )
+    return counted
 
 
 def load_undivided_images(
@@ -321,10 +356,14 @@ def check_can_divide(images: Splits, held_out_fraction: float) -> None:
 
 def check_can_hold_out(images: LabeledImages, dataset: str, reason: str = SINGLE_GROUPS) -> None:
     """Raise ValueError unless a class has two groups: one to train, and one to hold out."""
-    table = pd.DataFrame({"group": images.groups, "label": 0})
+    table = pd.DataFrame({"group": images.groups, "label": 0, "is_counted": images.is_counted})
     if images.is_stratified:
         table["label"] = images.labels
-    if table.drop_duplicates("group")["label"].value_counts().max() < 2:
+    if not table["is_counted"].any():
+        reason = "a page has asked about all of them when a model was unsure"
+    units = table.groupby("group").agg({"label": "first", "is_counted": "any"})
+    classes = units.groupby("label")["is_counted"].agg(["size", "sum"])
+    if not ((classes["size"] > 1) & (classes["sum"] > 0)).any():
         raise ValueError(
             f"{dataset}: no image can be held out, because {reason}. Add images, choose a different "
             "`label_column`, or set `held_out_fraction=0` to train on all images"
@@ -334,10 +373,10 @@ def check_can_hold_out(images: LabeledImages, dataset: str, reason: str = SINGLE
 def select_held_out(
     images: LabeledImages, fraction: float, seed: int, dataset: str, reason: str
 ) -> np.ndarray:
-    """Choose the held-out images, a fraction of each class: a mask [N].
+    """Choose the held-out images, a fraction of those of each class that are counted: a mask [N].
 
-    The units are the groups of the images. Raise ValueError, with the `reason`, if none of the images
-    would be held out.
+    The units are the groups of the images, so images that are not counted may be in one. Raise
+    ValueError, with the `reason`, if none of the images would be held out.
     """
     assert images.groups is not None, "`add_keys` comes before the division"
     if not fraction:
@@ -345,7 +384,9 @@ def select_held_out(
     check_can_hold_out(images, dataset, reason)
 
     _, first, group = np.unique(images.groups, return_index=True, return_inverse=True)
-    sizes = np.bincount(group)
+    sizes = np.bincount(
+        group, weights=images.is_counted
+    )  # Groups without counted images are trained on
     keys = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
     # A group has the smallest key of its images: neither their order nor their names matter. The smallest
     # number would hold out large groups more often.
@@ -357,10 +398,13 @@ def select_held_out(
     for label in np.unique(labels).tolist():
         members = np.flatnonzero(labels == label)
         members = members[np.argsort(numbers[members], kind="stable")]
-        if len(members) > 1:
+        can_measure = sizes[members] > 0
+        if len(members) > 1 and can_measure.any():
             num_missing = fraction * sizes[members].sum()
             # At least one group of each class is not held out, and at least one is.
-            for member in members[:-1]:
+            number = len(members) - 1 if can_measure.all() else len(members)
+            members = members[can_measure]
+            for member in members[:number]:
                 # More than half of a group must be missing, so a smaller one may follow a large one.
                 if sizes[member] <= 2 * num_missing:
                     is_held_out[member] = True

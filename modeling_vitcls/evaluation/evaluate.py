@@ -138,6 +138,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         }
     if options.split and data.num_trained:
         drop_intervals(predictions.metrics)
+    if options.answers:
+        counted = {"num_uncounted": data.num_uncounted, "no_estimate": data.no_estimate}
+        predictions.metrics.update(counted)
 
     results: dict[str, Any] = {
         "model": options.model,

@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from threadpoolctl import threadpool_limits
 
-from ..data.answers import HARD
 from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
@@ -256,8 +255,7 @@ class HeadSearch:
             max_distance=limit,
             processor=processor,
             record=geometry | {"scenes": scenes, "seconds": time.perf_counter() - start_time},
-            # Without answers, nothing was chosen
-            is_counted=np.broadcast_to(~np.isin(images.chosen, HARD), len(images)),  # type: ignore[arg-type]
+            is_counted=images.is_counted,
         )
 
     def compute_features(

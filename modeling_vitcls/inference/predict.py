@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -37,6 +38,16 @@ FURTHER_LABEL = re.compile(r"(label|probability)_\d+")  # Columns with `--top-k`
 MIN_DRAWN = 10  # Minimum number of answered random photos for an estimate
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What is counted of a photo with an answer."""
+
+    file: str  # The file of its answer
+    is_drawn: bool  # Whether a page drew it at random
+    is_right: bool  # Whether its predicted label is the person's
+    is_trained: bool  # Whether the model was trained on it, as far as is known
+
+
 def predict_images(options: PredictOptions) -> list[Row]:
     """Run the prediction that the options specify, print or write the rows, and return them.
 
@@ -53,7 +64,7 @@ def predict_images(options: PredictOptions) -> list[Row]:
     if "probability" not in columns and (options.answers or options.review):
         raise ValueError("`answers` and `review` require a model with one label per image")
     rows = compute_rows(accelerator, predictor, records)
-    answered: Counter[tuple[bool, bool]] = Counter()
+    answered: Counter[Answered] = Counter()
     if options.answers:
         from ..data import answers as pages  # imports pandas
 
@@ -88,7 +99,8 @@ def predict_images(options: PredictOptions) -> list[Row]:
     if options.answers and accelerator.is_main_process:
         if not any(row["source"] == "person" for row in summary):
             warn_on_first_process(pages.NO_PHOTOS)
-        print(describe_labels(answered, num_images - len(failed) - num_trained))
+        settled, answered = drop_settled(answered)
+        print(describe_labels(answered, num_images - len(failed) - num_trained - settled))
     if left_out:
         warn_on_first_process(
             f"left out: {format_name_list(left_out)}. To predict their images, pass these folders"
@@ -118,41 +130,69 @@ def predict_images(options: PredictOptions) -> list[Row]:
 def apply_labels(
     rows: Iterator[Row],
     answers: Mapping[str, Mapping[str, str]],
-    answered: Counter[tuple[bool, bool]],
+    answered: Counter[Answered],
 ) -> Iterator[Row]:
     """Replace the label of photos with a person's, which has no probability, and name its `source`.
 
-    `answered` counts photos that the model was not trained on, as far as is known, by two facts: whether the
-    photo was drawn at random, and whether its predicted label is right.
+    `answered` counts the photos.
     """
     for row in rows:
         row["source"] = "model"
         if answer := answers.get(row["checksum"]):
             label = answer["label"] or None
-            if not row["trained"]:
-                answered[answer["chosen"] == "random", row["label"] == label] += 1
+            answered[
+                Answered(
+                    file=answer["file"],
+                    is_drawn=answer["chosen"] == "random",
+                    is_right=row["label"] == label,
+                    is_trained=bool(row["trained"]),
+                )
+            ] += 1
             row |= dict.fromkeys(filter(FURTHER_LABEL.fullmatch, row))
             row.update(label=label, probability=None, source="person")
         yield row
 
 
-def describe_labels(answered: Counter[tuple[bool, bool]], num_labels: int) -> str:
+def drop_settled(answered: Counter[Answered]) -> tuple[int, Counter[Answered]]:
+    """Drop the photos of files of answers with which the model was trained.
+
+    Of the photos of such a file, those with a class have trained the model, and those of no class have not.
+    Whether a photo is left to be counted is then decided by its answer: of those left, the model has none right.
+
+    Returns:
+        The number of dropped photos that did not train the model, and the counts of the other photos.
+    """
+    files = {photo.file for photo in answered if photo.is_trained}
+    settled = sum(
+        number for photo, number in answered.items() if photo.file in files and not photo.is_trained
+    )
+    others = {photo: number for photo, number in answered.items() if photo.file not in files}
+    return settled, Counter(others)
+
+
+def describe_labels(answered: Counter[Answered], num_labels: int) -> str:
     """Estimate how many labels are right, of photos that the model was not trained on.
+
+    Args:
+        answered: photos of files of answers that did not train the model.
+        num_labels: number of labels, without those of photos that trained it or are in other files.
 
     The accuracy on random photos, plus the share of corrected labels. In 1,500 simulated pages of 60 or 100
     photos, the interval contained the truth in 95 to 97%. The accuracy on random photos alone is too low for
     the photos without an answer, because the least sure ones have one: 61 to 92%.
     """
-    num_right = answered[True, True]
-    num_drawn = num_right + answered[True, False]
+    num_right = sum(answered[photo] for photo in answered if photo.is_drawn and photo.is_right)
+    num_drawn = sum(answered[photo] for photo in answered if photo.is_drawn)
+    num_wrong = sum(answered[photo] for photo in answered if not photo.is_right)
     text = f"{answered.total():,} of the {num_labels:,} labels of photos outside the training are a person's"
     if num_drawn < MIN_DRAWN:
         return (
             f"{text}. An estimate of how many are right requires {MIN_DRAWN} answers about random photos that the "
-            "model was not trained on: write another page with `--review`"
+            "model was not trained on, in a file of answers that it was not trained with: write another page "
+            "with `--review`"
         )
     bounds = compute_proportion_interval(num_right, num_drawn)
-    corrected = (answered[True, False] + answered[False, False]) / num_labels
+    corrected = num_wrong / num_labels
     share, low, high = (min(1, part + corrected) for part in (num_right / num_drawn, *bounds))
     return (
         f"{text}; of {num_drawn:,} that were drawn at random, the model had {num_right:,} right: "

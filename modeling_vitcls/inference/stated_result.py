@@ -119,7 +119,8 @@ def read_addition(record: Mapping[str, Any], name: str = "") -> Measurement:
 def state_addition(record: Mapping[str, Any]) -> str:
     """State the result of an added task or of added classes, if it was measured."""
     if "result" not in record:
-        return "not measured, because each class has one image or one group"
+        reason = record.get("missing_reason", "each class has one image or one group")
+        return f"not measured, because {reason}"
     return str(read_addition(record))
 
 

@@ -13,8 +13,8 @@ import pandas as pd
 from accelerate import PartialState
 
 from ..conversion.open_model import open_model
-from ..data.answers import HARD, RANDOM, read_answers
-from ..data.images import decode_image, to_encoded_image
+from ..data.answers import RANDOM, read_answers
+from ..data.images import HARD, decode_image, to_encoded_image
 from ..inference.inputs import open_input
 from ..inference.options import PredictOptions
 from ..inference.output_table import SUMMARY

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.answers import BELIEVED
 from ..data.splits import TrainingData
 from ..evaluation.evaluator import Predictions, measure_left_out
 from ..frozen.head_search import (
@@ -79,9 +78,8 @@ def run_frozen(
     search.set_heads(fitted.by_task)
     by_task = {task: measure_head(head) for task, head in fitted.by_task.items()}
     only = by_task.get("")  # Several tasks have no common results
-    if inputs.options.answers and only is not None and only.head.num_folds:
-        only.metrics["num_uncounted"] = int((~only.head.probe.is_counted_).sum())
-        only.metrics["no_estimate"] = inputs.images.facts.get(BELIEVED)
+    if inputs.options.answers and only is not None and only.predictions is not None:
+        only.metrics.update(data.build_counted_record())
     measured = []
     for task, each in by_task.items():
         measured += list_measurements(

@@ -99,7 +99,7 @@ def load(
         )
         initial = resolve_initial_model(options.model)
     # Before the model is built, which needs to know the labels.
-    images = load_on_main(options.dataset, partial(load_images, options, initial))
+    images = load_on_main(options.dataset, partial(load_images, options))
     labels = images.label_space
 
     with state.main_process_first():
@@ -193,17 +193,15 @@ def load(
     )
 
 
-def load_images(options: FinetuneOptions, initial: InitialModel) -> Splits:
+def load_images(options: FinetuneOptions) -> Splits:
     """Read the labels and keys of the images.
 
     Raises:
         ValueError: as `load_undivided_images` does, and for a flag that requires one label per image
             if the images have others.
     """
-    # A frozen run is fitted to the validation labels and measured on the test split. Whether the run
-    # is frozen is decided later, so both splits are read if it may be.
-    can_be_frozen = not initial.has_random_weights
-    images = load_undivided_images(options, can_be_frozen)
+    # The validation split selects, calibrates or trains the model, and the test split measures it.
+    images = load_undivided_images(options, reads_all=True)
     kind = images.label_space.kind
     flags = {
         "mixup": options.mixup,

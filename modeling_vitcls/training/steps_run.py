@@ -118,6 +118,8 @@ def run_steps(
         predictions = held_out.predict(model)
     if predictions is not None:
         metrics = predictions.metrics
+        if options.answers:
+            metrics.update(data.build_counted_record())
     reporter.accelerator.log(select_scalars(metrics, "saved_"), step=loop.step)
     if data.label_space.kind == "multi_task":
         predictions = None

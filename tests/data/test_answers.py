@@ -71,7 +71,7 @@ def test_the_latest_answer_counts_in_a_table_that_a_spreadsheet_has_changed() ->
 
 
 def test_an_answer_may_name_a_class_that_was_added_to_the_evaluated_model() -> None:
-    answer("answers.csv", "dog", "cat")
+    answer("answers.csv", "dog", "cat", chosen="random")
     options = DataOptions(dataset="photos.csv", answers=("answers.csv",))
     found = load_evaluation_data(options, None, classes=["cat", "dog"])
     labels = [found.label_space.format(label) for label in found.images.labels]

@@ -15,7 +15,7 @@ from pytest import CaptureFixture, LogCaptureFixture
 from modeling_vitcls.cli.commands import run_predict
 from modeling_vitcls.data.answers import read_answers
 from modeling_vitcls.inference.options import PredictOptions
-from modeling_vitcls.inference.predict import apply_labels, describe_labels
+from modeling_vitcls.inference.predict import Answered, apply_labels, describe_labels, drop_settled
 from modeling_vitcls.publishing.labels_page import write_labels_page
 
 
@@ -81,22 +81,33 @@ def test_only_models_with_one_label_per_image_ask(folder: Path, photos: Path) ->
 def test_a_table_is_judged_by_random_photos_that_did_not_train_the_model() -> None:
     rows = [{"checksum": str(n), "label": "a", "label_2": "b", "trained": n == 0} for n in range(5)]
     answers = {
-        "0": {"label": "b", "chosen": "random"},  # trained the model
-        "1": {"label": "a", "chosen": "random"},
-        "2": {"label": "", "chosen": "random"},
-        "3": {"label": "b", "chosen": "unsure"},
+        "0": {"label": "b", "chosen": "random", "file": "1.csv"},  # trained the model
+        "1": {"label": "a", "chosen": "random", "file": "2.csv"},
+        "2": {"label": "", "chosen": "random", "file": "2.csv"},
+        "3": {"label": "b", "chosen": "unsure", "file": "1.csv"},
     }
-    answered: Counter[tuple[bool, bool]] = Counter()
+    answered: Counter[Answered] = Counter()
     applied = list(apply_labels(iter(rows), answers, answered))
     # A person has no second answer
     assert [row["label_2"] for row in applied] == [None, None, None, None, "b"]
-    assert answered == {(True, True): 1, (True, False): 1, (False, False): 1}
+    settled, others = drop_settled(answered)
+    assert settled == 1
+    assert others == {count_as(True, True): 1, count_as(True, False): 1}
+
+
+def count_as(is_drawn: bool, is_right: bool) -> Answered:
+    return Answered("2.csv", is_drawn, is_right, is_trained=False)
 
 
 def test_what_a_person_corrects_is_right_and_random_draws_tell_how_many_others_are() -> None:
     """Of 1,000 labels, 120 are corrected; of 40 drawn at random, 30 were right (Wilson: 60 to 86 %)."""
     answered = Counter(
-        {(True, True): 30, (True, False): 10, (False, True): 50, (False, False): 110}
+        {
+            count_as(True, True): 30,
+            count_as(True, False): 10,
+            count_as(False, True): 50,
+            count_as(False, False): 110,
+        }
     )
     text = describe_labels(answered, 1000)
     assert text.startswith("200 of the 1,000 labels of photos outside the training are a person's")

@@ -14,7 +14,6 @@ from helpers.tiny_options import (
 )
 from pytest import CaptureFixture, MonkeyPatch
 
-from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.run_inputs import load_images
 
 
@@ -103,12 +102,9 @@ def test_mixing_balancing_and_teachers_require_one_label_per_image(
     write_photos(tmp_path, range(2))
     table = tmp_path / "table.csv"
     table.write_text("image,kind,tags\ncat/0.png,cat,wet\ncat/1.png,cat,wet|old\ndog/0.png,dog,old")
-    initial = resolve_initial_model("vitcls-tiny")
 
     def load(**labels: Any) -> Any:
-        return load_images(
-            build_options(tmp_path / "run", table, **{flag: value}, **labels), initial
-        )
+        return load_images(build_options(tmp_path / "run", table, **{flag: value}, **labels))
 
     assert load(label_column=("kind",)).label_space.kind == "single_label_classification"
     with raises_one_line(f"`{flag}", "multi_label_classification"):
