@@ -1,7 +1,7 @@
 """A run with steps: where they start, the loop, and what is measured after the last one."""
 
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ..inference.metrics import compute_mean, get_task_metrics, select_scalars
 from ..inference.token_names import read_fade_in
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import configure_layer_sharding
+from ..speed.packed import count_output_tokens
 from .calibration import Calibration, calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import distribute_like, reshard
@@ -92,7 +93,7 @@ def run_steps(
             run_metadata=record,
         )
         # An iterator that is only forgotten would leave its data loading processes running.
-        with closing(batches):
+        with closing(batches), computing_tokens_of_heads(inputs.model):
             metrics = loop.run(batches)
         if plan.averaging:
             average_with_start(loop.unwrapped, loop.start, plan.averaging, plan.new_tokens)
@@ -293,6 +294,16 @@ def describe_teacher(start: dict[str, Any], num_images: int) -> str:
     accuracy = start["before_steps"]["accuracy"]
     text += f", the frozen model on {round(num_images * accuracy)}"
     return text if start["teacher_accuracy"] > accuracy else f"{text}: it has little to teach"
+
+
+@contextmanager
+def computing_tokens_of_heads(model: Any) -> Iterator[None]:
+    """Compute only what the heads read in the last layer, as a packed model does: 5 % less of a step."""
+    model.num_output_tokens = count_output_tokens(model.vitcls)
+    try:
+        yield
+    finally:
+        model.num_output_tokens = None
 
 
 def build_loop(

@@ -54,6 +54,7 @@ def one_sheet() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_shots_of_an_object_do_not_measure_each_other_in_a_task(
     run: Path, bursts: Path, with_task: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -88,7 +89,9 @@ def test_held_out_photos_of_a_dataset_that_repeat_training_photos_are_counted(
     assert "2 of 4 photos are of scenes that the model was trained on" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model", ["run", "with_other_tokens"])
+@pytest.mark.parametrize(
+    "model", ["run", pytest.param("with_other_tokens", marks=pytest.mark.slow)]
+)
 def test_photos_that_repeat_training_photos_are_known_after_additions(
     model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

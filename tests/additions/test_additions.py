@@ -302,7 +302,7 @@ def test_photos_of_an_added_class_are_known_also_if_they_differ_more_than_the_ol
     assert (compute(tmp_path / "both", images).distance <= outputs.distance).all()
 
 
-@pytest.mark.parametrize("epochs", [2, 10])
+@pytest.mark.parametrize("epochs", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_the_recall_of_a_class_that_the_encoder_has_never_seen_is_near_the_stated_one(
     epochs: int, tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_saved_folder_has_them_and_the_same_logits(image: Tensor, tmp_path: Pa
     assert torch.equal(again(image).logits, moved(image).logits)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_exported_graph_moves_them_at_any_size(image: Tensor, tmp_path: Path) -> None:
     moved = move(plant(image))

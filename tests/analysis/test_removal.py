@@ -124,7 +124,7 @@ def map_of_marked(model: ViTCLSForImageClassification, pixels: np.ndarray) -> to
     return {each.label[0]: each.values for each in found.attributions}["marked"]
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", pytest.param("mean", marks=pytest.mark.slow)])
 def test_the_part_with_the_sticker_that_decides_is_the_hottest(pooling: str) -> None:
     """The CLS token of this model has read the sticker after a third of the layers."""
     model = train_detector(draw_sticker, pooling)
@@ -137,6 +137,7 @@ def test_the_part_with_the_sticker_that_decides_is_the_hottest(pooling: str) -> 
     assert num_found >= 7
 
 
+@pytest.mark.slow
 def test_most_of_what_raises_a_score_is_on_the_frame_that_decides() -> None:
     model = train_detector(draw_frame, "mean")
     for pixels in crop_photographs(2, seed=100):

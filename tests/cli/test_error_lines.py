@@ -155,6 +155,7 @@ def test_a_named_pipe_instead_of_a_file_is_an_error(name: str) -> None:
     assert f"{name} is not a regular file" in error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("time_limit")
 def test_a_million_labels_in_the_configuration_are_counted_before_they_are_checked() -> None:
     edit_config(Path("model"), id2label={str(number): f"class {number}" for number in range(10**6)})

@@ -102,7 +102,10 @@ def test_a_head_reads_the_content_of_cls_and_a_register_that_mends_a_bias_has_a_
         assert found[3][kind]["loss_change"] == approx(0, abs=1e-7)
 
 
-@pytest.mark.parametrize("added", [{"num_cls_tokens": 2}, {"num_register_tokens": 1}], ids=str)
+SECOND_TOKEN = pytest.param({"num_cls_tokens": 2}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("added", [SECOND_TOKEN, {"num_register_tokens": 1}], ids=str)
 def test_an_added_token_that_training_has_filled_has_an_effect(added: dict[str, int]) -> None:
     """It is the only weight that can mend the planted bias of class 3; no head reads it."""
     model = train_digits_model(num_register_tokens=0, cls_pooling="first").adapt(**added)

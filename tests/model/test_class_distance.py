@@ -208,6 +208,7 @@ def test_a_loaded_state_dict_ends_the_distance() -> None:
     assert model(IMAGES).distance is None
 
 
+@pytest.mark.slow
 def test_a_checkpoint_registers_nothing_in_the_optimizers_of_the_process(tmp_path: Path) -> None:
     """The hooks of all optimizers, after the import and after loading a checkpoint as remote code."""
     ViTCLSForImageClassification.register_for_auto_class("AutoModelForImageClassification")
@@ -269,6 +270,7 @@ def test_an_adapter_that_is_loaded_or_merged_ends_the_distance(kind: str, tmp_pa
     assert loaded.merge_and_unload()(IMAGES).distance is None
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_distance_until_it_is_trained() -> None:
     model = build_model().adapt().eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -230,6 +230,7 @@ def test_half_precision_counts_every_pass() -> None:
     assert read_values(model) == approx([400 / 3000], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_again_in_each_pass(
     faded: ViTCLSForImageClassification,
 ) -> None:
@@ -327,6 +328,7 @@ class Digits(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"pixel_values": PIXELS[index], "labels": LABELS[index]}
 
 
+@pytest.mark.slow
 def test_registers_of_a_run_with_the_defaults_of_trainer_are_in_use(tmp_path: Path) -> None:
     """Also under Trainer's learning rate of 5e-5; learned gates stayed closed with it."""
     train_digits_model(num_register_tokens=0).save_pretrained(tmp_path / "start")

@@ -103,6 +103,7 @@ def test_a_kind_of_token_is_a_row_and_a_field(code: Path, tmp_path: Path) -> Non
     assert "all of it" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_frozen_run_its_card_and_an_inspection_know_a_new_kind(
     code: Path, tmp_path: Path
 ) -> None:

@@ -83,6 +83,7 @@ def test_convert_writes_a_folder_and_returns_its_report(tmp_path: Path) -> None:
     assert model.config.image_size == 280
 
 
+@pytest.mark.slow
 def test_export_writes_a_graph_and_returns_its_report(
     tmp_path: Path, capsys: CaptureFixture
 ) -> None:

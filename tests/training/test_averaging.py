@@ -58,7 +58,7 @@ def whole(encoder: Path, module_path: Path) -> Path:
     return train(module_path, encoder)
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_saved_weights_are_the_mean_of_start_and_end(
     trainable: str, encoder: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +137,7 @@ def test_a_short_run_ends_with_ordinary_tokens_and_says_what_they_are_worth(
         assert found["verdict"] in text
 
 
+@pytest.mark.slow
 def test_without_distillation_tokens_the_model_is_that_of_adapt(
     encoder: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_without_distillation_tokens_the_model_is_that_of_adapt(
     assert found["without"]["loss"] != approx(found["hidden"]["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_shorter_than_asked_for_says_how_far_the_tokens_are(
     encoder: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:

@@ -35,7 +35,7 @@ def adapted(module_path: Path, trained: Path) -> Path:
     return run_to_folder(build_tiny_options(module_path / "adapted", "digits", **flags))
 
 
-@pytest.fixture(params=["trained", "frozen", "adapted"])
+@pytest.fixture(params=["trained", "frozen", pytest.param("adapted", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 

@@ -76,7 +76,7 @@ def test_the_returned_head_has_the_lowest_loss(taught: Path) -> None:
     assert results["loss"] == approx(min(losses.values()), abs=1e-5)
 
 
-@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("is_trained", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_run_measures_the_teacher_before_the_steps(
     is_trained: bool, frozen: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:
@@ -106,7 +106,7 @@ def test_the_run_measures_the_teacher_before_the_steps(
 
 
 @pytest.mark.parametrize("flags", [{}, {"max_steps": 1}])
-@pytest.mark.parametrize("choice", ["mean", "distillation"])
+@pytest.mark.parametrize("choice", [pytest.param("mean", marks=pytest.mark.slow), "distillation"])
 def test_a_head_is_returned_that_was_asked_for(
     choice: str, flags: dict[str, Any], encoder: Path, tmp_path: Path
 ) -> None:
@@ -159,6 +159,7 @@ def test_images_that_trained_a_kept_classifier_measure_nothing(
     assert "without an interval" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_below_its_start_says_so(
     frozen: Path, tmp_path: Path, capsys: CaptureFixture
 ) -> None:

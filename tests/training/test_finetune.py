@@ -40,6 +40,7 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
+    ViTCLSModel,
     verify_unchanged,
 )
 from modeling_vitcls.data.sampling import compute_class_weights
@@ -421,3 +422,20 @@ def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
     results = read_json(tmp_path / "results.json")
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert results["accuracy"] >= 0.5
+
+
+def test_training_computes_what_the_head_reads_in_the_last_layer(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    counts = []
+    forward = ViTCLSModel.forward
+
+    def count(self: ViTCLSModel, *args: Any, **kwargs: Any) -> Any:
+        outputs = forward(self, *args, **kwargs)
+        if self.training:
+            counts.append(outputs.last_hidden_state.shape[1])
+        return outputs
+
+    monkeypatch.setattr(ViTCLSModel, "forward", count)
+    run_training(build_tiny_options(tmp_path / "run", "digits", max_steps=1, pooling="cls"))
+    assert counts == [1]

@@ -142,7 +142,7 @@ def test_a_run_of_who_believes_the_model_states_no_estimate(
     assert "No estimate: 20 of 20 labels" in results["printed"]
 
 
-@pytest.mark.parametrize("fraction", [None, 0.3])
+@pytest.mark.parametrize("fraction", [None, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_photos_that_a_model_was_unsure_about_do_not_measure_an_added_task(
     run: Any, asked: tuple[Path, str], tmp_path: Path, fraction: float | None
 ) -> None:

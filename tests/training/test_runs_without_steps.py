@@ -202,6 +202,7 @@ def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(num_photos
     assert ("right (95%" in results["printed"]) == (num_photos > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:The number of unique classes")
 def test_a_second_photo_makes_no_class_harder_to_find_and_only_pairs_are_measured() -> None:
     """Ten classes with one photo and ten with two, which are parts of one large photo."""
@@ -298,7 +299,7 @@ def test_shots_of_one_object_do_not_measure_each_other(of_bursts: Any) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--max-steps 2 --save-every 1 --keep-checkpoints 2",
+        pytest.param("--max-steps 2 --save-every 1 --keep-checkpoints 2", marks=pytest.mark.slow),
         "--trainable head --held-out-fraction 0.2",
     ],
 )
