@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         ViTCLSPreTrainedModel,
     )
     from .model.token_layout_vitcls import TokenLayout
+    from .publishing.card import write_card
     from .speed.packed import pack
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "predict",
     "push",
     "verify_unchanged",
+    "write_card",
 ]
 
 # Module -> names of its public objects.
@@ -117,14 +119,18 @@ IMPORT_STRUCTURE = {
         "ViTCLSPreTrainedModel",
     ),
     "model.token_layout_vitcls": ("TokenLayout",),
+    "publishing.card": ("write_card",),
+    "publishing.push_model": ("push_saved_model",),
     "speed.packed": ("pack",),
 }
+# The name in programs written before, and the method of transformers that calls the function
+OTHER_NAMES = {"EmbedImages": "Predictor", "_upload_modified_files": "push_saved_model"}
 MODULE_BY_NAME = {name: module for module, names in IMPORT_STRUCTURE.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import the module of the public object `name` on first use, and return the object (PEP 562)."""
-    name = {"EmbedImages": "Predictor"}.get(name, name)  # Its name in programs written before
+    name = OTHER_NAMES.get(name, name)
     if name not in MODULE_BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     public_object = getattr(importlib.import_module(f".{MODULE_BY_NAME[name]}", __name__), name)

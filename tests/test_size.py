@@ -35,7 +35,7 @@ LONG = {
     "training/run.py:train",
     "training/steps_run.py:run_steps",
 }
-# The first is transformers' signature; the others draw a page or a bar, or upload
+# The first is transformers' signature; the others draw a page or a bar
 MANY_PARAMETERS = {
     "model/blocks_vitcls.py:eager_attention_forward",
     "additions/extend.py:append_head",
@@ -43,7 +43,6 @@ MANY_PARAMETERS = {
     "analysis/report.py:write_page",
     "data/evaluation_data.py:load_evaluation_data",
     "inference/image_pass.py:__init__",
-    "publishing/push.py:upload_files",
     "publishing/report.py:draw_page",
     "runtime/progress.py:track",
     "speed/packed.py:run_layer",

@@ -10,6 +10,8 @@ does the same for any two models, and prints the difference.
 What is not proven:
 - That old photos keep their predictions: the logits of the old classes are equal, but a new class may have
   a higher one. A new task changes no prediction.
+- Outputs of the code in a folder or repository, which is compared but not run: `verify_models` certifies
+  nothing if it differs.
 - That the new classes or tasks are good: results.json has their own measurements.
 - Anything but this machine and the versions, precisions and batch sizes that certificate.json lists, on
   images of the size of the image processor.
@@ -32,7 +34,7 @@ from ..data.images import LabeledImages
 from ..data.labels import get_label_space
 from ..data.options import DataOptions
 from ..hub.model_files import list_weight_files
-from ..hub.model_folder import ModelFolder, open_vitcls
+from ..hub.model_folder import ModelFolder, compare_code, open_vitcls
 from ..inference.image_pass import read_pixels
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -42,6 +44,7 @@ from ..model.modeling_vitcls import (
 from ..runtime.errors import explain_damage, format_name_list
 from ..runtime.progress import track
 from ..runtime.system import format_device_name, get_versions, has_bfloat16
+from ..version import __version__
 from .options import VerifyUnchangedOptions
 
 
@@ -281,4 +284,12 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
         print(f"changed: {error}")
         return {"difference": str(error)}
     print(f"unchanged: {describe_certificate(certificate)}")
+    names = compare_code(old_folder.code, new_folder.code)
+    if names:
+        difference = (
+            f"the code {format_name_list(names)}; the tensors and the logits were compared with the code "
+            f"of modeling_vitcls {__version__}, which is not what the Auto classes run"
+        )
+        print(f"not certified: {difference}")
+        return {**certificate, "difference": difference}
     return {"difference": None, **certificate}

@@ -296,7 +296,7 @@ def verify_unchanged(
         flags: other flags of `vitcls verify-unchanged`.
 
     Returns:
-        The certificate with `difference` None or, if the models differ, only `difference`.
+        The certificate with `difference` None; what differs in the models or their code otherwise.
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
@@ -371,7 +371,7 @@ def push(model: str | Path, hub_model_id: str | None = None, **flags: Any) -> "P
     Args:
         model: the folder of a model.
         hub_model_id: the repository. Default: in your account, named after the folder.
-        flags: `private`, `branch`, `license`, `card_samples` and `verify`, as in `vitcls push`.
+        flags: `private`, `branch`, `create_pr`, `license`, `card_samples` and `verify`, as in `vitcls push`.
 
     Returns:
         The commit, with `repo_id`, `sha` and `url`.

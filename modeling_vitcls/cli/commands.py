@@ -241,6 +241,8 @@ class PushOptions(Options):
     """If the repository does not exist, create it as a private repository."""
     branch: str | None = None
     """Branch to push to, created if it does not exist. Default: main."""
+    create_pr: bool = False
+    """Open a pull request in a repository that exists, for somebody who may write to it to merge."""
     license: str | None = None
     """License of the weights for the model card: a Hub identifier such as apache-2.0. Default: the
     license of the initial weights, if they have one."""
@@ -267,6 +269,7 @@ def run_push(options: PushOptions) -> "PushedCommit":
     A push requires a token: run `hf auth login`, or set HF_TOKEN.
     """
     from ..hub.model_folder import ModelFolder
+    from ..publishing.published_files import collect_files
     from ..publishing.push import prepare_repository
     from ..publishing.verify import push_and_verify
 
@@ -274,8 +277,10 @@ def run_push(options: PushOptions) -> "PushedCommit":
     # This comes first, so a folder that cannot be pushed leaves no empty repository on the Hub.
     folder.check_is_complete()
     folder.warn_about_edited_settings()
+    name = options.model.resolve().name
+    collect_files(folder, options.hub_model_id or name, options.license)
     repo_id = prepare_repository(
-        options.hub_model_id, options.model.resolve().name, options.private
+        options.hub_model_id, name, options.private, create_pr=options.create_pr
     )
     return push_and_verify(
         folder,
@@ -283,6 +288,7 @@ def run_push(options: PushOptions) -> "PushedCommit":
         options.verify,
         private=options.private,
         branch=options.branch,
+        create_pr=options.create_pr,
         license_id=options.license,
         card_samples=options.card_samples,
     )

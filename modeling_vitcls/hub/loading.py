@@ -35,6 +35,7 @@ from ..runtime.errors import format_name_list
 from .connection import HUB_ERRORS, describe_no_response, format_hub_error, name_cache
 from .model_files import (
     ADAPTER_FILE,
+    CODE_PATTERN,
     CONFIG_FILE,
     CONFIG_FILES,
     LICENSE_FILES,
@@ -48,10 +49,11 @@ from .model_files import (
 
 
 # Files of a model that this package reads, with the records of its training or conversion, and one
-# that it refuses. The model's code files are not needed.
+# that it refuses. The model's code files are compared with this package's, and never run.
 MODEL_FILE_PATTERNS = (
     *CONFIG_FILES,
     *WEIGHTS_PATTERNS,
+    CODE_PATTERN,
     ADAPTER_FILE,
     RESULTS_FILE,
     SPLITS_FILE,

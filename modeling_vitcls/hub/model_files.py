@@ -20,6 +20,7 @@ Errors are lines that name the file, the problem and a remedy. What is not check
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -179,16 +180,31 @@ def hash_weights(folder: Path) -> dict[str, str]:
 def hash_settings(folder: Path) -> dict[str, str]:
     """Compute a SHA-256 of the values in config.json and preprocessor_config.json, by file name.
 
-    Values that do not change outputs are left out.
+    Values that do not change outputs are left out, and so are those at their defaults, which the
+    configuration of a newer version may add when the model is saved again.
     """
+    # Imported here: options of commands import this file, and flags are parsed without torch.
+    from ..model.configuration_vitcls import ViTCLSConfig
+
+    defaults = {CONFIG_FILE: {field.name: field.default for field in fields(ViTCLSConfig)}}
     hashes = {}
     for name in CONFIG_FILES:
         if (folder / name).is_file():
             values = read_json(folder / name)
-            settings = {key: values[key] for key in values if key not in UNMEASURED_SETTINGS}
+            settings = {
+                key: value
+                for key, value in values.items()
+                if key not in UNMEASURED_SETTINGS
+                and not is_equal(value, defaults.get(name, {}).get(key))
+            }
             # Saving a model again may change the order of the keys, but not what they mean.
             hashes[name] = compute_json_digest(settings)
     return hashes
+
+
+def is_equal(value: Any, default: Any) -> bool:
+    """Compare a value of a JSON file with a default; 1 and true are two values."""
+    return type(value) is type(default) and bool(value == default)
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.errors import format_error, format_name_list, warn_on_first_process
 from ..runtime.files import read_json, read_text, replace_control_characters
+from ..version import __version__
 from .connection import silence_transformers
 from .loading import get_model_folder
 from .local_paths import BUILT_IN_DATASET, is_hub_dataset, strip_folders
@@ -25,6 +26,7 @@ from .model_files import (
     ADDITION_FLAGS_FILE,
     ADDITIONS_KEY,
     CERTIFICATE_FILE,
+    CODE_PATTERN,
     CONFIG_FILE,
     CONFIG_FILES,
     NOT_VITCLS,
@@ -41,6 +43,8 @@ from .model_files import (
 )
 from .provenance import Provenance, find_provenance
 
+
+OWN_CODE = Path(__file__).parents[1] / "model"
 
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -140,6 +144,20 @@ class ModelFolder:
         return names
 
     @cached_property
+    def code(self) -> dict[str, bytes]:
+        """The content of the code files in the folder, by name; this package never runs them."""
+        names = {file.name for file in self.path.glob(CODE_PATTERN)} | self.code_files
+        return {
+            name: (self.path / name).read_bytes() for name in names if (self.path / name).is_file()
+        }
+
+    @cached_property
+    def other_code(self) -> list[str]:
+        """The names of code files that differ from this package's; none if the folder has no code."""
+        own_code = {file.name: file.read_bytes() for file in OWN_CODE.glob(CODE_PATTERN)}
+        return compare_code(self.code, own_code)
+
+    @cached_property
     def config(self) -> Any:
         """The `ViTCLSConfig` of a vitcls model; None for a class of transformers."""
         return None if self.is_native else ViTCLSConfig.from_pretrained(self.path)
@@ -212,6 +230,7 @@ class ModelFolder:
                 "file serves without them (docs/exporting.md)"
             )
         self.warn_about_edited_settings()
+        self.warn_about_other_code()
 
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         # Weights of the shape in config.json may exceed the memory, before they are compared
@@ -270,6 +289,14 @@ class ModelFolder:
                 "names, save the model inside it"
             )
         return model, set(loading_info["missing_keys"])
+
+    def warn_about_other_code(self) -> None:
+        """Log a line if the folder has other code than this package, which computes instead of it."""
+        if self.other_code:
+            warn_on_first_process(
+                f"{self.source}: {describe_code(self.other_code)}, whose code computes here. The Auto classes "
+                "run the code of the model with `trust_remote_code=True`"
+            )
 
     def warn_about_edited_settings(self) -> None:
         """Log a line if settings of the model or the image processor changed after training."""
@@ -492,6 +519,21 @@ def open_vitcls(source: str) -> ModelFolder:
     if folder.is_native:
         raise ValueError(NOT_VITCLS.format(source))
     return folder
+
+
+def compare_code(code: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
+    """List the code files that differ; none if one of the two has no code at all."""
+    if not code or not other:
+        return []
+    return sorted({name for name, _ in code.items() ^ other.items()})
+
+
+def describe_code(names: list[str]) -> str:
+    """Say which code files differ from this package's; empty for none."""
+    if not names:
+        return ""
+    verb = "differs" if len(names) == 1 else "differ"
+    return f"{format_name_list(names)} {verb} from modeling_vitcls {__version__}"
 
 
 def list_code_references(auto_map: Any) -> list[str]:

@@ -25,6 +25,7 @@ Added tokens are faded in (`TokenFadeIn`): before training, they do not affect t
 """
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Self, cast
@@ -207,6 +208,11 @@ class AdaptableModel(PreTrainedModel):
             for config in (self.config, encoder.config):
                 config.fading_tokens = fields["fading_tokens"]
                 config.token_fade_in_steps = fields["token_fade_in_steps"]
+
+    def _upload_modified_files(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the folder that `push_to_hub` saved; with the model's card, if the package is imported."""
+        package = sys.modules.get("modeling_vitcls", PreTrainedModel)
+        return package._upload_modified_files(self, *args, **kwargs)
 
     def renew_digests(self, statistics: Any, state_dict: Mapping[str, Tensor] | None) -> Tensor:
         """Compute the digests of the weights that are saved; zeros if the statistics are of others."""

@@ -686,7 +686,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             ValueError: if `label2id` contradicts `id2label`.
         """
         self._check_labels(None)
-        loaded: dict[str, str] = getattr(self, "auto_map", {})
+        loaded = getattr(self, "auto_map", {})
         # The class of the model, which may be a subclass; code in other repositories has a --
         self.auto_map = AUTO_MAP | {
             name: reference for name, reference in loaded.items() if "--" not in reference
@@ -718,7 +718,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """
         if self.is_registered:
             return {}
-        if "ViTCLSForImageClassification" in (self.architectures or ()):
+        if "ViTCLSForImageClassification" in self.architectures:  # type: ignore[operator]
             code = "pipeline_vitcls.ViTCLSImageClassificationPipeline"
             return {
                 "image-classification": {"impl": code, "pt": ["AutoModelForImageClassification"]}

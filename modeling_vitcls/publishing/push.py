@@ -11,13 +11,16 @@ completes the push. Files that the Hub already has are not uploaded again. The f
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
+    CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
@@ -25,7 +28,6 @@ from huggingface_hub import (
     hf_hub_download,
 )
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import filter_repo_objects
 
 from ..hub.connection import (
@@ -36,12 +38,11 @@ from ..hub.connection import (
     hide_hub_progress_bars,
     set_hub_timeout,
 )
-from ..hub.model_files import (
-    CARD_FILE,
-)
+from ..hub.model_files import CARD_FILE
 from ..hub.model_folder import ModelFolder
+from ..runtime.errors import format_name_list
 from ..runtime.flags import to_arguments
-from .card import is_edited
+from .card_parts import find_license, merge
 from .published_files import DELETE_PATTERNS, collect_files
 
 
@@ -70,10 +71,39 @@ class PushedCommit:
     is_private: bool
     files: Mapping[str, Path | bytes]  # Name in the repository -> path or content
     advice: str  # How to finish a push that failed, or that was not verified
+    info: CommitInfo | None = None  # What huggingface_hub returned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where a push goes, and how its commit is made."""
+
+    repo_id: str  # `namespace/name`
+    repo_type: str = "model"  # or "space"
+    # Whether a new model repository must be private. Default: the account's default visibility
+    private: bool = False
+    branch: str | None = None  # Created from `main` if it does not exist. Default: `main`
+    create_pr: bool = False  # Open a pull request, which requires no right to write
+    message: str = "Upload model"
+    description: str | None = None
+    token: str | bool | None = None  # Default: the one that `hf auth login` has saved
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The files of a repository before a push."""
+
+    info: Any  # ModelInfo or SpaceInfo
+    names: list[str]
+    card: str | None  # Text of README.md of a model
 
 
 def prepare_repository(
-    repo_id: str | None, default_name: str, private: bool = False, space_sdk: str | None = None
+    repo_id: str | None,
+    default_name: str,
+    private: bool = False,
+    space_sdk: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """Create a repository if it does not exist, check that it accepts a push, and return its id.
 
@@ -82,6 +112,8 @@ def prepare_repository(
         default_name: Name of the repository in the user's namespace.
         private: Whether the repository must be private. Default: the account's default visibility.
         space_sdk: "gradio" or "static" for a Space.
+        create_pr: Whether a pull request is opened. The repository must exist, and the token only
+            has to read it.
 
     Raises:
         ValueError: If the name is invalid, or the token, the namespace or the visibility does not
@@ -100,16 +132,17 @@ def prepare_repository(
     api = HfApi()
     try:
         with set_hub_timeout(TIMEOUT):
-            name = api.create_repo(
-                name,
-                private=private or None,
-                repo_type=repo_type,
-                space_sdk=space_sdk,
-                exist_ok=True,
-            ).repo_id
-            # An existing repository is no error for `create_repo`, even if the token may not write
-            # to it.
-            api.auth_check(name, repo_type=repo_type, write=True)
+            if not create_pr:
+                name = api.create_repo(
+                    name,
+                    private=private or None,
+                    repo_type=repo_type,
+                    space_sdk=space_sdk,
+                    exist_ok=True,
+                ).repo_id
+                # An existing repository is no error for `create_repo`, even if the token may not
+                # write to it.
+                api.auth_check(name, repo_type=repo_type, write=True)
             is_private = api.repo_info(name, repo_type=repo_type, timeout=TIMEOUT).private
     except HUB_ERRORS as error:  # ValueError: an invalid name, or no token
         # With a status below 500, the Hub has answered and the user can act. Anything else is a
@@ -130,10 +163,9 @@ def prepare_repository(
 def push_folder(
     folder: ModelFolder,
     repo_id: str,
-    private: bool = False,
-    branch: str | None = None,
     license_id: str | None = None,
     card_samples: bool = False,
+    **settings: Any,
 ) -> PushedCommit:
     """Push a model folder; create the repository if it does not exist.
 
@@ -142,131 +174,180 @@ def push_folder(
     Args:
         folder: Folder of a complete model (`ModelFolder.check_is_complete`).
         repo_id: `namespace/name`.
-        private: Whether a new repository must be private. Default: the account's default
-            visibility.
-        branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
         license_id, card_samples: As in `collect_files`.
+        settings: Other fields of `Destination`, such as `branch`.
 
     Raises:
         ValueError: As in `collect_files`.
         PushError: If the push fails. The message is a single line and ends with the command that
             completes the push.
     """
-    files = collect_files(folder, repo_id, license_id, card_samples)
+    destination = Destination(repo_id=repo_id, **settings)
     command = build_push_command(
         folder.path,
         repo_id,
-        private=private,
-        branch=branch,
+        private=destination.private,
+        branch=destination.branch,
+        create_pr=destination.create_pr,
         license=license_id,
         card_samples=card_samples,
     )
-    return upload_files(
-        files,
-        repo_id,
-        repo_type="model",
-        message="Upload model",
-        delete_patterns=DELETE_PATTERNS,
-        advice=f"The model is saved in {folder.path}; finish with: {command}",
-        private=private,
-        branch=branch,
-    )
+    advice = f"The model is saved in {folder.path}; finish with: {command}"
+    # A folder that cannot be published creates no repository
+    files = collect_files(folder, repo_id, license_id, card_samples)
+
+    branch = open_branch(destination, advice)
+    set_license = find_license(branch.card)
+    is_unknown = folder.provenance is None or folder.provenance.license is None
+    if set_license and license_id is None and is_unknown:  # The text says it, too
+        files = collect_files(folder, repo_id, set_license, card_samples)
+    merged = merge_card(files, branch, destination)
+    return commit_files(merged, branch, destination, DELETE_PATTERNS, advice)
 
 
 def upload_files(
     files: Mapping[str, Path | bytes],
-    repo_id: str,
-    repo_type: str,
-    message: str,
+    destination: Destination,
     delete_patterns: list[str],
     advice: str,
-    private: bool = False,
-    branch: str | None = None,
 ) -> PushedCommit:
-    """Upload files in one commit; create a model repository if it does not exist.
+    """Upload files in one commit. The arguments and errors are those of `commit_files`."""
+    branch = open_branch(destination, advice)
+    return commit_files(files, branch, destination, delete_patterns, advice)
 
-    If nothing has changed, no commit is made.
+
+# Requests -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def raise_push_errors(destination: Destination, advice: str) -> Iterator[HfApi]:
+    """Enter a group of requests. Their errors become a `PushError` that ends with `advice`."""
+    check_is_online()
+    try:
+        with (
+            set_hub_timeout(TIMEOUT),
+            nullcontext() if sys.stderr.isatty() else hide_hub_progress_bars(),
+            warnings.catch_warnings(),
+        ):
+            # splits.parquet belongs to the model
+            warnings.filterwarnings("ignore", ".* about to commit a data file")
+            yield HfApi(token=destination.token)
+    except HUB_ERRORS as error:
+        raise PushError(
+            f"the push to {destination.repo_id} failed: {format_hub_error(error)}. {advice}"
+        ) from error
+
+
+def open_branch(destination: Destination, advice: str) -> Branch:
+    """Create the repository of a model and the branch if they do not exist, and list the files.
+
+    Raise PushError, as `commit_files`.
+    """
+    repo_id, repo_type = destination.repo_id, destination.repo_type
+    with raise_push_errors(destination, advice) as api:
+        if not destination.create_pr:
+            if repo_type == "model":
+                # None: the account's default visibility
+                api.create_repo(repo_id, private=destination.private or None, exist_ok=True)
+            # The branch of a pull request is created with the request
+            if destination.branch and not destination.branch.startswith("refs/pr/"):
+                api.create_branch(repo_id, branch=destination.branch, exist_ok=True)
+        info = api.repo_info(
+            repo_id, repo_type=repo_type, revision=destination.branch, timeout=TIMEOUT
+        )
+        names = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
+        card = None
+        if CARD_FILE in names and repo_type == "model":
+            file = hf_hub_download(repo_id, CARD_FILE, revision=info.sha, token=destination.token)
+            card = Path(file).read_text(encoding="utf-8")
+    return Branch(info, names, card)
+
+
+def commit_files(
+    files: Mapping[str, Path | bytes],
+    branch: Branch,
+    destination: Destination,
+    delete_patterns: list[str],
+    advice: str,
+) -> PushedCommit:
+    """Upload files in one commit. If nothing has changed, no commit is made.
 
     Args:
         files: Name in the repository -> path or content.
+        branch: The files before.
+        destination: The repository.
         delete_patterns: Patterns of files to remove from the repository unless they are uploaded.
         advice: How to finish a failed push.
 
     Raises:
         PushError: If the push fails. The message is a single line and ends with `advice`.
     """
-    check_is_online()
-    api = HfApi()
-
-    try:
-        with (
-            set_hub_timeout(TIMEOUT),
-            nullcontext() if sys.stderr.isatty() else hide_hub_progress_bars(),
-        ):
-            if repo_type == "model":
-                # None: the account's default visibility
-                api.create_repo(repo_id, private=private or None, exist_ok=True)
-            if branch is not None:
-                api.create_branch(repo_id, branch=branch, exist_ok=True)
-            info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)
-            names = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
-            if CARD_FILE in names and repo_type == "model":
-                files = keep_edited_card(files, repo_id, info.sha)
-            outdated = set(filter_repo_objects(names, allow_patterns=delete_patterns))
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                CommitOperationDelete(name)
-                for name in sorted(outdated - files.keys() - {GIT_ATTRIBUTES_FILE})
-            ]
-            operations += [CommitOperationAdd(name, content) for name, content in files.items()]
-            commit = api.create_commit(
-                repo_id,
-                operations,
-                repo_type=repo_type,
-                commit_message=message,
-                revision=branch,
-                # After another push in the meantime, which may have other files to delete, the Hub
-                # rejects the commit (HTTP 412).
-                parent_commit=info.sha,
-            )
-    except HUB_ERRORS as error:
-        raise PushError(
-            f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}"
-        ) from error
-    path = f"spaces/{repo_id}" if repo_type == "space" else f"{repo_id}/commit/{commit.oid}"
+    repo_id, info = destination.repo_id, branch.info
+    outdated = set(filter_repo_objects(branch.names, allow_patterns=delete_patterns))
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationDelete(name)
+        for name in sorted(outdated - files.keys() - {GIT_ATTRIBUTES_FILE})
+    ]
+    operations += [CommitOperationAdd(name, content) for name, content in files.items()]
+    with raise_push_errors(destination, advice) as api:
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            repo_type=destination.repo_type,
+            commit_message=destination.message,
+            commit_description=destination.description,
+            revision=destination.branch,
+            create_pr=destination.create_pr,
+            # After another push in the meantime, which may have other files to delete, the Hub
+            # rejects the commit (HTTP 412).
+            parent_commit=info.sha,
+        )
+    path = f"{repo_id}/commit/{commit.oid}"
+    if destination.repo_type == "space":
+        path = f"spaces/{repo_id}"
     return PushedCommit(
         repo_id,
         commit.oid,
         needs_token=bool(info.private or getattr(info, "gated", False)),  # A Space has no gate
-        url=f"{constants.ENDPOINT}/{path}",
+        url=commit.pr_url or f"{constants.ENDPOINT}/{path}",
         is_private=bool(info.private),
         files=files,
         advice=advice,
+        info=commit,
     )
 
 
-def keep_edited_card(
-    files: Mapping[str, Path | bytes], repo_id: str, commit: str | None
-) -> Mapping[str, Path | bytes]:
-    """Leave the card out of the files if it is generated, and the one on the Hub was edited.
+# Cards --------------------------------------------------------------------------------------------
 
-    A line says what happens to the text on the Hub.
+
+def merge_card(
+    files: Mapping[str, Path | bytes], branch: Branch, destination: Destination
+) -> Mapping[str, Path | bytes]:
+    """Keep what a person changed in the card on the Hub, and say it in a line.
+
+    A card that was edited in the folder replaces the one on the Hub.
     """
-    card = Path(hf_hub_download(repo_id, CARD_FILE, revision=commit)).read_text(encoding="utf-8")
     own = files[CARD_FILE]
-    # The Hub writes the license of a new repository to a card without text.
-    if not is_edited(card) or not REGEX_YAML_BLOCK.sub("", card).strip():
+    published = branch.card
+    repo_id = destination.repo_id
+    if published is None:
         return files
-    if isinstance(own, bytes):
+    if isinstance(own, Path):
+        if own.read_text(encoding="utf-8") != published:
+            logger.warning(
+                f"{own} replaces {CARD_FILE} of {repo_id}, which stays in the commit {branch.info.sha}"
+            )
+        return files
+
+    text, kept = merge(own.decode(), published)
+    if kept:
+        names = format_name_list([name.replace("## ", "").replace("#", "title") for name in kept])
+        warning = ", which may describe other weights" if "text" in kept else ""
         logger.warning(
-            f"{CARD_FILE} of {repo_id} was edited on the Hub, so it is kept, although it may describe "
-            "other weights. To replace it, remove it on the Hub and push again"
+            f"{CARD_FILE} of {repo_id} was edited on the Hub, so this is kept: {names}{warning}. To replace it, "
+            f"remove it from {CARD_FILE} on the Hub and push again"
         )
-        return {name: content for name, content in files.items() if name != CARD_FILE}
-    if own.read_text(encoding="utf-8") != card:
-        logger.warning(
-            f"{own} replaces {CARD_FILE} of {repo_id}, which stays in the commit {commit}"
-        )
-    return files
+    return {**files, CARD_FILE: text.encode()}
 
 
 def build_push_command(folder: Path, repo_id: str, **others: str | bool | None) -> str:

@@ -25,7 +25,6 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,12 @@ from ..hub.connection import (
     set_hub_timeout,
     silence_transformers,
 )
-from ..hub.model_files import CODE_PATTERN
-from ..hub.model_folder import ModelFolder
+from ..hub.model_folder import ModelFolder, describe_code
 from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.errors import format_error
 from ..runtime.system import get_versions
 from ..version import __version__
 from . import verification_script
-from .published_files import PACKAGE_FOLDER
 from .push import TIMEOUT, PushedCommit, push_folder
 from .verification_script import Outputs, collect_outputs
 
@@ -121,7 +118,9 @@ def verify(commit: PushedCommit, folder: ModelFolder) -> str:
         )
     # The reference is computed by this package's code, so a reader should know whether the
     # published code is the same.
-    code = compare_code(commit.files) if trust_remote_code else "no code"
+    own_code = f"code of modeling_vitcls {__version__}"
+    code = f"code: {describe_code(folder.other_code)}" if folder.other_code else own_code
+    code = code if trust_remote_code else "no code"
     outputs, report = run_verification_script(commit, folder.auto_class, trust_remote_code)
 
     if report["missing"]:
@@ -177,17 +176,6 @@ def has_content(entry: RepoFile, content: Path | bytes) -> bool:
 
 def read_content(content: Path | bytes) -> bytes:
     return content if isinstance(content, bytes) else content.read_bytes()
-
-
-def compare_code(files: Mapping[str, Path | bytes]) -> str:
-    """Compare Python files with the code of this package, and return one line."""
-    expected = {
-        file.name: file.read_bytes() for file in (PACKAGE_FOLDER / "model").glob(CODE_PATTERN)
-    }
-    found = {name: read_content(files[name]) for name in files if name.endswith(".py")}
-    names = sorted({name for name, _ in expected.items() ^ found.items()})
-    package = f"modeling_vitcls {__version__}"
-    return f"code differs from {package}: {', '.join(names)}" if names else f"code of {package}"
 
 
 def run_verification_script(

@@ -27,7 +27,12 @@ from modeling_vitcls.hub.loading import get_model_folder, split_revision
 from modeling_vitcls.hub.model_files import CONFIG_FILE, CONFIG_FILES, PROCESSOR_FILE
 from modeling_vitcls.hub.model_folder import list_code_references
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
-from modeling_vitcls.publishing.push import PushedCommit, build_push_command, upload_files
+from modeling_vitcls.publishing.push import (
+    Destination,
+    PushedCommit,
+    build_push_command,
+    upload_files,
+)
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -191,4 +196,5 @@ def push_space(folder: Path, model: ModelInfo, space_id: str) -> PushedCommit:
     files = {
         file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()
     }
-    return upload_files(files, space_id, "space", message, delete_patterns, "Repeat the command")
+    destination = Destination(repo_id=space_id, repo_type="space", message=message)
+    return upload_files(files, destination, delete_patterns, "Repeat the command")

@@ -26,7 +26,7 @@ from helpers.tiny_models import (
 )
 from numpy.random import default_rng
 from PIL import Image
-from pytest import LogCaptureFixture, MonkeyPatch
+from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -185,6 +185,19 @@ def test_verify_unchanged_exits_with_1_on_a_changed_weight(
     assert run_here("verify-unchanged", digits, with_parity) == 0
     changed = copy_and_change(with_parity, tmp_path / "changed", "classifier.bias")
     assert run_here("verify-unchanged", digits, changed) == 1
+
+
+def test_models_with_different_code_are_not_certified(
+    tmp_path: Path, capsys: CaptureFixture
+) -> None:
+    """The code of the folders is not run, and may compute anything."""
+    old, new = save_classifier(tmp_path / "old"), tmp_path / "new"
+    shutil.copytree(old, new)
+    assert run_here("verify-unchanged", old, new) == 0
+    with (new / "modeling_vitcls.py").open("a") as file:
+        file.write("# flips the logits\n")
+    assert run_here("verify-unchanged", old, new) == 1
+    assert "not certified: the code modeling_vitcls.py" in capsys.readouterr().out
 
 
 def test_nothing_is_unchanged_on_images_that_cannot_be_read(digits: Path, tmp_path: Path) -> None:

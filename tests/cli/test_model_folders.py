@@ -16,7 +16,7 @@ from pytest import LogCaptureFixture, MonkeyPatch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.inference.features import FrozenEncoder
 from modeling_vitcls.runtime.errors import warn_on_first_process
 from modeling_vitcls.runtime.files import read_json, write_json
@@ -225,6 +225,27 @@ def test_settings_that_were_edited_after_training_are_named(
         assert run_here(*command.split()) == status
         (line,) = [line for line in caplog.messages if "after training" in line]
         assert line.startswith("config.json and preprocessor_config.json of ")
+
+
+def test_code_of_a_model_that_is_not_run_is_named(caplog: LogCaptureFixture) -> None:
+    with Path("model/modeling_vitcls.py").open("a") as file:
+        file.write("# of another version\n")
+    warn_on_first_process.cache_clear()
+    assert run_here("predict", "--model", "model", "photos") == 0
+    assert "model: modeling_vitcls.py differs from modeling_vitcls" in caplog.text
+
+
+def test_fields_that_newer_code_saves_at_their_defaults_are_no_edit(
+    caplog: LogCaptureFixture,
+) -> None:
+    values = read_json(Path("model/config.json"))
+    default = values.pop("compute_all_tokens")
+    write_json(Path("model/config.json"), values)
+    write_json(Path("model/results.json"), {"settings_sha256": hash_settings(Path("model"))})
+    write_json(Path("model/config.json"), {**values, "compute_all_tokens": default})
+    warn_on_first_process.cache_clear()
+    run_here("predict", "--model", "model", "photos")
+    assert "changed after training" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["base", "vitcls-tiny", "timm:mine", "transformers:mine"])

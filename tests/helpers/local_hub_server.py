@@ -45,8 +45,13 @@ class Request(PlainRequest):
         return repository
 
     def get_writable(self) -> "Repository":
-        """Return the repository, to which the token must be able to write."""
+        """Return the repository, to which the token must be able to write.
+
+        A pull request requires only a token that can read the repository.
+        """
         repository = self.get_readable()
+        if self.token and self.args.get("create_pr") == "1":
+            return repository
         if not (self.token and self.token.can_write(self.names["repo"])):
             raise ErrorResponse(
                 403, "Forbidden: you must use a write token to upload to a repository."
@@ -135,6 +140,8 @@ def create_branch(request: Request) -> Response:
     """Create a branch from `main` or the requested starting point."""
     repository = request.get_writable()
     branch = request.names["name"]
+    if branch.startswith("refs/"):
+        raise ErrorResponse(400, f"Invalid branch name: {branch}")
     if branch in repository.branches:
         raise ErrorResponse(409, f"Reference already exists: refs/heads/{branch}")
     repository.branches[branch], _ = get_commit(
@@ -234,7 +241,7 @@ def is_lfs(path: str) -> bool:
 
 def lfs_batch(request: Request) -> Response:
     """Return upload addresses of LFS files. Files that are already stored need no upload."""
-    request.get_writable()
+    request.get_readable()  # The commit requires the right to write
     objects = []
     for requested in request.json["objects"]:
         response = {"oid": requested["oid"], "size": requested["size"]}
@@ -279,13 +286,13 @@ def make_commit(request: Request) -> Response:
                 )
             case "deletedFile":
                 del files[value["path"]]
-    name = repository.commit(branch, files)
+    is_pr = request.args.get("create_pr") == "1"
+    number = 1 + sum(each.startswith("refs/pr/") for each in repository.branches)
+    name = repository.commit(f"refs/pr/{number}" if is_pr else branch, files)
+    page = f"{request.hub.url}/{request.names['repo']}"
+    request_url = {"pullRequestUrl": f"{page}/discussions/{number}"} if is_pr else {}
     return respond(
-        {
-            "success": True,
-            "commitOid": name,
-            "commitUrl": f"{request.hub.url}/{request.names['repo']}/commit/{name}",
-        }
+        {"success": True, "commitOid": name, "commitUrl": f"{page}/commit/{name}", **request_url}
     )
 
 

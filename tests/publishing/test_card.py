@@ -114,6 +114,15 @@ def test_the_card_names_all_code_files_to_read(tmp_path: Path) -> None:
     assert set(re.findall(r"`(\w+_vitcls\.py)`", text)) == {file.name for file in files}
 
 
+def test_the_card_claims_no_version_for_code_of_another_one(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path / "mine")
+    with (folder / "heads_vitcls.py").open("a") as file:
+        file.write("# of another version\n")
+    text = load_card(folder).text
+    assert "belong to modeling_vitcls" not in text
+    assert "heads_vitcls.py differs from modeling_vitcls" in text
+
+
 def test_results_before_a_class_was_added_are_named_as_such(tmp_path: Path) -> None:
     head = {"labels": ["dawn"], "adds_classes": True}
     config = build_tiny_config(

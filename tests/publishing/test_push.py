@@ -1,6 +1,7 @@
 """Pushing model folders to a local Hub, with the real huggingface_hub client."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_results, write_run_folder
 from helpers.photo_folders import write_files
 from helpers.tiny_models import build_tiny_config, edit_config, raises_one_line, save_classifier
-from huggingface_hub import HfApi, get_session
+from huggingface_hub import HfApi, ModelCard, get_session
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
+from transformers import BertConfig, Trainer, TrainingArguments
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.model_files import hash_settings, hash_weights
@@ -129,7 +131,16 @@ def test_the_target_of_a_link_is_not_pushed(
     (folder / name).symlink_to(folder.parent / "elsewhere")
     assert run_push_command(folder) == 1
     check_error(capsys, name, "is a link")
-    assert hub.count_requests("POST", "/commit/") == 0
+    assert not hub.repositories
+
+
+def test_a_push_under_a_license_that_the_weights_have_not_creates_no_repository(
+    hub: LocalHub, folder: Path, capsys: CaptureFixture
+) -> None:
+    write_results(folder, {"provenance": {"name": "ann/base", "license": "cc-by-nc-4.0"}})
+    assert run_here("push", "--model", folder, "--hub-model-id", "ann/new", "--license", "mit") == 1
+    check_error(capsys, "cc-by-nc-4.0")
+    assert not hub.repositories
 
 
 @pytest.mark.parametrize(
@@ -305,8 +316,10 @@ def test_a_card_that_was_edited_on_the_hub_is_kept_until_one_is_edited_in_the_fo
     )
     commit = hub.repositories["ann/model"].branches["main"]
     push(folder)
-    assert read_card(hub) == edited
-    assert "README.md of ann/model was edited on the Hub, so it is kept" in caplog.text
+    assert sorted(read_card(hub)) == sorted(edited)
+    assert read_card(hub).index("## License") < read_card(hub).index("## Contact\nOur page\n")
+    assert "README.md of ann/model was edited on the Hub" in caplog.text
+    commit = hub.repositories["ann/model"].branches["main"]
 
     (folder / "README.md").write_text("# Ours\n")
     push(folder)
@@ -330,9 +343,122 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
     push(folder)
     assert read_card(hub) == text
 
-    card.write_text("---\nlicense: [\n---\n")  # invalid YAML
+    card.write_text("---\nlicense: [\n---\nText\n")  # invalid YAML
     with raises_one_line("README.md", "vitcls push", error=PushError):
         push(folder)
+
+
+def edit_on_hub(hub: LocalHub, edit: Callable[[str], str]) -> str:
+    """Edit the published card, and return it."""
+    card = edit(read_card(hub))
+    upload = {"path_in_repo": "README.md", "repo_id": "ann/model"}
+    HfApi().upload_file(path_or_fileobj=card.encode(), **upload)
+    return card
+
+
+def test_a_license_that_was_set_on_the_hub_stays_and_numbers_of_other_weights_do_not(
+    hub: LocalHub, folder: Path
+) -> None:
+    push(folder)
+    assert "354 of 360 right" in read_card(hub)
+    edit_on_hub(hub, lambda card: card.replace("---\n", "---\nlicense: apache-2.0\n", 1))
+    replace_weights(folder)
+
+    push(folder)
+    card = ModelCard(read_card(hub))
+    assert card.data.license == "apache-2.0"
+    assert "The weights are licensed under apache-2.0." in card.text
+    assert "354 of 360 right" not in card.text
+
+
+def test_a_section_that_was_edited_on_the_hub_is_kept_among_new_ones(
+    hub: LocalHub, folder: Path, caplog: LogCaptureFixture
+) -> None:
+    push(folder)
+    edit_on_hub(hub, lambda card: card.replace("## Use\n", "## Data\nOurs\n\n## Use\nAsk us.\n"))
+    replace_weights(folder)
+
+    push(folder)
+    card = read_card(hub)
+    assert "## Data\nOurs\n\n## Use\nAsk us.\n" in card
+    assert "354 of 360 right" not in card
+    assert "Data, Use" in caplog.text
+
+
+def test_a_section_that_was_removed_on_the_hub_stays_removed(hub: LocalHub, folder: Path) -> None:
+    push(folder)
+    edit_on_hub(hub, lambda card: re.sub(r"## Citation.*?(?=## )", "", card, count=1, flags=re.S))
+    for _ in range(2):
+        (folder / "report.html").write_text("new")
+        push(folder)
+        assert "\n## Citation" not in read_card(hub)
+        assert "\n## Use" in read_card(hub)
+
+
+def test_a_text_that_a_person_wrote_is_kept(hub: LocalHub, folder: Path) -> None:
+    hub.create("ann/model", files={"README.md": b"# Ours\n\n## Use\nAsk.\n"})
+    push(folder)
+    assert read_card(hub) == "# Ours\n\n## Use\nAsk.\n"
+
+
+def test_the_empty_template_of_transformers_is_no_text_of_a_person(
+    hub: LocalHub, folder: Path
+) -> None:
+    BertConfig().push_to_hub("ann/model")
+    assert "[More Information Needed]" in read_card(hub)
+    push(folder)
+    assert "[More Information Needed]" not in read_card(hub)
+    assert "354 of 360 right" in read_card(hub)
+
+
+def test_the_draft_of_trainer_is_no_text_of_a_person(hub: LocalHub, folder: Path) -> None:
+    training = TrainingArguments(output_dir=str(folder), report_to=[])
+    model = vitcls.ViTCLSForImageClassification.from_pretrained(folder)
+    Trainer(model, training).create_model_card()
+    assert "More information needed" in (folder / "README.md").read_text()
+    push(folder)
+    assert "More information needed" not in read_card(hub)
+    assert "pipeline_tag: image-classification" in read_card(hub)
+
+
+# Pull requests ------------------------------------------------------------------------------------
+
+
+def test_a_pull_request_needs_no_right_to_write_and_leaves_main_as_it_is(
+    hub: LocalHub, folder: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
+) -> None:
+    hub.create("bob/model", files={"README.md": b"---\nlicense: mit\n---\n"})
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    command = [
+        "push",
+        "--model",
+        folder,
+        "--hub-model-id",
+        "bob/model",
+        "--create-pr",
+        "--no-verify",
+    ]
+    assert run_here(*command) == 0
+    assert "bob/model/discussions/1" in capsys.readouterr().out
+    assert set(hub.files("bob/model")) == {"README.md"}
+    assert set(hub.files("bob/model", "refs/pr/1")) >= MODEL_FILES
+
+
+def test_a_pull_request_requires_a_repository(
+    hub: LocalHub, folder: Path, capsys: CaptureFixture
+) -> None:
+    assert run_here("push", "--model", folder, "--hub-model-id", "ann/model", "--create-pr") == 1
+    check_error(capsys, "ann/model", "hub-model-id")
+    assert not hub.repositories
+
+
+def test_the_branch_of_a_pull_request_is_updated(hub: LocalHub, folder: Path) -> None:
+    push(folder)
+    replace_weights(folder)
+    pushed = push(folder, create_pr=True)
+    (folder / "LICENSE").write_text("new")
+    again = push(folder, branch="refs/pr/1")
+    assert hub.repositories["ann/model"].branches["refs/pr/1"] == again.sha != pushed.sha
 
 
 # Permissions --------------------------------------------------------------------------------------

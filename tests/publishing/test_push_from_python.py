@@ -7,8 +7,10 @@ import pytest
 import torch
 import transformers
 from helpers.local_hub import LocalHub
+from helpers.model_folders import write_run_folder
 from helpers.source_checkpoints import save_large_encoder, save_vit_classifier
-from helpers.tiny_models import randomize, save_classifier
+from helpers.tiny_models import build_tiny_config, randomize, save_classifier
+from huggingface_hub import HfApi, ModelCard
 from pytest import CaptureFixture, MonkeyPatch
 
 from modeling_vitcls import (
@@ -20,7 +22,9 @@ from modeling_vitcls import (
     convert,
     export,
     push,
+    write_card,
 )
+from modeling_vitcls.publishing.card_parts import is_edited
 from modeling_vitcls.publishing.push import PushedCommit
 from modeling_vitcls.publishing.verification_script import Outputs, collect_outputs
 from modeling_vitcls.publishing.verify import compare_outputs, run_verification_script
@@ -92,3 +96,111 @@ def test_export_writes_a_graph_and_returns_its_report(
     assert (tmp_path / "mine.onnx").is_file()
     assert report["largest_differences"]["logits"] < 1e-4
     assert torch.get_default_dtype() == torch.float32
+
+
+# Cards --------------------------------------------------------------------------------------------
+
+
+def read_card(hub: LocalHub) -> ModelCard:
+    """Read the card of ann/vit, whose metadata must be valid."""
+    card = ModelCard(hub.read("ann/vit", "README.md").decode())
+    card.validate()
+    return card
+
+
+def test_a_pushed_model_has_the_card_of_the_command(hub: LocalHub, tmp_path: Path) -> None:
+    source = save_vit_classifier(tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: mit\nbase_model: ann/base\n---\n# Base\n")
+    model = ViTCLSForImageClassification.from_pretrained(source, num_register_tokens=4)
+    model.push_to_hub("ann/vit")
+    ViTCLSImageProcessor.from_pretrained(source).push_to_hub("ann/vit")
+
+    card = read_card(hub)
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "mit"
+    assert card.data.base_model == "ann/base"
+    assert "vitcls" in card.data.tags
+    assert "| register | 4 |" in card.text
+    assert 'revision = "' in card.text
+    assert "More Information Needed" not in card.text
+    assert not is_edited(hub.read("ann/vit", "README.md").decode())
+
+
+def test_tags_of_a_push_are_in_the_card(hub: LocalHub, tmp_path: Path) -> None:
+    model = ViTCLSForImageClassification(build_tiny_config())
+    model.push_to_hub("ann/vit", tags=["birds"])
+    assert {"birds", "vitcls"} <= set(read_card(hub).data.tags)
+
+
+def test_a_model_in_memory_replaces_the_numbers_of_other_weights(
+    hub: LocalHub, tmp_path: Path
+) -> None:
+    folder = write_run_folder(tmp_path / "run")
+    push(folder, "ann/vit", verify=False)
+    assert "354 of 360 right" in read_card(hub).text
+    model = ViTCLSForImageClassification.from_pretrained(folder, num_register_tokens=2)
+    model.push_to_hub("ann/vit")
+
+    assert "354 of 360 right" not in read_card(hub).text
+    assert "| register | 2 |" in read_card(hub).text
+    names = set(hub.files("ann/vit"))
+    assert not names & {"results.json", "config.resolved.yaml", "splits.parquet"}
+    assert "preprocessor_config.json" in names
+
+
+def test_a_license_set_on_the_hub_keeps_no_numbers_of_other_weights(
+    hub: LocalHub, tmp_path: Path
+) -> None:
+    folder = write_run_folder(tmp_path / "run")
+    push(folder, "ann/vit", verify=False)
+    text = hub.read("ann/vit", "README.md").decode().replace("---\n", "---\nlicense: mit\n", 1)
+    upload = {"path_in_repo": "README.md", "repo_id": "ann/vit"}
+    HfApi().upload_file(path_or_fileobj=text.encode(), **upload)
+    model = ViTCLSForImageClassification.from_pretrained(folder, num_register_tokens=2)
+    model.push_to_hub("ann/vit")
+    assert read_card(hub).data.license == "mit"
+    assert "354 of 360 right" not in read_card(hub).text
+
+
+def test_the_same_model_in_memory_keeps_its_numbers(hub: LocalHub, tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path / "run")
+    push(folder, "ann/vit", verify=False)
+    before = set(hub.files("ann/vit"))
+    card = read_card(hub)
+    ViTCLSForImageClassification.from_pretrained(folder).push_to_hub("ann/vit")
+    assert set(hub.files("ann/vit")) == before
+    assert str(read_card(hub)) == str(card)
+
+
+def test_a_card_of_a_person_survives_a_model_in_memory(hub: LocalHub) -> None:
+    hub.create("ann/vit", files={"README.md": b"---\nlicense: mit\n---\n# Ours\n"})
+    ViTCLSForImageClassification(build_tiny_config()).push_to_hub("ann/vit")
+    assert hub.read("ann/vit", "README.md") == b"---\nlicense: mit\n---\n# Ours\n"
+
+
+def test_a_model_in_memory_is_pushed_as_a_pull_request(hub: LocalHub) -> None:
+    hub.create("ann/vit")
+    ViTCLSForImageClassification(build_tiny_config()).push_to_hub("ann/vit", create_pr=True)
+    assert "config.json" not in hub.files("ann/vit")
+    assert b"vitcls" in hub.read("ann/vit", "README.md", "refs/pr/1")
+
+
+def test_a_card_for_hf_upload_is_written_to_a_saved_folder(tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "mine")
+    write_card(folder, "ann/vit")
+    card = ModelCard.load(folder / "README.md")
+    assert "# ann/vit\n" in card.text
+    assert card.data.pipeline_tag == "image-classification"
+
+
+def test_trainer_pushes_the_card_if_it_creates_it(hub: LocalHub, tmp_path: Path) -> None:
+    class CardTrainer(transformers.Trainer):
+        def create_model_card(self, **keywords: Any) -> None:
+            write_card(self.args.output_dir, self.hub_model_id)
+
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "run"), hub_model_id="ann/vit", report_to=[], use_cpu=True
+    )
+    CardTrainer(ViTCLSForImageClassification(build_tiny_config()), settings).push_to_hub()
+    assert read_card(hub).data.pipeline_tag == "image-classification"
