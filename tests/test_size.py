@@ -52,7 +52,6 @@ MANY_PARAMETERS = {
 # Queries, keys and values are three; the others wait for a class
 LONG_TUPLES = {
     "model/blocks_vitcls.py:project_qkv",
-    "model/variants_vitcls.py:project_qkv",
     "additions/add_task.py:divide",
     "additions/extend.py:keep_scenes_together",
     "analysis/photo.py:draw_halves",

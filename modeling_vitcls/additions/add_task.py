@@ -15,8 +15,7 @@ from ..frozen.linear_probe import LinearProbe, describe_candidate
 from ..frozen.scenes import TrainedScenes
 from ..hub.local_paths import strip_folders
 from ..inference.features import Features
-from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
+from ..model.configuration_vitcls import RESERVED_OUTPUT_NAMES, ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
 from ..runtime.errors import warn_on_first_process
 from ..speed.packed import count_output_tokens

@@ -28,10 +28,9 @@ from ..data.labels import get_heads
 from ..inference.interventions import continue_from
 from ..inference.prediction_rows import Label, build_task_columns, get_logits_by_task
 from ..inference.token_names import get_token_names
-from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.extra_heads_vitcls import ExtraHead
+from ..model.attention_masks_vitcls import compute_attention_rows, record_attention
+from ..model.configuration_vitcls import ExtraHead, ViTCLSConfig
 from ..model.field_checks_vitcls import Size
-from ..model.token_attention_vitcls import compute_attention_rows, record_attention
 from ..runtime.distributed import build_autocast
 from .maps import extract_patch_maps, to_upright_rgb
 from .token_use import TokenUse

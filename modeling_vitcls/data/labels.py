@@ -17,8 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.extra_heads_vitcls import ExtraHead
+from ..model.configuration_vitcls import ExtraHead, ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
 from .cells import normalize_name
 

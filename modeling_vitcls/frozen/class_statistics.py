@@ -32,7 +32,7 @@ import torch
 from scipy import linalg
 
 from ..inference.features import Token, Tokens
-from ..model.class_distance_vitcls import ClassDistance
+from ..model.heads_vitcls import ClassDistance
 
 
 # Smallest variance of a feature within the classes, as a part of the median of all features. Features of

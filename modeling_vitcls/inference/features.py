@@ -24,10 +24,9 @@ from torch import Tensor
 
 from ..data.images import LabeledImages
 from ..model.blocks_vitcls import has_user_hooks
-from ..model.class_distance_vitcls import hash_weights, select_weights
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size
-from ..model.heads_vitcls import ALL_TOKENS, TokenPooler
+from ..model.heads_vitcls import ALL_TOKENS, TokenPooler, hash_weights, select_weights
 from ..speed.cpu_kernels import can_use_cpu_kernels
 from ..speed.packed import pack
 from .feature_store import FeatureStore, find_store_file

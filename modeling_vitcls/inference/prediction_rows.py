@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..model.extra_heads_vitcls import ExtraHead
+from ..model.configuration_vitcls import ExtraHead
 from ..model.token_layout_vitcls import TokenLayout
 from .features import FrozenEncoder, States
 from .image_pass import find_finite

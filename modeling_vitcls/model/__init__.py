@@ -8,19 +8,14 @@ They import only one another and public libraries.
     token_layout_vitcls.py            the kinds of tokens, and where each is in the sequence
     blocks_vitcls.py                  the ViT in plain PyTorch: embeddings, attention, MLP, layer
     modeling_vitcls.py                output classes, encoder, task classes
-    heads_vitcls.py                   poolers, classifiers, pixel decoder, losses
+    heads_vitcls.py                   poolers, classifiers, pixel decoder, losses, class statistics
     (a forward pass of a default model runs these five files, and one function of positions_vitcls.py)
 
     field_checks_vitcls.py            checks of fields, files and checkpoints, one-line errors
-    extra_heads_vitcls.py             the configuration of heads of further tasks and classes
     positions_vitcls.py               rotary position embeddings, resampling
-    attention_masks_vitcls.py         masks of CLS tokens, relative position bias, fading in
-    variants_vitcls.py                other layers and attentions, test-time registers
-    class_distance_vitcls.py          class statistics, and digests of their weights
+    attention_masks_vitcls.py         masks of CLS tokens, position bias, fading in, attention maps
     adaptation_vitcls.py              checkpoints with other special tokens or sizes
-    token_attention_vitcls.py         attention maps of the special tokens
-    image_processing_vitcls.py        image processors with two backends
-    pipeline_vitcls.py                pipelines that leave the reading of images to the processor
+    image_processing_vitcls.py        image processors with two backends, and pipelines that use them
 
 A checkpoint contains all files of this folder. transformers copies the files next to the weights,
 so they import each other in the form `from .blocks_vitcls import ViTCLSAttention`, and nothing else

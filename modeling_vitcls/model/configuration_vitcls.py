@@ -36,7 +36,6 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from .extra_heads_vitcls import ExtraHeadsConfig
 from .field_checks_vitcls import (
     MAX_LABELS,
     MAX_PATCH_SIDE,
@@ -48,6 +47,8 @@ from .field_checks_vitcls import (
     find_checkpoint,
     finite,
     positive,
+    probability,
+    raise_one_line_errors,
     rate,
     shorten_errors,
     to_pair,
@@ -83,17 +84,12 @@ _COPIED_FILES = """
 from .adaptation_vitcls import *
 from .attention_masks_vitcls import *
 from .blocks_vitcls import *
-from .class_distance_vitcls import *
-from .extra_heads_vitcls import *
 from .field_checks_vitcls import *
 from .heads_vitcls import *
 from .image_processing_vitcls import *
 from .modeling_vitcls import *
-from .pipeline_vitcls import *
 from .positions_vitcls import *
-from .token_attention_vitcls import *
 from .token_layout_vitcls import *
-from .variants_vitcls import *
 """
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -178,6 +174,160 @@ ADAPTABLE_FIELDS = (
 STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
 
+# Extra heads --------------------------------------------------------------------------------------
+# Names that an extra head cannot have, because exported graphs have outputs with these names.
+RESERVED_OUTPUT_NAMES = (
+    "logits",
+    "cls_logits",
+    "distillation_logits",
+    "distance",
+    "cls_attention",
+)
+
+ExtraPooling = Literal["cls", "mean", "cls_mean", "max"]
+
+
+@shorten_errors
+@strict
+@dataclasses.dataclass
+class ExtraHead:
+    """An entry of `ViTCLSConfig.extra_heads`, with default values.
+
+    Attributes:
+        labels: label names, in the order of the logits.
+        pooling: "cls", "mean", "cls_mean" or "max"; or a list with one of them for each of the
+            layers.
+        pooled_layers: layers whose tokens are pooled, as in `ViTCLSConfig`.
+        problem_type: "single_label_classification" or "multi_label_classification".
+        threshold: for several labels per image, the probability from which a label is predicted.
+        adds_classes: whether the logits are appended to `logits`: the head then adds classes to the
+            classifier, and its labels are the last ones of `id2label`.
+    """
+
+    labels: list[str]
+    pooling: ExtraPooling | list[ExtraPooling] = "cls"
+    pooled_layers: list[int] | None = None
+    problem_type: Literal["single_label_classification", "multi_label_classification"] = (
+        "single_label_classification"
+    )
+    threshold: float | int | None = probability(default=None)
+    adds_classes: bool = False
+
+    def validate_head(self) -> None:
+        """Check that each layer has a pooling, and that added classes share a softmax."""
+        if len(self.layer_poolings) != len(self.pooled_layers or [-1]):
+            raise ValueError("`pooling` must be one, or one for each of `pooled_layers`")
+        if self.adds_classes and self.problem_type == "multi_label_classification":
+            raise ValueError("`adds_classes` requires the default `problem_type`")
+
+    @property
+    def layer_poolings(self) -> list[ExtraPooling]:
+        """The pooling of each layer."""
+        if isinstance(self.pooling, list):
+            return self.pooling
+        return [self.pooling] * len(self.pooled_layers or [-1])
+
+
+class ExtraHeadsConfig:
+    """The part of `ViTCLSConfig` that is about `extra_heads`."""
+
+    def get_extra_heads(self: Any) -> dict[str, ExtraHead]:
+        """Build an `ExtraHead` for each entry of `extra_heads`, sorted by name."""
+        return {
+            name: ExtraHead(**fields) for name, fields in sorted((self.extra_heads or {}).items())
+        }
+
+    def get_added_tasks(self) -> dict[str, ExtraHead]:
+        """Select the extra heads that do not add classes, sorted by name."""
+        return {
+            name: head for name, head in self.get_extra_heads().items() if not head.adds_classes
+        }
+
+    def get_added_classes(self) -> dict[str, list[str]]:
+        """Select the labels of the extra heads that add classes: head -> labels."""
+        return {
+            name: head.labels for name, head in self.get_extra_heads().items() if head.adds_classes
+        }
+
+    def build_task_config(self: Any, name: str) -> Any:
+        """Build the configuration of a classifier for an added task alone.
+
+        All of its classes are added ones.
+        """
+        tasks = self.get_added_tasks()
+        if name not in tasks:
+            choice = f"Choose from {', '.join(tasks)}" if tasks else "Add it with `vitcls add-task`"
+            raise ValueError(
+                f"task {name}: the model has no such added task. {choice}; its own tasks need no `task`"
+            )
+        head = tasks[name]
+
+        changes = {
+            "tasks": None,
+            "architectures": None,
+            "compute_all_tokens": self.compute_all_tokens or not self.num_labels,
+            # An extra head on its own, without the other classifier, has the same bits
+            "extra_heads": {
+                name: {
+                    "labels": head.labels,
+                    "pooling": head.pooling,
+                    "pooled_layers": head.pooled_layers,
+                    "adds_classes": True,
+                }
+            },
+            "id2label": dict(enumerate(head.labels)),
+            "label2id": {label: index for index, label in enumerate(head.labels)},
+            "problem_type": head.problem_type,
+            "class_statistics": None,
+            "distance_threshold": None,
+        }
+        config = copy.deepcopy(self)
+        for field, value in changes.items():
+            setattr(config, field, value)
+        return config
+
+    def validate_extra_heads(self: Any) -> None:
+        """Check the names of the extra heads, and that the model has the tokens that they read."""
+        for name, fields in (self.extra_heads or {}).items():
+            owner = f"`extra_heads`: {name!r}"
+            self._check_head_name(
+                "extra_heads", name, (*RESERVED_OUTPUT_NAMES, *(self.tasks or ()))
+            )
+            with raise_one_line_errors(f"{owner}: "):
+                head = ExtraHead(**fields)
+            is_binary = head.problem_type == "multi_label_classification" or head.adds_classes
+            self._check_label_names(owner, head.labels, min_labels=1 if is_binary else 2)
+            self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
+            reads_cls = any("cls" in pooling for pooling in head.layer_poolings)
+            if reads_cls and not self.num_cls_tokens:
+                raise ValueError(
+                    f'{owner} requires a CLS token, but the model has none. Set `pooling="mean"`.'
+                )
+
+        added_labels = [label for labels in self.get_added_classes().values() for label in labels]
+        labels = [label for _, label in sorted((self.id2label or {}).items())]
+        last_labels = labels[-len(added_labels) :]
+        if added_labels and (self.tasks or last_labels != added_labels):
+            raise ValueError(
+                "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of "
+                f"`id2label`, which are {last_labels[:3]}. Append them, or set `extra_heads={{}}`."
+            )
+
+    def _check_head_name(self, field: str, name: str, reserved: Sequence[str] = ()) -> None:
+        """Check that the name of a head is free, and can be a part of the names of its weights."""
+        if not name.isidentifier() or name in reserved:
+            raise ValueError(
+                f"`{field}`: {name!r} is not a free name. Use another one, of letters, digits and "
+                "underscores."
+            )
+
+    def _check_label_names(self, owner: str, labels: Sequence[Any], min_labels: int = 1) -> None:
+        """Check the number of label names, and that none repeats."""
+        if not min_labels <= len(labels) <= MAX_LABELS or len(set(labels)) != len(labels):
+            raise ValueError(f"{owner} requires {min_labels} to {MAX_LABELS:,} distinct labels.")
+
+
+# The configuration --------------------------------------------------------------------------------
 @shorten_errors
 @strict
 class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
@@ -719,11 +869,11 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         if self.is_registered:
             return {}
         if "ViTCLSForImageClassification" in self.architectures:  # type: ignore[operator]
-            code = "pipeline_vitcls.ViTCLSImageClassificationPipeline"
+            code = "image_processing_vitcls.ViTCLSImageClassificationPipeline"
             return {
                 "image-classification": {"impl": code, "pt": ["AutoModelForImageClassification"]}
             }
-        code = "pipeline_vitcls.ViTCLSImageFeatureExtractionPipeline"
+        code = "image_processing_vitcls.ViTCLSImageFeatureExtractionPipeline"
         return {"image-feature-extraction": {"impl": code, "pt": ["AutoModel"]}}
 
     @classmethod

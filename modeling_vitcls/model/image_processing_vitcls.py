@@ -8,14 +8,18 @@
 This file reads sources (paths, bytes, URLs), applies EXIF orientation, converts channels and bit
 depths, and checks settings. The backends of transformers (torchvision or PIL) perform the remaining
 steps. Augmentation for training is elsewhere, and the commands of the package compute the same pixels
-faster.
+faster. At the end are pipelines of transformers that hand an image to the processor as it is: its own
+convert every image to RGB first, which clips 16-bit images and drops transparency. The configuration of a
+folder names them (`custom_pipelines`), for `pipeline(..., trust_remote_code=True)`.
 """
 
+import base64
 import difflib
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from typing import Any
@@ -28,6 +32,7 @@ import torch
 from huggingface_hub.utils import get_session
 from PIL.ExifTags import Base
 from torch import Tensor
+from transformers import ImageClassificationPipeline, ImageFeatureExtractionPipeline
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
@@ -697,3 +702,38 @@ def check_statistics(num_channels: int, **statistics: float | Sequence[float] | 
                 f"pass images with {len(values)} channels, or set one value per channel (and "
                 "do_convert_rgb=False, unless there are 3)"
             )
+
+
+# Pipelines ----------------------------------------------------------------------------------------
+# Shorter texts are paths; the smallest encoded images have about as many characters
+MIN_BASE64_LENGTH = 100
+
+
+class ImageReading:
+    """Hands an image to the image processor as it is. Those of other models read what they did."""
+
+    image_processor: Any
+    dtype: Any
+
+    def preprocess(self, image: Any, timeout: float | None = None, **settings: Any) -> Any:
+        """Read and preprocess one image: a path, URL, base64, bytes, a PIL image or an array.
+
+        Raises:
+            ValueError: If it cannot be read, as in `ViTCLSImageProcessor`.
+        """
+        if not hasattr(self.image_processor, "bit_depth"):
+            return super().preprocess(image, timeout, **settings)  # type: ignore[misc]
+        is_path = not isinstance(image, str) or os.path.lexists(image)
+        if not is_path and len(image) >= MIN_BASE64_LENGTH:
+            # An address has characters that base64 has not
+            with suppress(ValueError):
+                image = base64.b64decode(image, validate=True)
+        return self.image_processor(image, return_tensors="pt", **settings).to(self.dtype)
+
+
+class ViTCLSImageClassificationPipeline(ImageReading, ImageClassificationPipeline):  # type: ignore[misc]
+    """`pipeline("image-classification", ...)`: the labels of an image, the most probable first."""
+
+
+class ViTCLSImageFeatureExtractionPipeline(ImageReading, ImageFeatureExtractionPipeline):  # type: ignore[misc]
+    """`pipeline("image-feature-extraction", ...)`: the tokens of an image."""

@@ -12,8 +12,7 @@
 
 blocks_vitcls.py contains the embeddings and layers; heads_vitcls.py contains the poolers,
 classifiers and losses. Other files contain optional features: positions_vitcls.py (rotary),
-attention_masks_vitcls.py, variants_vitcls.py, adaptation_vitcls.py (different special tokens and
-sizes) and token_attention_vitcls.py.
+attention_masks_vitcls.py, and adaptation_vitcls.py (different special tokens and sizes).
 """
 
 import copy
@@ -37,27 +36,33 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adaptation_vitcls import AdaptableModel
 from .attention_masks_vitcls import (
+    LayerIndices,
     LearnedGates,
     RelativePositionBias,
     TokenFadeIn,
     build_attention_mask,
+    compute_token_attention,
 )
 from .blocks_vitcls import (
+    ATTENTION_CLASSES,
+    LAYER_CLASSES,
     LayerScale,
     LearnedPositionEmbeddings,
+    RegisterNeurons,
     ViTCLSAttention,
+    ViTCLSDifferentialAttention,
     ViTCLSEmbeddings,
     ViTCLSLayer,
     ViTCLSLayers,
     build_norm,
 )
-from .class_distance_vitcls import ClassDistance, count_modules
 from .configuration_vitcls import ViTCLSConfig
 from .field_checks_vitcls import Size
 from .heads_vitcls import (
     ALL_TOKENS,
     IGNORED_LABEL,
     AttentionPooler,
+    ClassDistance,
     ExtraHeads,
     PixelDecoder,
     build_classifier,
@@ -66,16 +71,10 @@ from .heads_vitcls import (
     compute_cross_entropy,
     compute_distillation_loss,
     compute_masked_pixel_loss,
+    count_modules,
 )
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
-from .token_attention_vitcls import LayerIndices, compute_token_attention
 from .token_layout_vitcls import COUNT_FIELDS
-from .variants_vitcls import (
-    ATTENTION_CLASSES,
-    LAYER_CLASSES,
-    RegisterNeurons,
-    ViTCLSDifferentialAttention,
-)
 
 
 # Outputs ------------------------------------------------------------------------------------------

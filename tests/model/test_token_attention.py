@@ -24,7 +24,7 @@ from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.weight_rules import Fields
-from modeling_vitcls.model.token_attention_vitcls import record_attention
+from modeling_vitcls.model.attention_masks_vitcls import record_attention
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
