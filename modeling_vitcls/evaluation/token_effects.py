@@ -133,8 +133,7 @@ def measure_effects(
         positions: list[int], sources: Iterator[Any], reads_cls_head: bool = False
     ) -> Outputs:
         def run(pixel_values: Tensor) -> Any:
-            with intervene(model, positions, next(sources), layers):
-                outputs = type(model).forward(model, pixel_values)
+            outputs = intervene(model, pixel_values, positions, next(sources), layers)
             if reads_cls_head:
                 outputs.logits = outputs.cls_logits
             return outputs

@@ -23,11 +23,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ..data.images import LabeledImages
-from ..model.blocks_vitcls import has_user_hooks
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size
 from ..model.heads_vitcls import ALL_TOKENS, TokenPooler, hash_weights, select_weights
-from ..speed.cpu_kernels import can_use_cpu_kernels
+from ..speed.cpu_kernels import can_use_cpu_kernels, has_hooks
 from ..speed.packed import pack
 from .feature_store import FeatureStore, find_store_file
 from .image_pass import ImageOutputs, ImagePass
@@ -246,9 +245,11 @@ class FrozenEncoder:
     def weights_hash(self) -> str | None:
         """Hash what the states depend on; None if it is not plain numbers in plain modules."""
         encoder = self.encoder
-        for module in encoder.modules():
-            if type(module).__module__.startswith("peft.") or has_user_hooks(module):
-                return None
+        # What is kept outlives the process, in which a hook may change what these weights compute
+        if has_hooks(encoder.modules()):
+            return None
+        if any(type(module).__module__.startswith("peft.") for module in encoder.modules()):
+            return None
         weights = {**encoder.state_dict(keep_vars=True), **dict(encoder.named_buffers())}
         digest = hash_weights(weights if self.has_own_pooling else select_weights(weights))
         return None if digest is None else digest.hex()

@@ -36,7 +36,6 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .attention_masks_vitcls import TokenFadeIn, list_last_tokens, resample_bias_tables
-from .blocks_vitcls import has_user_hooks
 from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
 from .field_checks_vitcls import HUB_KEYWORDS, find_checkpoint
 from .positions_vitcls import resample_positions, resize_patch_kernel
@@ -162,8 +161,6 @@ class AdaptableModel(PreTrainedModel):
             model.loss_function = self.loss_function
         if any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             model.gradient_checkpointing_enable()
-        if any(map(has_user_hooks, self.modules())):
-            logger.warning("hooks: not carried over. Register them on the adapted model")
         model.train(self.training)
         return model
 

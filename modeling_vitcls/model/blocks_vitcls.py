@@ -519,7 +519,7 @@ class ViTCLSLayers(nn.ModuleList):
 
         Args:
             hidden_states: [B, N, D].
-            inputs: the attention mask, position embeddings and number of tokens of each layer.
+            inputs: of each layer: the attention mask, rotary positions and, perhaps, the number of tokens.
         """
         states = {0: hidden_states}
         for index, layer in enumerate(self):
@@ -534,24 +534,6 @@ def build_layer_scale(config: ViTCLSConfig) -> nn.Module:
     if config.layer_scale_init_value is None:
         return nn.Identity()
     return LayerScale(config.hidden_size, config.layer_scale_init_value)
-
-
-def list_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """List the hooks of forward and backward passes."""
-    return [
-        *module._forward_hooks.values(),
-        *module._forward_pre_hooks.values(),
-        *module._backward_hooks.values(),
-        *module._backward_pre_hooks.values(),
-    ]
-
-
-def has_user_hooks(module: nn.Module) -> bool:
-    """Check whether a module has hooks that a person set, not transformers or DDP."""
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "torch.distributed."))
-        for hook in list_hooks(module)
-    )
 
 
 # Layers -------------------------------------------------------------------------------------------

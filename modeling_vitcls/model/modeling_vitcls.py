@@ -359,6 +359,50 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             # PEFT passes the inputs of language models, which are None
             if value is not None and name not in TransformersKwargs.__annotations__:
                 raise TypeError(f"forward() got an unexpected argument {name!r}")
+        requested = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(self.config, name)) for name in requested):
+            num_output_tokens = None
+        pooled_layers = self.pooled_layer_indices if self.pooler is not None else []
+        num_layers = len(self.layers)
+        read_layers = {num_layers, *pooled_layers, *output_layers}
+        if max(read_layers) > num_layers:
+            raise ValueError(
+                f"the heads read layer {max(read_layers)}, but the model has {num_layers} layers. Set "
+                "config.pooled_layers, or remove the heads that read it"
+            )
+
+        hidden_states, inputs = self.embed(pixel_values, bool_masked_pos, attention_mask)
+        # A person may have replaced the list
+        layers = self.layers if isinstance(self.layers, ViTCLSLayers) else ViTCLSLayers(self.layers)
+        limited = [*inputs[:-1], (*inputs[-1], num_output_tokens)]
+        states = layers(hidden_states, limited, {*read_layers, num_layers - 1}, **kwargs)
+        if ALL_TOKENS in output_layers:
+            # The last layer again, as the first pass stays as it is: a product of more rows could
+            # be rounded differently.
+            states[ALL_TOKENS] = states[num_layers]
+            if num_output_tokens is not None:
+                states[ALL_TOKENS] = layers[-1](states[num_layers - 1], *inputs[-1], **kwargs)
+        layer_tokens = {index: self.normalize(states[index]) for index in sorted(read_layers)}
+
+        last_hidden_state = layer_tokens[num_layers]
+        has_graph = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return ViTCLSModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.pool(layer_tokens),
+            tokens=None if has_graph else self.config.token_layout.split(last_hidden_state),
+            layer_tokens=layer_tokens if output_layers else None,
+        )
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[tuple[Any, Any]]]:
+        """Compute what the layers read: the tokens [B, N, D], and the mask and rotary positions of each layer.
+
+        The arguments and errors are those of `forward`.
+        """
         if not isinstance(pixel_values, Tensor):
             raise ValueError(
                 f"pixel_values is a {type(pixel_values).__name__}: pass a tensor [B, C, H, W]"
@@ -369,10 +413,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         pixel_values = pixel_values.to(patch_embeddings.projection.weight.dtype)
         grid_size = patch_embeddings.get_grid_size(pixel_values)
         hidden_states = self.embeddings(pixel_values, grid_size, bool_masked_pos)  # [B, N, D]
-
-        requested = ("output_hidden_states", "output_attentions")
-        if any(kwargs.get(name, getattr(self.config, name)) for name in requested):
-            num_output_tokens = None
 
         # None, a value for all layers, or a list with one value per layer
         mask = position_embeddings = None
@@ -388,37 +428,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             )
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)
-
-        pooled_layers = self.pooled_layer_indices if self.pooler is not None else []
-        num_layers = len(self.layers)
-        read_layers = {num_layers, *pooled_layers, *output_layers}
-        if max(read_layers) > num_layers:
-            raise ValueError(
-                f"the heads read layer {max(read_layers)}, but the model has {num_layers} layers. Set "
-                "config.pooled_layers, or remove the heads that read it"
-            )
-        # A person may have replaced the list
-        layers = self.layers if isinstance(self.layers, ViTCLSLayers) else ViTCLSLayers(self.layers)
-        values = (mask, position_embeddings, [None] * (num_layers - 1) + [num_output_tokens])
-        columns = [each if isinstance(each, list) else [each] * num_layers for each in values]
-        inputs = list(zip(*columns, strict=True))
-        states = layers(hidden_states, inputs, {*read_layers, num_layers - 1}, **kwargs)
-        if ALL_TOKENS in output_layers:
-            # The last layer again, as the first pass stays as it is: a product of more rows could
-            # be rounded differently.
-            states[ALL_TOKENS] = states[num_layers]
-            if num_output_tokens is not None:
-                states[ALL_TOKENS] = layers[-1](states[num_layers - 1], *inputs[-1][:2], **kwargs)
-        layer_tokens = {index: self.normalize(states[index]) for index in sorted(read_layers)}
-
-        last_hidden_state = layer_tokens[num_layers]
-        has_graph = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        return ViTCLSModelOutput(
-            last_hidden_state=last_hidden_state,
-            pooler_output=self.pool(layer_tokens),
-            tokens=None if has_graph else self.config.token_layout.split(last_hidden_state),
-            layer_tokens=layer_tokens if output_layers else None,
-        )
+        columns = [
+            each if isinstance(each, list) else [each] * len(self.layers)
+            for each in (mask, position_embeddings)
+        ]
+        return hidden_states, list(zip(*columns, strict=True))
 
     @property
     def pooled_layer_indices(self) -> list[int]:

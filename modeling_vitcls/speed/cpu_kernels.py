@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import capture_outputs
 
-from ..model.blocks_vitcls import list_hooks
-
 
 # Private PyTorch APIs, used only in this file. If an API is missing, models stay plain.
 try:
@@ -65,8 +63,18 @@ def must_be_plain() -> bool:
     )
 
 
+def list_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """List the hooks of forward and backward passes."""
+    return [
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    ]
+
+
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Check for hooks, which are not run if the modules are not called."""
+    """Check for hooks: they are not run if the modules are not called."""
     # transformers leaves hooks that record attention weights, which SDPA does not have
     return has_global_hooks() or any(
         getattr(hook, "__module__", None) != capture_outputs.__module__

@@ -25,7 +25,6 @@ from ..model.blocks_vitcls import (
     ViTCLSLayer,
     ViTCLSLayers,
     ViTCLSMLP,
-    has_user_hooks,
 )
 from ..model.positions_vitcls import rotate_patches
 from .cpu_kernels import (
@@ -200,7 +199,7 @@ class PackedLayers(ViTCLSLayers):
     ) -> dict[int, Tensor]:
         """Apply the layers as `ViTCLSLayers` does."""
         if self.training or torch.is_grad_enabled() or must_be_plain() or self.have_readers():
-            all_tokens = [(*each[:2], None) for each in inputs]
+            all_tokens = [each[:2] for each in inputs]
             return super().forward(hidden_states, all_tokens, read_layers, **kwargs)
 
         products = self.get_products(hidden_states)
@@ -216,11 +215,9 @@ class PackedLayers(ViTCLSLayers):
         return states
 
     def have_readers(self) -> bool:
-        """Tell whether recorders or hooks of interventions read the layers in this pass."""
-        return any(
-            parts.attention.recorder is not None or has_user_hooks(parts.layer)
-            for parts in self.parts
-        )
+        """Tell whether recorders or hooks read the layers in this pass: they get all tokens, as in the model."""
+        has_recorder = any(parts.attention.recorder is not None for parts in self.parts)
+        return has_recorder or has_hooks(parts.layer for parts in self.parts)
 
     @torch.no_grad()
     def get_products(self, inputs: Tensor) -> list[list[Product]]:
@@ -284,7 +281,7 @@ def run_layer(
     hidden_states: Tensor,
     attention_mask: Tensor | None,
     position_embeddings: Any,
-    num_tokens: int | None,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Apply attention, then the MLP, as `ViTCLSLayer` does."""
     linear, linear_with_gelu = select_linear(products[0][0].is_mkldnn)

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import BLOCKS, build_images, build_tiny_config, randomize
+from torch import Tensor
 
-from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls import ViTCLSForImageClassification, pack
 from modeling_vitcls.inference.interventions import continue_from, intervene
+from modeling_vitcls.model.attention_masks_vitcls import compute_attention_rows, record_attention
 
 
 PIXELS = build_images(6)
@@ -31,16 +33,22 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 def test_a_hidden_token_is_as_if_it_were_not_there(fields: dict[str, Any]) -> None:
     model = build_classifier(**fields, num_register_tokens=2)
     expected = model.adapt(num_register_tokens=1)(PIXELS).logits
-    with intervene(model, [model.config.token_layout.registers.stop - 1]):
-        assert torch.allclose(model(PIXELS).logits, expected, atol=1e-5)
+    found = intervene(model, PIXELS, [model.config.token_layout.registers.stop - 1]).logits
+    assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(model(PIXELS).logits, expected, atol=1e-5)
 
 
 def test_a_token_is_hidden_in_the_named_layers_alone() -> None:
     model = build_classifier(num_register_tokens=1)
-    with intervene(model, [1], layers=(2, 2)):
-        received = model.token_attention(PIXELS)[..., 1].amax(dim=(0, 2, 3))
-    assert (received == 0).tolist() == [False, True, False]
+    received: list[float] = []
+
+    def record(layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
+        attention = compute_attention_rows(query[:, :, :2], key, mask, scaling)
+        received.append(attention[..., 1].amax().item())
+
+    with record_attention(model, range(3), record):
+        intervene(model, PIXELS, [1], layers=(2, 2))
+    assert [each == 0 for each in received] == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -53,10 +61,20 @@ def test_with_the_cls_token_of_another_photo_a_head_that_reads_it_answers_for_th
     model = build_classifier(pooling=pooling)
     logits = model(PIXELS).logits
     states = model(PIXELS, output_hidden_states=True).hidden_states
-    with intervene(model, [0], [each.roll(1, dims=0) for each in states], layers):
-        replaced = model(PIXELS).logits
+    sources = [each.roll(1, dims=0) for each in states]
+    replaced = intervene(model, PIXELS, [0], sources, layers).logits
     assert torch.allclose(replaced, logits.roll(1, dims=0), atol=1e-6) is is_other
     assert not torch.allclose(replaced, logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"layer_type": "post"}], ids=str)
+def test_a_packed_model_has_the_outputs_of_the_model(fields: dict[str, Any]) -> None:
+    model = build_classifier(**fields, num_register_tokens=1)
+    states = model(PIXELS, output_hidden_states=True).hidden_states
+    for sources in (None, [each.roll(1, dims=0) for each in states]):
+        expected = intervene(model, PIXELS, [1], sources).logits
+        found = intervene(pack(model), PIXELS, [1], sources).logits
+        assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

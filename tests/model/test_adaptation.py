@@ -477,13 +477,10 @@ def test_quantized_weights_shortened_models_and_adapters_are_not_adapted(tmp_pat
     assert adapted.merge_and_unload().adapt(num_register_tokens=2).config.num_register_tokens == 2
 
 
-def test_gradient_checkpointing_stays_and_lost_hooks_are_said(
-    caplog: LogCaptureFixture,
-) -> None:
+def test_gradient_checkpointing_stays_and_hooks_do_not() -> None:
     model = ViTCLSModel(build_tiny_config())
-    assert not caplog.text
     model.gradient_checkpointing_enable()
     model.layers[0].register_forward_hook(lambda *_: None)
     adapted = model.adapt(num_register_tokens=2)
     assert all(layer.gradient_checkpointing for layer in adapted.layers)
-    assert "hooks: not carried over" in caplog.text
+    assert not adapted.layers[0]._forward_hooks
