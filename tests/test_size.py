@@ -29,7 +29,6 @@ LAYOUT = {
 # Functions above a limit, which wait for someone to divide them. Nothing is added here.
 LONG = {
     "additions/add_class.py:build_classes",
-    "data/sources.py:load_splits",
     "evaluation/evaluate.py:evaluate_checkpoint",
     "inference/predict.py:predict_images",
     "training/run.py:train",
@@ -41,7 +40,6 @@ MANY_PARAMETERS = {
     "additions/extend.py:append_head",
     "analysis/inspection.py:inspect_images",
     "analysis/report.py:write_page",
-    "data/evaluation_data.py:load_evaluation_data",
     "inference/image_pass.py:__init__",
     "publishing/report.py:draw_page",
     "runtime/progress.py:track",
@@ -58,8 +56,6 @@ LONG_TUPLES = {
     "conversion/to_transformers.py:find_transformers_class",
     "conversion/to_transformers.py:match_target",
     "data/cells.py:read_label_names",
-    "data/columns.py:choose_groups",
-    "data/sources.py:open_dataset",
     "evaluation/evaluate.py:set_up_evaluation",
     "frozen/linear_probe.py:cross_validate",
     "inference/load_model.py:load_for_inference",

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..data.cells import normalize_name, warn_about_similar_names
+from ..data.dataset import Dataset
 from ..data.in_memory import get_title
 from ..data.labels import LabelSpace, OneLabel, get_label_space
-from ..data.sources import Splits
 from ..data.splits import build_counted_record, load_undivided_images
 from ..data.splits_table import find_trained_images, read_splits
 from ..evaluation.evaluator import build_predictions, build_rows
@@ -124,7 +124,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     return Addition(extended, record, {"train": images}, trained_scenes, rows)
 
 
-def load_new_images(options: AddClassOptions, old_names: list[str]) -> tuple[LabelSpace, Splits]:
+def load_new_images(options: AddClassOptions, old_names: list[str]) -> tuple[LabelSpace, Dataset]:
     """Load the training images of the new classes, with the labels of the label space."""
     images = load_undivided_images(options, min_classes=1)
     check_has_one_label(images.label_space, images.name)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..data.sources import Splits
+from ..data.dataset import Dataset
 from ..data.splits import TrainingData, divide_images, load_undivided_images
 from ..data.splits_table import list_encoder_rows
 from ..evaluation.evaluator import build_rows, count_in_trained_scenes, measure_left_out
@@ -92,7 +92,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
 
 
 def divide(
-    old: OldModel, images: Splits, features: Features, held_out_fraction: float
+    old: OldModel, images: Dataset, features: Features, held_out_fraction: float
 ) -> tuple[TrainingData, Features, Any]:
     """Divide the images when their scenes are known: each of them is on one side.
 

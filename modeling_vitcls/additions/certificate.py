@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..conversion.parity_report import build_random_images
-from ..data.evaluation_data import load_evaluation_data
+from ..data.evaluation_data import load_photographs
 from ..data.images import LabeledImages
 from ..data.labels import get_label_space
 from ..data.options import DataOptions
@@ -270,7 +270,7 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     config = old_folder.config
     if options.dataset is not None:
         images = DataOptions(dataset=options.dataset)
-        data = load_evaluation_data(images, options.split, use_labels=False)
+        data = load_photographs(images, options.split)
         pixels = draw_pixels(data.images, old_folder.load_processor(), config.num_channels)
         if not pixels:
             raise ValueError(f"no image of {options.dataset} can be read. Set another `dataset`")

@@ -4,6 +4,7 @@ PATHS       photographs: files and folders, without labels
 --dataset   a dataset, loaded as in `vitcls evaluate`
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -118,4 +119,4 @@ def open_images(
 
     data = load_data(read_data_options(vars(options)), label_space, folder, options.split)
     description = f"{Path(options.dataset).resolve().name}, {data.description}"
-    return data._replace(description=description)
+    return replace(data, description=description)

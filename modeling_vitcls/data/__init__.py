@@ -3,7 +3,8 @@
 The files in this folder are not pushed to the Hub.
 
 options.py                                   flags of a dataset and its held-out images
-sources.py, image_folder.py, in_memory.py    datasets -> splits by name
+sources.py, image_folder.py, in_memory.py    datasets -> tables of splits by name
+dataset.py                                   a dataset is a value with steps: read, join, answer, identify
 folder_layout.py                             folders of splits and of classes, by their names
 class_folders.py                             folders that are no classes: left out, asked about, refused
 tables.py, columns.py                        tables as text; their columns: images, labels, splits, groups

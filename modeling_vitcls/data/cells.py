@@ -18,7 +18,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -127,13 +127,17 @@ def read_label_names(
             check_numbers(where, found_names, has_lists)
         elif separator != NO_SEPARATOR:
             warn_about_joined_names(where, found_names)
-        # By their spelling, class 10 would come before class 2.
-        classes = sorted(
-            found_names,
-            key=lambda text: int(text) if text.removeprefix("-").isdecimal() else math.inf,
-        )
+        classes = sort_names(found_names)
     warn_about_similar_names(where, classes)
     return classes, names, has_lists
+
+
+def sort_names(names: Iterable[str]) -> list[str]:
+    """Sort names of classes, numbers by their value: by their spelling, 10 would come before 2."""
+    return sorted(
+        sorted(names),
+        key=lambda text: int(text) if text.removeprefix("-").isdecimal() else math.inf,
+    )
 
 
 def find_separator(column: LabelColumn, label_names: Sequence[str] | None) -> str | None:

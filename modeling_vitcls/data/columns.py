@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
@@ -388,69 +389,67 @@ def select_parts(table: Any, parts: Sequence[str], source: str) -> tuple[Any, di
     return divided, {"splits": f"{source}: {counts} rows"}
 
 
-def choose_groups(
-    tables: Mapping[str, Any],
-    dataset: str,
-    column: str | None,
-    labels: Sequence[str | None],
-    used_columns: Collection[str],
-) -> tuple[dict[str, np.ndarray], str | None, str | None]:
-    """Number the groups of a column or, if it is None, of the folders below classes.
-
-    A row without a group is a group of its own.
-
-    Args:
-        labels: of all rows, as texts.
-        used_columns: columns that are no groups.
-
-    Returns:
-        The group of each row, by split; a line about them or, if there are none, about a column that
-        may contain some; and the reason why the groups cannot measure one another, if they cannot.
-
-    Raises:
-        ValueError: if all rows are one group.
-    """
-    import pandas as pd
-
+def find_group_column(tables: Mapping[str, Any], column: str | None, dataset: str) -> str | None:
+    """Find the column of groups: the one that a person names, or that of the folders below classes."""
     is_folder = FOLDER_COLUMN in next(iter(tables.values())).features
     if column is None and is_folder and any(read_texts(tables, FOLDER_COLUMN, dataset)):
-        column = FOLDER_COLUMN
-    if column is None or (is_folder and column == NO_GROUPS):
-        return {}, find_unused_groups(tables, labels, dataset, used_columns), None
+        return FOLDER_COLUMN
+    return None if is_folder and column == NO_GROUPS else column
 
-    texts = read_texts(tables, column, dataset)
-    counts = Counter(filter(None, texts))
+
+def number_groups(values: Sequence[str | None]) -> np.ndarray:
+    """Number the groups [N] by their values; an image without a value is a group of its own."""
+    import pandas as pd
+
+    names = [f"\0{row}" if value is None else value for row, value in enumerate(values)]
+    return pd.factorize(np.array(names, object))[0]
+
+
+def describe_groups(values: Sequence[str | None], column: str, dataset: str) -> str:
+    """Count the groups of images in a line.
+
+    Args:
+        values: of the column, one for each image.
+        column: the column, or FOLDER_COLUMN.
+        dataset: its name in messages.
+
+    Raises:
+        ValueError: if all images are one group.
+    """
+    counts = Counter(filter(None, values))
     warn_about_similar_names(f"{dataset}: the column {column!r}", sorted(counts))
-    if len({*texts}) == 1 < len(texts):
+    if len({*values}) == 1 < len(values):
         raise ValueError(
-            f"{dataset}: the column {column!r} has {texts[0]!r} in all {len(texts):,} rows, so no group "
+            f"{dataset}: the column {column!r} has {values[0]!r} in all {len(values):,} rows, so no group "
             "can be held out. Set `group_column` to a column with several values, or omit it"
         )
-    names = [row if text is None else text for row, text in enumerate(texts)]
-    codes, different = pd.factorize(np.array(names, object))
-    parts = np.split(codes, np.cumsum(list(map(len, tables.values())))[:-1])
-    groups = dict(zip(tables, parts, strict=True))
+    num_missing = list(values).count(None)
     if column == FOLDER_COLUMN:
-        fact = (
-            f"{len(different):,}, one for each folder below a class: its images stay together. If they "
+        return (
+            f"{len(counts) + num_missing:,}, one for each folder below a class: its images stay together. If they "
             f"are no groups, set `group_column={NO_GROUPS!r}`{describe_shared_names(counts)}"
         )
-        return groups, fact, None
-    pairs = set(zip(texts, labels, strict=True))
-    reason = None
-    if all(len(set(each)) == len(pairs) for each in zip(*pairs, strict=True)):
-        reason = (
-            f"each value of {column} has photos of one label only: "
-            f"{format_name_list(sorted(f'{value} {label}' for value, label in pairs))}. Add photos "
-            "of each label with other values"
-        )
-    fact = f"column {column!r}: {len(different):,} groups"
-    if None in texts:
-        fact += f", of which {texts.count(None):,} are images without a value"
+    fact = f"column {column!r}: {len(counts) + num_missing:,} groups"
+    if num_missing:
+        fact += f", of which {num_missing:,} are images without a value"
     # It may be a word for a missing value, such as the NA of R
     for largest, size in counts.most_common(1):
         fact += f"; the largest is {largest!r} with {size:,} images"
-    return groups, fact, reason
+    return fact
+
+
+def explain_single_labels(
+    values: Sequence[str | None], labels: Sequence[str | None], column: str
+) -> str | None:
+    """Say why the groups of a column cannot measure one another, if each has one label of its own."""
+    pairs = set(zip(values, labels, strict=True))
+    if any(len(set(each)) < len(pairs) for each in zip(*pairs, strict=True)):
+        return None
+    return (
+        f"each value of {column} has photos of one label only: "
+        f"{format_name_list(sorted(f'{value} {label}' for value, label in pairs))}. Add photos "
+        "of each label with other values"
+    )
 
 
 def describe_shared_names(folders: Collection[str]) -> str:
@@ -469,35 +468,51 @@ def describe_shared_names(folders: Collection[str]) -> str:
     )
 
 
-def find_unused_groups(
-    tables: Mapping[str, Any], labels: Sequence[Any], dataset: str, used_columns: Collection[str]
-) -> str | None:
-    """Look for a column that could contain groups, and describe it if there is one.
+@dataclass(frozen=True)
+class UnusedColumns:
+    """Columns of tables that are neither images nor labels.
 
-    `labels` has the labels of all rows. No column is looked for in large tables.
+    Attributes:
+        tables: parts with these columns, a `datasets.Dataset` each.
+        labels: of all rows, as texts; None if missing.
     """
-    features = next(iter(tables.values())).features
-    if len(labels) > MAX_ROWS_OF_GROUPS:
+
+    tables: tuple[Any, ...]
+    labels: list[str | None]
+
+    def join(self, other: "UnusedColumns") -> "UnusedColumns":
+        """Append the rows of another dataset; columns that only one of them has are left out."""
+        names = [name for name in self.tables[0].features if name in other.tables[0].features]
+        tables = [table.select_columns(names) for table in (*self.tables, *other.tables)]
+        return UnusedColumns(tuple(tables), [*self.labels, *other.labels])
+
+    def find_groups(self, dataset: str) -> str | None:
+        """Look for a column that could contain groups, and describe it if there is one.
+
+        No column is looked for in large tables.
+        """
+        if len(self.labels) > MAX_ROWS_OF_GROUPS:
+            return None
+        parts = dict(enumerate(self.tables))
+        for name, feature in islice(parts[0].features.items(), MAX_COLUMNS_OF_GROUPS):
+            if is_image_feature(feature):
+                continue
+            values = read_texts(parts, name, dataset)
+            is_named = GROUP_COLUMN_NAME.fullmatch(name) and 1 < len(set(values)) < len(values)
+            if is_named or look_like_groups(values, self.labels):
+                return (
+                    f"the column {name!r} is not used: images with the same value may be on both sides of "
+                    f"a split. To keep them together, set `group_column={name!r}` or, if it names splits, "
+                    f"`split_column={name!r}`"
+                )
         return None
-    for name, feature in islice(features.items(), MAX_COLUMNS_OF_GROUPS):
-        if name in used_columns or is_image_feature(feature):
-            continue
-        values = read_texts(tables, name, dataset)
-        is_named = GROUP_COLUMN_NAME.fullmatch(name) and 1 < len(set(values)) < len(values)
-        if is_named or look_like_groups(values, labels):
-            return (
-                f"the column {name!r} is not used: images with the same value may be on both sides of "
-                f"a split. To keep them together, set `group_column={name!r}` or, if it names splits, "
-                f"`split_column={name!r}`"
-            )
-    return None
 
 
-def look_like_groups(values: Sequence[str | None], labels: Sequence[Any]) -> bool:
+def look_like_groups(values: Sequence[str | None], labels: Sequence[str | None]) -> bool:
     """Tell whether values name objects: most have a few rows, and all rows of each are of one class."""
     import pandas as pd  # Predictions of photos read this file, and need no tables
 
-    table = pd.DataFrame({"value": values, "label": list(map(repr, labels))}).dropna()
+    table = pd.DataFrame({"value": values, "label": labels}, dtype=object).dropna()
     groups = table.groupby("value")["label"].agg(["size", "nunique"])
     repeated = groups[groups["size"] > 1]
     are_small = len(table) <= MAX_GROUP_SIZE * len(groups)
@@ -506,7 +521,7 @@ def look_like_groups(values: Sequence[str | None], labels: Sequence[Any]) -> boo
     return bool(has_few_rows and is_repeated and (repeated["nunique"] == 1).all())
 
 
-def read_texts(tables: Mapping[str, Any], column: str, dataset: str) -> list[str | None]:
+def read_texts(tables: Mapping[Any, Any], column: str, dataset: str) -> list[str | None]:
     """Read a column of all splits as text; None for an empty cell. Raise ValueError without it."""
     texts: list[str | None] = []
     for table in tables.values():

@@ -58,7 +58,8 @@ class LabeledImages:
 
     images: Any  # DatasetImages, or any other sequence of PIL images
     labels: Sequence[Any]
-    groups: np.ndarray | None = None  # [N]; images of one group stay together
+    # [N]; images of one group stay together: values of a column, or numbers (`Dataset.identify`)
+    groups: np.ndarray | None = None
     keys: np.ndarray | None = None  # [N] uint64; checksums of the content, if they were computed
     # [N] why a person was asked about each image, "" if none was (answers.py); None without answers
     chosen: np.ndarray | None = None
@@ -101,19 +102,16 @@ class LabeledImages:
         return self.select(np.flatnonzero(~is_second)), self.select(np.flatnonzero(is_second))
 
     def join(self, other: "LabeledImages") -> "LabeledImages":
-        """Append the images of another split of a dataset."""
-        import datasets
-
-        parts: Any = (self, other)
-        dataset = datasets.concatenate_datasets([each.images.dataset for each in parts])
-        rows = np.append(self.images.rows, len(self.images.dataset) + other.images.rows)
-        return LabeledImages(
-            images=replace(self.images, dataset=dataset, rows=rows),
-            labels=[*self.labels, *other.labels],
-            groups=np.concatenate([each.groups for each in parts]),
-            keys=np.concatenate([each.keys for each in parts]),
-            chosen=None if self.chosen is None else np.concatenate([each.chosen for each in parts]),
+        """Append the images of another split, or of another dataset with the same classes."""
+        arrays = (
+            None if mine is None or theirs is None else np.concatenate([mine, theirs])
+            for mine, theirs in (
+                (self.groups, other.groups),
+                (self.keys, other.keys),
+                (self.chosen, other.chosen),
+            )
         )
+        return LabeledImages(self.images.join(other.images), [*self.labels, *other.labels], *arrays)
 
     def draw(self, num_images: int | None) -> "LabeledImages":
         """Draw `num_images` random images, always the same ones, in dataset order.
@@ -163,6 +161,26 @@ class DatasetImages(Sequence):
         Raise IndexError at the end of the sequence, so that it can be iterated.
         """
         return to_encoded_image(self.dataset[int(self.rows[index])][self.column], self.folder)
+
+    def join(self, other: "DatasetImages") -> "DatasetImages":
+        """Append the images of another dataset. Files are not read."""
+        import datasets
+
+        parts = [self, other]
+        if self.folder != other.folder or self.dataset.features != other.dataset.features:
+            parts = [part.to_encoded() for part in parts]
+        dataset = datasets.concatenate_datasets([part.dataset for part in parts])
+        rows = np.append(parts[0].rows, len(parts[0].dataset) + parts[1].rows)
+        return replace(parts[0], dataset=dataset, rows=rows)
+
+    def to_encoded(self) -> "DatasetImages":
+        """Name files by their whole path, so images of several folders can be joined."""
+        import datasets
+
+        values = [self.get_encoded_image(index) for index in range(len(self))]
+        features = datasets.Features({"image": datasets.Image(decode=False)})
+        dataset = datasets.Dataset.from_dict({"image": values}, features=features)
+        return DatasetImages(dataset, Path.cwd(), np.arange(len(values)))
 
     def select(self, indices: Sequence[int]) -> "DatasetImages":
         return replace(self, rows=self.rows[np.asarray(indices, np.int64)])

@@ -114,7 +114,9 @@ class SeveralLabels(ClassNames):
             multi_hot[row, indices] = 1
         return multi_hot
 
-    def format(self, label: list[int]) -> str:
+    def format(self, label: list[int] | None) -> str | None:
+        if label is None:
+            return None
         return ", ".join(self.names[index] for index in label) or NO_LABELS
 
 
@@ -142,7 +144,9 @@ class PerTask(ClassNames):
         ]
         return torch.stack(columns, dim=1)
 
-    def format(self, label: dict[str, int | None]) -> str | None:
+    def format(self, label: dict[str, int | None] | None) -> str | None:
+        if label is None:
+            return None
         texts = {task: each.format(label[task]) for task, each in self.tasks.items()}
         return ", ".join(f"{task} {text}" for task, text in texts.items() if text) or None
 

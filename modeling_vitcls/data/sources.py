@@ -1,4 +1,4 @@
-"""Load the splits of the dataset in `--dataset`.
+"""Open the dataset in `--dataset`: a table of each split (`open_source`).
 
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     an image folder       a subfolder per class; read by image_folder.py
@@ -8,18 +8,16 @@
     memory:...            a dataset in memory (in_memory.py)
     anything else         the id of a dataset on the Hub
 
-A table may have a column of splits and one of groups (columns.py). Held-out images are selected in
-splits.py.
+dataset.py reads images, labels and groups from the tables (columns.py).
 """
 
 import glob
 import hashlib
-import os
 import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +32,7 @@ from ..hub.loading import (
     describe_missing_repo,
     is_hub_id,
 )
-from ..hub.local_paths import BUILT_IN_DATASET, is_local, resolve_name
+from ..hub.local_paths import BUILT_IN_DATASET
 from ..model.field_checks_vitcls import open_regular_file
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import (
@@ -45,23 +43,15 @@ from ..runtime.errors import (
     warn_on_first_process,
 )
 from ..runtime.files import check_parquet_size
-from .cells import NO_SEPARATOR, normalize_name, spell_label
+from .cells import spell_label
 from .columns import (
     FILE_NAME,
     NO_GROUPS,
-    build_images,
-    choose_groups,
-    divide_by_column,
-    find_image_column,
-    find_label_columns,
-    find_stem,
     has_label_column,
     read_column,
-    read_labels,
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import (
-    FOLDER_COLUMN,
     ImageFolder,
     find_classes,
     get_remedy,
@@ -69,10 +59,8 @@ from .image_folder import (
     scan_folder,
     warn_about_skipped,
 )
-from .images import LabeledImages, resolve_path
-from .in_memory import MEMORY_PREFIX, TITLES, add_dataset, convert_split, get_dataset, get_title
-from .labels import UNLABELED, LabelSpace, OneLabel
-from .options import DataOptions
+from .images import resolve_path
+from .in_memory import MEMORY_PREFIX, convert_split, get_dataset, get_title
 from .tables import read_table
 
 
@@ -95,195 +83,18 @@ SplitSelector = Callable[[list[str]], Collection[str]]
 
 
 @dataclass(frozen=True)
-class Splits:
-    """The name, label space and selected splits of a dataset; the training split is the first."""
+class Source:
+    """What a dataset is read from.
+
+    Attributes:
+        name: of the file or folder, or the id on the Hub.
+        folder: to which image paths are relative.
+        tables: a `datasets.Dataset` of each split, with all columns.
+    """
 
     name: str
-    label_space: LabelSpace
-    images_by_split: Mapping[str, LabeledImages]
-    # Lines about what was read: the labels, and the columns of splits and groups
-    facts: dict[str, str] = field(default_factory=dict)
-    missing_reason: str | None = None  # Why groups cannot measure one another
-    no_estimate: str | None = None  # Why a result says nothing about new photos
-
-    @property
-    def train(self) -> LabeledImages:
-        return next(iter(self.images_by_split.values()))
-
-    def join_fitted(self) -> "Splits":
-        """Join the splits that can train a model: all but the last one, which measures it."""
-        (train_split, train), *others = self.images_by_split.items()
-        for _, part in others[:-1]:
-            train = train.join(part)
-        return replace(self, images_by_split=dict([(train_split, train), *others[-1:]]))
-
-
-def load_splits(
-    options: DataOptions,
-    use_labels: bool = True,
-    select: SplitSelector = list,
-    trained: Mapping[str, Any] | None = None,
-    keeps_unlabeled: bool = False,
-    answer_classes: Sequence[str] = (),
-) -> Splits:
-    """Load the splits of `dataset`; with `more_data`, all are one split.
-
-    Args:
-        use_labels: whether labels are read. If False, every label is missing, and no label column is
-            required.
-        select: function that selects splits by name. Other splits, whose labels may be hidden, are
-            not read.
-        trained: `label_column` and `label_separator` of a model's training, which are used if the
-            dataset has these columns.
-        keeps_unlabeled: whether images without a label are kept, as None.
-        answer_classes: further valid classes in `answers`, besides those of the dataset.
-
-    Raises:
-        ValueError: if the dataset cannot be read, or has no image or label column.
-        OSError: if the dataset cannot be found.
-    """
-    if options.more_data:
-        return load_several(options, use_labels, select, keeps_unlabeled, answer_classes)
-    wanted = options.label_column or (trained or {}).get("label_column") or ()
-    name, folder, splits = open_dataset(
-        options.dataset, use_labels, wanted, options.group_column != NO_GROUPS
-    )
-    # A run and its report may name a folder differently, and warnings are logged once
-    dataset = resolve_name(get_title(options.dataset))
-    if is_local(dataset):
-        dataset = os.path.normpath(dataset)
-    if not splits:
-        raise ValueError(f"{dataset} has no splits. Add at least one, with images")
-    columns = next(iter(splits.values())).features
-    if trained and all(find_stem(columns, each) for each in trained["label_column"]):
-        options = replace(options, **trained)
-    all_tables, facts = divide_by_column(
-        splits, dataset, options.split_column, options.label_column or ()
-    )
-    empty = [split for split, table in all_tables.items() if split != "train" and not len(table)]
-    if 0 < len(empty) < len(all_tables):
-        warn_on_first_process(
-            f"{dataset}: splits without rows are left out: {format_name_list(empty)}"
-        )
-        all_tables = {split: all_tables[split] for split in all_tables if split not in empty}
-    # Selected before the labels are read: a test split may hide its labels, which would be an
-    # error.
-    tables = {split: all_tables[split] for split in select(list(all_tables))}
-    first = next(iter(tables.values()))
-    column = find_image_column(dataset, first, folder, options.image_column, options.label_column)
-    images = {
-        split: build_images(table, column, folder, dataset) for split, table in tables.items()
-    }
-    if not use_labels:
-        unlabeled = {
-            split: LabeledImages(each, [None] * len(each)) for split, each in images.items()
-        }
-        return Splits(name, UNLABELED, unlabeled, facts)
-
-    columns = find_label_columns(dataset, tables, options.label_column, column)
-    label_space, labels = read_labels(
-        tables, columns, dataset, options.label_separator, options.label_names
-    )
-    parts = {split: LabeledImages(images[split], labels[split]) for split in tables}
-    no_estimate = None
-    if options.answers:
-        from .answers import BELIEVED, apply_answers, read_answers  # imports pandas
-
-        if answer_classes and label_space.kind == OneLabel.kind:
-            ((label, names),) = label_space.columns.items()
-            label_space = OneLabel({label: list(dict.fromkeys([*names, *answer_classes]))})
-        parts, lines = apply_answers(parts, label_space, read_answers(options.answers))
-        facts |= lines
-        no_estimate = lines.get(BELIEVED)
-    hidden = [
-        split
-        for split in [*parts][1:]
-        if not keeps_unlabeled and all(label is None for label in parts[split].labels)
-    ]
-    if hidden:
-        warn_on_first_process(
-            f"{dataset}: splits without labels are left out: {format_name_list(hidden)}"
-        )
-        parts = {split: parts[split] for split in parts if split not in hidden}
-    labeled = {
-        split: part
-        if keeps_unlabeled
-        else drop_unlabeled_images(part, f"{dataset}, split {split!r}", columns)
-        for split, part in parts.items()
-    }
-    tables = {split: tables[split].select(part.images.rows) for split, part in labeled.items()}
-    groups, fact, reason = choose_groups(
-        tables,
-        dataset,
-        options.group_column,
-        list(map(label_space.format, chain(*(part.labels for part in labeled.values())))),
-        (column, FOLDER_COLUMN, options.split_column or "", *columns),
-    )
-    if fact is not None:
-        facts["groups"] = fact
-    examples = [", ".join(map(repr, names[:3])) for names in label_space.columns.values()]
-    # A class folder has no other column, and a line names its classes.
-    if columns != ["label"]:
-        facts["labels"] = (
-            f"{label_space.description}, from {', '.join(map(repr, columns))}, such as "
-            f"{'; '.join(examples)}"
-        )
-    grouped = {split: replace(part, groups=groups.get(split)) for split, part in labeled.items()}
-    return Splits(name, label_space, grouped, facts, reason, no_estimate)
-
-
-def load_several(
-    options: DataOptions,
-    use_labels: bool,
-    select: SplitSelector,
-    keeps_unlabeled: bool,
-    answer_classes: Sequence[str],
-) -> Splits:
-    """Load `dataset` and `more_data` as one split: a table in memory, with images that are no files.
-
-    If there are `answers`, the images of a further folder have no labels unless one of its folders has the
-    name of a class: they may be years.
-
-    Raise ValueError if a dataset has several splits, or several labels per image.
-    """
-    import pandas as pd
-
-    loaded: list[Splits] = []
-    tables = []
-    for dataset in (options.dataset, *options.more_data):
-        has_labels = use_labels
-        if options.answers and loaded and Path(dataset).is_dir():
-            folder = scan_folder(Path(dataset))
-            names = {normalize_name(Path(each).name) for each in folder.folders}
-            is_unknown = names.isdisjoint(map(normalize_name, loaded[0].label_space.names))
-            has_labels = not (folder.is_image_folder and is_unknown)
-        part = load_splits(
-            replace(options, dataset=dataset, more_data=(), answers=()),
-            has_labels,
-            keeps_unlabeled=True,
-        )
-        if len(part.images_by_split) > 1 or part.label_space.kind != OneLabel.kind:
-            raise ValueError(
-                "`more_data` requires one split and one label per image in each dataset. Name a folder or file of "
-                "one split, set `label_column`, or remove `more_data`"
-            )
-        loaded.append(part)
-        images, groups = part.train.images, part.train.groups
-        table = {
-            "image": map(images.get_encoded_image, range(len(images))),
-            "label": map(part.label_space.format, part.train.labels),
-            FOLDER_COLUMN: None if groups is None else [f"{dataset} {each}" for each in groups],
-        }
-        tables.append(pd.DataFrame(table))
-    joined = add_dataset(pd.concat(tables))
-    TITLES[joined] = " and ".join(part.name for part in loaded)
-    return load_splits(
-        DataOptions(dataset=joined, answers=options.answers, label_separator=NO_SEPARATOR),
-        use_labels,
-        select,
-        keeps_unlabeled=keeps_unlabeled,
-        answer_classes=answer_classes,
-    )
+    folder: Path
+    tables: Any
 
 
 def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
@@ -305,43 +116,16 @@ def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
         return load()
 
 
-def drop_unlabeled_images(
-    images: LabeledImages, name: str, columns: Sequence[str]
-) -> LabeledImages:
-    """Drop the images without a label, and log a warning that counts them.
-
-    `name` names the split in messages, and `columns` have the labels. Raise ValueError if no image has a label.
-    """
-    labeled = [index for index, label in enumerate(images.labels) if label is not None]
-    if len(labeled) == len(images):
-        return images
-
-    if not labeled:
-        raise ValueError(
-            f"{name}: no image has a label. Set a different `label_column`, or add labels"
-        )
-    is_list = isinstance(images.labels[labeled[0]], list)
-    warn_on_first_process(
-        f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label in "
-        f"{format_name_list(columns)}{'; [] means none of the labels' if is_list else ''})"
-    )
-    return images.select(labeled)
-
-
-def open_dataset(
-    dataset: str,
-    use_labels: bool,
-    label_columns: Collection[str] = (),
-    has_groups: bool = True,
-) -> tuple[str, Path, Any]:
+def open_source(
+    dataset: str, label_columns: Collection[str] | None = (), group_column: str | None = None
+) -> Source:
     """Open a dataset.
 
-    `label_columns` are given by the user or a model; a table of them wins over class folders. Without
-    `has_groups`, the folders below a class mean nothing.
-
-    Returns:
-        The name of the file or folder, or the id on the Hub; the folder to which image paths are
-        relative; and a `datasets.Dataset` for each split, with all columns.
+    Args:
+        dataset: the value of `--dataset`.
+        label_columns: those that a person or a model names: a table of them wins over class folders. None: no
+            label is read.
+        group_column: NO_GROUPS if the folders below a class mean nothing.
 
     Raises:
         ValueError: if the dataset cannot be read.
@@ -349,11 +133,12 @@ def open_dataset(
     """
     path = Path(dataset)
     if dataset == BUILT_IN_DATASET and not path.exists():
-        return dataset, Path.cwd(), {"train": load_digits()}
+        return Source(dataset, Path.cwd(), {"train": load_digits()})
     if dataset.startswith(MEMORY_PREFIX):
-        return get_title(dataset), Path.cwd(), get_dataset(dataset)
+        return Source(get_title(dataset), Path.cwd(), get_dataset(dataset))
     if path.is_dir():
-        return path.resolve().name, path, read_folder(path, use_labels, label_columns, has_groups)
+        tables = read_folder(path, label_columns, group_column != NO_GROUPS)
+        return Source(path.resolve().name, path, tables)
     suffix = path.suffix.lower()
     if path.exists() and suffix not in READERS:
         raise ValueError(
@@ -363,14 +148,14 @@ def open_dataset(
         )
     if path.exists():
         tables = read_tables(path.parent, READERS[suffix], {"train": [path]})
-        return path.resolve().name, path.parent, tables
+        return Source(path.resolve().name, path.parent, tables)
     if suffix in READERS or not is_hub_id(dataset):
         raise OSError(describe_missing_repo(dataset, "dataset"))
 
     import datasets
 
     with explain_reading_errors(dataset):
-        return dataset, path, datasets.load_dataset(dataset)
+        return Source(dataset, path, datasets.load_dataset(dataset))
 
 
 def load_digits() -> Any:
@@ -399,12 +184,11 @@ def choose_split(
     raise ValueError(f"{dataset} has the splits {', '.join(names)}. Set `split` to one of them")
 
 
-def read_folder(
-    path: Path, use_labels: bool, label_columns: Collection[str], has_groups: bool
-) -> Any:
+def read_folder(path: Path, label_columns: Collection[str] | None, has_groups: bool) -> Any:
     """Read the splits of an image folder, a folder of `save_to_disk`, or a folder of tables."""
     import datasets
 
+    use_labels = label_columns is not None
     folder = scan_folder(path)
     if "." in folder.skipped_folders:  # The folder itself, which other scans leave out
         raise ValueError(
@@ -426,7 +210,11 @@ def read_folder(
     for reader in dict.fromkeys(READERS.values()):
         if tables := find_tables(path, folder.metadata or folder.tables, reader):
             splits = read_tables(path, reader, tables)
-            if use_labels and folder.metadata and has_unlabeled_rows(folder, splits, label_columns):
+            if (
+                label_columns is not None
+                and folder.metadata
+                and has_unlabeled_rows(folder, splits, label_columns)
+            ):
                 return read_image_folder(folder, True, metadata=read_metadata(splits, path))
             return splits
     remedy = get_remedy(folder.other_files) or (

@@ -1,8 +1,8 @@
 """Which images a run trains on, and which it holds out.
 
-    --dataset -> load_undivided_images -> Splits -> the run decides what it is (training/plan.py)
-                                                 -> scenes become groups, if a frozen encoder finds any
-                                                 -> divide_images -> TrainingData
+    --dataset -> load_undivided_images -> Dataset -> the run decides what it is (training/plan.py)
+                                                  -> scenes become groups, if a frozen encoder finds any
+                                                  -> divide_images -> TrainingData
 
 If a dataset has no evaluation split, each image gets a random number, which depends on the seed and
 on its content. The images with the smallest numbers are held out: the given fraction of each class,
@@ -12,7 +12,7 @@ and at least one of two. Copies of an image, and images of one group, are on the
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -21,18 +21,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list, warn_on_first_process
+from .dataset import Dataset, read_dataset
 from .image_folder import explain_layout, scan_folder
-from .images import NO_CONTENT_KEY, LabeledImages
+from .images import LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace, SeveralLabels
 from .options import DataOptions, read_data_options
 from .sampling import draw_numbers
-from .sources import Splits, load_splits
 from .splits_table import (
     find_trained_images,
     get_keys,
@@ -44,7 +42,6 @@ from .splits_table import (
 # Names of held-out splits, in order of precedence.
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
 MIN_CLASS_SIZE = 5  # Smaller classes are named, if others are larger
-MAX_NAMED_IMAGES = 10  # In an error about images with two labels
 
 SINGLE_GROUPS = "each class has a single image (or copies or a group of one)"
 
@@ -90,7 +87,7 @@ class TrainingData:
 
 
 def divide_images(
-    images: Splits,
+    images: Dataset,
     held_out_fraction: float,
     groups: Sequence[int] | np.ndarray | None = None,
 ) -> TrainingData:
@@ -173,7 +170,7 @@ def select_counted(images: LabeledImages, name: str) -> LabeledImages:
 
 def load_undivided_images(
     options: DataOptions, reads_all: bool = False, min_classes: int = 2
-) -> Splits:
+) -> Dataset:
     """Read the labels and the keys of the images of a dataset, by split. No image is decoded.
 
     Args:
@@ -185,7 +182,7 @@ def load_undivided_images(
         ValueError: if the dataset has no images, no labels, too few classes, or an image with two
             labels.
     """
-    loaded = load_splits(options, select=partial(choose_training_splits, reads_all))
+    loaded = read_dataset(options, partial(choose_training_splits, reads_all)).drop_unlabeled()
     labels = loaded.label_space
     title = get_title(options.dataset)
     if isinstance(labels, SeveralLabels):
@@ -207,10 +204,7 @@ def load_undivided_images(
                     f"a classifier requires two or more classes, but {title} has {found} in "
                     f"{column!r}. {remedy}"
                 )
-    parts = add_keys(loaded.images_by_split)
-    check_contradictions(parts.values(), labels, title)
-    merged = {split: merge_rows(part, options) for split, part in parts.items()}
-    return replace(loaded, images_by_split=merged)
+    return loaded.identify()
 
 
 def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
@@ -243,91 +237,6 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
     return replace(data, train=train, held_out=held_out)
 
 
-def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
-    """Make copies recognizable: add the keys of the images, and groups that contain all copies."""
-    # Over all splits at once: a copy of a training image in the test split has the same group.
-    parts = {name: get_keys(part) for name, part in splits.items()}
-    _, copies = np.unique(np.concatenate(list(parts.values())), return_inverse=True)
-    known = [part.groups for part in splits.values() if part.groups is not None]
-    groups = join_groups(copies, np.concatenate(known)) if known else copies
-    ends = np.cumsum(list(map(len, parts.values())))[:-1]
-    return {
-        name: replace(splits[name], keys=keys, groups=part)
-        for (name, keys), part in zip(parts.items(), np.split(groups, ends), strict=True)
-    }
-
-
-def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Join two groupings [N], numbered from 0: images that share a group in either are together."""
-    num_first = int(first.max(initial=-1)) + 1
-    num_groups = num_first + int(second.max(initial=-1)) + 1
-    return connect(np.stack([first, second + num_first], axis=1), num_groups)[first]
-
-
-def connect(pairs: np.ndarray, number: int) -> np.ndarray:
-    """Number the groups [number] of items, of which pairs [P, 2] are together."""
-    graph = coo_array((np.ones(len(pairs), bool), pairs.T), shape=(number, number))
-    return connected_components(graph, directed=False)[1]  # type: ignore[no-any-return]
-
-
-def merge_rows(images: LabeledImages, options: DataOptions) -> LabeledImages:
-    """Join the rows of one image, such as one row per annotator: each image counts once.
-
-    A copy with another name is the same image if there are several datasets. The labels of tasks complete
-    each other; `check_contradictions` has found no different ones.
-    """
-    rows_by_image: dict[Any, list[int]] = {}
-    named = zip(
-        images.images.get_names(), images.images.rows, get_keys(images).tolist(), strict=True
-    )
-    for index, (name, row, key) in enumerate(named):
-        # An image without a file is named by its row, and known by its content.
-        identity = ("" if options.more_data or name == str(row) else name, key)
-        rows_by_image.setdefault(index if key == NO_CONTENT_KEY else identity, []).append(index)
-    if len(rows_by_image) == len(images):
-        return images
-
-    warn_on_first_process(
-        f"{get_title(options.dataset)}: {len(images):,} rows name {len(rows_by_image):,} images. Each image "
-        "counts once"
-    )
-    labels = list(images.labels)
-    for first, *others in rows_by_image.values():
-        for other in others:
-            if isinstance(labels[first], dict):
-                known = {task: each for task, each in labels[other].items() if each is not None}
-                labels[first] = labels[first] | known
-    return replace(images, labels=labels).select(first for first, *_ in rows_by_image.values())
-
-
-def check_contradictions(
-    parts: Collection[LabeledImages], label_space: LabelSpace, dataset: str
-) -> None:
-    """Raise ValueError if an image has two labels of a task, in any rows, folders and splits."""
-    keys = np.concatenate([part.keys for part in parts])
-    labels = list(chain.from_iterable(part.labels for part in parts))
-    for task, own in label_space.tasks.items():
-        table = pd.DataFrame({"key": keys})
-        # Missing images and empty files share a key, but they are no copies of each other.
-        table = table[table.duplicated("key", keep=False) & (keys != NO_CONTENT_KEY)]
-        of_task = [labels[row][task] if task else labels[row] for row in table.index]
-        table["label"] = list(map(own.format, of_task))  # None if it is missing
-        table = table[table.groupby("key")["label"].transform("nunique") > 1].dropna()
-        if table.empty:
-            continue
-
-        names = list(chain.from_iterable(part.images.get_names() for part in parts))
-        texts = {
-            f"{names[row]} is {label!r}": None  # Several rows may say the same
-            for row, label in table.sort_values("key", kind="stable")["label"].items()
-        }
-        raise ValueError(
-            f"{dataset}: copies of an image have several labels: "
-            f"{format_name_list([*texts], MAX_NAMED_IMAGES)}. Remove the copies with the wrong label; if an "
-            "image has several labels, write them into one row, such as cat|dog"
-        )
-
-
 def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]:
     """Choose the training split, and the splits for evaluation: validation before test.
 
@@ -348,7 +257,7 @@ def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]
 # Held-out images ----------------------------------------------------------------------------------
 
 
-def check_can_divide(images: Splits, held_out_fraction: float) -> None:
+def check_can_divide(images: Dataset, held_out_fraction: float) -> None:
     """Raise ValueError if no images could be held out."""
     if held_out_fraction and len(images.images_by_split) == 1:
         check_can_hold_out(images.train, images.name)
@@ -417,7 +326,7 @@ def select_held_out(
 # Changes of the data ------------------------------------------------------------------------------
 
 
-def hash_data(images: Splits) -> dict[str, Any]:
+def hash_data(images: Dataset) -> dict[str, Any]:
     """Hash the images of a run for checkpoints, so a resumed run can detect a change."""
     description: dict[str, Any] = {"classes": images.label_space.columns}
     for split, part in images.images_by_split.items():

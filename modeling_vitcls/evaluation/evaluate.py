@@ -21,7 +21,12 @@ from torch import Tensor
 
 from ..conversion.open_model import open_model
 from ..data.cells import normalize_name
-from ..data.evaluation_data import EvaluationData, load_evaluation_data
+from ..data.evaluation_data import (
+    EvaluationData,
+    Trained,
+    load_evaluation_data,
+    load_photographs,
+)
 from ..data.labels import (
     UNLABELED,
     LabelSpace,
@@ -192,28 +197,19 @@ def load_data(
 
     With the label space UNLABELED, every label is missing.
     """
-    use_labels = label_space != UNLABELED
-    trained = {}
-    if use_labels and options.label_column is None and options.label_separator is None:
+    if label_space == UNLABELED:
+        return load_on_main(options.dataset, partial(load_photographs, options, split, max_images))
+    columns = {}
+    if options.label_column is None and options.label_separator is None:
         # A table may have several columns that look like labels. The model's record names the right
         # one.
-        trained = get_training_columns(label_space, folder, task)
-    load = partial(
-        load_evaluation_data,
-        options,
-        split,
-        select_task(read_splits(folder), task),
-        use_labels=use_labels,
-        max_images=max_images,
-        trained=trained,
-        classes=label_space.names if isinstance(label_space, OneLabel) else (),
-    )
+        columns = get_training_columns(label_space, folder, task)
+    classes = label_space.names if isinstance(label_space, OneLabel) else ()
+    trained = Trained(select_task(read_splits(folder), task), columns, classes)
+    load = partial(load_evaluation_data, options, split, trained, max_images)
     data = load_on_main(options.dataset, load)
-    if not use_labels:
-        return data
-    return data._replace(
-        images=translate_labels(data.images, data.label_space, label_space), label_space=label_space
-    )
+    images = translate_labels(data.images, data.label_space, label_space)
+    return replace(data, images=images, label_space=label_space)
 
 
 def get_training_columns(

@@ -28,9 +28,9 @@ from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
+from ..data.dataset import connect, join_groups
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
-from ..data.splits import connect, join_groups
 from ..hub.model_files import SCENES_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.features import FeatureLayout, Features

@@ -26,7 +26,7 @@ from PIL.ExifTags import Base
 from torch import Tensor
 
 from ..data.aspect_ratio import MAX_MEASURED_IMAGES
-from ..data.columns import find_image_column
+from ..data.columns import build_images, find_image_column
 from ..data.image_folder import (
     IMAGE_SUFFIXES,
     ROOT,
@@ -46,11 +46,7 @@ from ..data.images import (
     to_encoded_image,
 )
 from ..data.in_memory import get_title
-from ..data.sources import (
-    build_images,
-    choose_split,
-    open_dataset,
-)
+from ..data.sources import choose_split, open_source
 from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import (
@@ -286,11 +282,11 @@ def open_input(options: PredictOptions) -> tuple[Sequence[ImageRecord], list[str
             )
         return found, left_out
 
-    _, folder, splits = open_dataset(options.dataset, use_labels=False)
+    source = open_source(options.dataset, label_columns=None)
     title = get_title(options.dataset)
-    split = splits[choose_split(options.split, title, list(splits))]
-    column = find_image_column(title, split, folder, options.image_column)
-    return DatasetRecords(build_images(split, column, folder, title)), []
+    split = source.tables[choose_split(options.split, title, list(source.tables))]
+    column = find_image_column(title, split, source.folder, options.image_column)
+    return DatasetRecords(build_images(split, column, source.folder, title)), []
 
 
 def compute_checksum(content: Any) -> str | None:

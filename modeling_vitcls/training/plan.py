@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from ..data.sources import Splits
+from ..data.dataset import Dataset
 from ..data.splits import check_can_divide
 from ..inference.speed import measure_cpu_speed
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
@@ -60,7 +60,7 @@ class RunPlan:
     kind: Literal["frozen", "steps"]
     reason: str
     options: FinetuneOptions
-    images: Splits
+    images: Dataset
     averaging: float
     new_tokens: dict[str, list[bool]]
     lines: dict[str, str | None]

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from ..data.sources import Splits
+from ..data.dataset import Dataset
 from ..data.splits import hash_data
 from ..hub.local_paths import is_local, is_same_source, split_prefix
 from ..hub.model_folder import SOURCE_FLAGS
@@ -104,7 +104,10 @@ def format_flag_value(value: Any) -> Any:
 
 
 def build_run_record(
-    options: FinetuneOptions, images: Splits, flags: dict[str, Any], recorded: dict[str, Any] | None
+    options: FinetuneOptions,
+    images: Dataset,
+    flags: dict[str, Any],
+    recorded: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Build what checkpoints and results.json contain about the run.
 

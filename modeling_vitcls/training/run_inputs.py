@@ -9,7 +9,8 @@ import pandas as pd
 from accelerate import PartialState
 
 from ..conversion.open_model import is_preset
-from ..data.sources import Splits, load_on_main
+from ..data.dataset import Dataset
+from ..data.sources import load_on_main
 from ..data.splits import load_undivided_images
 from ..data.splits_table import find_trained_images, list_encoder_rows
 from ..frozen.head_search import HeadSearch
@@ -43,7 +44,7 @@ class RunInputs:
 
     options: FinetuneOptions  # With the defaults that do not depend on the kind of run
     initial: InitialModel
-    images: Splits
+    images: Dataset
     model: Any  # ViTCLS model without wrappers; parameters that do not train are frozen
     processor: ViTCLSImageProcessor
     teacher: Teacher | None
@@ -193,7 +194,7 @@ def load(
     )
 
 
-def load_images(options: FinetuneOptions) -> Splits:
+def load_images(options: FinetuneOptions) -> Dataset:
     """Read the labels and keys of the images.
 
     Raises:

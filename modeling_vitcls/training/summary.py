@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import chain
 
 from ..data.aspect_ratio import get_resize
-from ..data.sources import Splits
+from ..data.dataset import Dataset
 from ..data.splits import (
     HELD_OUT_SPLITS,
     TrainingData,
@@ -114,7 +114,7 @@ def describe_splits(plan: RunPlan) -> dict[str, str]:
     return lines
 
 
-def describe_class_sizes(images: Splits) -> str:
+def describe_class_sizes(images: Dataset) -> str:
     """Count the training images of each class; if there are many, of the smallest and the largest one.
 
     The text is "" for several tasks.

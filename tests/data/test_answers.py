@@ -10,7 +10,7 @@ from helpers.photo_folders import draw_noise
 from helpers.tiny_models import raises_one_line
 from pytest import MonkeyPatch
 
-from modeling_vitcls.data.evaluation_data import load_evaluation_data
+from modeling_vitcls.data.evaluation_data import Trained, load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_undivided_images
 from modeling_vitcls.inference.inputs import compute_checksum
@@ -73,7 +73,7 @@ def test_the_latest_answer_counts_in_a_table_that_a_spreadsheet_has_changed() ->
 def test_an_answer_may_name_a_class_that_was_added_to_the_evaluated_model() -> None:
     answer("answers.csv", "dog", "cat", chosen="random")
     options = DataOptions(dataset="photos.csv", answers=("answers.csv",))
-    found = load_evaluation_data(options, None, classes=["cat", "dog"])
+    found = load_evaluation_data(options, None, Trained(classes=["cat", "dog"]))
     labels = [found.label_space.format(label) for label in found.images.labels]
     assert labels == ["dog", "cat", "cat", "cat", "Äpfel"]
 

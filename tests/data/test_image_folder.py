@@ -163,8 +163,8 @@ def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
     found = load_evaluation_data(
         DataOptions(dataset=str(write_classes(tmp_path, {"test/cat": 4}))), None
     )
-    assert found[0].names == ["cat"]
-    assert len(found[1]) == 4
+    assert found.label_space.names == ["cat"]
+    assert len(found.images) == 4
 
 
 def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ from PIL import Image
 from pytest import LogCaptureFixture
 from sklearn.datasets import load_digits
 
+from modeling_vitcls.data.dataset import open_tables
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.sources import load_splits
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_p
     assert data.held_out_name == "split 'validation'"
 
     options = DataOptions(dataset=str(tmp_path))
-    assert len(load_evaluation_data(options, "validation")[1]) == 20
+    assert len(load_evaluation_data(options, "validation").images) == 20
     with raises_one_line("split 'test'", "`label_column`"):
         load_evaluation_data(options, "test")
     (tmp_path / "validation.parquet").unlink()
@@ -177,7 +177,7 @@ def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -
     for path in list_paths(color_images):
         (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
     for folder in (tmp_path, color_images):  # without and with sub-folders
-        splits = load_splits(DataOptions(dataset=str(folder)), use_labels=False)
+        splits = open_tables(DataOptions(dataset=str(folder))).unlabeled()
         assert splits.label_space.columns == {}
         assert splits.train.labels == [None] * 20
         assert (

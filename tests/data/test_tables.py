@@ -240,7 +240,7 @@ def test_names_of_predict_are_read_from_the_working_folder(
 def test_labels_and_groups_that_may_be_a_mistake_are_asked_about(
     labels: list[str], flags: Any, words: str, photos: Path, caplog: LogCaptureFixture
 ) -> None:
-    read_splits_of(write_csv(photos, labels, patient=labels), **flags)
+    read_undivided(write_csv(photos, labels, patient=labels), **flags)
     assert words in caplog.text
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from modeling_vitcls.data.dataset import Dataset, read_dataset
 from modeling_vitcls.data.options import DataOptions, DivisionOptions
-from modeling_vitcls.data.sources import Splits, load_splits
 from modeling_vitcls.data.splits import (
     TrainingData,
     check_can_divide,
@@ -12,7 +12,7 @@ from modeling_vitcls.data.splits import (
 )
 
 
-def read_undivided(dataset: object, **options: Any) -> Splits:
+def read_undivided(dataset: object, **options: Any) -> Dataset:
     """Read the images of a dataset as a run does, and hold nothing out."""
     return load_undivided_images(DataOptions(dataset=str(dataset), **options))
 
@@ -26,6 +26,6 @@ def read_training_data(dataset: object, **flags: Any) -> TrainingData:
     return divide_images(images, fraction)
 
 
-def read_splits_of(dataset: object, **options: Any) -> Splits:
+def read_splits_of(dataset: object, **options: Any) -> Dataset:
     """Read the labels of a dataset by split, without its groups."""
-    return load_splits(DataOptions(dataset=str(dataset), **options))
+    return read_dataset(DataOptions(dataset=str(dataset), **options)).drop_unlabeled()

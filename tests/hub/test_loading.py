@@ -26,8 +26,8 @@ from timm.models import save_for_hf
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.data.dataset import read_dataset
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
 from modeling_vitcls.hub.model_files import CONFIG_FILES
@@ -157,7 +157,7 @@ def test_datasets_come_from_the_hub_or_the_cache_or_are_one_line_with_a_remedy(
     hub: LocalHub, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def read(name: str) -> int:
-        return len(load_splits(DataOptions(dataset=name)).images_by_split["train"])
+        return len(read_dataset(DataOptions(dataset=name)).images_by_split["train"])
 
     def check_error(name: str, *words: str) -> None:
         with raises_one_line(*words, error=OSError):

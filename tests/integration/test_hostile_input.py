@@ -27,8 +27,8 @@ from modeling_vitcls.conversion.from_state_dict import (
     convert_family_model,
     prepare_weights,
 )
+from modeling_vitcls.data.dataset import read_dataset
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.stated_result import format_name
 from modeling_vitcls.model.image_processing_vitcls import IMAGE_FORMATS
 
@@ -231,7 +231,7 @@ def test_random_metadata_tables_are_read_or_one_line_errors(
             PIL.Image.new("L", (8, 8)).save(folder / f"{number}.png")
         lines = [header, *(",".join(row) for row in rows)]
         (folder / "metadata.csv").write_bytes("\n".join(lines).encode() + garbage)
-        run_watched(lambda: load_splits(DataOptions(dataset=str(folder)), use_labels=True))
+        run_watched(lambda: read_dataset(DataOptions(dataset=str(folder))))
 
 
 @examples(300)

@@ -14,9 +14,9 @@ from helpers.tiny_options import build_tiny_options, run_to_folder, run_training
 from pytest import CaptureFixture, MonkeyPatch
 from torch import nn
 
+from modeling_vitcls.data.dataset import Dataset
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import OneLabel
-from modeling_vitcls.data.sources import Splits
 from modeling_vitcls.training import plan
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.plan import RunPlan, plan_run
@@ -35,7 +35,7 @@ def make_inputs(
     return SimpleNamespace(
         options=FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
         initial=SimpleNamespace(has_random_weights=not has_frozen_start),
-        images=Splits("photos", OneLabel({"label": names}), {"train": photos}),
+        images=Dataset("photos", OneLabel({"label": names}), {"train": photos}),
         model=nn.Identity(),
         has_trained_heads=False,
         head_search=object() if has_frozen_start else None,
