@@ -43,7 +43,7 @@ MAX_BYTES = 5 * 10**9
 TIMEOUT = 10.0  # Seconds to wait for a transaction of another command
 SHORT_TIMEOUT = 0.1  # After that, until the first transaction that succeeds
 SECONDS_BETWEEN_WRITES = 1.0
-MAX_WAITING = 10_000  # Rows
+MAX_WAITING = 10_000  # Rows; about 60 MB of a ViT-S
 DIGEST_SIZE = 8
 FILE_ERRORS = (sqlite3.Error, UnicodeError)  # A damaged schema has other bytes than text
 # Errors that pass: the rows are tried again
@@ -90,6 +90,7 @@ class FeatureStore:
         self.waiting: list[tuple[Any, ...]] = []  # Rows of the table to write
         self.num_kept = 0  # New rows
         self.num_refused = 0  # New rows for which there is no place
+        self.num_dropped = 0  # New rows that would have waited for too long
         self.last_write = time.monotonic()
         self.today = int(time.time() // 86_400)
         self.lock = threading.Lock()  # Threads read
@@ -204,8 +205,11 @@ class FeatureStore:
             photo = self.photos.pop(index, None)
             if photo is None or not np.isfinite(row).all():
                 continue
-            if self.num_refused or len(self.waiting) >= MAX_WAITING:
+            if self.num_refused:
                 self.num_refused += 1
+                continue
+            if len(self.waiting) >= MAX_WAITING:
+                self.num_dropped += 1
                 continue
             content = self.sign(photo, row.tobytes())
             self.waiting.append((self.key, photo, self.today, content))
@@ -280,6 +284,11 @@ class FeatureStore:
             warn_on_first_process(
                 f"the store of features is full: {num_kept:,} of {num_kept + self.num_refused:,} photos are kept "
                 f"in {self.file}. Set {SIZE_VARIABLE} to more than {get_max_bytes() / 1e9:g} (GB)"
+            )
+        if self.num_dropped:
+            warn_on_first_process(
+                f"the features of {self.num_dropped:,} photos are not kept, because {self.file} could not be "
+                "written for too long. The next run computes them again"
             )
 
 

@@ -129,6 +129,27 @@ def test_rows_wait_while_another_command_holds_the_file(
     assert "Remove the file" not in message
 
 
+def test_a_bounded_number_of_rows_waits_and_the_others_are_counted(
+    file: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(feature_store, "TIMEOUT", 0.01)
+    monkeypatch.setattr(feature_store, "MAX_WAITING", 3)
+    store = FeatureStore(file, b"key")
+    with sqlite3.connect(file) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for number in range(50, 60):
+            store.prepare(number, str(number).encode(), dict)
+        store.write(range(50, 60), torch.arange(50, 60).repeat(2000, 1).T)
+        store.flush()
+    store.close()
+    assert [number for number in list_found(FeatureStore(file, b"key")) if number >= 50] == [
+        50,
+        51,
+        52,
+    ]
+    assert "the features of 7 photos are not kept" in caplog.messages[-1]
+
+
 def test_threads_say_one_line_about_a_damaged_file(file: Path, caplog: LogCaptureFixture) -> None:
     store = FeatureStore(file, b"key")
     damage(file)
