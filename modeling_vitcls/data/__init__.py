@@ -7,7 +7,8 @@ sources.py, image_folder.py, in_memory.py    datasets -> tables of splits by nam
 dataset.py                                   a dataset is a value with steps: read, join, answer, identify
 folder_layout.py                             folders of splits and of classes, by their names
 class_folders.py                             folders that are no classes: left out, asked about, refused
-tables.py, columns.py                        tables as text; their columns: images, labels, splits, groups
+tables.py, columns.py                        tables as text; their columns: images, labels, splits
+groups.py, copies.py                         groups of images, in columns or folders; copies with two labels
 cells.py, labels.py                          cells -> names of labels -> indices
 answers.py                                   labels that a person gave on a page of photos
 splits.py                                    images that a run trains on and holds out

@@ -29,6 +29,7 @@ from ..runtime.errors import format_name_list, warn_on_first_process
 # Characters between several labels of one text, and how much more often than whole cells the parts
 # between them must occur. A comma is also within names: "tench, Tinca tinca".
 SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
+MIN_REPEATS = 1.5  # The same for words between blanks, which are also in names: "golden retriever"
 NO_SEPARATOR = "none"  # The value of `label_separator` that says: each text is one label
 MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a measurement
 MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they are vectors
@@ -54,6 +55,7 @@ class LabelColumn:
         self, dataset: str, name: str, cells: Mapping[str, Sequence[Any]], is_folder: bool
     ) -> None:
         self.name = name
+        self.is_folder = is_folder
         self.where = f"{dataset}: {'the class folders' if is_folder else f'the column {name!r}'}"
         self.rows = {split: list(map(repr, values)) for split, values in cells.items()}
         values = dict(zip(chain(*self.rows.values()), chain(*cells.values()), strict=True))
@@ -168,6 +170,45 @@ def find_separator(column: LabelColumn, label_names: Sequence[str] | None) -> st
                 f"`label_separator={NO_SEPARATOR!r}`"
             )
             return separator
+    return None if label_names else find_blanks(column, texts)
+
+
+def find_blanks(column: LabelColumn, texts: Mapping[str, int]) -> str | None:
+    """Find several labels between blanks: numbers are read as such, and a line asks about words.
+
+    Names of several words, such as `Quercus robur` or `golden retriever`, repeat few of their words. Tags
+    repeat most, or have one at different places: `haze primary`, `clear agriculture primary`.
+
+    Args:
+        column: the cells.
+        texts: how often each different text occurs.
+    """
+    parts = {text: text.split() for text in texts}
+    lengths = {len(each) for each in parts.values()}
+    counts: Counter[str] = Counter()
+    places: dict[str, set[int]] = {}
+    for text, words in parts.items():
+        counts.update(dict.fromkeys(words, texts[text]))
+        for place, word in enumerate(words):
+            places.setdefault(word, set()).add(place)
+    if column.is_folder or max(lengths, default=0) < 2:
+        return None
+
+    repeats = counts.total() / len(counts) / (sum(texts.values()) / len(texts))
+    example = next(text for text in texts if " " in text.strip())
+    if repeats > 1 and all(map(str.isdecimal, counts)):
+        warn_on_first_process(
+            f"{column.where} has several labels in texts such as {example!r:.60}: read as {len(counts):,} "
+            f"labels separated by ' '. If each text is one label, set `label_separator={NO_SEPARATOR!r}`"
+        )
+        return " "
+    are_moved = len(lengths) > 1 and any(len(each) > 1 for each in places.values())
+    if repeats > MIN_REPEATS and (len(counts) < len(texts) or are_moved):
+        warn_on_first_process(
+            f"WARNING: {column.where} has {len(texts):,} classes of {len(counts):,} words, such as "
+            f"{example!r:.60}. If these are several labels of an image, set `label_column` to this column and "
+            "`label_separator=' '`"
+        )
     return None
 
 

@@ -36,20 +36,24 @@ from ..runtime.errors import format_name_list, warn_on_first_process
 from .answers import BELIEVED, apply_answers, read_answers
 from .cells import NO_SEPARATOR, normalize_name, sort_names, warn_about_similar_names
 from .columns import (
-    UnusedColumns,
     build_images,
-    describe_groups,
     divide_by_column,
-    explain_single_labels,
-    find_group_column,
+    drop_unlabeled_splits,
     find_image_column,
     find_label_columns,
     find_stem,
-    number_groups,
     read_labels,
     read_texts,
 )
+from .copies import check_contradictions
 from .folder_layout import FOLDER_COLUMN
+from .groups import (
+    UnusedColumns,
+    describe_groups,
+    explain_single_labels,
+    find_group_column,
+    number_groups,
+)
 from .image_folder import scan_folder
 from .images import NO_CONTENT_KEY, DatasetImages, LabeledImages
 from .in_memory import get_title
@@ -58,8 +62,6 @@ from .options import DataOptions
 from .sources import open_source
 from .splits_table import get_keys
 
-
-MAX_NAMED_IMAGES = 10  # In an error about images with two labels
 
 # Names of all splits -> names of the splits to read
 SplitSelector = Callable[[list[str]], Collection[str]]
@@ -124,10 +126,10 @@ class Tables:
         Raises:
             ValueError: if there is no column of labels, or a cell is no label.
         """
-        options, tables = self.options, self.by_split
+        options, image_column = self.options, self.image_column
         images = self.read_images()
-        image_column = self.image_column
-        columns = find_label_columns(self.title, tables, options.label_column, image_column)
+        columns = find_label_columns(self.title, self.by_split, options.label_column, image_column)
+        tables = drop_unlabeled_splits(self.title, self.by_split, columns)
         space, labels = read_labels(
             tables, columns, self.title, options.label_separator, options.label_names
         )
@@ -532,31 +534,3 @@ def merge_rows(images: LabeledImages, title: str, is_joined: bool) -> LabeledIma
                 known = {task: each for task, each in labels[other].items() if each is not None}
                 labels[first] = labels[first] | known
     return replace(images, labels=labels).select(first for first, *_ in rows_by_image.values())
-
-
-def check_contradictions(
-    parts: Collection[LabeledImages], label_space: LabelSpace, dataset: str
-) -> None:
-    """Raise ValueError if an image has two labels of a task, in any rows, folders and splits."""
-    keys = np.concatenate([part.keys for part in parts])
-    labels = list(chain.from_iterable(part.labels for part in parts))
-    for task, own in label_space.tasks.items():
-        table = pd.DataFrame({"key": keys})
-        # Missing images and empty files share a key, but they are no copies of each other.
-        table = table[table.duplicated("key", keep=False) & (keys != NO_CONTENT_KEY)]
-        of_task = [labels[row][task] if task else labels[row] for row in table.index]
-        table["label"] = list(map(own.format, of_task))  # None if it is missing
-        table = table[table.groupby("key")["label"].transform("nunique") > 1].dropna()
-        if table.empty:
-            continue
-
-        names = list(chain.from_iterable(part.images.get_names() for part in parts))
-        texts = {
-            f"{names[row]} is {label!r}": None  # Several rows may say the same
-            for row, label in table.sort_values("key", kind="stable")["label"].items()
-        }
-        raise ValueError(
-            f"{dataset}: copies of an image have several labels: "
-            f"{format_name_list([*texts], MAX_NAMED_IMAGES)}. Remove the copies with the wrong label; if an "
-            "image has several labels, write them into one row, such as cat|dog"
-        )

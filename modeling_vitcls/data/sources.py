@@ -46,11 +46,11 @@ from ..runtime.files import check_parquet_size
 from .cells import spell_label
 from .columns import (
     FILE_NAME,
-    NO_GROUPS,
     has_label_column,
     read_column,
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
+from .groups import NO_GROUPS
 from .image_folder import (
     ImageFolder,
     find_classes,

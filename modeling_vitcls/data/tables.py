@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.field_checks_vitcls import open_regular_file
-from ..runtime.errors import format_error
+from ..runtime.errors import format_error, format_name_list, warn_on_first_process
 from .cells import normalize_name, spell_label
 from .images import resolve_path
 
@@ -31,6 +31,15 @@ FILE_NAME_COLUMNS = {
 }  # Names that are no labels; they show where the header is
 # Blank lines and comments before the header, and the line in which spreadsheets name the separator
 PREAMBLE = re.compile(r'(?:[ \t]*(?:#.*)?\n)*(?:"?sep=(?P<separator>.)"?\n)?')
+# Cells of rows below the header in exports of EcoTaxa, QIIME 2, Orange and databases: the types of the columns
+# (or the line of a Markdown table), and then their roles
+COLUMN_TYPE = re.compile(
+    r"\[[tf]\]|#q2:types|str(ing)?|text|(var|n|nvar)?char2?(\(\d+\))?|u?int(eger|8|16|32|64)?|bigint|smallint|"
+    r"float(32|64)?|double( precision)?|real|decimal|number|numeric(al)?|bool(ean)?|categor(y|ical)|continuous|"
+    r"discrete|date|time|datetime|timestamp|object|path|file|image|url|uri|[cds]|:?-{2,}:?",
+    re.IGNORECASE,
+)
+COLUMN_ROLE = re.compile("|class|meta|ignore|[cim]", re.IGNORECASE)
 QUOTE_OF_FORMULA = "^'(?='*[=+@-])"  # `predict` writes it before a text that spreadsheets would run
 
 
@@ -115,7 +124,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
             "which are required around fields that contain the separator"
         ) from error
 
-    table = table.replace(QUOTE_OF_FORMULA, "", regex=True)
+    table = drop_types(file, table.replace(QUOTE_OF_FORMULA, "", regex=True))
     names = table.iloc[0].str.strip()
     columns = {column: name for column, name in names.items() if name}
     is_repeated = (table.iloc[1:] == table.iloc[0]).all(axis=1)
@@ -140,6 +149,30 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
                 f"names of the columns above it, such as file_name{separator}label"
             )
     return {name: table[column][1:].tolist() for column, name in columns.items()}
+
+
+def drop_types(file: Path, table: Any) -> Any:
+    """Drop the rows below the header that name the types and the roles of the columns, with a line.
+
+    Args:
+        file: the table's, for the line.
+        table: texts; the first row is the header.
+    """
+    cells = table.iloc[1:3].map(str.strip).to_numpy().tolist()
+    patterns = (COLUMN_TYPE, COLUMN_ROLE)
+    number = 0
+    for row, pattern in zip(cells, patterns, strict=False):
+        if not all(map(pattern.fullmatch, row)) or not any(row):
+            break
+        number += 1
+    # A letter may be a label: the file names of a table are no types, and a single column says too little
+    if not number or table.shape[1] == 1 or len(table) <= 1 + number:
+        return table
+    warn_on_first_process(
+        f"{file}: skipped the row below the header, which names the types of the columns: "
+        f"{format_name_list(cells[0])}"
+    )
+    return table.drop(index=table.index[1 : 1 + number])
 
 
 def split_fields(line: str) -> list[str]:

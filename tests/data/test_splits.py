@@ -170,3 +170,18 @@ def test_training_on_a_split_named_test_is_reported(
     run = prepare_setup(build_tiny_options(tmp_path / "out", tmp_path / "photos", epochs=1))
     lines: Any = describe_splits(SimpleNamespace(images=run.inputs.images, is_drawn=True))
     assert ("'test'" in lines.get("split", "")) is is_reported
+
+
+# Copies in two classes ----------------------------------------------------------------------------
+def test_the_same_page_of_an_error_in_two_classes_is_no_copy(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(3))
+    for name in ("cat/9.jpg", "dog/9.jpg"):
+        (tmp_path / name).write_text("<!DOCTYPE html>404 Not Found")
+    assert len(read_undivided(tmp_path).train) == 8
+
+
+def test_a_folder_that_contains_the_dataset_again_is_named(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(3))
+    write_photos(tmp_path / "flowers", range(3))
+    with raises_one_line("the folder 'flowers' contains images of the folders beside it again"):
+        read_undivided(tmp_path)

@@ -123,11 +123,11 @@ def test_numeric_image_ids_are_names_of_files(tmp_path: Path) -> None:
         assert images[0].size == images[1].size == (8, 8)
 
 
-def test_a_split_without_labels_is_named(photos: Path, tmp_path: Path) -> None:
+def test_a_split_whose_labels_may_have_another_name_is_named(photos: Path, tmp_path: Path) -> None:
     paths = [photos / name for name in FILES]
     (tmp_path / "train.csv").write_text(f"file,label\n{paths[0]},cat\n")
-    (tmp_path / "test.csv").write_text(f"file\n{paths[1]}\n")
-    with raises_one_line("split 'test' has no column 'label'", "Choose one of file"):
+    (tmp_path / "test.csv").write_text(f"file,kind\n{paths[1]},cat\n")
+    with raises_one_line("split 'test' has no column 'label'", "Choose one of file, kind"):
         read_labels(tmp_path)
 
 
@@ -523,3 +523,97 @@ def test_a_table_with_too_many_columns_is_an_error(suffix: str, tmp_path: Path) 
     (tmp_path / f"table{suffix}").write_text(text)
     with raises_one_line("has 10,002 columns, but at most 10,000 are read"):
         read_table(tmp_path / f"table{suffix}", tmp_path)
+
+
+# Rows of types, and tags between blanks -----------------------------------------------------------
+@pytest.mark.parametrize(
+    "types",
+    ["[t]\t[t]", "string\tcategorical", "VARCHAR(20)\tint", "string\td\n\tclass", "---\t:---:"],
+)
+def test_rows_of_types_below_the_header_are_left_out_with_a_line(
+    types: str, photos: Path, caplog: LogCaptureFixture
+) -> None:
+    table = photos / "types.tsv"
+    rows = [f"{file}\t{label}" for file, label in zip(FILES[:4], "cdcd", strict=True)]
+    table.write_text("\n".join(["file_name\tlabel", types, *rows]))
+    assert read_labels(table) == ["c", "d", "c", "d"]
+    assert "skipped the row below the header" in caplog.text
+
+
+def test_a_row_whose_label_is_the_name_of_a_type_is_no_row_of_types(photos: Path) -> None:
+    assert read_labels(write_csv(photos, ["text", "image", "text"])) == ["text", "image", "text"]
+
+
+TAGS = ["haze primary", "clear primary water", "clear", "clear agriculture primary"]
+
+
+def test_a_line_asks_about_tags_between_blanks(photos: Path, caplog: LogCaptureFixture) -> None:
+    assert read_labels(write_csv(photos, TAGS)) == TAGS
+    assert (
+        "4 classes of 5 words, such as 'haze primary'. If these are several labels" in caplog.text
+    )
+
+
+def test_numbers_between_blanks_are_several_labels(photos: Path) -> None:
+    assert read_labels(write_csv(photos, ["16 0", "25", "0 25", "16"])) == [
+        "0, 16",
+        "25",
+        "0, 25",
+        "16",
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Quercus robur", "Quercus petraea", "Quercus rubra", "Quercus cerris"],
+        ["golden retriever", "labrador retriever", "poodle", "toy poodle"],
+    ],
+)
+def test_names_of_several_words_are_not_asked_about(
+    names: list[str], photos: Path, caplog: LogCaptureFixture
+) -> None:
+    assert read_labels(write_csv(photos, names)) == names
+    assert "several labels" not in caplog.text
+
+
+# Tables without labels ----------------------------------------------------------------------------
+def test_a_test_table_without_the_label_column_is_left_out_with_a_line(
+    tmp_path: Path, caplog: LogCaptureFixture
+) -> None:
+    for file, photo in zip(FILES, draw_noise(*[(8, 8)] * 4), strict=False):
+        photo.save(tmp_path / file)
+    write_table(tmp_path / "train.csv", image=FILES[:4], kind=[*"abab"])
+    write_table(tmp_path / "test.csv", image=["0.png"])
+    assert list(read_undivided(tmp_path).images_by_split) == ["train"]
+    assert "splits without labels (no column kind) are left out: test" in caplog.text
+
+
+def test_a_table_of_images_alone_names_predict(photos: Path) -> None:
+    table = write_table(photos / "images.csv", file_name=FILES)
+    with raises_one_line("has no labels: its columns are file_name", "with `predict`"):
+        read_splits_of(table)
+
+
+# Columns of places and batches --------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("deploymentID", [*"001122"] * 2),  # Numbers of which the name says what they are
+        ("lot", [*"aabb"] * 3),
+        ("origin", [*"abcdef"] * 2),  # Texts that repeat, whatever the name is
+    ],
+)
+def test_a_column_of_places_of_any_trade_is_named(
+    column: str, values: list[str], photos: Path
+) -> None:
+    table = write_csv(photos, ["x", "y", "y", "x"] * 3, **{column: values})
+    assert f"`group_column='{column}'`" in read_splits_of(table).facts["groups"]
+
+
+@pytest.mark.parametrize("values", [[*"123456"] * 2, [*"aabb"] * 3, list(map(str, range(12)))])
+def test_a_column_of_measurements_or_of_a_few_colors_is_not_named(
+    values: list[str], photos: Path
+) -> None:
+    table = write_csv(photos, ["x", "y", "y", "x"] * 3, weight=values)
+    assert "groups" not in read_splits_of(table).facts
