@@ -151,11 +151,10 @@ def hub(monkeypatch: MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 @pytest.fixture
 def in_this_process(monkeypatch: MonkeyPatch) -> None:
     """Verify pushed files here and with this package, which is faster than in a new process."""
-    from modeling_vitcls.publishing.push import PushedCommit
     from modeling_vitcls.publishing.verification_script import collect_outputs
 
-    def load(commit: PushedCommit, auto_class: str, trusts_code: bool) -> Any:
-        return collect_outputs(commit.repo_id, auto_class, {"revision": commit.sha})
+    def load(source: str, auto_class: str, commit: str, *_: bool) -> Any:
+        return collect_outputs(source, auto_class, {"revision": commit})
 
     monkeypatch.setattr("modeling_vitcls.publishing.verify.run_verification_script", load)
 

@@ -33,8 +33,9 @@ from ..data.evaluation_data import load_photographs
 from ..data.images import LabeledImages
 from ..data.labels import get_label_space
 from ..data.options import DataOptions
+from ..hub.model_code import compare_code
 from ..hub.model_files import list_weight_files
-from ..hub.model_folder import ModelFolder, compare_code, open_vitcls
+from ..hub.model_folder import ModelFolder, open_vitcls
 from ..inference.image_pass import read_pixels
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -283,8 +284,11 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     except ModelsDiffer as error:
         print(f"changed: {error}")
         return {"difference": str(error)}
-    print(f"unchanged: {describe_certificate(certificate)}")
     names = compare_code(old_folder.code, new_folder.code)
+    if old_folder.code_repository != new_folder.code_repository:
+        names = [
+            f"in {folder.code_repository or folder.source}" for folder in (old_folder, new_folder)
+        ]
     if names:
         difference = (
             f"the code {format_name_list(names)}; the tensors and the logits were compared with the code "
@@ -292,4 +296,5 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
         )
         print(f"not certified: {difference}")
         return {**certificate, "difference": difference}
+    print(f"unchanged: {describe_certificate(certificate)}")
     return {"difference": None, **certificate}

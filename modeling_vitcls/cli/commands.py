@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
 
 from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchangedOptions
 from ..analysis.options import InspectOptions, LookOptions
@@ -246,6 +248,10 @@ class PushOptions(Options):
     license: str | None = None
     """License of the weights for the model card: a Hub identifier such as apache-2.0. Default: the
     license of the initial weights, if they have one."""
+    code_from: str | None = None
+    """Repository with the code, as ID[@REVISION]: the model is pushed without code and refers to it.
+    `vitcls push-code` publishes one. Default: the code is pushed with the model, unless the model
+    refers to a repository already."""
     card_samples: bool = False
     """Show a few held-out images in the model card, and publish report.html with held-out and
     training images, even if the repository is public and the images are local files. Images of
@@ -270,7 +276,7 @@ def run_push(options: PushOptions) -> "PushedCommit":
     """
     from ..hub.model_folder import ModelFolder
     from ..publishing.published_files import collect_files
-    from ..publishing.push import prepare_repository
+    from ..publishing.push import find_code, prepare_repository
     from ..publishing.verify import push_and_verify
 
     folder = ModelFolder(options.model)
@@ -278,7 +284,8 @@ def run_push(options: PushOptions) -> "PushedCommit":
     folder.check_is_complete()
     folder.warn_about_edited_settings()
     name = options.model.resolve().name
-    collect_files(folder, options.hub_model_id or name, options.license)
+    code_from = find_code(folder, options.code_from)
+    collect_files(folder, options.hub_model_id or name, options.license, code_from=code_from)
     repo_id = prepare_repository(
         options.hub_model_id, name, options.private, create_pr=options.create_pr
     )
@@ -291,7 +298,67 @@ def run_push(options: PushOptions) -> "PushedCommit":
         create_pr=options.create_pr,
         license_id=options.license,
         card_samples=options.card_samples,
+        code_from=options.code_from,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushCodeOptions(Options):
+    """Publish the code of this package as a repository, to which models can refer."""
+
+    hub_model_id: Annotated[str, Positional, arg(metavar="ID")]
+    """The repository, such as ME/vitcls-code."""
+    private: bool = False
+    """If the repository does not exist, create it as a private repository."""
+
+
+def run_push_code(options: PushCodeOptions) -> "PushedCommit":
+    """Publish the code that travels with models as a repository of its own.
+
+    Examples:
+        vitcls push-code me/vitcls-code
+        vitcls push --model runs/mine --code-from me/vitcls-code
+
+    Models that refer to the repository run its newest code, unless a program sets `code_revision`. Each
+    version of the code has a tag.
+    """
+    from ..publishing.shared_code import push_code
+
+    pushed, tag = push_code(options.hub_model_id, options.private)
+    print(f"pushed    {pushed.url} (tag {tag})")
+    print(f"refer to it:\n  vitcls push --model FOLDER --code-from {pushed.repo_id}")
+    return pushed
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateCodeOptions(Options):
+    """List the code of published models, and replace it by the code of this package."""
+
+    names: Annotated[tuple[str, ...], Positional, arg(metavar="ACCOUNT|ID")]
+    """Accounts, whose models are all listed, and models."""
+    push: bool = False
+    """Replace the code where all outputs are equal to the bit. Default: only list the models."""
+    create_pr: bool = False
+    """Open a pull request in each of these repositories instead."""
+
+
+def run_update_code(options: UpdateCodeOptions) -> list[Any]:
+    """List the code of published models; with --push, replace what computes the same.
+
+    Examples:
+        vitcls update-code my-lab
+        vitcls update-code my-lab/birds my-lab/cats --push
+
+    Before the code of a model is replaced, the old and the new code compute the outputs for fixed images,
+    each in a new process without this package. The code in the repositories runs there. A model whose
+    outputs differ keeps its code, and the exit status is 1.
+    """
+    from ..publishing.shared_code import update_code
+
+    rows = update_code(options.names, options.push or options.create_pr, options.create_pr)
+    if any(row.reason for row in rows):
+        raise SystemExit(1)
+    return rows
 
 
 class EnvOptions(Options):
@@ -337,6 +404,8 @@ COMMANDS: dict[str, Callable[[Any], Any]] = {
     "add-class": run_add_class,
     "verify-unchanged": run_verify_unchanged,
     "push": run_push,
+    "push-code": run_push_code,
+    "update-code": run_update_code,
     "export": run_export,
     "demo": run_demo,
     "env": run_env,

@@ -32,7 +32,7 @@ CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 CONFIG_FILES = (CONFIG_FILE, PROCESSOR_FILE)
 # Settings in these files that do not change outputs.
-UNMEASURED_SETTINGS = ("auto_map", "transformers_version", "_name_or_path")
+UNMEASURED_SETTINGS = ("auto_map", "code_version", "transformers_version", "_name_or_path")
 RESULTS_FILE = "results.json"
 RECIPE_FILE = "config.resolved.yaml"  # The flags of a run
 SPLITS_FILE = "splits.parquet"  # Content key and split of each image that a run saw

@@ -22,6 +22,7 @@ from ..version import __version__
 from .connection import silence_transformers
 from .loading import get_model_folder
 from .local_paths import BUILT_IN_DATASET, is_hub_dataset, strip_folders
+from .model_code import SEPARATOR, compare_code, describe_code, is_newer, read_own_code
 from .model_files import (
     ADDITION_FLAGS_FILE,
     ADDITIONS_KEY,
@@ -43,8 +44,6 @@ from .model_files import (
 )
 from .provenance import Provenance, find_provenance
 
-
-OWN_CODE = Path(__file__).parents[1] / "model"
 
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -135,7 +134,11 @@ class ModelFolder:
     @cached_property
     def code_files(self) -> set[str]:
         """The names of the code files that the model requires, also indirectly."""
-        names = {f"{reference.partition('.')[0]}.py" for reference in self.code_references}
+        names = {
+            f"{reference.partition('.')[0]}.py"
+            for reference in self.code_references
+            if SEPARATOR not in reference
+        }
         for name in list(names):
             # A missing file stays in the set, so that a push can report it.
             if (self.path / name).is_file():
@@ -144,18 +147,29 @@ class ModelFolder:
         return names
 
     @cached_property
+    def code_repository(self) -> str | None:
+        """The repository whose code the Auto classes run; None for the code next to the weights."""
+        repositories = [
+            reference.partition(SEPARATOR)[0]
+            for reference in self.code_references
+            if SEPARATOR in reference
+        ]
+        return repositories[0] if repositories else None
+
+    @cached_property
     def code(self) -> dict[str, bytes]:
-        """The content of the code files in the folder, by name; this package never runs them."""
+        """The content of the code files by name; of this package if the folder has none.
+
+        This package never runs the files of the folder.
+        """
         names = {file.name for file in self.path.glob(CODE_PATTERN)} | self.code_files
-        return {
-            name: (self.path / name).read_bytes() for name in names if (self.path / name).is_file()
-        }
+        files = [self.path / name for name in names if (self.path / name).is_file()]
+        return {file.name: file.read_bytes() for file in files} or read_own_code()
 
     @cached_property
     def other_code(self) -> list[str]:
         """The names of code files that differ from this package's; none if the folder has no code."""
-        own_code = {file.name: file.read_bytes() for file in OWN_CODE.glob(CODE_PATTERN)}
-        return compare_code(self.code, own_code)
+        return compare_code(self.code, read_own_code())
 
     @cached_property
     def config(self) -> Any:
@@ -292,7 +306,13 @@ class ModelFolder:
 
     def warn_about_other_code(self) -> None:
         """Log a line if the folder has other code than this package, which computes instead of it."""
-        if self.other_code:
+        version = self.read_saved(CONFIG_FILE).get("code_version")
+        if is_newer(version):
+            warn_on_first_process(
+                f"{self.source} has the code of modeling_vitcls {version}, which is newer than {__version__}, "
+                "whose code computes here. Install the newer version"
+            )
+        elif self.other_code:
             warn_on_first_process(
                 f"{self.source}: {describe_code(self.other_code)}, whose code computes here. The Auto classes "
                 "run the code of the model with `trust_remote_code=True`"
@@ -335,14 +355,7 @@ class ModelFolder:
         )
 
     def check_is_complete(self) -> None:
-        """Raise ValueError if files are missing, or refer to files elsewhere."""
-        for reference in self.code_references:
-            if "--" in reference:
-                raise ValueError(
-                    f"{self.path} has the code {reference} in another repository, but a push "
-                    "requires the code next to the weights. Load the model with modeling_vitcls "
-                    "and save it again"
-                )
+        """Raise ValueError if files are missing."""
         for name in sorted(self.code_files.union(self.weight_files)):
             if not (self.path / name).is_file():
                 raise ValueError(
@@ -519,21 +532,6 @@ def open_vitcls(source: str) -> ModelFolder:
     if folder.is_native:
         raise ValueError(NOT_VITCLS.format(source))
     return folder
-
-
-def compare_code(code: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
-    """List the code files that differ; none if one of the two has no code at all."""
-    if not code or not other:
-        return []
-    return sorted({name for name, _ in code.items() ^ other.items()})
-
-
-def describe_code(names: list[str]) -> str:
-    """Say which code files differ from this package's; empty for none."""
-    if not names:
-        return ""
-    verb = "differs" if len(names) == 1 else "differ"
-    return f"{format_name_list(names)} {verb} from modeling_vitcls {__version__}"
 
 
 def list_code_references(auto_map: Any) -> list[str]:

@@ -181,6 +181,9 @@ class AdaptableModel(PreTrainedModel):
         Class statistics of other weights than those that are saved are no longer used. The model in
         memory stays as it is, because the other processes of a run do not save.
         """
+        if "--" in str(getattr(self.config, "auto_map", "")):
+            # transformers asks whether to save the code, which is in another repository
+            self.is_remote_code = bool  # type: ignore[method-assign]
         encoder: Any = self.base_model
         fade_in, fields = encoder.fade_in, dict(vars(self.config))
         remove_open_fade_in(self)

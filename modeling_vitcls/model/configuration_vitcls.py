@@ -92,55 +92,32 @@ from .positions_vitcls import *
 from .token_layout_vitcls import *
 """
 
+# Width and number of layers; a head has 64 channels, and an MLP is four times as wide as the tokens
 PRESETS: dict[str, dict[str, int]] = {
-    "tiny": {
-        "hidden_size": 192,
-        "num_attention_heads": 3,
-        "num_hidden_layers": 12,
-        "intermediate_size": 768,
-    },
-    "small": {
-        "hidden_size": 384,
-        "num_attention_heads": 6,
-        "num_hidden_layers": 12,
-        "intermediate_size": 1536,
-    },
-    "base": {
-        "hidden_size": 768,
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-        "intermediate_size": 3072,
-    },
-    "large": {
-        "hidden_size": 1024,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "intermediate_size": 4096,
-    },
+    name: {
+        "hidden_size": width,
+        "num_attention_heads": width // 64,
+        "num_hidden_layers": num_layers,
+        "intermediate_size": 4 * width,
+    }
+    for name, width, num_layers in (
+        ("tiny", 192, 12),
+        ("small", 384, 12),
+        ("base", 768, 12),
+        ("large", 1024, 24),
+    )
 }
 
 # Keywords that are not fields of `ViTCLSConfig`, but that transformers passes to every
 # configuration or stores in it.
-TRANSFORMERS_KEYWORDS = {
-    "num_labels",
-    "output_attentions",
-    "attn_implementation",
-    "_attn_implementation",
-    "experts_implementation",
-    "torch_dtype",
-    "name_or_path",
-    "auto_map",
-    "model_type",
-    "quantization_config",
-    "use_cache",
-    "tie_word_embeddings",
-    "out_features",
-    "out_indices",
-    "stage_names",
-    "gradient_checkpointing",
-    "per_layer_config",
-    "tie_last_hidden_states",
-}
+TRANSFORMERS_KEYWORDS = set(
+    (
+        "num_labels output_attentions attn_implementation _attn_implementation "
+        "experts_implementation torch_dtype name_or_path auto_map code_version model_type "
+        "quantization_config use_cache tie_word_embeddings out_features out_indices stage_names "
+        "gradient_checkpointing per_layer_config tie_last_hidden_states"
+    ).split()
+)
 
 # The class statistics were fitted to the labels, and to what these fields say about the features.
 FEATURE_FIELDS = (
@@ -157,17 +134,13 @@ HEAD_FIELDS = (
 
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint
 # (adaptation_vitcls.py).
-ADAPTABLE_FIELDS = (
-    "image_size",
-    "patch_size",
+ADAPTABLE_FIELDS = [
     *COUNT_FIELDS.values(),
-    "cls_scopes",
-    "fading_tokens",
-    "token_fade_in_steps",
-    "register_neurons",
-    "extra_heads",
-    "token_init",
-)
+    *(
+        "image_size patch_size cls_scopes fading_tokens token_fade_in_steps register_neurons "
+        "extra_heads token_init"
+    ).split(),
+]
 
 # Attention implementations that config.json may name. In transformers, other values may name a
 # repository of compiled kernels, and a downloaded file must not choose code to run.
@@ -176,13 +149,7 @@ STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
 # Extra heads --------------------------------------------------------------------------------------
 # Names that an extra head cannot have, because exported graphs have outputs with these names.
-RESERVED_OUTPUT_NAMES = (
-    "logits",
-    "cls_logits",
-    "distillation_logits",
-    "distance",
-    "cls_attention",
-)
+RESERVED_OUTPUT_NAMES = "logits cls_logits distillation_logits distance cls_attention".split()
 
 ExtraPooling = Literal["cls", "mean", "cls_mean", "max"]
 
@@ -659,8 +626,10 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             if name not in known_names and not name.startswith("_"):
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
-        if self.is_registered:
-            kwargs.pop("auto_map", None)  # The code is installed
+        if self.is_registered:  # The code is installed
+            kwargs.pop("code_version", None)
+            if "--" not in str(kwargs.get("auto_map")):
+                kwargs.pop("auto_map", None)
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must
         # not be None.
         self.architectures = self.architectures or []
@@ -830,17 +799,18 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     ) -> None:
         """Save the configuration, with an `auto_map` that refers to code in the same folder.
 
-        In memory, only a configuration that remote code has loaded has an `auto_map`.
+        A configuration that refers to code in another repository keeps its `auto_map`. In memory, only
+        such a configuration, and one that remote code has loaded, has an `auto_map`.
 
         Raises:
             ValueError: if `label2id` contradicts `id2label`.
         """
         self._check_labels(None)
         loaded = getattr(self, "auto_map", {})
-        # The class of the model, which may be a subclass; code in other repositories has a --
-        self.auto_map = AUTO_MAP | {
-            name: reference for name, reference in loaded.items() if "--" not in reference
-        }
+        if "--" in str(loaded):  # OWNER/REPOSITORY--FILE.CLASS: no code is saved
+            self._auto_class = None  # type: ignore[misc]
+        else:
+            self.auto_map = AUTO_MAP | loaded  # The class of the model may be a subclass
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.auto_map = loaded
         # `save_pretrained` of a model adds its own class before
@@ -868,12 +838,15 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """
         if self.is_registered:
             return {}
+        # Before the --, another repository that has the code
+        parts = getattr(self, "auto_map", {}).get("AutoConfig", "").rpartition("--")
+        module = f"{parts[0]}{parts[1]}image_processing_vitcls"
         if "ViTCLSForImageClassification" in self.architectures:  # type: ignore[operator]
-            code = "image_processing_vitcls.ViTCLSImageClassificationPipeline"
+            code = f"{module}.ViTCLSImageClassificationPipeline"
             return {
                 "image-classification": {"impl": code, "pt": ["AutoModelForImageClassification"]}
             }
-        code = "image_processing_vitcls.ViTCLSImageFeatureExtractionPipeline"
+        code = f"{module}.ViTCLSImageFeatureExtractionPipeline"
         return {"image-feature-extraction": {"impl": code, "pt": ["AutoModel"]}}
 
     @classmethod

@@ -31,15 +31,7 @@ MAX_PATCH_SIDE = 4096  # Maximum height and width of a patch, in pixels
 
 MODEL_TYPE = "vitcls"
 # Arguments of `from_pretrained` that say where files are
-HUB_KEYWORDS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
+HUB_KEYWORDS = "cache_dir force_download local_files_only proxies revision subfolder token".split()
 LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 
 

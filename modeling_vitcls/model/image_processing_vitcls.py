@@ -14,6 +14,7 @@ folder names them (`custom_pipelines`), for `pipeline(..., trust_remote_code=Tru
 """
 
 import base64
+import copy
 import difflib
 import math
 import os
@@ -62,19 +63,7 @@ AUTO_MAP = {
 }
 
 # Formats that PIL may open. EPS is excluded, because PIL opens it with an external program.
-IMAGE_FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "AVIF",
-    "JPEG2000",
-    "ICO",
-    "HEIF",
-)
+IMAGE_FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 ICO HEIF".split()
 
 # Resampling filters that both backends support.
 RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # Nearest, Lanczos, bilinear, bicubic
@@ -106,6 +95,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     do_normalize = True
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
+    _auto_class = "AutoImageProcessor"  # type: ignore[assignment]  # The code is saved
 
     def __init__(
         self, crop_rounding: str = "down", bit_depth: int = 16, **kwargs: Unpack[ImagesKwargs]
@@ -123,6 +113,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
                 f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}."
             )
         super().__init__(**kwargs)
+        if "--" in str(kwargs.get("auto_map")):  # OWNER/REPOSITORY--FILE.CLASS: no code is saved
+            self._auto_class = None  # type: ignore[assignment]
         self.crop_rounding = crop_rounding
         self.bit_depth = bit_depth
 
@@ -141,7 +133,9 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         """Write the settings for `preprocessor_config.json`, with both backends in `auto_map`."""
         settings = super().to_dict()
-        settings["auto_map"] = {name: dict(classes) for name, classes in AUTO_MAP.items()}
+        settings.pop("_auto_class", None)
+        if "--" not in str(settings.get("auto_map")):
+            settings["auto_map"] = copy.deepcopy(AUTO_MAP)
         return settings
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
@@ -354,10 +348,6 @@ class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ig
         >>> processor("photo.jpg", return_tensors="np")["pixel_values"].shape
         (1, 3, 224, 224)
     """
-
-
-ViTCLSImageProcessor.register_for_auto_class()
-ViTCLSImageProcessorPil.register_for_auto_class()
 
 
 # Reading sources ----------------------------------------------------------------------------------

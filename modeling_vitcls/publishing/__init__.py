@@ -11,6 +11,7 @@ review.py                  the same page about photos without labels, of `predic
 published_files.py         the files that a push publishes
 push.py                    permissions and the push
 push_model.py              what `model.push_to_hub` uploads
+shared_code.py             one code for many models: its repository, and the code of published models
 verify.py                  verification of a published model, which is loaded in a new process
 verification_script.py     the script that the new process runs, independent of this package
 """

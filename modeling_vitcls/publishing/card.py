@@ -24,6 +24,8 @@ from markupsafe import Markup
 from ..evaluation.token_effects import describe_change
 from ..frozen.findings import CARD, describe_findings
 from ..frozen.linear_probe import describe_candidate
+from ..hub.loading import split_revision
+from ..hub.model_code import describe_code
 from ..hub.model_files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -31,7 +33,7 @@ from ..hub.model_files import (
     RESULTS_FILE,
     SAMPLE_IMAGES_FILE,
 )
-from ..hub.model_folder import ModelFolder, describe_code
+from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
 from ..inference.stated_result import (
     build_class_tables,
@@ -88,6 +90,7 @@ def render_card(
     name: str | None = None,
     hidden_files: Collection[str] = (),
     license_id: str | None = None,
+    code_from: str | None = None,
 ) -> str:
     """Write the text of a card from the files of a model folder.
 
@@ -98,6 +101,7 @@ def render_card(
             published.
         license_id: License of the weights, such as apache-2.0. Default: the license of the
             initial weights.
+        code_from: `ID@COMMIT` of the repository with the code, if it is not next to the weights.
 
     Raises:
         ValueError: If the initial weights have another license, or a file of the folder has values
@@ -114,8 +118,11 @@ def render_card(
         for file in (REPORT_FILE, SAMPLE_IMAGES_FILE)
         if folder.results and (folder.path / file).is_file() and file not in hidden_files
     ]
+    code_repository, code_revision = split_revision(code_from or folder.code_repository or "")
     variables = {
         "name": name,
+        "code_repository": code_repository,
+        "code_revision": code_revision or Markup("<commit hash of the code>"),
         "shown_files": shown_files,
         "license": license_source,
         "added_classes": list_added_classes(folder),

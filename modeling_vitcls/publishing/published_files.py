@@ -9,7 +9,10 @@ images of a dataset that may not be published.
 import json
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
+from ..hub.loading import split_revision
+from ..hub.model_code import SEPARATOR, get_code_version
 from ..hub.model_files import (
     CARD_FILE,
     CERTIFICATE_FILE,
@@ -26,7 +29,6 @@ from ..hub.model_files import (
     list_license_files,
 )
 from ..hub.model_folder import ModelFolder, dump_flags
-from ..runtime.files import read_json
 from .card import has_edited_card, render_card
 
 
@@ -48,7 +50,11 @@ DELETE_PATTERNS = [
 
 
 def collect_files(
-    folder: ModelFolder, repo_id: str, license_id: str | None = None, card_samples: bool = False
+    folder: ModelFolder,
+    repo_id: str,
+    license_id: str | None = None,
+    card_samples: bool = False,
+    code_from: str | None = None,
 ) -> dict[str, Path | bytes]:
     """Collect the files to publish: name in the repository -> path or content.
 
@@ -57,6 +63,8 @@ def collect_files(
         repo_id: Repository, which the card names.
         license_id: License of the weights for the card.
         card_samples: Whether to publish images of a dataset that is not public.
+        code_from: `ID@COMMIT` of the repository whose code the model refers to. Default: the code
+            in the folder, or the repository that the model refers to already.
 
     Raises:
         ValueError: If one of the files is a link to a file elsewhere, or the initial weights have
@@ -68,16 +76,45 @@ def collect_files(
 
     # What a person wrote is published as it is, even if it names another repository.
     if not has_edited_card(folder):
-        files[CARD_FILE] = render_card(folder, repo_id, hidden_files, license_id).encode()
+        card = render_card(folder, repo_id, hidden_files, license_id, code_from)
+        files[CARD_FILE] = card.encode()
     if RECIPE_FILE in names:
         files[RECIPE_FILE] = dump_flags(folder.shareable_flags).encode()
-    config = read_json(folder.path / CONFIG_FILE)
-    # transformers 4 wrote from where the weights were loaded, such as a home folder
-    if config.pop("_name_or_path", None) is not None:
-        files[CONFIG_FILE] = f"{json.dumps(config, indent=2)}\n".encode()
+    files |= rewrite_settings(folder, code_from)
+    if code_from and folder.code_repository is None:
+        return {name: files[name] for name in files if name not in folder.code_files}
     if any(name.endswith(".py") for name in names):
         files[CODE_LICENSE_FILE] = read_code_license().encode()
     return files
+
+
+def rewrite_settings(folder: ModelFolder, code_from: str | None) -> dict[str, bytes]:
+    """Write config.json and preprocessor_config.json with what a published model says about its code.
+
+    A file that stays as it is is left out.
+    """
+    repository = split_revision(code_from)[0] if code_from else None
+    has_own_code = not (folder.is_native or folder.code_repository or folder.other_code)
+    files = {}
+    for name in CONFIG_FILES:
+        settings = folder.read_saved(name)
+        old = json.dumps(settings)
+        # transformers 4 wrote from where the weights were loaded, such as a home folder
+        settings.pop("_name_or_path", None)
+        if name == CONFIG_FILE and has_own_code and repository is None:
+            settings["code_version"] = get_code_version()
+        if repository and repository != folder.code_repository and "auto_map" in settings:
+            settings["auto_map"] = refer_to_code(settings["auto_map"], repository)
+        if json.dumps(settings) != old:
+            files[name] = f"{json.dumps(settings, indent=2)}\n".encode()
+    return files
+
+
+def refer_to_code(auto_map: Any, repository: str) -> Any:
+    """Write an `auto_map` whose references are to the code in a repository."""
+    if isinstance(auto_map, dict):
+        return {name: refer_to_code(auto_map[name], repository) for name in auto_map}
+    return f"{repository}{SEPARATOR}{auto_map.rpartition(SEPARATOR)[2]}"
 
 
 def list_published_files(folder: ModelFolder) -> set[str]:

@@ -38,6 +38,8 @@ from ..hub.connection import (
     hide_hub_progress_bars,
     set_hub_timeout,
 )
+from ..hub.loading import split_revision
+from ..hub.model_code import compare_code, hash_code, list_published_code
 from ..hub.model_files import CARD_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list
@@ -165,6 +167,7 @@ def push_folder(
     repo_id: str,
     license_id: str | None = None,
     card_samples: bool = False,
+    code_from: str | None = None,
     **settings: Any,
 ) -> PushedCommit:
     """Push a model folder; create the repository if it does not exist.
@@ -175,10 +178,12 @@ def push_folder(
         folder: Folder of a complete model (`ModelFolder.check_is_complete`).
         repo_id: `namespace/name`.
         license_id, card_samples: As in `collect_files`.
+        code_from: The repository whose code the model refers to, as `ID[@REVISION]`. Default: the
+            code in the folder, or the repository that the model refers to already.
         settings: Other fields of `Destination`, such as `branch`.
 
     Raises:
-        ValueError: As in `collect_files`.
+        ValueError: As in `collect_files` and `find_code`.
         PushError: If the push fails. The message is a single line and ends with the command that
             completes the push.
     """
@@ -191,16 +196,18 @@ def push_folder(
         create_pr=destination.create_pr,
         license=license_id,
         card_samples=card_samples,
+        code_from=code_from,
     )
+    code_from = find_code(folder, code_from)
     advice = f"The model is saved in {folder.path}; finish with: {command}"
     # A folder that cannot be published creates no repository
-    files = collect_files(folder, repo_id, license_id, card_samples)
+    files = collect_files(folder, repo_id, license_id, card_samples, code_from)
 
     branch = open_branch(destination, advice)
     set_license = find_license(branch.card)
     is_unknown = folder.provenance is None or folder.provenance.license is None
     if set_license and license_id is None and is_unknown:  # The text says it, too
-        files = collect_files(folder, repo_id, set_license, card_samples)
+        files = collect_files(folder, repo_id, set_license, card_samples, code_from)
     merged = merge_card(files, branch, destination)
     return commit_files(merged, branch, destination, DELETE_PATTERNS, advice)
 
@@ -315,6 +322,45 @@ def commit_files(
         advice=advice,
         info=commit,
     )
+
+
+# Code ---------------------------------------------------------------------------------------------
+
+
+def find_code(folder: ModelFolder, code_from: str | None = None) -> str | None:
+    """Find the commit of the repository whose code a model refers to, or will refer to.
+
+    Args:
+        folder: The folder of the model.
+        code_from: The repository, as `ID[@REVISION]`. Default: the one in config.json, if any.
+
+    Returns:
+        `ID@COMMIT`, or None if the code is next to the weights.
+
+    Raises:
+        ValueError: If the repository cannot be read, or if it lacks the code in the folder.
+    """
+    code_from = code_from or folder.code_repository
+    if code_from is None:
+        return None
+    if folder.is_native:
+        raise ValueError(f"{folder.source} needs no code, so `code_from` does not apply")
+    repo_id, revision = split_revision(code_from)
+    try:
+        with set_hub_timeout(TIMEOUT):
+            sha = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT).sha
+            published = list_published_code(repo_id, sha)
+    except HUB_ERRORS as error:
+        raise ValueError(
+            f"cannot read the code in {code_from}: {format_hub_error(error)}"
+        ) from None
+    names = compare_code(hash_code(folder.code), published)
+    if names and folder.code_repository is None:
+        raise ValueError(
+            f"{repo_id} has other code than {folder.source}: {format_name_list(names)}. Publish the code of "
+            f"the package with `vitcls push-code {repo_id}`, or push without `code_from`"
+        )
+    return f"{repo_id}@{sha}"
 
 
 # Cards --------------------------------------------------------------------------------------------

@@ -28,7 +28,15 @@ from ..hub.provenance import Provenance, find_provenance
 from .card import render_card
 from .card_parts import find_license, is_template
 from .published_files import DELETE_PATTERNS, collect_files
-from .push import Branch, Destination, commit_files, merge_card, open_branch, raise_push_errors
+from .push import (
+    Branch,
+    Destination,
+    commit_files,
+    find_code,
+    merge_card,
+    open_branch,
+    raise_push_errors,
+)
 
 
 ADVICE = "Call `push_to_hub` again, or save the model and run `vitcls push --model FOLDER`"
@@ -72,8 +80,10 @@ def push_saved_model(
 
     patterns = [name for name in DELETE_PATTERNS if name not in OTHER_FILES]
     set_license = find_license(branch.card) if folder.provenance is None else None
-    card = render_card(folder, repo_id, folder.private_files, set_license)
-    files: Mapping[str, Path | bytes] = {**collect_files(folder, repo_id), CARD_FILE: card.encode()}
+    code_from = find_code(folder)
+    card = render_card(folder, repo_id, folder.private_files, set_license, code_from)
+    published = collect_files(folder, repo_id, code_from=code_from)
+    files: Mapping[str, Path | bytes] = {**published, CARD_FILE: card.encode()}
     if is_described and has_same_model(folder, branch, destination):
         patterns = []
         files = {**files, CARD_FILE: tagged.encode()}

@@ -1,6 +1,6 @@
 """Load a published model in a process without this package, and save its outputs for fixed inputs.
 
-    python -P verification_script.py REPO_ID COMMIT AUTO_CLASS TRUST_REMOTE_CODE NUM_THREADS FOLDER
+    python -P verification_script.py SOURCE COMMIT AUTO_CLASS TRUST_REMOTE_CODE NUM_THREADS FOLDER
 
 verify.py runs the script.
 
@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 Outputs = dict[str, Tensor]
@@ -35,7 +36,8 @@ def collect_outputs(
             checkpoint.
         options: Arguments of `from_pretrained`: the revision, and whether to trust the code of the
             repository.
-        backbone_class: Class that loads a backbone in a folder. Default: AutoBackbone.
+        backbone_class: Class that loads a backbone in a folder, which AutoBackbone cannot. Default:
+            the class in the folder.
 
     Returns:
         The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report
@@ -72,8 +74,11 @@ def collect_outputs(
         # Weights that the checkpoint lacks are random. With one seed, both processes have the same
         # ones.
         torch.manual_seed(0)
-        is_local_backbone = backbone_class is not None and auto_class == "AutoBackbone"
-        model_class = backbone_class if is_local_backbone else getattr(transformers, auto_class)
+        model_class = getattr(transformers, auto_class)
+        if auto_class == "AutoBackbone" and Path(source).is_dir():
+            model_class = backbone_class or get_class_from_dynamic_module(
+                config.auto_map[auto_class], source
+            )
         model, info = model_class.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
@@ -106,12 +111,12 @@ def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tenso
 if __name__ == "__main__":
     # Importing the package fails, as if it were not installed.
     sys.modules["modeling_vitcls"] = None  # type: ignore[assignment]
-    _, repo_id, commit, auto_class, trust_text, thread_text, target = sys.argv
+    _, source_name, commit, auto_class, trust_text, thread_text, target = sys.argv
     # The reference was computed with this number of threads, which affects rounding.
     torch.set_num_threads(int(thread_text))
     loading = {"revision": commit, "trust_remote_code": trust_text == "True"}
     try:
-        tensors, result = collect_outputs(repo_id, auto_class, loading)
+        tensors, result = collect_outputs(source_name, auto_class, loading)
         save_file(tensors, Path(target, "outputs.safetensors"))
     except Exception as error:  # Published code may raise any error
         result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}

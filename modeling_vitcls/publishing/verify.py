@@ -39,7 +39,8 @@ from ..hub.connection import (
     set_hub_timeout,
     silence_transformers,
 )
-from ..hub.model_folder import ModelFolder, describe_code
+from ..hub.model_code import describe_code
+from ..hub.model_folder import ModelFolder
 from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.errors import format_error
 from ..runtime.system import get_versions
@@ -120,8 +121,11 @@ def verify(commit: PushedCommit, folder: ModelFolder) -> str:
     # published code is the same.
     own_code = f"code of modeling_vitcls {__version__}"
     code = f"code: {describe_code(folder.other_code)}" if folder.other_code else own_code
-    code = code if trust_remote_code else "no code"
-    outputs, report = run_verification_script(commit, folder.auto_class, trust_remote_code)
+    if not any(name.endswith(".py") for name in commit.files):
+        code = "code in another repository" if trust_remote_code else "no code"
+    outputs, report = run_verification_script(
+        commit.repo_id, folder.auto_class, commit.sha, trust_remote_code, commit.needs_token
+    )
 
     if report["missing"]:
         raise ValueError(
@@ -179,13 +183,18 @@ def read_content(content: Path | bytes) -> bytes:
 
 
 def run_verification_script(
-    commit: PushedCommit, auto_class: str, trust_remote_code: bool
+    source: str,
+    auto_class: str,
+    commit: str = "",
+    trust_remote_code: bool = True,
+    needs_token: bool = False,
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 
-    Raise ValueError if the process fails.
+    The source is the id of a repository with a commit, or a folder. Raise ValueError if the process fails.
     """
-    error_prefix = f"a new process cannot load {commit.repo_id} at {commit.sha}"
+    place = f"{source} at {commit}" if commit else source
+    error_prefix = f"a new process cannot load {place}"
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as home_folder:
         target = Path(home_folder, "outputs")
         target.mkdir()
@@ -197,15 +206,15 @@ def run_verification_script(
                 sys.executable,
                 "-P",
                 verification_script.__file__,
-                commit.repo_id,
-                commit.sha,
+                source,
+                commit,
                 auto_class,
                 str(trust_remote_code),
                 str(torch.get_num_threads()),
                 str(target),
             ],
             cwd=home_folder,
-            env=build_clean_environment(home_folder, commit.needs_token),
+            env=build_clean_environment(home_folder, needs_token),
             capture_output=True,
             text=True,
             check=False,

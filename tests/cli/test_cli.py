@@ -33,7 +33,9 @@ WRAPPERS = {
     "push": "push_to_hub",
     "demo": "demo_app",
 }
-WITHOUT_SCRIPT = {"env", "look", "add-task", "add-class", "verify-unchanged"}
+WITHOUT_SCRIPT = {
+    *("env", "look", "add-task", "add-class", "verify-unchanged", "push-code", "update-code")
+}
 # Runs the command in a new process, then prints the loaded libraries to stderr.
 COMMAND = """
 import sys

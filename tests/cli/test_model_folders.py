@@ -235,6 +235,14 @@ def test_code_of_a_model_that_is_not_run_is_named(caplog: LogCaptureFixture) -> 
     assert "model: modeling_vitcls.py differs from modeling_vitcls" in caplog.text
 
 
+def test_code_of_a_newer_version_is_named(caplog: LogCaptureFixture) -> None:
+    edit_config(Path("model"), code_version="99.1.0+1a2b3c4d")
+    warn_on_first_process.cache_clear()
+    assert run_here("predict", "--model", "model", "photos") == 0
+    assert "model has the code of modeling_vitcls 99.1.0+1a2b3c4d, which is newer" in caplog.text
+    assert "does not use" not in caplog.text
+
+
 def test_fields_that_newer_code_saves_at_their_defaults_are_no_edit(
     caplog: LogCaptureFixture,
 ) -> None:

@@ -150,7 +150,23 @@ def create_branch(request: Request) -> Response:
     return Response()
 
 
+def create_tag(request: Request) -> Response:
+    """Name a revision; status 409 if the tag exists."""
+    repository = request.get_writable()
+    tag = request.json["tag"]
+    if tag in repository.branches:
+        raise ErrorResponse(409, f"Reference already exists: refs/tags/{tag}")
+    repository.branches[tag], _ = get_commit(repository, request.names["revision"])
+    return Response()
+
+
 # Reading ------------------------------------------------------------------------------------------
+
+
+def list_models(request: Request) -> Response:
+    """Return the public models of an account."""
+    start = f"{request.args['author']}/"
+    return respond([{"id": name} for name in request.hub.repositories if name.startswith(start)])
 
 
 def repository_info(request: Request) -> Response:
@@ -307,6 +323,8 @@ ROUTES = [
     ("POST", r"/api/validate-yaml", validate_card),
     ("GET", f"{ANY_REPO}/auth-check/write", check_write_access),
     ("POST", f"{ANY_REPO}/branch/(?P<name>[^/]+)", create_branch),
+    ("POST", f"{ANY_REPO}/tag/{REVISION}", create_tag),
+    ("GET", r"/api/models", list_models),
     ("GET", f"{ANY_REPO}(/revision/{REVISION})?", repository_info),
     ("GET", f"{ANY_REPO}/tree/{REVISION}(/(?P<folder>.+))?", tree),
     ("GET", f"/{REPO}/resolve/{REVISION}/(?P<file>.+)", resolve),

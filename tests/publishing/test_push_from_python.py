@@ -25,7 +25,6 @@ from modeling_vitcls import (
     write_card,
 )
 from modeling_vitcls.publishing.card_parts import is_edited
-from modeling_vitcls.publishing.push import PushedCommit
 from modeling_vitcls.publishing.verification_script import Outputs, collect_outputs
 from modeling_vitcls.publishing.verify import compare_outputs, run_verification_script
 
@@ -39,10 +38,7 @@ def hub(hub: LocalHub, monkeypatch: MonkeyPatch, tmp_path: Path) -> LocalHub:
 
 def load_without_package(sha: str) -> tuple[Outputs, dict[str, Any]]:
     """Load a commit of ann/vit in a new process that cannot import the package."""
-    commit = PushedCommit(
-        repo_id="ann/vit", sha=sha, needs_token=False, url="", is_private=False, files={}, advice=""
-    )
-    return run_verification_script(commit, "AutoModelForImageClassification", True)
+    return run_verification_script("ann/vit", "AutoModelForImageClassification", sha)
 
 
 @pytest.mark.slow
