@@ -120,20 +120,24 @@ IMPORT_STRUCTURE = {
     ),
     "model.token_layout_vitcls": ("TokenLayout",),
     "publishing.card": ("write_card",),
-    "publishing.push_model": ("push_saved_model",),
     "speed.packed": ("pack",),
 }
-# The name in programs written before, and the method of transformers that calls the function
-OTHER_NAMES = {"EmbedImages": "Predictor", "_upload_modified_files": "push_saved_model"}
 MODULE_BY_NAME = {name: module for module, names in IMPORT_STRUCTURE.items() for name in names}
+# Names that are not public -> module and object
+OTHER_NAMES = {
+    "EmbedImages": ("inference.predictor", "Predictor"),  # The name in programs written before
+    # Methods of the models, which call these functions if the package is imported
+    "push_to_hub": ("publishing.push_model", "push_model"),
+    "_upload_modified_files": ("publishing.push_model", "push_saved_model"),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import the module of the public object `name` on first use, and return the object (PEP 562)."""
-    name = OTHER_NAMES.get(name, name)
-    if name not in MODULE_BY_NAME:
+    module, object_name = OTHER_NAMES.get(name, (MODULE_BY_NAME.get(name), name))
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    public_object = getattr(importlib.import_module(f".{MODULE_BY_NAME[name]}", __name__), name)
+    public_object = getattr(importlib.import_module(f".{module}", __name__), object_name)
     globals()[name] = public_object
     return public_object
 

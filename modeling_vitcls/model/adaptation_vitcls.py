@@ -209,6 +209,11 @@ class AdaptableModel(PreTrainedModel):
                 config.fading_tokens = fields["fading_tokens"]
                 config.token_fade_in_steps = fields["token_fade_in_steps"]
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Push the model; if the package is imported, it checks the right to push before."""
+        package = sys.modules.get("modeling_vitcls", PreTrainedModel)
+        return package.push_to_hub(self, *args, **kwargs)
+
     def _upload_modified_files(self, *args: Any, **kwargs: Any) -> Any:
         """Upload the folder that `push_to_hub` saved; with the model's card, if the package is imported."""
         package = sys.modules.get("modeling_vitcls", PreTrainedModel)

@@ -106,6 +106,7 @@ def prepare_repository(
     private: bool = False,
     space_sdk: str | None = None,
     create_pr: bool = False,
+    token: str | bool | None = None,
 ) -> str:
     """Create a repository if it does not exist, check that it accepts a push, and return its id.
 
@@ -116,6 +117,7 @@ def prepare_repository(
         space_sdk: "gradio" or "static" for a Space.
         create_pr: Whether a pull request is opened. The repository must exist, and the token only
             has to read it.
+        token: The token. Default: the one that `hf auth login` has saved.
 
     Raises:
         ValueError: If the name is invalid, or the token, the namespace or the visibility does not
@@ -131,7 +133,7 @@ def prepare_repository(
         f"{'`space_id`' if space_sdk else '`hub_model_id`'}"
     )
 
-    api = HfApi()
+    api = HfApi(token=token)
     try:
         with set_hub_timeout(TIMEOUT):
             if not create_pr:

@@ -1,6 +1,7 @@
 """Push a model in memory: what `model.push_to_hub(...)` uploads if this package is imported.
 
-    model.push_to_hub("me/mine")                          transformers saves the model to a folder, and then calls
+    model.push_to_hub("me/mine")                          `push_model` checks the right to push;
+                                                          transformers saves the model to a folder, and then calls
     push_saved_model(model, folder, "me/mine", {})        this function, which uploads it with its card
 
 Files of a run that are in the repository (results.json, the report, ...) stay if the weights and their settings
@@ -35,12 +36,30 @@ from .push import (
     find_code,
     merge_card,
     open_branch,
+    prepare_repository,
     raise_push_errors,
 )
 
 
 ADVICE = "Call `push_to_hub` again, or save the model and run `vitcls push --model FOLDER`"
 OTHER_FILES = (PROCESSOR_FILE,)  # Pushed on their own
+
+
+def push_model(model: Any, repo_id: str, **settings: Any) -> Any:
+    """Push a model; the models call it as `push_to_hub`. The arguments are those of transformers.
+
+    Raises:
+        ValueError: As in `prepare_repository`, before the model is saved.
+        PushError: If the push fails. The message is a single line.
+    """
+    repo_id = prepare_repository(
+        repo_id,
+        default_name=repo_id,
+        private=settings.get("private") or False,
+        create_pr=settings.get("create_pr") or False,
+        token=settings.get("token"),
+    )
+    return PreTrainedModel.push_to_hub(model, repo_id, **settings)
 
 
 def push_saved_model(

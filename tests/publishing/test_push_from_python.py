@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.local_hub import LocalHub
+from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_run_folder
 from helpers.source_checkpoints import save_large_encoder, save_vit_classifier
-from helpers.tiny_models import build_tiny_config, randomize, save_classifier
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_classifier
 from huggingface_hub import HfApi, ModelCard
 from pytest import CaptureFixture, MonkeyPatch
 
@@ -167,6 +167,20 @@ def test_the_same_model_in_memory_keeps_its_numbers(hub: LocalHub, tmp_path: Pat
     ViTCLSForImageClassification.from_pretrained(folder).push_to_hub("ann/vit")
     assert set(hub.files("ann/vit")) == before
     assert str(read_card(hub)) == str(card)
+
+
+def test_a_model_in_memory_that_may_not_be_pushed_is_not_saved(
+    hub: LocalHub, monkeypatch: MonkeyPatch
+) -> None:
+    hub.create("ann/vit")
+    hub.tokens["hf_read"] = Token("ann", writable=())
+    model = ViTCLSForImageClassification(build_tiny_config())
+    monkeypatch.setattr(model, "save_pretrained", None)
+    with raises_one_line("cannot push to bob/vit", "HTTP 403"):
+        model.push_to_hub("bob/vit")
+    with raises_one_line("cannot push to ann/vit", "hf auth login"):
+        model.push_to_hub("ann/vit", token="hf_read")
+    assert set(hub.repositories) == {"ann/vit"}
 
 
 def test_a_card_of_a_person_survives_a_model_in_memory(hub: LocalHub) -> None:
