@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .conversion.open_model import open_checkpoint
     from .frozen.linear_probe import LinearProbe
     from .inference.predictor import Predictor
+    from .inference.single_task import select_task
     from .model.configuration_vitcls import ViTCLSConfig
     from .model.image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
     from .model.modeling_vitcls import (
@@ -80,6 +81,7 @@ __all__ = [
     "pack",
     "predict",
     "push",
+    "select_task",
     "verify_unchanged",
     "write_card",
 ]
@@ -109,6 +111,7 @@ IMPORT_STRUCTURE = {
     "conversion.open_model": ("open_checkpoint",),
     "frozen.linear_probe": ("LinearProbe",),
     "inference.predictor": ("Predictor",),
+    "inference.single_task": ("select_task",),
     "model.image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),
     "model.modeling_vitcls": (
         "ViTCLSBackbone",

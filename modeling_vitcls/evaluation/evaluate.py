@@ -46,6 +46,7 @@ from ..inference.load_model import load_for_inference
 from ..inference.metrics import drop_intervals
 from ..inference.options import EvaluateOptions
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
+from ..inference.single_task import build_task_config
 from ..inference.stated_result import build_class_tables, build_metric_table, format_name
 from ..model.image_processing_vitcls import shorten_text
 from ..runtime.distributed import build_accelerator, set_mixed_precision
@@ -93,7 +94,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     )
     config = model.config
     if options.task is not None:
-        config = config.build_task_config(options.task)
+        config = build_task_config(config, options.task)
     check_is_classifier(config)
     check_threshold(options.threshold, config)
     label_space = get_label_space(config)

@@ -12,6 +12,7 @@
     output_table.py     a written table, which a person may edit
     outputs.py          rows -> table, CSV, JSON, Parquet; progress
     predictor.py        Predictor: a loaded model, for servers, Ray, Spark and datasets.map
+    single_task.py      a classifier for one added task
     predict.py          the command `vitcls predict`
     intervals.py        confidence intervals
     stated_result.py    a result in words, and metrics as tables

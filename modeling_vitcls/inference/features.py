@@ -26,7 +26,7 @@ from ..data.images import LabeledImages
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import Size
 from ..model.heads_vitcls import ALL_TOKENS, TokenPooler, hash_weights, select_weights
-from ..speed.cpu_kernels import can_use_cpu_kernels, has_hooks
+from ..speed.cpu_kernels import can_use_cpu_kernels, has_own_hooks
 from ..speed.packed import pack
 from .feature_store import FeatureStore, find_store_file
 from .image_pass import ImageOutputs, ImagePass
@@ -246,7 +246,7 @@ class FrozenEncoder:
         """Hash what the states depend on; None if it is not plain numbers in plain modules."""
         encoder = self.encoder
         # What is kept outlives the process, in which a hook may change what these weights compute
-        if has_hooks(encoder.modules()):
+        if has_own_hooks(encoder.modules()):
             return None
         if any(type(module).__module__.startswith("peft.") for module in encoder.modules()):
             return None

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from ..model.configuration_vitcls import ExtraHead
 from ..model.token_layout_vitcls import TokenLayout
+from ..speed.packed import can_trim_last_layer
 from .features import FrozenEncoder, States
 from .image_pass import find_finite
 from .token_names import count_tokens
@@ -321,7 +322,7 @@ class FeatureColumns:
         """
         config: Any = self.encoder.config
         groups = {feature.group for feature in self.features.values()}
-        if groups & {"mean", "patches"} or not config.can_trim_last_layer:
+        if groups & {"mean", "patches"} or not can_trim_last_layer(config):
             return None
         return max(getattr(config.token_layout, group).stop for group in groups)
 

@@ -216,43 +216,6 @@ class ExtraHeadsConfig:
             name: head.labels for name, head in self.get_extra_heads().items() if head.adds_classes
         }
 
-    def build_task_config(self: Any, name: str) -> Any:
-        """Build the configuration of a classifier for an added task alone.
-
-        All of its classes are added ones.
-        """
-        tasks = self.get_added_tasks()
-        if name not in tasks:
-            choice = f"Choose from {', '.join(tasks)}" if tasks else "Add it with `vitcls add-task`"
-            raise ValueError(
-                f"task {name}: the model has no such added task. {choice}; its own tasks need no `task`"
-            )
-        head = tasks[name]
-
-        changes = {
-            "tasks": None,
-            "architectures": None,
-            "compute_all_tokens": self.compute_all_tokens or not self.num_labels,
-            # An extra head on its own, without the other classifier, has the same bits
-            "extra_heads": {
-                name: {
-                    "labels": head.labels,
-                    "pooling": head.pooling,
-                    "pooled_layers": head.pooled_layers,
-                    "adds_classes": True,
-                }
-            },
-            "id2label": dict(enumerate(head.labels)),
-            "label2id": {label: index for index, label in enumerate(head.labels)},
-            "problem_type": head.problem_type,
-            "class_statistics": None,
-            "distance_threshold": None,
-        }
-        config = copy.deepcopy(self)
-        for field, value in changes.items():
-            setattr(config, field, value)
-        return config
-
     def validate_extra_heads(self: Any) -> None:
         """Check the names of the extra heads, and that the model has the tokens that they read."""
         for name, fields in (self.extra_heads or {}).items():
@@ -301,47 +264,13 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a Vision Transformer with CLS, distillation and register tokens.
 
     The defaults describe ViT-B/16 (arXiv 2010.11929, table 1) at 224 x 224 pixels: one CLS token
-    and 196 patches. In the source, a text below each field explains it and cites the paper;
-    docs/configuration.md has these texts as tables.
+    and 196 patches. A text below each field explains it, and docs/configuration.md has these texts as
+    tables. The last 33 fields are for converted checkpoints.
 
-    **Main options**
-
-    Tokens: `num_cls_tokens`, `num_distillation_tokens`, `num_register_tokens`,
-        `use_mask_token`, `token_init`, `cls_scopes`, `token_fade_in_steps`, `fading_tokens`,
-        `gated_tokens`, `register_neurons`, `tasks`.
-
-    Pooling and heads: `pooling`, `cls_pooling`, `pooled_cls_tokens`, `pooled_layers`,
-        `head_type`, `head_hidden_size`, `distillation_head`, `distillation_inference`,
-        `compute_all_tokens`, `extra_heads`.
-
-    Image and patches: `image_size`, `patch_size`, `num_channels`.
-
-    Model: `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size`,
-        `position_embedding_type`, `attention_type`, `qk_norm`, `mlp_type`, `hidden_act`,
-        `layer_scale_init_value`, `initializer_range`.
-
-    Regularization: `hidden_dropout_prob`, `attention_probs_dropout_prob`, `drop_path_rate`.
-
-    Class statistics (fitted to the training images): `class_statistics`, `distance_threshold`.
-
-    Masked image modeling: `mim_loss`, `norm_pixel_target`.
-
-    Backbone: `out_features`, `out_indices`, `apply_layernorm`, `reshape_hidden_states`.
-
-    **Options for converted checkpoints**
-
-    Positions: `position_embedding_tokens`, `position_interpolation`, `position_antialias`,
-        `position_offset`, `rope_theta`, `rope_periods`, `rope_coordinates`,
-        `rope_reference_grid`, `rope_grid_offset`, `rope_axes`, `relative_position_bias`.
-
-    Layers and norms: `attention_head_size`, `layer_type`, `norm_type`, `layer_norm_eps`,
-        `patch_norm`, `pre_norm`, `attention_norm`, `mlp_norm`, `final_norm`.
-
-    Biases: `patch_bias`, `qkv_bias`, `query_bias`, `key_bias`, `value_bias`, `projection_bias`,
-        `mlp_bias`.
-
-    Pooling: `pooled_norm`, `pooled_activation`, `attention_pool_tokens`,
-        `attention_pool_heads`, `attention_pool_intermediate_size`, `attention_pool_mlp`.
+    **Tokens, and what reads them:** `num_cls_tokens`, `num_distillation_tokens`,
+    `num_register_tokens`, `token_init`, `cls_scopes`, `token_fade_in_steps`, `register_neurons`,
+    `tasks`, `pooling`, `cls_pooling`, `pooled_cls_tokens`, `pooled_layers`, `distillation_head`,
+    `distillation_inference`.
 
     Raises:
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword
@@ -384,7 +313,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         Literal["regression", "single_label_classification", "multi_label_classification"] | None
     ) = None
 
-    # Tokens
+    # Tokens, and what reads them
     num_cls_tokens: int = token_count(default=1)
     """Number of CLS tokens, at the start of the sequence. With 0, the model has no CLS token.
     Several CLS tokens can represent tasks (`tasks`) or regions of the image (`cls_scopes`)."""
@@ -393,9 +322,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     num_register_tokens: int = token_count(default=0)
     """Number of register tokens, which can store global information that the model would otherwise
     store in patches (Darcet et al. 2023, arXiv 2309.16588)."""
-    use_mask_token: bool = False
-    """Whether the model has a learned token that replaces masked patches (`bool_masked_pos`).
-    `ViTCLSForMaskedImageModeling` always has a mask token."""
     token_init: Literal["trunc_normal", "near_zero", "zeros"] = "trunc_normal"
     """Initial values of the special tokens: truncated normal with standard deviation
     `initializer_range` (DeiT, DINO), normal with standard deviation 1e-6 (timm, DINOv2), or zero
@@ -408,11 +334,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     """Number of training passes over which `model.adapt` and `from_pretrained` fade added tokens in:
     after n passes, the attention to them is multiplied by n / `token_fade_in_steps`. With 0, added
     tokens are ordinary tokens at once, and change the logits."""
-    fading_tokens: dict[TokenGroup, int] | None = None
-    """Token group -> number of tokens at the end of the group that are being faded in. The field is
-    set when tokens are added, and removed when a model is saved after enough training passes."""
-    gated_tokens: dict[TokenGroup, int] | None = None
-    """`fading_tokens` of folders that were saved with learned gates; `from_pretrained` renames it."""
     register_neurons: dict[int, list[int]] | dict[str, list[int]] | None = None
     """Layer, from 1 -> MLP neurons whose largest activations move from the patches to the last register
     (test-time registers; Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds them."""
@@ -421,8 +342,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     are sorted by name; classifier i reads CLS token i and, with `pooling="cls_mean"`, the patches.
     While loading, a task keeps its place: new names sort last, and only the last tasks can be left
     out. `vitcls add-task` takes any name."""
-
-    # Pooling and heads
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
     """Input of the head: `"cls"`, `"mean"` (of the patches), `"cls_mean"` (both, concatenated),
     `"max"` (of the patches) or `"attention"` (a learned query over the patches; Zhai et al. 2022,
@@ -439,22 +358,24 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     the first layer, -1 the last. `[-4, -3, -2, -1]` is the order of DINOv2's linear evaluation
     (`n_last_blocks` in dinov2/eval/linear.py; Oquab et al. 2023, arXiv 2304.07193). Default: the
     last layer."""
-    head_type: Literal["linear", "mlp"] = "linear"
-    """Type of the head. `"mlp"` is Linear, GELU, Linear."""
-    head_hidden_size: int | None = width(default=None)
-    """Hidden size of the MLP head. Default: `hidden_size`."""
     distillation_head: bool | None = None
     """Whether the distillation token has a classifier. Default: `True`."""
     distillation_inference: Literal["mean", "cls", "distillation"] = "mean"
     """Logits that a model with two heads returns: the mean of both heads' logits (DeiT, section
     5.2), or the logits of one head."""
-    compute_all_tokens: bool = False
-    """Whether the last layer of a packed classifier computes all tokens. By default, it computes
-    only the tokens that its heads read, which is faster; the logits are the same."""
+
+    # Heads
+    head_type: Literal["linear", "mlp"] = "linear"
+    """Type of the head. `"mlp"` is Linear, GELU, Linear."""
+    head_hidden_size: int | None = width(default=None)
+    """Hidden size of the MLP head. Default: `hidden_size`."""
     extra_heads: dict[str, dict[str, Any]] | None = None
     """Task name -> fields of `ExtraHead`, for example `{"weather": {"labels": ["rain", "sun"],
     "pooling": "mean", "pooled_layers": [-2, -1]}}`. Extra heads are linear classifiers that only
     read the tokens of the model: they do not change its other outputs."""
+    compute_all_tokens: bool = False
+    """Whether the last layer of a packed classifier computes all tokens. By default, it computes
+    only the tokens that its heads read, which is faster; the logits are the same."""
 
     # Image and patches
     image_size: int | list[int] | tuple[int, int] = extent(1_000_000)(default=224)
@@ -465,7 +386,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     num_channels: int = between(1, 100_000)(default=3)
     """Number of image channels."""
 
-    # Model
+    # Layers
     hidden_size: int = width(default=768)
     """Width of the tokens: a multiple of `num_attention_heads`, unless `attention_head_size` is
     set."""
@@ -513,16 +434,10 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     """Rate, in [0, 1), at which an image skips a residual branch of the last layer. The rate
     increases linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382)."""
 
-    # Class statistics, fitted to the training images
-    class_statistics: dict[str, Any] | None = None
-    """`{"tokens": [[layer, kind], ...], "num_classes": K}` of the class means and covariances that
-    are stored with the weights. A layer is a negative index, and a kind is "cls" or "mean" (of the
-    patches). `outputs.distance` is computed from them."""
-    distance_threshold: float | None = finite(default=None)
-    """An image above this distance is farther from every class than 95% of the training images, or
-    after steps of the held-out images (arXiv 1807.03888)."""
-
     # Masked image modeling
+    use_mask_token: bool = False
+    """Whether the model has a learned token that replaces masked patches (`bool_masked_pos`).
+    `ViTCLSForMaskedImageModeling` always has a mask token."""
     mim_loss: Literal["l1", "l2"] = "l1"
     """Masked-pixel loss: L1 (SimMIM, arXiv 2111.09886) or L2 (MAE)."""
     norm_pixel_target: bool = False
@@ -538,6 +453,20 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     """Whether the final norm is applied to the feature maps, as in DINOv2."""
     reshape_hidden_states: bool = True
     """Whether feature maps are [batch, channels, rows, columns]."""
+
+    # Fields that the program writes
+    class_statistics: dict[str, Any] | None = None
+    """`{"tokens": [[layer, kind], ...], "num_classes": K}` of the class means and covariances that
+    are stored with the weights. A layer is a negative index, and a kind is "cls" or "mean" (of the
+    patches). `outputs.distance` is computed from them."""
+    distance_threshold: float | None = finite(default=None)
+    """An image above this distance is farther from every class than 95% of the training images, or
+    after steps of the held-out images (arXiv 1807.03888)."""
+    fading_tokens: dict[TokenGroup, int] | None = None
+    """Token group -> number of tokens at the end of the group that are being faded in. The field is
+    set when tokens are added, and removed when a model is saved after enough training passes."""
+    gated_tokens: dict[TokenGroup, int] | None = None
+    """`fading_tokens` of folders that were saved with learned gates; `from_pretrained` renames it."""
 
     # Positions of converted checkpoints
     position_embedding_tokens: Literal["patches", "cls", "all"] = "cls"
@@ -959,11 +888,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     def has_distillation_head(self) -> bool:
         """Whether the distillation tokens have a classifier."""
         return self.num_distillation_tokens > 0 and self.distillation_head is not False
-
-    @property
-    def can_trim_last_layer(self) -> bool:
-        """Whether the last layer can compute only the first tokens: not with flash attention."""
-        return self._attn_implementation in (None, "sdpa", "eager")
 
     def task_labels(self) -> dict[str, list[str]]:
         """List the label names of each task, sorted by task name. Task i uses CLS token i."""

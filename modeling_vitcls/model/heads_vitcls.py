@@ -470,8 +470,7 @@ class ClassDistance(nn.Module):
         self.digests = nn.Buffer(torch.zeros(len(DTYPES), DIGEST_SIZE, dtype=torch.uint8))
         self.is_valid = False
         self.num_modules = 0  # Of the encoder, when it was checked
-        self.terms: list[tuple[Tensor, ...]] = []
-        self.state_of_terms: list[Any] = []
+        self.terms: list[tuple[Tensor, ...]] | None = None  # `pack` computes them once
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers, but keep them in float32: half precision has too few digits for them."""
@@ -500,7 +499,8 @@ class ClassDistance(nn.Module):
         squares = []
         # The distance is a difference of large numbers, for which bfloat16 has too few digits.
         with torch.autocast(device, enabled=False):
-            for index, (values, terms) in enumerate(zip(pooled, self.get_terms(), strict=True)):
+            all_terms = self.compute_terms() if self.terms is None else self.terms
+            for index, (values, terms) in enumerate(zip(pooled, all_terms, strict=True)):
                 center, means, of_means = terms
                 values = values.float() - center
                 products = values @ getattr(self, f"precisions_{index}")  # [B, D]
@@ -514,22 +514,6 @@ class ClassDistance(nn.Module):
         distances = distances.masked_fill(self.counts == 0, torch.inf)
         # Without the noise of the means, an estimated square can be slightly negative.
         return distances.amin(dim=1).clamp(min=0).sqrt()
-
-    def get_terms(self) -> list[tuple[Tensor, ...]]:
-        """Take what `compute_terms` returns from the last pass, unless a buffer has changed since."""
-        if torch.compiler.is_compiling():
-            return self.compute_terms()
-        state = [read_state(buffer) for buffer in self.buffers()]
-        if state == self.state_of_terms:
-            return self.terms
-        with torch.inference_mode(False), torch.no_grad():
-            terms = self.compute_terms()
-        try:
-            terms[0][0].data_ptr()
-        except RuntimeError:  # A tensor of torch.func, which ends with its function
-            return terms
-        self.terms, self.state_of_terms = terms, state
-        return terms
 
     def compute_terms(self) -> list[tuple[Tensor, ...]]:
         """Compute what is the same for all images.
@@ -607,13 +591,6 @@ class ClassDistance(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.drop("`load_state_dict` has changed the weights. `from_pretrained` checks them")
-
-
-def read_state(buffer: Tensor) -> tuple[Any, ...]:
-    """Read the memory of a buffer and the number of its edits."""
-    # Tensors of inference mode do not count their edits, so each pass may have other ones.
-    version = object() if buffer.is_inference() else buffer._version
-    return buffer.data_ptr(), version
 
 
 # Digests ------------------------------------------------------------------------------------------

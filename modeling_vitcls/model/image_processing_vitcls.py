@@ -261,70 +261,48 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
 
 class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
-    r"""Image processor for the ViTCLS models, based on torchvision.
-
-    It runs on the CPU or a GPU (`device="cuda"`).
-
-    By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet
-    statistics (DeiT, DINO). Other checkpoints require other settings: transformers' ViT uses
-    `resample=2`, mean 0.5 and standard deviation 0.5.
+    r"""Image processor for the ViTCLS models, based on torchvision, for the CPU or a GPU (`device="cuda"`).
 
     The input is an image, a batch or a list. The output is a `BatchFeature` with `pixel_values` [B,
     C, H, W] float32. An image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`),
     an encoded file as `bytes`, a PIL image, or an array or tensor of shape [H, W], [C, H, W] or [H,
-    W, C]. `IMAGE_FORMATS` lists the file formats.
+    W, C]. `IMAGE_FORMATS` lists the file formats; of an animation, the first frame is read.
 
-    Steps before resizing:
-        - Orientation: The EXIF orientation of files, bytes and PIL images is applied. Only the
-          first frame is used.
-        - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are
-          divided by 257, not clipped; files of cameras and microscopes that use 10 to 14 of the 16
-          bits require `bit_depth`, unless a TIFF states its bits. Other integers must be from 0 to
-          255, and floats from 0 to 1: they are the same image, with and without `do_rescale`. PIL's
-          float mode `F` has no defined range and raises an error.
-        - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are
-          composited on white.
-        - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel.
-          Color images have 3 channels, or 4 channels with transparency. Arrays keep their channels.
-          `image_mean` and `image_std` require one value per channel. For `num_channels=1`, set
-          `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`: with one value, color images
-          become gray.
+    Before resizing, images are turned upright (EXIF) and become 8-bit RGB: 1-bit values become 0 and
+    255, 16-bit values are divided by 257, and transparent images are composited on white. Other
+    integers must be from 0 to 255, and floats from 0 to 1. With `do_convert_rgb=False`, gray images
+    have 1 channel, color images 3, or 4 with transparency, and arrays keep their channels;
+    `image_mean` and `image_std` require one value for each (of one, color images become gray).
 
-    `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are
-    not resized. With bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels
-    (mean: 0.05) for photographs, and by at most 16 (mean: 0.5) for noise, because PIL rounds and
-    clips between passes. With other filters, they differ more.
+    `ViTCLSImageProcessorPil` returns the same values up to rounding if images are not resized. With
+    bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for
+    photographs, and by at most 16 (mean: 0.5) for noise, because PIL rounds and clips between
+    passes. With other filters, they differ more.
 
     Args:
-        do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three
-            channels.
+        do_convert_rgb (`bool`, defaults to `True`): Whether every image gets three channels.
         do_resize (`bool`, defaults to `True`): Whether to resize to `size`.
         size (`dict` or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels: exact,
-            or `{"shortest_edge": 256}`, which keeps the aspect ratio. An `int` sets both height and
-            width.
-        resample (`int`, defaults to 3): Filter: 0 nearest; with antialiasing: 1 Lanczos, 2
-            bilinear, 3 bicubic.
+            or `{"shortest_edge": 256}`, which keeps the aspect ratio. An `int` sets both sides.
+        resample (`int`, defaults to 3): 0 nearest; with antialiasing: 1 Lanczos, 2 bilinear,
+            3 bicubic.
         do_center_crop (`bool`, *optional*): Whether to crop the center of the image to `crop_size`.
-        crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after
-            resizing.
+        crop_size (`dict` or `int`, *optional*): In pixels, at most the size after resizing.
         crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that
-            are not whole pixels:
-            down as in transformers, or half to even as in torchvision and timm. Calls cannot
-            override this setting.
-        bit_depth (`int`, defaults to 16): Number of bits that 16-bit images use, from 9 to 16. Calls
-            cannot override this setting.
+            are not whole pixels: down as in transformers, or half to even as in torchvision and
+            timm. Calls cannot override it.
+        bit_depth (`int`, defaults to 16): Number of bits, from 9 to 16, that 16-bit images of a
+            camera or microscope use, unless a TIFF states it. Calls cannot override it.
         do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor`. Floats are
             rounded to 256 levels first; with False, they are not.
-        rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
+        rescale_factor (`float`, defaults to 1/255): Factor of pixel values.
         do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by
             `image_std`.
-        image_mean, image_std (`float` or `list[float]`): Mean and standard deviation of rescaled
-            values per channel.
+        image_mean, image_std (`float` or `list[float]`): Statistics of rescaled values per channel;
+            those of ImageNet by default (DeiT, DINO). transformers' ViT has 0.5 and `resample=2`.
 
     Raises:
-        ValueError: If a file is missing, truncated or not an image, if an object is not an image,
-            if sizes or channels are inconsistent, if values are out of range, or if a setting is
-            misspelled. The message is a single line.
+        ValueError: If an image or a setting cannot be used, in one line.
 
     Examples:
         >>> from modeling_vitcls import ViTCLSImageProcessor

@@ -16,7 +16,7 @@ attention_masks_vitcls.py, and adaptation_vitcls.py (different special tokens an
 """
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -204,8 +204,10 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, ViTCLSEmbeddings):
+            stds = {"trunc_normal": std, "near_zero": 1e-6, "zeros": 0.0}
+            draw = init.trunc_normal_ if self.config.token_init == "trunc_normal" else init.normal_
             for tokens in module.get_special_tokens().values():
-                TOKEN_INITS[self.config.token_init](tokens, std)
+                draw(tokens, std=stds[self.config.token_init])
             if module.mask_token is not None:
                 init.trunc_normal_(module.mask_token, std=std)
         elif isinstance(module, LearnedPositionEmbeddings | AttentionPooler):
@@ -271,13 +273,6 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             ValueError: if the images have an unsupported shape, or a layer does not exist, such as 0.
         """
         return compute_token_attention(self, pixel_values, attention_mask, tokens, layers)
-
-
-TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
-    "trunc_normal": lambda tokens, std: init.trunc_normal_(tokens, std=std),
-    "near_zero": lambda tokens, std: init.normal_(tokens, std=1e-6),
-    "zeros": lambda tokens, std: init.zeros_(tokens),
-}
 
 
 # Encoder ------------------------------------------------------------------------------------------
@@ -508,26 +503,6 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 self.class_distance.drop("the model is in training mode or has adapters")
         return self
 
-    def select_task(self, name: str) -> "ViTCLSForImageClassification":
-        """Build a classifier of an added task alone, with the same bits.
-
-        It is a model for transformers' pipelines.
-
-        Example::
-
-            weather = model.select_task("weather")
-            classifier = pipeline("image-classification", weather, image_processor=FOLDER)
-
-        Raises:
-            ValueError: if `config.extra_heads` has no such task.
-        """
-        model = ViTCLSForImageClassification(self.config.build_task_config(name))
-        weights = self.state_dict()
-        # Assigned, not copied: both models share the weights of the encoder.
-        model.load_state_dict({key: weights[key] for key in model.state_dict()}, assign=True)
-        model.train(self.training)
-        return model
-
     @property
     def distance_layers(self) -> list[int]:
         """The layers that valid class statistics read in evaluation mode."""
@@ -696,8 +671,6 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
                 for name, labels in config.task_labels().items()
             }
         )
-
-    select_task = ViTCLSForImageClassification.select_task
 
     @can_return_tuple
     def forward(

@@ -75,8 +75,13 @@ def list_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Check for hooks: they are not run if the modules are not called."""
+    return has_global_hooks() or has_own_hooks(modules)
+
+
+def has_own_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Check for hooks of the modules themselves; profilers set hooks for all modules."""
     # transformers leaves hooks that record attention weights, which SDPA does not have
-    return has_global_hooks() or any(
+    return any(
         getattr(hook, "__module__", None) != capture_outputs.__module__
         for hook in chain.from_iterable(map(list_hooks, modules))
     )
@@ -173,7 +178,6 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    dropout: float = 0.0,
 ) -> Tensor:
     """Compute attention [B, n, heads, head_dim] in chunks where that is faster, else with SDPA.
 
@@ -181,10 +185,10 @@ def attend(
         query: [B, heads, n, head_dim].
         key, value: [B, heads, N, head_dim].
     """
-    if attention_mask is None and dropout == 0 and can_chunk_attention(query, key):
+    if attention_mask is None and can_chunk_attention(query, key):
         return attend_in_chunks(query, key, value, scaling)
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, scale=scaling
+        query, key, value, attention_mask, scale=scaling
     )
     return output.transpose(1, 2)
 

@@ -26,12 +26,14 @@ from ..model.blocks_vitcls import (
     ViTCLSLayers,
     ViTCLSMLP,
 )
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.positions_vitcls import rotate_patches
 from .cpu_kernels import (
     attend,
     can_use_cpu_kernels,
     count_dispatch_modes,
     has_hooks,
+    has_own_hooks,
     must_be_plain,
     reorder_weight,
     select_linear,
@@ -76,6 +78,11 @@ def pack(model: Model) -> Model:
     if not can_use_cpu_kernels():
         return packed
     encoder = packed.base_model
+    distance = getattr(packed, "class_distance", None)
+    if distance is not None and not distance.counts.is_meta:
+        off = torch.autocast(distance.counts.device.type, enabled=False)
+        with off, torch.inference_mode(False), torch.no_grad():
+            distance.terms = distance.compute_terms()
     if hasattr(packed, "apply_heads"):
         packed.num_output_tokens = count_output_tokens(encoder)
     if type(encoder.layers) is ViTCLSLayers and not has_hooks(encoder.layers.modules()):
@@ -106,7 +113,7 @@ def count_output_tokens(encoder: Any) -> int | None:
     """Count the special tokens that the heads of a classifier read in the last layer; None for all tokens."""
     config = encoder.config
     # Without labels, the logits are the pooler output of the encoder, to the bit
-    if config.compute_all_tokens or not config.num_labels or not config.can_trim_last_layer:
+    if config.compute_all_tokens or not config.num_labels or not can_trim_last_layer(config):
         return None
     # Classifiers of tasks have no pooler, and statistics may read what the classifier does not
     if config.pooling != "cls" or [-1, "mean"] in (config.class_statistics or {}).get("tokens", ()):
@@ -114,6 +121,11 @@ def count_output_tokens(encoder: Any) -> int | None:
     if getattr(encoder.pooler, "pooling", "cls") != "cls" or has_hooks(encoder.modules()):
         return None
     return config.num_cls_tokens + config.num_distillation_tokens * config.has_distillation_head
+
+
+def can_trim_last_layer(config: ViTCLSConfig) -> bool:
+    """Tell whether the last layer can compute only the first tokens: not with flash attention."""
+    return config._attn_implementation in (None, "sdpa", "eager")
 
 
 def is_usual(layer: nn.Module) -> bool:
@@ -217,7 +229,7 @@ class PackedLayers(ViTCLSLayers):
     def have_readers(self) -> bool:
         """Tell whether recorders or hooks read the layers in this pass: they get all tokens, as in the model."""
         has_recorder = any(parts.attention.recorder is not None for parts in self.parts)
-        return has_recorder or has_hooks(parts.layer for parts in self.parts)
+        return has_recorder or has_own_hooks(parts.layer for parts in self.parts)
 
     @torch.no_grad()
     def get_products(self, inputs: Tensor) -> list[list[Product]]:

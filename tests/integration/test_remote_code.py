@@ -247,6 +247,22 @@ def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
         assert siblings <= shipped
 
 
+def test_two_shipped_files_open_files_or_addresses_and_none_starts_a_program() -> None:
+    """SECURITY.md names the two, which a person reads first."""
+    opening: set[str] = set()
+    for file in SHIPPED_FILES:
+        tree = ast.parse(file.read_text())
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        methods = {name.rpartition(".")[2] for name in calls}
+        assert not calls & {"eval", "exec", "compile", "__import__"}
+        assert not methods & {"system", "popen", "Popen", "run", "write_text", "write_bytes"}
+        assert not set(get_imports(file)) & {"ctypes", "pickle", "shutil", "socket", "subprocess"}
+        if methods & {"open", "urlopen", "get_session", "read_text", "read_bytes"}:
+            opening.add(file.name)
+    assert opening == {"field_checks_vitcls.py", "image_processing_vitcls.py"}
+    assert all(f"`{name}`" in (ROOT / "SECURITY.md").read_text() for name in opening)
+
+
 def get_module_imported_by_name(node: ast.AST) -> str | None:
     """Return `x_vitcls` for `importlib.import_module(".x_vitcls", __package__)`, or None."""
     if not isinstance(node, ast.Call) or ast.unparse(node.func) != "importlib.import_module":

@@ -22,6 +22,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.conversion.weight_rules import Fields
+from modeling_vitcls.speed.packed import can_trim_last_layer
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 def test_other_attention_implementations_require_all_tokens(implementation: str) -> None:
     config = build_tiny_config(**TOKENS)
     config._attn_implementation = implementation
-    assert not config.can_trim_last_layer
+    assert not can_trim_last_layer(config)
 
 
 # Hooks --------------------------------------------------------------------------------------------
