@@ -371,8 +371,7 @@ def test_contradictory_assignments_are_errors_when_the_model_is_built(tmp_path: 
 
 def test_every_field_of_the_architecture_is_saved(tmp_path: Path) -> None:
     """A folder is the same model for a version of the package with other defaults."""
-    auto_map = {"AutoModel": "ann/mine--modeling_vitcls.ViTCLSModel"}  # of a model on the Hub
-    config = ViTCLSConfig(num_register_tokens=2, qkv_bias=False, auto_map=auto_map)
+    config = ViTCLSConfig(num_register_tokens=2, qkv_bias=False)
     config.save_pretrained(tmp_path)
     stored = read_json(tmp_path / "config.json")
 
@@ -384,6 +383,12 @@ def test_every_field_of_the_architecture_is_saved(tmp_path: Path) -> None:
     assert stored["pooled_layers"] is None
     assert stored["qkv_bias"] is False
     assert stored["auto_map"] == AUTO_MAP
+
+
+def test_a_configuration_keeps_code_in_another_repository(tmp_path: Path) -> None:
+    auto_map = {"AutoModel": "ann/code--modeling_vitcls.ViTCLSModel"}
+    ViTCLSConfig(auto_map=auto_map).save_pretrained(tmp_path)
+    assert read_json(tmp_path / "config.json")["auto_map"] == auto_map
 
 
 def test_a_subclass_may_rename_fields() -> None:
