@@ -371,8 +371,8 @@ def push(model: str | Path, hub_model_id: str | None = None, **flags: Any) -> "P
     Args:
         model: the folder of a model.
         hub_model_id: the repository. Default: in your account, named after the folder.
-        flags: `private`, `branch`, `create_pr`, `license`, `code_from`, `card_samples` and `verify`, as in
-            `vitcls push`.
+        flags: `private`, `branch`, `create_pr`, `license`, `code_from`, `native`, `card_samples` and `verify`, as
+            in `vitcls push`.
 
     Returns:
         The commit, with `repo_id`, `sha` and `url`.

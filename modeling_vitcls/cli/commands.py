@@ -24,6 +24,7 @@ from .export import run_export
 
 
 if TYPE_CHECKING:
+    from ..hub.model_folder import ModelFolder
     from ..publishing.push import PushedCommit
 
 LIBRARIES = "huggingface_hub datasets timm peft onnxruntime gradio tyro".split()
@@ -252,6 +253,9 @@ class PushOptions(Options):
     """Repository with the code, as ID[@REVISION]: the model is pushed without code and refers to it.
     `vitcls push-code` publishes one. Default: the code is pushed with the model, unless the model
     refers to a repository already."""
+    native: bool = False
+    """Convert the model to a class of transformers with the same outputs, and push that. It requires no
+    code and no `trust_remote_code`. The card of a model says whether this is possible."""
     card_samples: bool = False
     """Show a few held-out images in the model card, and publish report.html with held-out and
     training images, even if the repository is public and the images are local files. Images of
@@ -274,12 +278,43 @@ def run_push(options: PushOptions) -> "PushedCommit":
 
     A push requires a token: run `hf auth login`, or set HF_TOKEN.
     """
+    import tempfile
+
     from ..hub.model_folder import ModelFolder
+
+    if not options.native:
+        return push_model_folder(ModelFolder(options.model), options)
+    with tempfile.TemporaryDirectory(prefix="vitcls-native-") as parent:
+        folder = convert_to_push(options.model, Path(parent, options.model.resolve().name))
+        return push_model_folder(folder, options)
+
+
+def convert_to_push(model: Path, output: Path) -> "ModelFolder":
+    """Convert a complete model to a class of transformers, compare the outputs, and write its card.
+
+    Raise ConversionError, a ValueError, if no class has the outputs of the model.
+    """
+    from ..conversion.convert import convert_to_native
+    from ..conversion.to_transformers import find_transformers_class
+    from ..hub.model_folder import ModelFolder, open_vitcls
+    from ..publishing.card import write_card
+
+    folder = open_vitcls(str(model))
+    # A conversion of a model with other heads would have its encoder only
+    find_transformers_class(folder.architecture, folder.config)
+    report = convert_to_native(str(model), output)
+    largest = max(value for each in report["comparisons"] for value in each["differences"].values())
+    print(f"converted to transformers: {report['model_class']}, largest difference {largest:.1e}")
+    write_card(ModelFolder(output))
+    return ModelFolder(output)
+
+
+def push_model_folder(folder: "ModelFolder", options: PushOptions) -> "PushedCommit":
+    """Check a folder and the right to push, then push and verify it."""
     from ..publishing.published_files import collect_files
     from ..publishing.push import find_code, prepare_repository
     from ..publishing.verify import push_and_verify
 
-    folder = ModelFolder(options.model)
     # This comes first, so a folder that cannot be pushed leaves no empty repository on the Hub.
     folder.check_is_complete()
     folder.warn_about_edited_settings()
@@ -299,6 +334,7 @@ def run_push(options: PushOptions) -> "PushedCommit":
         license_id=options.license,
         card_samples=options.card_samples,
         code_from=options.code_from,
+        native_of=options.model if options.native else None,
     )
 
 

@@ -84,7 +84,7 @@ def convert_to_native(source_name: str, output: Path) -> Report:
         model_class = classifier if folder.architecture == classifier.__name__ else ViTCLSModel
         model: ViTCLSPreTrainedModel = folder.load(model_class)
 
-        target, config, resampling = find_transformers_class(model)
+        target, config, resampling = find_transformers_class(type(model).__name__, model.config)
         build_transformers_model(target, config, model).save_pretrained(output_folder)
         if folder.has_processor:
             processor = folder.load_processor()

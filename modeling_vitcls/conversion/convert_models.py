@@ -111,7 +111,7 @@ def convert_to_transformers(
     if model.config.fading_tokens:
         model = copy.deepcopy(model)
         remove_open_fade_in(model)
-    target, config, resampling = find_transformers_class(model)
+    target, config, resampling = find_transformers_class(type(model).__name__, model.config)
     if resampling and not native_size_only:
         raise ConversionError(
             f"{target} has the same outputs only at {model.config.image_size} pixels, because "

@@ -1,7 +1,7 @@
 """Convert ViTCLS models to transformers models with the same outputs.
 
     model = ViTCLSForImageClassification.from_pretrained(path)
-    name, config, resampling = find_transformers_class(model)
+    name, config, resampling = find_transformers_class(type(model).__name__, model.config)
     built_in = build_transformers_model(name, config, model)
 
 A class in `TARGETS` supports a model if the configuration of the class, converted by
@@ -115,10 +115,12 @@ def build_target(name: str, config: ViTCLSConfig) -> PreTrainedModel:
 RESAMPLING_FIELDS = ("position_interpolation", "position_offset", "position_antialias")
 
 
-def find_transformers_class(
-    model: ViTCLSPreTrainedModel,
-) -> tuple[str, ViTCLSConfig, list[str]]:
+def find_transformers_class(name: str, config: ViTCLSConfig) -> tuple[str, ViTCLSConfig, list[str]]:
     """Find the transformers class with the outputs of a model, if possible at all image sizes.
+
+    Args:
+        name: The name of the class of the model.
+        config: Its configuration.
 
     Returns:
         The name of the class; the configuration of the model, in the form that is converted; and
@@ -127,12 +129,11 @@ def find_transformers_class(
     Raises:
         ConversionError: if no class supports the model.
     """
-    name = type(model).__name__
     if name not in TARGETS:
         raise ConversionError(
             f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls"
         )
-    matches = {target: match_target(target, model.config) for target in TARGETS[name]}
+    matches = {target: match_target(target, config) for target in TARGETS[name]}
     # With the fewest mismatches and, of these, the fewest differences at other sizes
     target = min(matches, key=lambda each: [len(part) for part in matches[each][1:]])
     config, mismatches, resampling = matches[target]

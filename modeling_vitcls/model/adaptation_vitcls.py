@@ -182,7 +182,9 @@ class AdaptableModel(PreTrainedModel):
         memory stays as it is, because the other processes of a run do not save.
         """
         if "--" in str(getattr(self.config, "auto_map", "")):
-            # transformers asks whether to save the code, which is in another repository
+            # transformers asks whether to save the code, which is in another repository; before 5.24, the
+            # class says so
+            self._auto_class = None
             self.is_remote_code = bool  # type: ignore[method-assign]
         encoder: Any = self.base_model
         fade_in, fields = encoder.fade_in, dict(vars(self.config))

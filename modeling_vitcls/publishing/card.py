@@ -21,6 +21,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, TemplateError
 from markupsafe import Markup
 
+from ..conversion.to_transformers import find_transformers_class
+from ..conversion.weight_rules import ConversionError
 from ..evaluation.token_effects import describe_change
 from ..frozen.findings import CARD, describe_findings
 from ..frozen.linear_probe import describe_candidate
@@ -121,6 +123,7 @@ def render_card(
     code_repository, code_revision = split_revision(code_from or folder.code_repository or "")
     variables = {
         "name": name,
+        "native_class": Markup(describe_native_class(folder)),
         "code_repository": code_repository,
         "code_revision": code_revision or Markup("<commit hash of the code>"),
         "shown_files": shown_files,
@@ -261,6 +264,27 @@ def format_places(config: Any, group: str) -> str:
     slices: dict[str, slice] = dict(layout.items())
     places = range(layout.get_num_tokens(*config.grid_size))[slices[group]]
     return str(places[0]) if len(places) == 1 else f"{places[0]} to {places[-1]}"
+
+
+def describe_native_class(folder: ModelFolder) -> str:
+    """Say which class of transformers has the outputs of a model, or what prevents it; empty for one.
+
+    The lines are of the model's configuration: `vitcls push --native` compares the outputs.
+    """
+    if folder.config is None:
+        return ""
+    try:
+        target, _, resampling = find_transformers_class(folder.architecture, folder.config)
+    except ConversionError as error:
+        return (
+            f"No class of transformers computes the same, so the model requires its code: {error}."
+        )
+    sizes = " at the native image size" if resampling else ""
+    distance = ", without `distance`" if folder.config.class_statistics else ""
+    return (
+        f"transformers' `{target}` computes the same{sizes}{distance}: `vitcls push --native` publishes it "
+        "in this class, which requires no `trust_remote_code`."
+    )
 
 
 TEMPLATES = Environment(

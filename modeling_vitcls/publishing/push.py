@@ -86,6 +86,8 @@ class Destination:
     private: bool = False
     branch: str | None = None  # Created from `main` if it does not exist. Default: `main`
     create_pr: bool = False  # Open a pull request, which requires no right to write
+    # The vitcls model that was converted to the pushed one, whose folder is a temporary one
+    native_of: Path | None = None
     message: str = "Upload model"
     description: str | None = None
     token: str | bool | None = None  # Default: the one that `hf auth login` has saved
@@ -190,9 +192,11 @@ def push_folder(
             completes the push.
     """
     destination = Destination(repo_id=repo_id, **settings)
+    path = destination.native_of or folder.path
     command = build_push_command(
-        folder.path,
+        path,
         repo_id,
+        native=destination.native_of is not None,
         private=destination.private,
         branch=destination.branch,
         create_pr=destination.create_pr,
@@ -201,7 +205,7 @@ def push_folder(
         code_from=code_from,
     )
     code_from = find_code(folder, code_from)
-    advice = f"The model is saved in {folder.path}; finish with: {command}"
+    advice = f"The model is saved in {path}; finish with: {command}"
     # A folder that cannot be published creates no repository
     files = collect_files(folder, repo_id, license_id, card_samples, code_from)
 

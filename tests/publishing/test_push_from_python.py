@@ -94,6 +94,29 @@ def test_export_writes_a_graph_and_returns_its_report(
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_a_native_push_publishes_a_class_of_transformers(
+    hub: LocalHub, tmp_path: Path, in_this_process: None
+) -> None:
+    folder = save_classifier(tmp_path / "mine", num_register_tokens=0)
+    push(folder, "ann/vit", native=True)
+    assert not [name for name in hub.files("ann/vit") if name.endswith(".py")]
+    native = transformers.AutoModelForImageClassification.from_pretrained("ann/vit")
+    assert type(native).__module__.startswith("transformers.models.")
+    size = native.config.image_size
+    pixels = torch.randn(1, 3, size, size)
+    expected = ViTCLSForImageClassification.from_pretrained(folder).eval()(pixels).logits
+    torch.testing.assert_close(native.eval()(pixels).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_no_class_of_transformers_holds_is_not_pushed(
+    hub: LocalHub, tmp_path: Path
+) -> None:
+    folder = save_classifier(tmp_path / "mine", num_cls_tokens=2)
+    with raises_one_line("num_cls_tokens=2"):
+        push(folder, "ann/vit", native=True)
+    assert not hub.repositories
+
+
 # Cards --------------------------------------------------------------------------------------------
 
 
