@@ -29,6 +29,8 @@ from ..runtime.errors import format_name_list, warn_on_first_process
 # Characters between several labels of one text, and how much more often than whole cells the parts
 # between them must occur. A comma is also within names: "tench, Tinca tinca".
 SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
+CERTAIN_SEPARATORS = ("|", ";")
+ASKED_SEPARATORS = ("/", "+", "&")  # No text is read with them
 MIN_REPEATS = 1.5  # The same for words between blanks, which are also in names: "golden retriever"
 NO_SEPARATOR = "none"  # The value of `label_separator` that says: each text is one label
 MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a measurement
@@ -350,15 +352,17 @@ def check_numbers(where: str, names: Collection[str], has_lists: bool) -> None:
 def warn_about_joined_names(where: str, names: Sequence[str]) -> None:
     """Log a warning about classes that look like several labels: `red|round`, `green|round`.
 
-    Commas are also in names such as `tench, Tinca tinca`: each part must be in another class, too.
+    Commas are also in names such as `tench, Tinca tinca`, and a slash in `n/a`: each part must be in another
+    class, too.
     """
-    counts = Counter(part for name in names for part in split_labels(name, ","))
-
-    for separator in SEPARATORS:
+    for separator in (*SEPARATORS, *ASKED_SEPARATORS):
         joined = [name for name in names if separator in name]
-        if separator == ",":
+        if separator not in CERTAIN_SEPARATORS:
+            counts = Counter(part for name in names for part in split_labels(name, separator))
             joined = [
-                name for name in joined if all(counts[part] > 1 for part in split_labels(name, ","))
+                name
+                for name in joined
+                if all(counts[part] > 1 for part in split_labels(name, separator))
             ]
         if not joined:
             continue

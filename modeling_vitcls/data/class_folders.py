@@ -5,6 +5,8 @@
     no_label/, unsorted/                         left out: the name says that the photos have no label
     cat/, cat - Copy/                            a line asks: the copy of a class folder is a class of its own
     trash/, rejected/, New folder/               a line asks
+    2023/, 2024/ and no other folders            a line asks
+    100CANON/, 101CANON/                         an error: folders of a camera
     train_images/, test_images/                  an error: parts of a dataset
     images_001/, images_002/ beside a table      an error, if the table names the photos
     listing_0/kitchen.jpg, listing_1/kitchen.jpg    an error: the files are named like classes
@@ -21,10 +23,30 @@ from ..model.field_checks_vitcls import open_regular_file
 from ..runtime.errors import format_name_list, warn_on_first_process
 
 
-UNLABELED = re.compile(r"(no|un|without)[ _-]?(label(ed|led)?s?|sorted)|to[ _-]?(do|sort)", re.I)
-DOUBTFUL = re.compile(r"rejected|trash|misc|new folder( \(\d+\))?|untitled folder( \d+)?", re.I)
-# As file managers name the copy of a folder: "cat - Copy (2)", "cat copy 2", "cat (1)"
-COPY = re.compile(r"( - copy| copy| - kopie| kopie| - copie)?( \(?\d+\)?)?$", re.I)
+# Words of other languages are those of file managers and of German, French and Spanish users
+UNLABELED = re.compile(
+    r"(no|un|not|without)[ _-]?(label(ed|led)?s?|sorted|tagged|annotated|sortiert)|"
+    r"to[ _-]?(do|sort|label|annotate)|ohne[ _]label|(sin[ _]|non[ _])?(etiquetar|trié(es)?)",
+    re.I,
+)
+DOUBTFUL = re.compile(
+    r"rejected|discarded|excluded?|ignored?|skip(ped)?|deleted?|duplicates?|trash|junk|papierkorb|corbeille|papelera|"
+    r"misc|all|old|backup|bak|te?mp|archive|inbox|incoming|pending|review|maybe|unsure|uncertain|unclear|blurry|"
+    r"unclassified|unassigned|outputs?|results?|"
+    r"(new|untitled|neuer|nouveau|nueva)[ _](folder|ordner|dossier|carpeta)( \(?\d+\)?)?",
+    re.I,
+)
+# As file managers and people name the copy of a folder: "cat - Copy (2)", "cat copy 2", "cat (1)", "cat_old"
+COPY = re.compile(
+    r"( - copy| copy| - kopie| kopie| - copie)?( \(?\d+\)?)?$|"
+    r"[ _-]+(old|new|backup|bak|orig(inal)?|checked|clean(ed)?|done|final|edited|resized|cropped|aug(mented)?|v\d)$|"
+    r"^(copy of|kopie von|copie de|copia de) ",
+    re.I,
+)
+CAMERA = re.compile(r"\d{3}[A-Z_]{4}[A-Z_\d]|\d{3}_\d{4}", re.I)  # 100CANON, 101_PANA, 102_0514
+DATED = re.compile(
+    r"(19|20)\d\d([ ._-]?(0?[1-9]|1[0-2])([ ._-]?[0-3]?\d)?)?"
+)  # 2024, 2024-05, 20240501
 # With what a dataset adds to the name of a part: train_images, Train_jpg, test1
 PART = re.compile(
     r"(images?|imgs?|photos?|jpe?g|png)?[ _-]?(train(ing)?|val(id(ation)?)?|dev|test(ing)?)"
@@ -63,6 +85,8 @@ def check_class_folders(path: Path, places: Any, tables: Sequence[str]) -> Any:
         names = others
     check_are_no_parts(path, names, places.index, tables)
     doubtful = [name for name in names if DOUBTFUL.fullmatch(name)]
+    if len(names) > 1 and all(map(DATED.fullmatch, names)):
+        doubtful = names
     copies = [name for name in names if find_original(name, names)]
     if doubtful or copies:
         warn_on_first_process(
@@ -84,6 +108,11 @@ def check_are_no_parts(
     """Raise ValueError if all folders are parts of a dataset, which says nothing about classes."""
     if len(names) < 2:
         return
+    if all(map(CAMERA.fullmatch, names)):
+        raise ValueError(
+            f"{path}: the folders {format_name_list(names)} are those of a camera, and no classes. Move the images of "
+            "each class into a separate folder, or set `dataset` to a table of images and labels"
+        )
     paths = [PurePosixPath(image) for image in images]
     are_numbered = len({re.sub(r"\d+", "", name) for name in names}) == 1
     if not are_numbered and not all(map(PART.fullmatch, names)):

@@ -39,6 +39,10 @@ LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_la
 FILE_NAME = "file_name"  # The column of images in metadata.csv
 SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
 BINARY_TYPES = ("binary", "large_binary", "binary_view")  # The last ones are of pandas and polars
+PIXEL_COLUMN = re.compile(r"(pixels?|px)[ _-]?\d*(x\d+)?", re.IGNORECASE)  # pixel0, ..., pixel783
+MIN_ROWS = 10  # In fewer rows, one label in each may be an accident
+MAX_CHECKED_COLUMNS = 50  # The first ones; reading all of a wide table takes minutes
+MAX_NAMED_COLUMNS = 20  # In an error about all columns of a table
 MAX_CHECKED_PATHS = 100  # First paths of a table, of which one must be a file
 
 Features = dict[str, Any]  # Type of each column, as in `datasets`
@@ -107,6 +111,8 @@ def find_label_columns(
 ) -> list[str]:
     """Find the label columns, which the first split must have; fields of objects may be such columns."""
     first = next(iter(tables.values()))
+    if not columns and not has_label_column(first.features, ()):
+        check_are_no_bits(first, image_column, dataset)
     # A column that is named twice counts once
     found = list(dict.fromkeys(columns or ())) or [
         find_column(
@@ -122,6 +128,20 @@ def find_label_columns(
     for column in found:
         check_column(first, column, f"{dataset}, split {split!r}")
     return found
+
+
+def check_are_no_bits(table: Any, image_column: str, dataset: str) -> None:
+    """Raise ValueError if a table has a column of 0 and 1 for each class, which no one has named."""
+    others = {name: each for name, each in table.features.items() if name != image_column}
+    names = [name for name, each in others.items() if not is_image_feature(each)]
+    names = names[:MAX_CHECKED_COLUMNS]
+    cells = {name: {spell_label(cell) for cell in read_column(table, name)} for name in names}
+    bits = [name for name in names if {get_bit(cell) for cell in cells[name]} == {False, True}]
+    if len(bits) > 1:
+        raise ValueError(
+            f"{dataset}: the columns {format_name_list(bits, MAX_NAMED_COLUMNS)} have 0 and 1 only. If each is a "
+            "class, set `label_column` to all of them"
+        )
 
 
 def drop_unlabeled_splits(
@@ -191,10 +211,21 @@ def find_column(
             f"{dataset} has no labels: its columns are {', '.join(features)}. Add a column label, or predict the "
             "labels with `predict`"
         )
+    numbered = [name for name in features if PIXEL_COLUMN.fullmatch(name)]
+    if kind == "image" and numbered:
+        raise ValueError(
+            f"{dataset}: the columns {format_name_list(numbered)} look like the pixels of images. Load them in "
+            "Python, as arrays [height, width]: `finetune(model, list(zip(images, labels)), folder)`"
+        )
+    remedy = (
+        "or write a table whose first line is the header, and whose columns are separated by commas, semicolons, "
+        "tabs or bars"
+    )
+    if fields := [name for name in list_fields(features) if name not in features]:
+        remedy = f"also to a field of an object ({format_name_list(fields)})"
     raise ValueError(
-        f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set "
-        f"`{kind}_column`, or write a table whose first line is the header, and whose columns are "
-        "separated by commas, semicolons, tabs or bars"
+        f"{dataset}: cannot identify the {kind} column among {format_name_list(list(features), MAX_NAMED_COLUMNS)}. "
+        f"Set `{kind}_column`, {remedy}"
     )
 
 
@@ -265,6 +296,7 @@ def read_labels(
         # Beside marks, an empty cell is no missing label.
         bits[None] = None if False in bits.values() else False
         names = {"labels": {split: name_columns(cells, split, bits) for split in tables}}
+        warn_about_one_hot(dataset, columns, list(chain(*names["labels"].values())))
     else:
         classes, names = {}, {}
         for column, parts in cells.items():
@@ -301,6 +333,17 @@ def read_labels(
         rows = {column: parts[split] for column, parts in names.items()}
         labels[split] = space.index(rows, f"{dataset}, split {split!r}")
     return space, labels
+
+
+def warn_about_one_hot(
+    dataset: str, columns: Sequence[str], labels: Sequence[list[str] | None]
+) -> None:
+    """Log a warning if each row has exactly one label, although its columns allow several."""
+    if len(labels) >= MIN_ROWS and all(each is not None and len(each) == 1 for each in labels):
+        warn_on_first_process(
+            f"WARNING: {dataset}: each row has a 1 in exactly one of the columns {format_name_list(columns)}. If an "
+            "image can have one of these labels only, write its name into one column, such as label"
+        )
 
 
 def name_columns(
@@ -421,6 +464,11 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
     """
     import datasets
 
+    if column not in dataset.features:  # A field of objects
+        texts = list(map(spell_label, read_column(dataset, column)))
+        dataset = datasets.Dataset.from_dict(
+            {column: texts}, datasets.Features({column: datasets.Value("string")})
+        )
     images = dataset.select_columns([column])
     feature = dataset.features[column]
     if mode := getattr(feature, "mode", None):

@@ -32,7 +32,7 @@ def check_contradictions(
             continue
 
         names = list(chain.from_iterable(part.images.get_names() for part in parts))
-        check_has_no_nested_copy([names[row] for row in table.index], dataset)
+        check_has_no_nested_copy(table, names, dataset)
         texts = {
             f"{names[row]} is {label!r}": None  # Several rows may say the same
             for row, label in table.sort_values("key", kind="stable")["label"].items()
@@ -63,18 +63,27 @@ def drop_unreadable(table: pd.DataFrame, parts: Collection[LabeledImages]) -> pd
     return table[~table["key"].isin(unreadable)]
 
 
-def check_has_no_nested_copy(names: Sequence[str], dataset: str) -> None:
-    """Raise ValueError if a folder contains the folders beside it again, as after unpacking an archive twice.
+def check_has_no_nested_copy(table: pd.DataFrame, names: Sequence[str], dataset: str) -> None:
+    """Raise ValueError if a folder contains only images of several other ones again.
 
-    `names` are the paths of images of which each has copies with other labels.
+    Such as an archive that was unpacked twice (flowers/flowers), or a folder of all images.
+
+    Args:
+        table: the `key` of copies with different labels; the index has their places in `names`.
+        names: the paths of all images.
+        dataset: its name in messages.
     """
-    folders = {name.partition("/")[0] for name in names}
-    known = {*names}
-    for folder in sorted(folders):
-        nested = [name for name in names if name.startswith(f"{folder}/")]
-        inner = [name.removeprefix(f"{folder}/") for name in nested]
-        if len(nested) < len(names) and known.issuperset(inner):
+    folders = pd.Series([name.partition("/")[0] for name in names])
+    sizes = folders.value_counts()
+    found = pd.DataFrame({"key": table["key"], "folder": folders[table.index]})
+    num_keys = found["key"].nunique()
+    for folder, own in found.groupby("folder"):
+        others = found[found["folder"] != folder]
+        has_all = own["key"].nunique() == num_keys and len(own) == sizes[folder]
+        if has_all and others["folder"].nunique() > 1:
+            first = own.index[0]
+            again = found.index[(found["key"] == own["key"].iloc[0]) & (found.index != first)][0]
             raise ValueError(
-                f"{dataset}: the folder {folder!r} contains images of the folders beside it again "
-                f"({nested[0]} and {inner[0]}). Move it elsewhere"
+                f"{dataset}: the folder {folder!r} contains images of the other folders again "
+                f"({names[first]} is {names[again]}). Move it elsewhere"
             )

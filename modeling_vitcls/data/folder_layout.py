@@ -129,7 +129,8 @@ def find_split_folders(root: Path, images: Sequence[str], has_classes: bool) -> 
         raise ValueError(
             f"{root}: the folders {format_name_list(sorted(nested))} contain the same folders "
             f"({format_name_list(classes)}), so they look like splits. Rename them to train, "
-            "validation and test, each with the folders of the classes; if they are the classes, set "
+            "validation and test, each with the folders of the classes; if they are days, places or people, move them "
+            f"into the folders of the classes ({classes[0]}/{min(nested)}); if they are the classes, set "
             "`group_column='none'`"
         )
     return {}

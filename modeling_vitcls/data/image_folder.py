@@ -65,6 +65,9 @@ MASK = re.compile(
 )
 # Microscopes write a file for each channel
 CHANNEL = re.compile(r"[ _.-](w|ch|channel)[ _-]?\d$", re.IGNORECASE)
+# The views of an object, such as 12_front and 12_back; numbers alone count photos
+VIEW = re.compile(r"(?P<object>.*\d)[ _-](?P<view>[a-z]+\d?)", re.IGNORECASE)
+MAX_VIEWS = 6
 PHOTOS = re.compile(r"(?<![^/])(images?|imgs?|photos?|pictures?|scans?|inputs?)/", re.IGNORECASE)
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .ndjson .parquet .tar .tsv .zip".split())
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -212,6 +215,7 @@ def read_image_folder(
     import datasets
     import pandas as pd  # Predictions of photos read this file, and need no tables
 
+    check_are_there(folder)
     split_folders = find_split_folders(folder.path, folder.images, use_labels and has_groups)
     rows = [locate_image(image, split_folders) for image in folder.images]
     places = pd.DataFrame(rows, folder.images)
@@ -241,6 +245,11 @@ def read_image_folder(
                 f"{format_name_list(repeated)}. Remove them if they are its mask, a channel or a copy, such "
                 "as thumbnails: a classifier recognizes them, so the result would be too good"
             )
+        if has_groups and not repeated and (views := find_views(list(places.index))):
+            warn_on_first_process(
+                f"WARNING: {where}: images such as {format_name_list(views)} look like views of one object, which "
+                "may be on both sides of a split. Move those of each object into a folder below its class"
+            )
         if has_groups:
             places = check_class_folders(folder.path, places, folder.tables)
         features["label"] = datasets.ClassLabel(names=sorted(set(places["label"])))
@@ -258,6 +267,19 @@ def read_image_folder(
         for split, own in places.groupby("split")
     }
     return datasets.DatasetDict({split: parts[split] for split in SPLIT_ORDER if split in parts})
+
+
+def check_are_there(folder: ImageFolder) -> None:
+    """Raise ValueError if all images are links to files that do not exist, as before `git annex get`."""
+    paths = [folder.path / image for image in folder.images]
+    if paths and all(path.is_symlink() and not path.exists() for path in paths):
+        target = str(paths[0].readlink())
+        remedy = "Restore these files"
+        if "annex" in target:
+            remedy = f"Run `git annex get {folder.path}`"
+        raise ValueError(
+            f"{folder.path}: the images are links to files that are not there, such as {target}. {remedy}"
+        )
 
 
 def find_classes(root: Path, images: Sequence[str]) -> list[str]:
@@ -304,6 +326,23 @@ def find_repeated_names(images: Sequence[str]) -> list[str]:
         if is_seen or is_mask or any(folder / path.name in known for folder in path.parent.parents):
             repeated.append(image)
     return repeated
+
+
+def find_views(images: Sequence[str]) -> list[str]:
+    """Find images that are views of one object by their names, such as 1_front.jpg and 1_back.jpg.
+
+    The words at the end of the names are few, and most objects have several of them.
+    """
+    views: dict[str, dict[str, str]] = {}  # Object -> view -> image
+    for image in images:
+        if found := VIEW.fullmatch(str(PurePosixPath(image).with_suffix(""))):
+            views.setdefault(found["object"], {})[found["view"].lower()] = image
+    words = {word for each in views.values() for word in each}
+    several = [each for each in views.values() if len(each) > 1]
+    num_images = sum(map(len, several))
+    if not several or len(words) > MAX_VIEWS or 2 * num_images < len(images):
+        return []
+    return sorted(several[0].values())
 
 
 def explain_layout(folder: ImageFolder) -> str:

@@ -207,6 +207,7 @@ def read_folder(path: Path, label_columns: Collection[str] | None, has_groups: b
         with explain_reading_errors(str(path)):
             saved = datasets.load_from_disk(path)
         return saved if isinstance(saved, dict) else {"train": saved}
+    check_configurations(path)
     for reader in dict.fromkeys(READERS.values()):
         if tables := find_tables(path, folder.metadata or folder.tables, reader):
             splits = read_tables(path, reader, tables)
@@ -217,10 +218,31 @@ def read_folder(path: Path, label_columns: Collection[str] | None, has_groups: b
             ):
                 return read_image_folder(folder, True, metadata=read_metadata(splits, path))
             return splits
-    remedy = get_remedy(folder.other_files) or (
+    others = folder.other_files
+    remedy = get_remedy(others) or (
         "Check the path, unpack archives, or save spreadsheets as CSV UTF-8"
     )
-    raise ValueError(f"{path} contains no images and no tables ({', '.join(READERS)}). {remedy}")
+    if others and not any(Path(file).suffix for file in others):
+        remedy = "Add the suffix of their format, such as .jpg, to the names of images"
+    found = f", but {format_name_list(others)}" if others else ""
+    raise ValueError(
+        f"{path} contains no images and no tables ({', '.join(READERS)}){found}. {remedy}"
+    )
+
+
+def check_configurations(path: Path) -> None:
+    """Raise ValueError for the copy of a repository of the Hub with several datasets, by its README."""
+    readme = path / "README.md"
+    if not readme.is_file():
+        return
+    header = readme.read_text(errors="replace").partition("\n---")[0]
+    names = re.findall(r"^ *-? *config_name: *[\"']?([^\"'\n]+?)[\"']? *$", header, re.MULTILINE)
+    configured = list(dict.fromkeys(names)) if "\nconfigs:" in header else []
+    if len(configured) > 1:
+        raise ValueError(
+            f"{path} has the configurations {format_name_list(configured)}, each a dataset of its own. Set "
+            "`dataset` to the folder of one, or to one of the tables"
+        )
 
 
 def has_unlabeled_rows(folder: ImageFolder, splits: Any, label_columns: Collection[str]) -> bool:

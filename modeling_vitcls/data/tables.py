@@ -20,7 +20,7 @@ from typing import Any
 from ..model.field_checks_vitcls import open_regular_file
 from ..runtime.errors import format_error, format_name_list, warn_on_first_process
 from .cells import normalize_name, spell_label
-from .images import resolve_path
+from .images import ADDRESS, resolve_path
 
 
 SEPARATORS = ",;\t|"
@@ -137,7 +137,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
             f"{file} has two columns with the same name: {', '.join(columns.values())}"
         )
     for name in columns.values():
-        if "." in name and os.path.isfile(resolve_path(file.parent, name)):  # noqa: PTH113  # False for long names
+        if is_file_name(name, file.parent):
             comment = preamble.group().rstrip("\n").rpartition("\n")[2]
             if comment.startswith("#"):
                 raise ValueError(
@@ -149,6 +149,13 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
                 f"names of the columns above it, such as file_name{separator}label"
             )
     return {name: table[column][1:].tolist() for column, name in columns.items()}
+
+
+def is_file_name(name: str, folder: Path) -> bool:
+    """Tell whether the name of a column is that of a file, or an address of an image."""
+    if ADDRESS.match(name):
+        return bool(re.search(r"\.[a-z]{3,4}$", name, re.IGNORECASE))
+    return "." in name and os.path.isfile(resolve_path(folder, name))  # noqa: PTH113  # False for long names
 
 
 def drop_types(file: Path, table: Any) -> Any:

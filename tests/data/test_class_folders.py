@@ -118,3 +118,48 @@ def test_files_of_one_photo_in_two_formats_and_channels_are_repeated() -> None:
 
 def test_numbers_at_the_end_of_a_name_are_no_channels() -> None:
     assert find_repeated_names(["a/dog_1.jpg", "a/dog_2.jpg", "a/w1.jpg", "a/w2.jpg"]) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["cat_old", "cat_checked", "Copy of cat", "backup", "Neuer Ordner"]
+)
+def test_a_folder_that_people_set_aside_is_asked_about(
+    name: str, tmp_path: Path, caplog: LogCaptureFixture
+) -> None:
+    folder = write_photos(tmp_path, "cat/1.png", "dog/1.png", f"{name}/1.png")
+    assert name in read_classes(folder)
+    assert f"classes of their own? {name}. " in caplog.text
+
+
+def test_folders_of_days_are_asked_about(tmp_path: Path, caplog: LogCaptureFixture) -> None:
+    read_classes(write_photos(tmp_path, "2024-05-01/1.png", "2024-05-02/2.png"))
+    assert "classes of their own? 2024-05-01, 2024-05-02" in caplog.text
+
+
+def test_folders_of_a_camera_are_refused(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, "100CANON/1.png", "101CANON/2.png")
+    with raises_one_line("are those of a camera, and no classes"):
+        read_classes(folder)
+
+
+def test_views_of_one_object_are_named(tmp_path: Path, caplog: LogCaptureFixture) -> None:
+    names = [
+        f"{kind}/{coin}_{side}.png" for kind in "ab" for coin in "12" for side in ("obv", "rev")
+    ]
+    read_classes(write_photos(tmp_path, *names))
+    assert "a/1_obv.png, a/1_rev.png look like views of one object" in caplog.text
+
+
+def test_photos_with_a_word_in_their_name_are_no_views(
+    tmp_path: Path, caplog: LogCaptureFixture
+) -> None:
+    read_classes(write_photos(tmp_path, "a/1_hdr.png", "a/2.png", "b/3_hdr.png", "b/4_edit.png"))
+    assert "views" not in caplog.text
+
+
+def test_links_of_git_annex_without_files_name_its_command(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").symlink_to("../.git/annex/objects/1")
+    with raises_one_line("links to files that are not there", "git annex get"):
+        read_classes(tmp_path)

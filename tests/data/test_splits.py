@@ -183,5 +183,21 @@ def test_the_same_page_of_an_error_in_two_classes_is_no_copy(tmp_path: Path) -> 
 def test_a_folder_that_contains_the_dataset_again_is_named(tmp_path: Path) -> None:
     write_photos(tmp_path, range(3))
     write_photos(tmp_path / "flowers", range(3))
-    with raises_one_line("the folder 'flowers' contains images of the folders beside it again"):
+    with raises_one_line("the folder 'flowers' contains images of the other folders again"):
+        read_undivided(tmp_path)
+
+
+def test_a_folder_of_all_images_is_named(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(2))
+    (tmp_path / "all").mkdir()
+    for file in list(tmp_path.glob("*/*.png")):
+        (tmp_path / "all" / f"{file.parent.name}{file.name}").write_bytes(file.read_bytes())
+    with raises_one_line("the folder 'all' contains images of the other folders again"):
+        read_undivided(tmp_path)
+
+
+def test_days_above_the_classes_are_sent_below_them(tmp_path: Path) -> None:
+    for day in ("2024-05-01", "2024-05-02"):
+        write_photos(tmp_path / day, range(2))
+    with raises_one_line("into the folders of the classes (cat/2024-05-01)"):
         read_undivided(tmp_path)

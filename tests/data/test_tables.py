@@ -617,3 +617,71 @@ def test_a_column_of_measurements_or_of_a_few_colors_is_not_named(
 ) -> None:
     table = write_csv(photos, ["x", "y", "y", "x"] * 3, weight=values)
     assert "groups" not in read_splits_of(table).facts
+
+
+# Tables of other programs -------------------------------------------------------------------------
+@pytest.mark.parametrize("text", ["red/round", "red+round", "red & round"])
+def test_a_line_asks_about_parts_that_are_in_other_labels(
+    text: str, photos: Path, caplog: LogCaptureFixture
+) -> None:
+    read_labels(write_csv(photos, [text, "red", "round", "n/a"]))
+    assert f"1 classes such as {text!r}" in caplog.text
+
+
+def test_one_label_in_each_row_of_several_columns_is_asked_about(
+    photos: Path, caplog: LogCaptureFixture
+) -> None:
+    bits = {"a": [1, 0, 0] * 4, "b": [0, 1, 0] * 4, "c": [0, 0, 1] * 4}
+    table = write_table(photos / "one_hot.csv", file_name=FILES, **bits)
+    read_labels(table, label_column=("a", "b", "c"))
+    assert "a 1 in exactly one of the columns a, b, c" in caplog.text
+
+
+def test_columns_of_0_and_1_are_named_as_a_remedy(photos: Path) -> None:
+    table = write_table(photos / "bits.csv", file_name=FILES[:2], a=[1, 0], b=[0, 1])
+    with raises_one_line("the columns a, b have 0 and 1 only", "set `label_column` to all of them"):
+        read_labels(table)
+
+
+def test_a_field_of_an_object_may_name_the_images(photos: Path) -> None:
+    rows = [
+        {"source": {"file": file}, "kind": {"name": "ab"[row]}}
+        for row, file in enumerate(FILES[:2])
+    ]
+    table = photos / "objects.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    with raises_one_line("a field of an object (source.file, kind.name)"):
+        read_labels(table)
+    fields = {"image_column": "source.file", "label_column": ("kind.name",)}
+    assert read_labels(table, **fields) == ["a", "b"]
+
+
+def test_an_address_is_no_name_of_a_column(photos: Path) -> None:
+    table = photos / "import.csv"
+    table.write_text("gs://bucket/0.png,cat\ngs://bucket/1.png,dog\n")
+    with raises_one_line("has no header: its first line names the file 'gs://bucket/0.png'"):
+        read_labels(table)
+
+
+def test_pixels_in_columns_are_loaded_in_python(photos: Path) -> None:
+    table = write_table(photos / "mnist.csv", label=["1"], pixel0=[0], pixel1=[255])
+    with raises_one_line(
+        "the columns pixel0, pixel1 look like the pixels", "finetune(model, list("
+    ):
+        read_labels(table)
+
+
+def test_configurations_of_a_copy_from_the_hub_are_named(tmp_path: Path) -> None:
+    for name in ("small", "large"):
+        (tmp_path / name).mkdir()
+        write_table(tmp_path / name / "train.csv", file_name=["0.png"], label=["a"])
+    configs = "".join(f"- config_name: {name}\n" for name in ("small", "large"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with raises_one_line("has the configurations small, large"):
+        read_labels(tmp_path)
+
+
+def test_files_without_a_suffix_are_named(tmp_path: Path) -> None:
+    write_files(tmp_path, "cat/1", "dog/1")
+    with raises_one_line("but cat/1, dog/1. Add the suffix of their format"):
+        read_labels(tmp_path)
