@@ -43,7 +43,7 @@ MAX_BYTES = 5 * 10**9
 TIMEOUT = 10.0  # Seconds to wait for a transaction of another command
 SHORT_TIMEOUT = 0.1  # After that, until the first transaction that succeeds
 SECONDS_BETWEEN_WRITES = 1.0
-MAX_WAITING = 10_000  # Rows; about 60 MB of a ViT-S
+MAX_WAITING = 10_000  # Rows; 250 MB of a ViT-S. Those of later photos are not kept
 DIGEST_SIZE = 8
 FILE_ERRORS = (sqlite3.Error, UnicodeError)  # A damaged schema has other bytes than text
 # Errors that pass: the rows are tried again
@@ -67,6 +67,8 @@ REMOVE_OLDEST = """
 REMOVE_ONE = "DELETE FROM features WHERE pass = ? AND photo = ?"
 UNUSED_DAYS = 30  # After which a pass removes rows of its own kind, too
 MAX_REMOVALS = 100  # Of 20 rows each, in one transaction
+SAID: set[tuple[Path, str]] = set()  # In this process
+SAID_LOCK = threading.Lock()  # Threads read
 
 
 class FeatureStore:
@@ -93,8 +95,6 @@ class FeatureStore:
         self.num_dropped = 0  # New rows that would have waited for too long
         self.last_write = time.monotonic()
         self.today = int(time.time() // 86_400)
-        self.lock = threading.Lock()  # Threads read
-        self.has_spoken = False
         self.connection: sqlite3.Connection | None = None
         try:
             self.connection = self.open()
@@ -137,14 +137,13 @@ class FeatureStore:
         )
 
     def say(self, message: str, addition: str = "") -> None:
-        """Say one line, whatever the number of threads that find the cause."""
-        with self.lock:
-            has_spoken, self.has_spoken = self.has_spoken, True
-        if not has_spoken:
-            warn_on_first_process(
-                f"features of photos are not kept in {self.file}{addition}: {message} {CACHE_VARIABLE} to "
-                "another folder or to `none`"
-            )
+        """Say why the file is not used."""
+        say_once(
+            self.file,
+            "unused",
+            f"features of photos are not kept in {self.file}{addition}: {message} {CACHE_VARIABLE} to "
+            "another folder or to `none`",
+        )
 
     def prepare(self, index: int, image: Any, decode: Callable[[], Any]) -> Any:
         """Return what a photo has left, [F], or else what `decode` returns; called by threads.
@@ -188,7 +187,8 @@ class FeatureStore:
         if not (values and has_size and content == self.sign(photo, values)):
             return None
         self.found.append(photo)
-        if day != self.today:  # It was used again
+        # It was used again
+        if day != self.today and len(self.waiting) < MAX_WAITING:
             self.waiting.append((self.key, photo, self.today, content))
         return torch.frombuffer(bytearray(values), dtype=torch.float32)
 
@@ -279,17 +279,31 @@ class FeatureStore:
             return
         self.connection.execute(f"PRAGMA busy_timeout = {TIMEOUT * 1000:.0f}")
         self.flush()
+        new = {row[1] for row in self.waiting}.difference(self.found)
+        if num_lost := self.num_dropped + len(new):
+            say_once(
+                self.file,
+                "late",
+                f"the features of {num_lost:,} photos are not kept, because {self.file} could not be "
+                "written for too long. The next run computes them again",
+            )
         if self.num_refused:
             num_kept = len(self.found) + self.num_kept
-            warn_on_first_process(
+            say_once(
+                self.file,
+                "full",
                 f"the store of features is full: {num_kept:,} of {num_kept + self.num_refused:,} photos are kept "
-                f"in {self.file}. Set {SIZE_VARIABLE} to more than {get_max_bytes() / 1e9:g} (GB)"
+                f"in {self.file}. Set {SIZE_VARIABLE} to more than {get_max_bytes() / 1e9:g} (GB)",
             )
-        if self.num_dropped:
-            warn_on_first_process(
-                f"the features of {self.num_dropped:,} photos are not kept, because {self.file} could not be "
-                "written for too long. The next run computes them again"
-            )
+
+
+def say_once(file: Path, fact: str, message: str) -> None:
+    """Say one line about each fact of a file, whatever the number of passes and threads of a run."""
+    with SAID_LOCK:
+        is_new = (file, fact) not in SAID
+        SAID.add((file, fact))
+    if is_new:
+        warn_on_first_process(message)
 
 
 def check_is_own(path: Path, is_kind: Callable[[int], bool]) -> None:

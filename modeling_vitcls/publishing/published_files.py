@@ -11,6 +11,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from ..hub.loading import split_revision
 from ..hub.model_code import SEPARATOR, get_code_version
 from ..hub.model_files import (
@@ -144,6 +146,23 @@ def list_published_files(folder: ModelFolder) -> set[str]:
                 f"itself. Copy the folder (cp -rL {folder.path} COPY), and push the copy"
             )
     return files
+
+
+def check_weights(folder: ModelFolder) -> None:
+    """Raise ValueError if a weight is NaN or infinite: every answer of the model would be.
+
+    Each weight is read once (a second for 1 GB), one at a time.
+    """
+    for file in folder.weight_files:
+        if not (folder.path / file).is_file():
+            continue
+        with safe_open(folder.path / file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # No dictionary
+                if not weights.get_tensor(name).isfinite().all():
+                    raise ValueError(
+                        f"{name} in {folder.path / file} has values that are not finite, so the "
+                        "model has no answers. Train it again, or push an earlier checkpoint"
+                    )
 
 
 def read_code_license() -> str:

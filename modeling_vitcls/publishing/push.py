@@ -45,7 +45,7 @@ from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list
 from ..runtime.flags import to_arguments
 from .card_parts import find_license, merge
-from .published_files import DELETE_PATTERNS, collect_files
+from .published_files import DELETE_PATTERNS, check_weights, collect_files
 
 
 # Maximum time without a response, in seconds; the duration of an upload is not limited.
@@ -187,7 +187,7 @@ def push_folder(
         settings: Other fields of `Destination`, such as `branch`.
 
     Raises:
-        ValueError: As in `collect_files` and `find_code`.
+        ValueError: As in `collect_files`, `find_code` and `check_weights`.
         PushError: If the push fails. The message is a single line and ends with the command that
             completes the push.
     """
@@ -207,6 +207,7 @@ def push_folder(
     code_from = find_code(folder, code_from)
     advice = f"The model is saved in {path}; finish with: {command}"
     # A folder that cannot be published creates no repository
+    check_weights(folder)
     files = collect_files(folder, repo_id, license_id, card_samples, code_from)
 
     branch = open_branch(destination, advice)
@@ -215,7 +216,8 @@ def push_folder(
     if set_license and license_id is None and is_unknown:  # The text says it, too
         files = collect_files(folder, repo_id, set_license, card_samples, code_from)
     merged = merge_card(files, branch, destination)
-    return commit_files(merged, branch, destination, DELETE_PATTERNS, advice)
+    hashes = folder.weights_sha256 or {}
+    return commit_files(merged, branch, destination, DELETE_PATTERNS, advice, hashes)
 
 
 def upload_files(
@@ -282,6 +284,7 @@ def commit_files(
     destination: Destination,
     delete_patterns: list[str],
     advice: str,
+    hashes: Mapping[str, str] | None = None,
 ) -> PushedCommit:
     """Upload files in one commit. If nothing has changed, no commit is made.
 
@@ -291,9 +294,11 @@ def commit_files(
         destination: The repository.
         delete_patterns: Patterns of files to remove from the repository unless they are uploaded.
         advice: How to finish a failed push.
+        hashes: Name -> SHA-256 of the files that the card and the results describe.
 
     Raises:
-        PushError: If the push fails. The message is a single line and ends with `advice`.
+        PushError: If the push fails, or a file has another hash by now. The message is a single
+            line and ends with `advice`.
     """
     repo_id, info = destination.repo_id, branch.info
     outdated = set(filter_repo_objects(branch.names, allow_patterns=delete_patterns))
@@ -301,7 +306,16 @@ def commit_files(
         CommitOperationDelete(name)
         for name in sorted(outdated - files.keys() - {GIT_ATTRIBUTES_FILE})
     ]
-    operations += [CommitOperationAdd(name, content) for name, content in files.items()]
+    additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+    # The Hub accepts no other content than what has been hashed here
+    for each in additions:
+        sha256 = each.upload_info.sha256.hex()
+        if (hashes or {}).get(each.path_in_repo, sha256) != sha256:
+            raise PushError(
+                f"{each.path_in_repo} was replaced while the push was prepared, and {CARD_FILE} "
+                f"describes what was there before. {advice}"
+            )
+    operations += additions
     with raise_push_errors(destination, advice) as api:
         commit = api.create_commit(
             repo_id,

@@ -28,7 +28,7 @@ from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance, find_provenance
 from .card import render_card
 from .card_parts import find_license, is_template
-from .published_files import DELETE_PATTERNS, collect_files
+from .published_files import DELETE_PATTERNS, check_weights, collect_files
 from .push import (
     Branch,
     Destination,
@@ -76,6 +76,7 @@ def push_saved_model(
         settings: `revision`, `create_pr`, `token`, `commit_message` and `commit_description`.
 
     Raises:
+        ValueError: As in `check_weights`.
         PushError: If the push fails. The message is a single line.
     """
     path = Path(working_dir)
@@ -90,8 +91,9 @@ def push_saved_model(
         description=settings.get("commit_description"),
         token=settings.get("token"),
     )
-    branch = open_branch(destination, ADVICE)
     folder = ModelFolder(path, repo_id)
+    check_weights(folder)
+    branch = open_branch(destination, ADVICE)
     folder.provenance = find_origin(model.name_or_path, branch)
     # transformers took it from the repository, or made an empty one, and added the tags
     tagged = (path / CARD_FILE).read_text(encoding="utf-8")

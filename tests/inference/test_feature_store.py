@@ -1,9 +1,12 @@
 """The file of kept features: what it returns, and what happens to a command if it is unusual."""
 
 import os
+import signal
 import sqlite3
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,15 @@ def test_a_pass_never_removes_its_own_rows_and_says_how_many_it_keeps(
     assert "VITCLS_CACHE_SIZE" in message
 
 
+def test_passes_of_one_run_say_one_line_about_a_full_store(
+    file: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VITCLS_CACHE_SIZE", "0.0003")
+    write(file, 50)
+    write(file, 80)
+    assert len(caplog.messages) == 1
+
+
 def test_rows_wait_while_another_command_holds_the_file(
     file: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
@@ -129,25 +141,69 @@ def test_rows_wait_while_another_command_holds_the_file(
     assert "Remove the file" not in message
 
 
-def test_a_bounded_number_of_rows_waits_and_the_others_are_counted(
-    file: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
-) -> None:
+@pytest.fixture
+def locked(file: Path, monkeypatch: MonkeyPatch) -> Iterator[sqlite3.Connection]:
+    """Lock the file as another command does in a transaction, and let 5 rows wait at most."""
     monkeypatch.setattr(feature_store, "TIMEOUT", 0.01)
-    monkeypatch.setattr(feature_store, "MAX_WAITING", 3)
+    monkeypatch.setattr(feature_store, "SHORT_TIMEOUT", 0.01)
+    monkeypatch.setattr(feature_store, "MAX_WAITING", 5)
+    other = sqlite3.connect(file)
+    other.execute("BEGIN IMMEDIATE")
+    yield other
+    other.close()
+
+
+def write_one(store: FeatureStore, number: int) -> None:
+    store.prepare(number, str(number).encode(), dict)
+    store.write([number], torch.full((1, 2000), number))
+    store.flush()
+
+
+def test_the_rows_that_wait_for_a_locked_file_are_limited_and_the_others_are_said(
+    file: Path, locked: sqlite3.Connection, caplog: LogCaptureFixture
+) -> None:
     store = FeatureStore(file, b"key")
-    with sqlite3.connect(file) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        for number in range(50, 60):
-            store.prepare(number, str(number).encode(), dict)
-        store.write(range(50, 60), torch.arange(50, 60).repeat(2000, 1).T)
-        store.flush()
+    for number in range(50, 60):
+        write_one(store, number)
+    assert len(store.waiting) == 5
+    locked.rollback()
+    write_one(store, 60)  # The lock is gone: dropped, but what waits is written
+    write_one(store, 61)
     store.close()
-    assert [number for number in list_found(FeatureStore(file, b"key")) if number >= 50] == [
-        50,
-        51,
-        52,
-    ]
-    assert "the features of 7 photos are not kept" in caplog.messages[-1]
+    assert {*list_found(FeatureStore(file, b"key"))} == {*range(20), *range(50, 55), 61}
+    assert "features of 6 photos are not kept" in caplog.messages[-1]
+
+
+def test_known_photos_that_wait_for_a_locked_file_are_limited_too(
+    file: Path, locked: sqlite3.Connection
+) -> None:
+    store = FeatureStore(file, b"key")
+    store.today += 1  # Their date is to be written
+    assert len(list_found(store)) == NUM_PHOTOS
+    assert len(store.waiting) == 5
+
+
+def write_for_ever(store: FeatureStore) -> None:
+    """Write rows of 50 photos again and again, and say which ones the file has."""
+    for number in count():
+        write_one(store, 50 + number % 49)
+        store.file.with_name(f"written-{50 + number}").touch()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that was forked")
+def test_a_killed_writer_loses_no_row_that_was_written(file: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            write_for_ever(FeatureStore(file, b"key"))
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 60
+    while not file.with_name("written-60").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert {*range(NUM_PHOTOS), *range(50, 61)} <= {*list_found(FeatureStore(file, b"key"))}
 
 
 def test_threads_say_one_line_about_a_damaged_file(file: Path, caplog: LogCaptureFixture) -> None:

@@ -19,16 +19,19 @@ from huggingface_hub import HfApi, ModelCard, get_session
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, Trainer, TrainingArguments
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.publishing import push as push_module
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.push import (
     PushedCommit,
     PushError,
     build_push_command,
+    open_branch,
     prepare_repository,
     push_folder,
 )
@@ -134,6 +137,33 @@ def test_the_target_of_a_link_is_not_pushed(
     assert run_push_command(folder) == 1
     check_error(capsys, name, "is a link")
     assert not hub.repositories
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_pushed(
+    hub: LocalHub, folder: Path, value: float
+) -> None:
+    weights = load_file(folder / WEIGHTS)
+    weights["classifier.weight"][0, 0] = value
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    with raises_one_line("classifier.weight", "not finite"):
+        push(folder)
+    assert not hub.repositories
+
+
+def test_weights_that_are_replaced_while_a_push_is_prepared_are_not_pushed(
+    hub: LocalHub, folder: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """The card and the results describe what was there before."""
+
+    def open_late(*arguments: Any) -> Any:
+        replace_weights(folder)
+        return open_branch(*arguments)
+
+    monkeypatch.setattr(push_module, "open_branch", open_late)
+    with raises_one_line("was replaced", "finish with: vitcls push", error=PushError):
+        push(folder)
+    assert WEIGHTS not in hub.files("ann/model")
 
 
 def test_a_push_under_a_license_that_the_weights_have_not_creates_no_repository(
