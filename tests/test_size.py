@@ -27,13 +27,7 @@ LAYOUT = {
 }
 
 # Functions above a limit, which wait for someone to divide them. Nothing is added here.
-LONG = {
-    "additions/add_class.py:build_classes",
-    "evaluation/evaluate.py:evaluate_checkpoint",
-    "inference/predict.py:predict_images",
-    "training/run.py:train",
-    "training/steps_run.py:run_steps",
-}
+LONG: set[str] = set()
 # The first is transformers' signature; the others draw a page or a bar
 MANY_PARAMETERS = {
     "model/blocks_vitcls.py:eager_attention_forward",

@@ -5,6 +5,7 @@ the mean of its images, multiplied by the precision matrix that the old classes 
 """
 
 import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -37,18 +38,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
             no class statistics.
     """
     model = old.model
-    statistics = ClassStatistics.from_model(model)
-    if statistics is None:
-        raise ValueError(
-            f"add-class requires class statistics, which a run with one label per image and CLS or mean "
-            f"pooling stores: {options.model} has none. Run vitcls finetune --model {options.model} so, or "
-            "use vitcls add-task"
-        )
-    if np.count_nonzero(statistics.counts) == 1:
-        raise ValueError(
-            f"add-class requires photos of two old classes, but those of {options.model} are all of one. Train "
-            "with both again"
-        )
+    statistics = read_statistics(model, options.model)
     label_space, splits = load_new_images(options, get_label_space(model.config).names)
     images = splits.train
     if num_trained := int(find_trained_images(images, read_splits(old.folder)).sum()):
@@ -74,11 +64,9 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         features.get_tokens(), features.labels, len(names), features.groups, threshold
     )
     weight, bias = build_class_rows(statistics, all_statistics, features)
-    # A task may have such a name
-    names_of_heads = (f"added_classes_{number:03d}" for number in itertools.count(1))
     extended = append_head(
         model,
-        next(name for name in names_of_heads if name not in (model.config.extra_heads or {})),
+        find_free_name(model.config.extra_heads or {}),
         statistics.tokens,
         names,
         weight,
@@ -103,10 +91,9 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     if not can_measure.any():
         record["missing_reason"] = "a page has asked about all images when a model was unsure"
     if len(measured):
-        left_out = features.take(measured)
         left_out = replace(
-            left_out,
-            labels=len(statistics.counts) + left_out.labels,
+            features.take(measured),
+            labels=len(statistics.counts) + features.labels[measured],
             logits=logits[measured].astype(np.float32),
         )
         predictions = build_predictions(get_label_space(extended.config), left_out)
@@ -116,12 +103,39 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         rows = build_rows(predictions)
         if threshold is not None:
             record["num_unknown"] = int((distances[measured] > threshold).sum())
-        if unmeasured := np.setdiff1d(features.labels, features.labels[measured]).tolist():
-            warn_on_first_process(
-                f"no result measures {format_name_list([names[label] for label in unmeasured])}, "
-                "because the class has one image or one group, or none that is counted. Add images"
-            )
+        warn_about_unmeasured(names, np.setdiff1d(features.labels, features.labels[measured]))
     return Addition(extended, record, {"train": images}, trained_scenes, rows)
+
+
+def find_free_name(heads: Collection[str]) -> str:
+    """Find a name for the head of the new classes; a task may have such a name."""
+    names = (f"added_classes_{number:03d}" for number in itertools.count(1))
+    return next(name for name in names if name not in heads)
+
+
+def read_statistics(model: Any, name: str) -> ClassStatistics:
+    """Read the class statistics of a model, named `name`; raise ValueError without two classes."""
+    statistics = ClassStatistics.from_model(model)
+    if statistics is None:
+        raise ValueError(
+            f"add-class requires class statistics, which a run with one label per image and CLS or mean "
+            f"pooling stores: {name} has none. Run vitcls finetune --model {name} so, or use vitcls add-task"
+        )
+    if np.count_nonzero(statistics.counts) == 1:
+        raise ValueError(
+            f"add-class requires photos of two old classes, but those of {name} are all of one. Train "
+            "with both again"
+        )
+    return statistics
+
+
+def warn_about_unmeasured(names: Sequence[str], labels: np.ndarray) -> None:
+    """Name the new classes, by their labels, that no left-out image measures."""
+    if len(labels):
+        warn_on_first_process(
+            f"no result measures {format_name_list([names[label] for label in labels.tolist()])}, "
+            "because the class has one image or one group, or none that is counted. Add images"
+        )
 
 
 def load_new_images(options: AddClassOptions, old_names: list[str]) -> tuple[LabelSpace, Dataset]:

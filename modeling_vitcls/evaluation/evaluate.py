@@ -27,6 +27,7 @@ from ..data.evaluation_data import (
     load_evaluation_data,
     load_photographs,
 )
+from ..data.images import LabeledImages
 from ..data.labels import (
     UNLABELED,
     LabelSpace,
@@ -38,10 +39,10 @@ from ..data.labels import (
 from ..data.options import DataOptions
 from ..data.sources import load_on_main
 from ..data.splits_table import read_splits, select_task
-from ..frozen.scenes import read_scenes
+from ..frozen.scenes import TrainedScenes, read_scenes
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
-from ..inference.features import FeatureLayout, FrozenEncoder
+from ..inference.features import FeatureLayout, Features, FrozenEncoder
 from ..inference.load_model import load_for_inference
 from ..inference.metrics import drop_intervals
 from ..inference.options import EvaluateOptions
@@ -55,6 +56,7 @@ from ..runtime.files import escape_csv_cell, write_json
 from ..runtime.progress import build_console, print_warning
 from ..runtime.system import describe_device, get_versions
 from .evaluator import (
+    Predictions,
     build_predictions,
     build_rows,
     count_in_trained_scenes,
@@ -95,13 +97,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     config = model.config
     if options.task is not None:
         config = build_task_config(config, options.task)
-    check_is_classifier(config)
-    check_threshold(options.threshold, config)
+    check_can_evaluate(options, config)
     label_space = get_label_space(config)
-    if options.per_image is not None and config.tasks:
-        raise ValueError(
-            "`per_image` requires a model of one task. Use `vitcls predict --dataset` for several tasks"
-        )
 
     data = load_data(options, label_space, folder, options.split, options.task, options.max_images)
     trained_scenes = read_scenes(folder).get(options.task or "")
@@ -125,23 +122,12 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
     start_time = time.perf_counter()
     features = encoder.compute_features(data.images, layout, select, console=console)
-    outputs = features
-    if trained_scenes is not None:  # Each shot of a scene is little further evidence
-        outputs = replace(features, groups=trained_scenes.join_shots(features))
     threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
-    predictions = build_predictions(label_space, outputs, threshold)
-    if trained_scenes is not None:
-        near = trained_scenes.recognize(features)
-        predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(near, predictions)
+    predictions = build_predictions_by_scene(label_space, features, threshold, trained_scenes)
     seconds = time.perf_counter() - start_time
     if data.outside and config.distance_threshold is not None and model.distance_layers:
-        distances = encoder.compute_features(
-            data.outside, layout, lambda outputs: outputs.distance[:, None]
-        ).logits
-        predictions.metrics["outside"] = {
-            "num_images": len(distances),
-            "num_unknown": int((distances > config.distance_threshold).sum()),
-        }
+        found = measure_outside(encoder, data.outside, layout, config.distance_threshold)
+        predictions.metrics["outside"] = found
     if options.split and data.num_trained:
         drop_intervals(predictions.metrics)
     if options.answers:
@@ -166,15 +152,59 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         # First the files: `| head` ends the process when it has enough lines
-        if options.per_image is not None:
-            write_rows(options.per_image, build_rows(predictions), results["weights_sha256"])
-            console.print(f"saved {options.per_image}", markup=False)
-        if options.output is not None:
-            write_json(options.output, results)
-            console.print(f"saved {options.output}", markup=False)
+        write_files(options, predictions, results, console)
     print_results(results, data.description, console)
     accelerator.end_training()
     return results
+
+
+def check_can_evaluate(options: EvaluateOptions, config: Any) -> None:
+    """Raise ValueError if the model is no classifier, or flags are for another kind of labels."""
+    check_is_classifier(config)
+    check_threshold(options.threshold, config)
+    if options.per_image is not None and config.tasks:
+        raise ValueError(
+            "`per_image` requires a model of one task. Use `vitcls predict --dataset` for several tasks"
+        )
+
+
+def build_predictions_by_scene(
+    label_space: LabelSpace,
+    features: Features,
+    threshold: float,
+    trained_scenes: TrainedScenes | None,
+) -> Predictions:
+    """Measure the logits; photos of one scene count once, and those of trained scenes are counted apart."""
+    if trained_scenes is None:
+        return build_predictions(label_space, features, threshold)
+    # Each shot of a scene is little further evidence
+    outputs = replace(features, groups=trained_scenes.join_shots(features))
+    predictions = build_predictions(label_space, outputs, threshold)
+    near = trained_scenes.recognize(features)
+    predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(near, predictions)
+    return predictions
+
+
+def measure_outside(
+    encoder: FrozenEncoder, images: LabeledImages, layout: FeatureLayout, threshold: float
+) -> dict[str, int]:
+    """Count the photos that show none of the classes, and those of them that are `unknown`."""
+    distances = encoder.compute_features(
+        images, layout, lambda outputs: outputs.distance[:, None]
+    ).logits
+    return {"num_images": len(distances), "num_unknown": int((distances > threshold).sum())}
+
+
+def write_files(
+    options: EvaluateOptions, predictions: Predictions, results: dict[str, Any], console: Console
+) -> None:
+    """Write the rows of images and the results, if they are asked for."""
+    if options.per_image is not None:
+        write_rows(options.per_image, build_rows(predictions), results["weights_sha256"])
+        console.print(f"saved {options.per_image}", markup=False)
+    if options.output is not None:
+        write_json(options.output, results)
+        console.print(f"saved {options.output}", markup=False)
 
 
 def set_up_evaluation(

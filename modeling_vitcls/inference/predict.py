@@ -66,18 +66,9 @@ def predict_images(options: PredictOptions) -> list[Row]:
     rows = compute_rows(accelerator, predictor, records)
     answered: Counter[Answered] = Counter()
     if options.answers:
-        from ..data import answers as pages  # imports pandas
-
         columns["source"] = pa.string()
-        answers = pages.read_answers(options.answers)
-        names = ["", *predictor.folder.config.id2label.values()]
-        answers["label"] = pages.match_classes(answers["label"], names)
-        if others := {*answers["label"]}.difference(names):
-            warn_on_first_process(
-                "`answers` has labels that are no classes of the model: "
-                f"{pages.format_unknown_labels(others, names)}. Correct them, or train the model with them"
-            )
-        rows = apply_labels(rows, answers.to_dict("index"), answered)
+        names = list(predictor.folder.config.id2label.values())
+        rows = apply_labels(rows, read_answers_of(options.answers, names), answered)
     if options.output is None:
         summary = list(rows)
         if accelerator.is_main_process:
@@ -97,10 +88,7 @@ def predict_images(options: PredictOptions) -> list[Row]:
     if accelerator.is_main_process and options.output is not None:
         print(f"{options.output}: {num_images - len(failed):,} of {num_images:,} images predicted")
     if options.answers and accelerator.is_main_process:
-        if not any(row["source"] == "person" for row in summary):
-            warn_on_first_process(pages.NO_PHOTOS)
-        settled, answered = drop_settled(answered)
-        print(describe_labels(answered, num_images - len(failed) - num_trained - settled))
+        print_answered(summary, answered, num_images - len(failed) - num_trained)
     if left_out:
         warn_on_first_process(
             f"left out: {format_name_list(left_out)}. To predict their images, pass these folders"
@@ -111,7 +99,18 @@ def predict_images(options: PredictOptions) -> list[Row]:
             "nothing. Predict other images, or see the result of the run"
         )
     accelerator.end_training()
+    check_predicted(options, records, failed)
+    return summary
 
+
+def check_predicted(
+    options: PredictOptions, records: Sequence[ImageRecord], failed: list[int]
+) -> None:
+    """Raise ValueError if no image has a prediction, or not every image with `strict`, or a file does not exist.
+
+    `failed` are the indices of the records without a prediction.
+    """
+    num_images = len(records)
     if failed and (options.strict or len(failed) == num_images):
         raise ValueError(
             f"{len(failed):,} of the {num_images:,} images have no prediction. See the column "
@@ -124,7 +123,34 @@ def predict_images(options: PredictOptions) -> list[Row]:
             f"{len(missing_files):,} of the {num_images:,} images do not exist: "
             f"{format_name_list(missing_files)}. Check the paths"
         )
-    return summary
+
+
+def print_answered(rows: Sequence[Row], answered: Counter[Answered], num_new: int) -> None:
+    """Say how much of a table is a person's, and how much of the rest is right.
+
+    `num_new` is the number of predicted images that did not train the model.
+    """
+    if not any(row["source"] == "person" for row in rows):
+        from ..data.answers import NO_PHOTOS  # imports pandas
+
+        warn_on_first_process(NO_PHOTOS)
+    settled, answered = drop_settled(answered)
+    print(describe_labels(answered, num_new - settled))
+
+
+def read_answers_of(files: Sequence[str], class_names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Read the answers of a person, by checksum; labels that are no classes are named."""
+    from ..data import answers as pages  # imports pandas
+
+    answers = pages.read_answers(files)
+    names = ["", *class_names]
+    answers["label"] = pages.match_classes(answers["label"], names)
+    if others := {*answers["label"]}.difference(names):
+        warn_on_first_process(
+            "`answers` has labels that are no classes of the model: "
+            f"{pages.format_unknown_labels(others, names)}. Correct them, or train the model with them"
+        )
+    return answers.to_dict("index")  # type: ignore[no-any-return]
 
 
 def apply_labels(

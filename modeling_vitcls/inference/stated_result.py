@@ -86,10 +86,10 @@ def state_result(
         format_label: formats the name of a class.
     """
     value, num_images = metrics[name], metrics["num_images"]
-    text = format_percent(value, num_images)
+    text = format_metric(name, value, num_images)
     bounds = None
     if interval := metrics.get(f"{name}_interval"):
-        low, high = (format_percent(each, num_images).removesuffix("%") for each in interval)
+        low, high = (format_metric(name, each, num_images).removesuffix("%") for each in interval)
         bounds = f"{low} to {high}"
     if not counts_images(metrics, name):
         return text if bounds is None else f"{text} ({bounds})"
@@ -139,6 +139,13 @@ def compare_with_guess(metrics: MetricValues, format_label: Callable[[str], str]
 def counts_images(metrics: MetricValues, name: str) -> bool:
     """Check whether a metric is a part of the images. A mean over tasks is none."""
     return bool(METRICS[name].count_text) and not metrics.get("tasks")
+
+
+def format_metric(name: str, value: float | None, num_images: int) -> str:
+    """Format a metric as its row of `METRICS` says: as a percentage, or with three decimals."""
+    if METRICS[name].is_share or value is None:
+        return format_percent(value, num_images)
+    return f"{value:.3f}"
 
 
 def format_percent(value: float | None, num_images: int) -> str:

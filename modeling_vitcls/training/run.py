@@ -51,15 +51,9 @@ def train(asked: FinetuneOptions) -> Path:
             resumed, or the disk is full.
         RunStopped: after a signal or a non-finite loss, or if the model cannot be written.
     """
-    # What was asked is checked before anything else is done.
     asked = convert_sources(asked, resolve_name)
-    check_model_flags(
-        asked.model, asked.model_config or (), asked.trainable, asked.token_fade_in_steps
-    )
+    check_asked(asked)  # Before anything else is done
     folder = asked.output_dir
-    for dataset in (asked.dataset, *asked.more_data):
-        check_output_is_not_read(folder, dataset)
-
     accelerator = build_accelerator(
         asked.gradient_accumulation_steps,
         asked.mixed_precision,
@@ -72,12 +66,6 @@ def train(asked: FinetuneOptions) -> Path:
     store = CheckpointStore(
         folder / CHECKPOINTS_FOLDER, asked.keep_checkpoints or NUM_KEPT_DURING_RUN
     )
-
-    def clean_up() -> None:
-        """Remove what a complete run no longer needs: checkpoints, and what a killed one was writing."""
-        shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
-        if asked.keep_checkpoints is None:
-            store.clear()
 
     # Held until the last file is in its place: two runs in one folder would mix their checkpoints.
     with ExitStack() as stack:
@@ -97,7 +85,7 @@ def train(asked: FinetuneOptions) -> Path:
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
         if recorded is not None and checkpoint is None:
-            run_on_main(clean_up)
+            run_on_main(clean_up, asked, store)
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
@@ -126,13 +114,29 @@ def train(asked: FinetuneOptions) -> Path:
         results = build_results(inputs, outcome, record)
         save_output(folder, inputs, outcome, results)
         # After the folder is whole, because --resume needs the checkpoints until then.
-        run_on_main(clean_up)
+        run_on_main(clean_up, asked, store)
         print_result(inputs.model.config, outcome, plan, reporter)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
         accelerator.free_memory()
         accelerator.end_training()
         return folder
+
+
+def clean_up(asked: FinetuneOptions, store: CheckpointStore) -> None:
+    """Remove what a complete run no longer needs: checkpoints, and what a killed one was writing."""
+    shutil.rmtree(asked.output_dir / STAGING_FOLDER, ignore_errors=True)
+    if asked.keep_checkpoints is None:
+        store.clear()
+
+
+def check_asked(asked: FinetuneOptions) -> None:
+    """Raise ValueError if flags of the model contradict one another, or the output is a part of the data."""
+    check_model_flags(
+        asked.model, asked.model_config or (), asked.trainable, asked.token_fade_in_steps
+    )
+    for dataset in (asked.dataset, *asked.more_data):
+        check_output_is_not_read(asked.output_dir, dataset)
 
 
 def divide_run(

@@ -13,7 +13,7 @@ from ..data.batches import Batch, Normalizer, TrainingImages, iterate_training_b
 from ..data.splits import TrainingData
 from ..data.splits_table import find_trained_images
 from ..data.workers import explain_worker_errors
-from ..evaluation.evaluator import Evaluator, build_predictions
+from ..evaluation.evaluator import Evaluator, Predictions, build_predictions
 from ..frozen.head_search import (
     EncodedImages,
     describe_frozen,
@@ -26,7 +26,7 @@ from ..inference.token_names import read_fade_in
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import configure_layer_sharding
 from ..speed.packed import count_output_tokens
-from .calibration import Calibration, calibrate
+from .calibration import Calibration, MeasuredClassifier, calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import distribute_like, reshard
 from .loop import Evaluate, TrainingLoop, build_batch_plan
@@ -68,7 +68,7 @@ def run_steps(
         reporter: output of the run.
     """
     options = plan.options
-    start = record["start"]
+    start = dict(record["start"])
     held_out = Evaluator(data.held_out, **inputs.pass_arguments)
     if inputs.teacher is not None and len(data.held_out) and checkpoint is None:
         start["teacher_accuracy"] = measure(inputs.teacher, inputs.model, held_out)["accuracy"]
@@ -90,7 +90,7 @@ def run_steps(
             store=store,
             signals=signals,
             evaluate_model=selection,
-            run_metadata=record,
+            run_metadata=record | {"start": start},
         )
         # An iterator that is only forgotten would leave its data loading processes running.
         with closing(batches), computing_tokens_of_heads(inputs.model):
@@ -106,36 +106,23 @@ def run_steps(
     model = loop.model.eval()
     exclude_unreadable_classes(inputs.model, data, loop.unreadable_images, reporter)
 
-    predictions = heads_text = None
+    predictions, heads_text = None, None
     calibration = Calibration(None, "")
-    has_one_label = data.label_space.kind == "single_label_classification"
-    if has_one_label and len(data.held_out):
-        inference = options.get_config_values().get("distillation_inference")
-        measured = calibrate(inputs.model, model, held_out, selection, inference)
+    if len(data.held_out):
+        measured = measure_classifier(inputs, data, model, held_out, selection)
         predictions, calibration = measured.predictions, measured.calibration
         heads_text = measured.heads_text
-    # The last evaluation of the loop may be of other weights, or of the images that select.
-    elif len(data.held_out):
-        predictions = held_out.predict(model)
-    if predictions is not None:
         metrics = predictions.metrics
-        if options.answers:
-            metrics.update(data.build_counted_record())
     reporter.accelerator.log(select_scalars(metrics, "saved_"), step=loop.step)
     if data.label_space.kind == "multi_task":
         predictions = None
     if predictions is not None and options.flip:
-        mirrored = held_out.predict(model, is_mirrored=True)
-        if (part := (predictions.answers != mirrored.answers).mean()) > MAX_MIRRORED:
-            reporter.warn(
-                f"{part:.0%} of the held-out predictions change if the images are mirrored, and the model was trained "
-                "on mirror images. If left and right matter, set `flip=False`"
-            )
+        warn_about_mirrors(predictions, held_out.predict(model, is_mirrored=True), reporter)
     reshard(model)
     tokens, tokens_text, predictions = measure_tokens(inputs, data.held_out, predictions)
     # After the measurement, which a distance to the classes would only slow down.
     trained_scenes = unknown_text = None
-    if has_one_label and not isinstance(model, FSDPModule):
+    if data.label_space.kind == "single_label_classification" and not isinstance(model, FSDPModule):
         statistics = store_statistics(inputs, data)
         trained_scenes, unknown_text = statistics.trained_scenes, statistics.unknown_text
 
@@ -165,6 +152,36 @@ def run_steps(
             "unknown": unknown_text,
         },
     )
+
+
+def measure_classifier(
+    inputs: RunInputs, data: TrainingData, model: Any, held_out: Evaluator, selection: Evaluator
+) -> MeasuredClassifier:
+    """Measure what is saved on held-out images: the last evaluation of the loop may be of other weights.
+
+    Args:
+        inputs, data: of the run.
+        model: the classifier, which may be wrapped, in evaluation mode.
+        held_out: images that did not train it.
+        selection: images to fit the temperature of one label per image to.
+    """
+    if data.label_space.kind == "single_label_classification":
+        inference = inputs.options.get_config_values().get("distillation_inference")
+        measured = calibrate(inputs.model, model, held_out, selection, inference)
+    else:
+        measured = MeasuredClassifier(held_out.predict(model), Calibration(None, ""), None)
+    if inputs.options.answers:
+        measured.predictions.metrics.update(data.build_counted_record())
+    return measured
+
+
+def warn_about_mirrors(predictions: Predictions, mirrored: Predictions, reporter: Reporter) -> None:
+    """Warn if many predictions change in the mirror, although the model was trained on mirror images."""
+    if (part := (predictions.answers != mirrored.answers).mean()) > MAX_MIRRORED:
+        reporter.warn(
+            f"{part:.0%} of the held-out predictions change if the images are mirrored, and the model was trained "
+            "on mirror images. If left and right matter, set `flip=False`"
+        )
 
 
 def build_step_results(

@@ -3,7 +3,9 @@
 from typing import Any
 
 import pytest
+from pytest import MonkeyPatch
 
+from modeling_vitcls.inference.metrics import METRICS, Metric
 from modeling_vitcls.inference.stated_result import build_metric_table, state_result
 
 
@@ -59,3 +61,9 @@ def test_a_mean_over_tasks_is_named_and_counts_no_images() -> None:
     rows = [tuple(row.values()) for row in build_metric_table(results)["Metrics"]]
     assert rows[0] == ("mean of the tasks: Accuracy", "70%")
     assert [name for name, _ in rows[1:]] == ["coat: Accuracy", "kind: Accuracy"]
+
+
+def test_a_metric_that_is_no_share_is_written_as_a_number(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "kappa", Metric("Cohen's kappa", is_share=False))
+    values = {"kappa": -0.1234, "kappa_interval": [-0.2, -0.05], "num_images": 50}
+    assert state_result(values, "kappa") == "-0.123 (-0.200 to -0.050)"

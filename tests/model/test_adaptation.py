@@ -35,7 +35,6 @@ from transformers import AutoModel, AutoModelForImageClassification, QuantoConfi
 
 from modeling_vitcls import (
     ViTCLSBackbone,
-    ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
@@ -344,7 +343,7 @@ def test_validation_is_enabled_again_after_loading(tmp_path: Path) -> None:
     loaded.config.num_cls_tokens = 0
     with raises_one_line("num_cls_tokens"):
         ViTCLSModel(loaded.config)
-    assert "_skip_validation" not in ViTCLSConfig().to_dict()
+    assert "_skip_validation" not in loaded.config.to_dict()
 
 
 # Every kind of token ------------------------------------------------------------------------------

@@ -86,7 +86,9 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
     for name, limit in limits.items():
         outputs = OnnxGraph(web / "onnx" / name)(pixel_values)
         assert get_largest_difference(outputs["logits"], logits) <= limit, name
-        assert get_largest_difference(outputs["cls_attention"], attention) <= limit, name
+        # Rows of attention are small, so an absolute limit would allow zeros
+        difference = get_largest_difference(outputs["cls_attention"], attention)
+        assert difference <= min(limit, 0.1) * attention.max(), name
 
 
 @torch.no_grad()
