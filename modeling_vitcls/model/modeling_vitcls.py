@@ -570,7 +570,10 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 )
             loss = torch.stack(losses).mean()
         elif teacher_logits is not None:
-            raise ValueError("teacher_logits require labels: the classifier learns from them")
+            raise ValueError(
+                "teacher_logits require labels, which label_smoothing_factor of Trainer takes away: set it to "
+                "0, and a smoothed `model.loss_function`"
+            )
 
         return ViTCLSImageClassifierOutput(
             loss=loss,

@@ -70,13 +70,26 @@ def test_the_loss_of_accumulated_batches_is_that_of_one() -> None:
     [
         ({"teacher_logits": TEACHER[:, :2]}, "take a teacher of the same classes"),
         ({"distillation_loss": "medium"}, 'choose "hard" or "soft"'),
-        ({"labels": None}, "teacher_logits require labels"),
+        ({"labels": None}, "label_smoothing_factor of Trainer takes away"),
     ],
 )
 def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     arguments = {"labels": LABELS, "teacher_logits": TEACHER} | changes
     with pytest.raises(ValueError, match=message):
         build()(IMAGES, **arguments)
+
+
+def test_the_labels_can_be_smoothed_beside_a_teacher() -> None:
+    model = build()
+
+    def compute_smoothed_loss(labels: Any, logits: Any, config: Any, **_: Any) -> Any:
+        return cross_entropy(logits, labels, label_smoothing=0.1)
+
+    model.loss_function = compute_smoothed_loss
+    outputs = model(IMAGES, labels=LABELS, teacher_logits=TEACHER)
+    of_labels = cross_entropy(outputs.cls_logits, LABELS, label_smoothing=0.1)
+    of_teacher = cross_entropy(outputs.distillation_logits, TEACHER.argmax(dim=1))
+    assert_close(outputs.loss, (of_labels + of_teacher) / 2)
 
 
 def test_trainer_hands_a_column_of_teacher_logits_to_the_model(tmp_path: Any) -> None:
