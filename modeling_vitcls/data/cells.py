@@ -28,8 +28,8 @@ from ..runtime.errors import format_name_list, warn_on_first_process
 
 # Characters between several labels of one text, and how much more often than whole cells the parts
 # between them must occur. A comma is also within names: "tench, Tinca tinca".
-SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
-CERTAIN_SEPARATORS = ("|", ";")
+SEPARATORS = {"|": 1.0, ";": 1.0, "\n": 1.0, ",": 1.5}
+CERTAIN_SEPARATORS = ("|", ";", "\n")
 ASKED_SEPARATORS = ("/", "+", "&")  # No text is read with them
 MIN_REPEATS = 1.5  # The same for words between blanks, which are also in names: "golden retriever"
 NO_SEPARATOR = "none"  # The value of `label_separator` that says: each text is one label
@@ -39,6 +39,7 @@ MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they ar
 LABEL_FIELDS = ("choices", "name", "label")
 
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
+MEASURED = re.compile(rf"[€$£]? ?({NUMBER.pattern}) ?([%€$£°]|[a-zµ]{{1,3}})?", re.IGNORECASE)
 WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 IN_BRACKETS = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
@@ -154,7 +155,7 @@ def find_separator(column: LabelColumn, label_names: Sequence[str] | None) -> st
         for cell, value in column.values.items()
         if isinstance(value, str) and parse_list(value) is None
     }
-    if all(map(NUMBER.fullmatch, texts)):  # 1,5 is a number in many countries
+    if all(map(MEASURED.fullmatch, texts)):  # 1,5 and 99,00 € are numbers in many countries
         return None
     for separator, factor in SEPARATORS.items():
         joined = [text for text in texts if separator in text and text not in (label_names or ())]
@@ -185,7 +186,7 @@ def find_blanks(column: LabelColumn, texts: Mapping[str, int]) -> str | None:
         column: the cells.
         texts: how often each different text occurs.
     """
-    parts = {text: text.split() for text in texts}
+    parts = {text: list(filter(None, text.split(" "))) for text in texts}
     lengths = {len(each) for each in parts.values()}
     counts: Counter[str] = Counter()
     places: dict[str, set[int]] = {}
@@ -197,7 +198,7 @@ def find_blanks(column: LabelColumn, texts: Mapping[str, int]) -> str | None:
         return None
 
     repeats = counts.total() / len(counts) / (sum(texts.values()) / len(texts))
-    example = next(text for text in texts if " " in text.strip())
+    example = next(text for text, words in parts.items() if len(words) > 1)
     if repeats > 1 and all(map(str.isdecimal, counts)):
         warn_on_first_process(
             f"{column.where} has several labels in texts such as {example!r:.60}: read as {len(counts):,} "

@@ -6,6 +6,8 @@
     cat/, cat - Copy/                            a line asks: the copy of a class folder is a class of its own
     trash/, rejected/, New folder/               a line asks
     2023/, 2024/ and no other folders            a line asks
+    front/1.jpg, back/1.jpg                      a line asks
+    train/cat/, test/unknown/                    the split is left out: it has none of the classes
     100CANON/, 101CANON/                         an error: folders of a camera
     train_images/, test_images/                  an error: parts of a dataset
     images_001/, images_002/ beside a table      an error, if the table names the photos
@@ -44,6 +46,11 @@ COPY = re.compile(
     re.I,
 )
 CAMERA = re.compile(r"\d{3}[A-Z_]{4}[A-Z_\d]|\d{3}_\d{4}", re.I)  # 100CANON, 101_PANA, 102_0514
+# Sides and bands of one object, if the folders have the same file names
+SIDE = re.compile(
+    r"front|back|left|right|side|top|bottom|obverse|reverse|before|after|rgb|n?ir|depth|thermal|mask",
+    re.I,
+)
 DATED = re.compile(
     r"(19|20)\d\d([ ._-]?(0?[1-9]|1[0-2])([ ._-]?[0-3]?\d)?)?"
 )  # 2024, 2024-05, 20240501
@@ -72,6 +79,7 @@ def check_class_folders(path: Path, places: Any, tables: Sequence[str]) -> Any:
     Raises:
         ValueError: If the folders are parts of a dataset, or the files are named like classes.
     """
+    places = drop_other_splits(path, places)
     names = sorted(set(places["label"]))
     unlabeled = [name for name in names if UNLABELED.fullmatch(name)]
     others = [name for name in names if name not in unlabeled]
@@ -87,12 +95,30 @@ def check_class_folders(path: Path, places: Any, tables: Sequence[str]) -> Any:
     doubtful = [name for name in names if DOUBTFUL.fullmatch(name)]
     if len(names) > 1 and all(map(DATED.fullmatch, names)):
         doubtful = names
+    stems = places.groupby("label").groups.values()
+    are_same = len({frozenset(PurePosixPath(each).stem for each in own) for own in stems}) == 1
+    if len(names) > 1 and are_same and all(map(SIDE.fullmatch, names)):
+        doubtful = names
     copies = [name for name in names if find_original(name, names)]
     if doubtful or copies:
         warn_on_first_process(
             f"WARNING: {path}: are these classes of their own? {format_name_list([*copies, *doubtful])}. If "
             "not, move their images into the folder of their class, or elsewhere"
         )
+    return places
+
+
+def drop_other_splits(path: Path, places: Any) -> Any:
+    """Leave out splits none of whose folders is a class of training, such as test/unknown/."""
+    labels = {split: {*own["label"]} for split, own in places.groupby("split")}
+    known = labels.get("train", set())
+    for split, own in labels.items():
+        if known and known.isdisjoint(own):
+            warn_on_first_process(
+                f"WARNING: {path}: the split {split!r} is left out, because none of its folders "
+                f"({format_name_list(sorted(own))}) is a class of the split 'train'"
+            )
+            places = places[places["split"] != split]
     return places
 
 

@@ -163,3 +163,18 @@ def test_links_of_git_annex_without_files_name_its_command(tmp_path: Path) -> No
         (tmp_path / name / "1.png").symlink_to("../.git/annex/objects/1")
     with raises_one_line("links to files that are not there", "git annex get"):
         read_classes(tmp_path)
+
+
+def test_a_split_without_any_class_of_training_is_left_out(
+    tmp_path: Path, caplog: LogCaptureFixture
+) -> None:
+    write_photos(tmp_path, "train/cat/1.png", "train/dog/1.png", "test/unknown/1.png")
+    assert list(read_image_folder(scan_folder(tmp_path), use_labels=True)) == ["train"]
+    assert "the split 'test' is left out" in caplog.text
+
+
+def test_sides_of_the_same_objects_are_asked_about(
+    tmp_path: Path, caplog: LogCaptureFixture
+) -> None:
+    read_classes(write_photos(tmp_path, "front/1.png", "front/2.png", "back/1.png", "back/2.png"))
+    assert "classes of their own? back, front" in caplog.text

@@ -685,3 +685,16 @@ def test_files_without_a_suffix_are_named(tmp_path: Path) -> None:
     write_files(tmp_path, "cat/1", "dog/1")
     with raises_one_line("but cat/1, dog/1. Add the suffix of their format"):
         read_labels(tmp_path)
+
+
+def test_lines_of_a_cell_are_several_labels(photos: Path) -> None:
+    labels = ["sea\nsun", "sea", "sun\ndog", "dog"]
+    assert read_labels(write_csv(photos, labels)) == ["sea, sun", "sea", "dog, sun", "dog"]
+
+
+def test_tabs_between_words_are_part_of_a_label(photos: Path) -> None:
+    assert read_labels(write_csv(photos, ["a\tb", "a", "b\ta", "b"])) == ["a\tb", "a", "b\ta", "b"]
+
+
+def test_prices_are_no_lists(photos: Path) -> None:
+    assert read_labels(write_csv(photos, ["99,00 €", "199,00 €"])) == ["99,00 €", "199,00 €"]
