@@ -41,13 +41,14 @@ def write_inspection(options: InspectOptions) -> Inspection:
     console = build_console()
     error_console = build_console(stderr=True)
     folder = open_model(options.model)
-    model, processor, batch_size = load_for_inference(
+    loaded = load_for_inference(
         folder,
         device=None,
         use_head=None,
         batch_size=options.batch_size,
         max_batch_size=MAX_BATCH_SIZE,
     )
+    model = loaded.model
     precision = resolve_precision(options.mixed_precision, model.device, model.config)
     label_space = get_label_space(model.config) if find_token_use(model).has_head else UNLABELED
     data = open_images(options, label_space, folder)
@@ -58,10 +59,10 @@ def write_inspection(options: InspectOptions) -> Inspection:
     is_page = options.output.suffix.lower() in PAGE_SUFFIXES
     inspection, photos = inspect_images(
         model,
-        processor,
+        loaded.processor,
         data.images.draw(options.max_images),
         data.label_space,
-        batch_size=batch_size,
+        batch_size=loaded.batch_size,
         num_shown=options.num_images if is_page else 0,
         layers=options.layers,
         uses_bfloat16=precision == "bf16",

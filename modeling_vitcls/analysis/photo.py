@@ -3,7 +3,7 @@
     measurements = measure_photo(model, processor, photo, find_token_use(model))
     build_sheet(measurements)               # texts and pictures (sheet.py)
     measurements.maps                       # [layer, head, token, row, column]
-    parts, halves, shares = draw_halves(grid_size)  # random halves, each followed by the other half
+    halves = draw_halves(grid_size)         # random halves, each followed by the other half
     scores = compute_scores(logits, kind)   # [2 + M, labels] of the photo, of nothing and of the halves
     effects, errors = fit_effects(...)      # [parts]: the score with a part minus without it
 
@@ -210,10 +210,14 @@ def predict_photo(
     """
     predictions: dict[str | None, list[Label]] = {}
     attributions: list[Attribution] = []
-    parts, halves, shares = draw_halves(model.config.get_grid_size(pixel_values.shape[-2:]))
-    has_parts = shares.shape[1] > 1 and bool((pixel_values != pixel_values[..., :1, :1]).any())
+    halves = draw_halves(model.config.get_grid_size(pixel_values.shape[-2:]))
+    has_parts = halves.shares.shape[1] > 1 and bool(
+        (pixel_values != pixel_values[..., :1, :1]).any()
+    )
     all_logits = get_logits_by_task(outputs)
-    hidden_logits = hide_parts(model, pixel_values, outputs, halves) if heads and has_parts else {}
+    hidden_logits = {}
+    if heads and has_parts:
+        hidden_logits = hide_parts(model, pixel_values, outputs, halves.patches)
     for task, task_columns in build_task_columns(heads, MAX_LABELS).items():
         logits = all_logits[task]
         (labels,) = task_columns.select(logits)
@@ -224,7 +228,7 @@ def predict_photo(
         has_one_label = heads[task].problem_type == "single_label_classification"
         scores = compute_scores(hidden_logits[task], has_one_label)
         for label, index in zip(labels[:MAX_LABELS], order, strict=False):
-            effects = fit_effects(shares, scores[:, index])[:, parts]  # [2, gh, gw]
+            effects = fit_effects(halves.shares, scores[:, index])[:, halves.parts]  # [2, gh, gw]
             attributions.append(Attribution(task or None, label, *effects))
     return predictions, attributions
 
@@ -343,14 +347,25 @@ NUM_PAIRS = 32
 BATCH_SIZE = 8  # On a CPU, 16 take 8% longer
 
 
-def draw_halves(grid_size: Size) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Halves:
+    """Halves of the patches of a photo, each followed by the other half.
+
+    Attributes:
+        parts: the part of each patch, [gh, gw].
+        patches: of each half, [2 * NUM_PAIRS, n].
+        shares: how much of each part a half has, from 0 to 1, [2 * NUM_PAIRS, parts].
+    """
+
+    parts: Tensor
+    patches: Tensor
+    shares: Tensor
+
+
+def draw_halves(grid_size: Size) -> Halves:
     """Draw random halves of the patches of a photo, each followed by the other half.
 
     They have equally many patches, so one part may be divided, and both have the middle one of an odd number.
-
-    Returns:
-        The part of each patch, [gh, gw]; the patches of each half, [2 * NUM_PAIRS, n]; and how much of each
-        part it has, from 0 to 1, [2 * NUM_PAIRS, parts].
     """
     rows, columns = (torch.arange(side) * min(side, MAX_PARTS) // side for side in grid_size)
     parts = rows[:, None] * (columns[-1] + 1) + columns
@@ -359,7 +374,7 @@ def draw_halves(grid_size: Size) -> tuple[Tensor, Tensor, Tensor]:
     order = draws[:, parts.flatten()].argsort(dim=1, stable=True)
     num_shown = (parts.numel() + 1) // 2
     halves = torch.stack([order[:, :num_shown], order[:, -num_shown:]], dim=1).flatten(0, 1)
-    return parts, halves, is_part[halves].sum(dim=1) / is_part.sum(dim=0)
+    return Halves(parts, halves, is_part[halves].sum(dim=1) / is_part.sum(dim=0))
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     with accelerator.main_process_first():  # The main process downloads the files
         folder = open_model(options.model)
     set_mixed_precision(accelerator, options.mixed_precision, folder.config)
-    model, processor, batch_size = load_for_inference(
+    loaded = load_for_inference(
         folder,
         accelerator.device,
         use_head=True,
@@ -94,6 +94,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         batch_size=options.batch_size,
         max_batch_size=EVALUATION_BATCH_SIZE,
     )
+    model = loaded.model
     config = model.config
     if options.task is not None:
         config = build_task_config(config, options.task)
@@ -106,9 +107,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     encoder = FrozenEncoder(
         model,
         layout.num_layers,
-        processor=processor,
+        processor=loaded.processor,
         label_space=label_space,
-        batch_size=batch_size,
+        batch_size=loaded.batch_size,
         accelerator=accelerator,
         num_workers=options.num_workers,
         num_channels=config.num_channels,

@@ -1,9 +1,10 @@
 """Load a saved model for evaluation or prediction.
 
-model, processor, batch_size = load_for_inference(folder, device, use_head=True, ...)
+loaded = load_for_inference(folder, device, use_head=True, ...)     model, processor, batch_size
 model = load_model(folder)
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,15 @@ CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
 }
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A packed model in evaluation mode, its image processor, and the images of a batch of one process."""
+
+    model: Any
+    processor: ViTCLSImageProcessor
+    batch_size: int
+
+
 def load_for_inference(
     folder: ModelFolder,
     device: torch.device | None,
@@ -40,7 +50,7 @@ def load_for_inference(
     batch_size: int | None,
     max_batch_size: int,
     resize: str | None = None,
-) -> tuple[Any, ViTCLSImageProcessor, int]:
+) -> LoadedModel:
     """Load a model on a device, with its image processor.
 
     Args:
@@ -50,10 +60,6 @@ def load_for_inference(
             most `CPU_BATCH_TOKENS` tokens.
         max_batch_size: Default batch size on GPUs.
         resize: How images become the input (crop, squash, pad). Default: unchanged.
-
-    Returns:
-        The model in evaluation mode, its image processor, and the number of images of a batch of
-        one process.
 
     Raises:
         ValueError: As in `load_model`, or if there is no classifier although one is requested.
@@ -75,7 +81,7 @@ def load_for_inference(
         if model.device.type == "cpu":
             num_tokens = config.token_layout.get_num_tokens(*config.get_grid_size(image_size))
             batch_size = max(1, min(batch_size, CPU_BATCH_TOKENS // num_tokens))
-    return model, processor, batch_size
+    return LoadedModel(model, processor, batch_size)
 
 
 def has_classifier(config: ViTCLSConfig) -> bool:

@@ -128,13 +128,15 @@ class Predictor:
         device = torch.device("cpu")
         if not parse_flag_from_env("ACCELERATE_USE_CPU"):
             device = torch.accelerator.current_accelerator(check_available=True) or device
-        self.model, self.processor, self.batch_size = load_for_inference(
+        loaded = load_for_inference(
             folder,
             device,
             use_head=options.features is None,
             batch_size=options.batch_size,
             max_batch_size=PREDICTION_BATCH_SIZE,
         )
+        self.model, self.processor = loaded.model, loaded.processor
+        self.batch_size = loaded.batch_size
 
         self.columns: PredictionColumns
         # Images that trained the classifier (inputs.py)

@@ -29,7 +29,8 @@ CUTS = (0, 45, 90, 120, 165, 210, 240)  # of 6 parts of 16 patches of 15 pixels
 
 
 def test_each_half_is_followed_by_the_other() -> None:
-    parts, halves, shares = draw_halves((8, 16))
+    drawn = draw_halves((8, 16))
+    parts, halves, shares = drawn.parts, drawn.patches, drawn.shares
     assert parts[:3, 3].tolist() == [1, 1, 7]
     patches = torch.cat([halves[0::2], halves[1::2]], dim=1).sort(dim=1).values
     assert torch.equal(patches, torch.arange(128).expand(NUM_PAIRS, -1))
@@ -40,7 +41,7 @@ def test_each_half_is_followed_by_the_other() -> None:
 def test_the_effects_of_a_score_that_adds_up_are_its_parts() -> None:
     """Of 16 parts; for 36, there are fewer pairs than parts."""
     generator = default_rng(0)
-    *_, shares = draw_halves((4, 4))
+    shares = draw_halves((4, 4)).shares
     parts = 1 + generator.normal(size=shares.shape[1])
     is_shown = torch.cat([torch.ones_like(shares[:1]), torch.zeros_like(shares[:1]), shares])
     scores = is_shown.numpy() @ parts + 0.1 * generator.normal(size=len(is_shown)) + 7
@@ -51,7 +52,7 @@ def test_the_effects_of_a_score_that_adds_up_are_its_parts() -> None:
 
 @pytest.mark.parametrize("side", [4, 16])
 def test_no_part_lowers_a_score_that_all_parts_raise(side: int) -> None:
-    *_, shares = draw_halves((side, side))
+    shares = draw_halves((side, side)).shares
     num_shown = torch.cat([torch.tensor([shares.shape[1], 0]), shares.sum(dim=1)])
     effects, _ = fit_effects(shares, num_shown)
     assert effects.tolist() == approx([1] * shares.shape[1], abs=0.05)
@@ -60,7 +61,7 @@ def test_no_part_lowers_a_score_that_all_parts_raise(side: int) -> None:
 @torch.no_grad()
 def test_the_photo_and_nothing_come_first_and_halves_start_after_a_third_of_the_layers() -> None:
     model = build_random(ViTCLSForImageClassification, num_hidden_layers=3, pooling="mean")
-    photo, halves = IMAGES[:1], draw_halves((4, 4))[1]
+    photo, halves = IMAGES[:1], draw_halves((4, 4)).patches
     outputs = model(photo, output_hidden_states=True)
     logits = hide_parts(model, photo, outputs, halves)[""].float()
     nothing = model(photo.mean(dim=(2, 3), keepdim=True).expand_as(photo)).logits

@@ -140,7 +140,7 @@ def test_another_fit_keeps_the_size_of_the_processor(tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(build_tiny_config(image_size=64))
     save_with_processor(model, tmp_path, ViTCLSImageProcessor(**CROP))
     for resize in ("squash", "pad", "crop"):
-        _, processor, _ = load_for_inference(
+        loaded = load_for_inference(
             ModelFolder(tmp_path),
             torch.device("cpu"),
             use_head=True,
@@ -148,5 +148,5 @@ def test_another_fit_keeps_the_size_of_the_processor(tmp_path: Path) -> None:
             max_batch_size=1,
             resize=resize,
         )
-        pixels = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
+        pixels = loaded.processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
         assert pixels.shape[-2:] == (32, 32)
