@@ -156,7 +156,7 @@ class Evaluator(ImagePass):
         All processes must call this method.
 
         Args:
-            console: shows the progress (runtime/progress.py).
+            model: the classifier.
             is_mirrored: whether the model gets mirror images.
 
         Raises:

@@ -45,9 +45,8 @@ class Metric:
 
     title: str  # In tables, cards and reports
     count_text: str = ""  # Words after the count of a metric that counts images
-    is_share: bool = (
-        True  # From 0 to 1, written as a percentage; others, such as Cohen's kappa, as numbers
-    )
+    # From 0 to 1, written as a percentage; others, such as Cohen's kappa, as numbers
+    is_share: bool = True
 
 
 METRICS = {
