@@ -32,6 +32,7 @@ from ..data.labels import (
     UNLABELED,
     LabelSpace,
     OneLabel,
+    SeveralLabels,
     check_is_classifier,
     check_threshold,
     get_label_space,
@@ -43,6 +44,7 @@ from ..frozen.scenes import TrainedScenes, read_scenes
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
 from ..inference.features import FeatureLayout, Features, FrozenEncoder
+from ..inference.intervals import estimate_average_precision
 from ..inference.load_model import load_for_inference
 from ..inference.metrics import drop_intervals
 from ..inference.options import EvaluateOptions
@@ -176,14 +178,23 @@ def build_predictions_by_scene(
     trained_scenes: TrainedScenes | None,
 ) -> Predictions:
     """Measure the logits; photos of one scene count once, and those of trained scenes are counted apart."""
-    if trained_scenes is None:
-        return build_predictions(label_space, features, threshold)
-    # Each shot of a scene is little further evidence
-    outputs = replace(features, groups=trained_scenes.join_shots(features))
+    outputs = features
+    if trained_scenes is not None:  # Each shot of a scene is little further evidence
+        outputs = replace(features, groups=trained_scenes.join_shots(features))
     predictions = build_predictions(label_space, outputs, threshold)
-    near = trained_scenes.recognize(features)
-    predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(near, predictions)
+    if isinstance(label_space, SeveralLabels):
+        add_average_precision_interval(predictions)
+    if trained_scenes is not None:
+        near = trained_scenes.recognize(features)
+        predictions.metrics["in_trained_scenes"] = count_in_trained_scenes(near, predictions)
     return predictions
+
+
+def add_average_precision_interval(predictions: Predictions) -> None:
+    """Add the interval of the mean average precision, as a run states it."""
+    outputs = predictions.outputs
+    estimate = estimate_average_precision(outputs.logits, outputs.labels > 0.5, outputs.groups)
+    predictions.metrics.update(estimate)
 
 
 def measure_outside(

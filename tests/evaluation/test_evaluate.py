@@ -39,9 +39,10 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     predict,
 )
-from modeling_vitcls.data.labels import OneLabel
+from modeling_vitcls.data.labels import OneLabel, SeveralLabels
 from modeling_vitcls.evaluation import evaluate as evaluate_module
-from modeling_vitcls.evaluation.evaluate import evaluate_checkpoint
+from modeling_vitcls.evaluation.evaluate import build_predictions_by_scene, evaluate_checkpoint
+from modeling_vitcls.inference.features import FeatureLayout, Features
 from modeling_vitcls.inference.metrics import measure
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.files import read_json, write_json
@@ -292,3 +293,21 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     with raises_one_line("regression"):
         evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), dataset="digits"))
+
+
+def test_the_average_precision_of_an_evaluation_has_the_interval_of_a_run() -> None:
+    generator = np.random.default_rng(0)
+    labels = (generator.random((60, 3)) < 0.5).astype(np.float32)
+    places = np.arange(60)
+    features = Features(
+        labels=labels,
+        indices=places,
+        names=places.astype(str),
+        groups=places,
+        logits=labels + generator.normal(0, 1, labels.shape).astype(np.float32),
+        layout=FeatureLayout(1, {}),
+    )
+    space = SeveralLabels({"tags": ["a", "b", "c"]})
+    found = build_predictions_by_scene(space, features, 0.5, None).metrics
+    low, high = found["mean_average_precision_interval"]
+    assert 0 <= low < found["mean_average_precision"] < high <= 1

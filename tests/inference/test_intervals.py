@@ -1,6 +1,7 @@
 """Confidence intervals, compared with published formulas and tables."""
 
 import numpy as np
+import pytest
 from numpy.random import default_rng
 from pytest import approx
 from sklearn.metrics import average_precision_score
@@ -62,3 +63,14 @@ def test_a_label_that_a_sample_lacks_has_there_what_it_has_on_all_images() -> No
     assert 0.5 <= low < high < 0.95
     mean, _ = estimate_average_precision(scores[:, 1:], labels[:, 1:], np.arange(80)).values()
     assert mean == 0.5
+
+
+@pytest.mark.parametrize(("num_images", "is_perfect"), [(20, False), (80, True)])
+def test_few_or_perfect_predictions_have_no_interval_of_the_average_precision(
+    num_images: int, is_perfect: bool
+) -> None:
+    generator = default_rng(0)
+    labels = generator.random((num_images, 3)) < 0.5
+    scores = labels + (0 if is_perfect else generator.normal(0, 1, labels.shape))
+    found = estimate_average_precision(scores, labels, np.arange(num_images))
+    assert found.keys() == {"mean_average_precision"}
