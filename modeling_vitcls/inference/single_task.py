@@ -22,7 +22,8 @@ def select_task(model: Any, name: str) -> ViTCLSForImageClassification:
 
     Examples:
         >>> from modeling_vitcls import ViTCLSForImageClassification, select_task
-        >>> model = ViTCLSForImageClassification.from_pretrained("runs/with-weather")
+        >>> model = ViTCLSForImageClassification.from_pretrained("runs/photos")
+        >>> model = model.adapt(extra_heads={"weather": {"labels": ["rain", "sun"]}})
         >>> weather = select_task(model, "weather")
     """
     classifier = ViTCLSForImageClassification(build_task_config(model.config, name))

@@ -80,7 +80,12 @@ def run_steps(
 
     # Signals are caught from here on, not earlier: before the first step, there is nothing that a
     # checkpoint could save, and Ctrl-C may end the program at once.
-    with SignalHandler() as signals, explain_worker_errors(options.num_workers):
+    with (
+        SignalHandler() as signals,
+        explain_worker_errors(options.num_workers),
+        # Before the model is sharded: a run with FSDP2 and one with DDP compute the same
+        computing_tokens_of_heads(inputs.model),
+    ):
         loop, batches = build_loop(
             inputs,
             plan,
@@ -93,7 +98,7 @@ def run_steps(
             run_metadata=record | {"start": start},
         )
         # An iterator that is only forgotten would leave its data loading processes running.
-        with closing(batches), computing_tokens_of_heads(inputs.model):
+        with closing(batches):
             metrics = loop.run(batches)
         if plan.averaging:
             average_with_start(loop.unwrapped, loop.start, plan.averaging, plan.new_tokens)
