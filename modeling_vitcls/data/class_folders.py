@@ -23,12 +23,13 @@ from typing import Any
 
 from ..model.field_checks_vitcls import open_regular_file
 from ..runtime.errors import format_name_list, warn_on_first_process
+from .cells import normalize_name
 
 
 # Words of other languages are those of file managers and of German, French and Spanish users
 UNLABELED = re.compile(
     r"(no|un|not|without)[ _-]?(label(ed|led)?s?|sorted|tagged|annotated|sortiert)|"
-    r"to[ _-]?(do|sort|label|annotate)|ohne[ _]label|(sin[ _]|non[ _])?(etiquetar|trié(es)?)",
+    r"to[ _-]?(do|sort|label|annotate)|ohne[ _]label|(sin|por)[ _]etiquetar|(non|à)[ _]tri(er|ée?s?)",
     re.I,
 )
 DOUBTFUL = re.compile(
@@ -51,9 +52,8 @@ SIDE = re.compile(
     r"front|back|left|right|side|top|bottom|obverse|reverse|before|after|rgb|n?ir|depth|thermal|mask",
     re.I,
 )
-DATED = re.compile(
-    r"(19|20)\d\d([ ._-]?(0?[1-9]|1[0-2])([ ._-]?[0-3]?\d)?)?"
-)  # 2024, 2024-05, 20240501
+# 2024, 2024-05, 20240501
+DATED = re.compile(r"(19|20)\d\d([ ._-]?(0?[1-9]|1[0-2])([ ._-]?[0-3]?\d)?)?")
 # With what a dataset adds to the name of a part: train_images, Train_jpg, test1
 PART = re.compile(
     r"(images?|imgs?|photos?|jpe?g|png)?[ _-]?(train(ing)?|val(id(ation)?)?|dev|test(ing)?)"
@@ -110,7 +110,8 @@ def check_class_folders(path: Path, places: Any, tables: Sequence[str]) -> Any:
 
 def drop_other_splits(path: Path, places: Any) -> Any:
     """Leave out splits none of whose folders is a class of training, such as test/unknown/."""
-    labels = {split: {*own["label"]} for split, own in places.groupby("split")}
+    # In one Unicode form, as classes are matched: macOS and Windows write é differently
+    labels = {split: {*map(normalize_name, own["label"])} for split, own in places.groupby("split")}
     known = labels.get("train", set())
     for split, own in labels.items():
         if known and known.isdisjoint(own):

@@ -398,7 +398,13 @@ class Dataset:
         merged = {
             split: merge_rows(part, self.title, self.is_joined) for split, part in parts.items()
         }
-        return replace(self, images_by_split=merged, facts=facts, missing_reason=reason)
+        return replace(
+            self,
+            images_by_split=merged,
+            facts=facts,
+            missing_reason=reason,
+            unused=None,  # Nothing is joined any more, and the tables may be large
+        )
 
 
 def read_dataset(

@@ -153,13 +153,10 @@ def load_photographs(
     Raises:
         ValueError: if the split does not exist.
     """
-    names: list[str] = []
-
-    def choose(found: list[str]) -> list[str]:
-        names.extend(found)
-        return [choose_split(split, get_title(options.dataset), found, EVALUATION_SPLITS)]
-
-    dataset = open_tables(options).select(choose).unlabeled()
+    tables = open_tables(options)
+    names = list(tables.by_split)
+    chosen = choose_split(split, get_title(options.dataset), names, EVALUATION_SPLITS)
+    dataset = tables.select(lambda _: [chosen]).unlabeled()
     return describe_split(dataset, names).draw(max_images)
 
 
@@ -188,7 +185,7 @@ def are_missing(images: LabeledImages, indices: np.ndarray) -> bool:
 def select_outside(images: LabeledImages) -> LabeledImages:
     """Select the answered images that show none of the classes, of those that are counted.
 
-    A page that asks about unknown photos would measure its own choice.
+    Photos that were shown because they look unknown were chosen by what they would measure.
     """
     is_outside = np.array([label is None for label in images.labels], bool)
     return images.select(np.flatnonzero(is_outside & images.is_counted & (images.chosen != "")))

@@ -1,7 +1,7 @@
 """Groups of images, which are on one side of every split: named by a person, or found in a column.
 
 find_group_column    the column that a person names, or the folders below classes
-UnusedColumns        columns that may contain groups, for a line that asks
+UnusedColumns        other columns, which may contain groups: a line names them
 """
 
 import re

@@ -293,9 +293,8 @@ def select_held_out(
     check_can_hold_out(images, dataset, reason)
 
     _, first, group = np.unique(images.groups, return_index=True, return_inverse=True)
-    sizes = np.bincount(
-        group, weights=images.is_counted
-    )  # Groups without counted images are trained on
+    # Groups without counted images are trained on
+    sizes = np.bincount(group, weights=images.is_counted)
     keys = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
     # A group has the smallest key of its images: neither their order nor their names matter. The smallest
     # number would hold out large groups more often.

@@ -191,7 +191,9 @@ def build_predictions_by_scene(
 
 
 def add_average_precision_interval(predictions: Predictions) -> None:
-    """Add the interval of the mean average precision, as a run states it."""
+    """Add the interval of the mean average precision, as a run states it, if any image has a label."""
+    if predictions.metrics["mean_average_precision"] is None:
+        return
     outputs = predictions.outputs
     estimate = estimate_average_precision(outputs.logits, outputs.labels > 0.5, outputs.groups)
     predictions.metrics.update(estimate)

@@ -1,5 +1,6 @@
 """Folders whose names, files and tables say that they are no classes are left out, asked about or refused."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ def read_classes(folder: Path) -> list[str]:
 
 
 # Left out -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["no_label", "Unlabeled", "unlabelled", "unsorted", "TODO"])
+@pytest.mark.parametrize(
+    "name", ["no_label", "Unlabeled", "unlabelled", "unsorted", "TODO", "non triées", "à trier"]
+)
 def test_a_folder_without_labels_is_left_out_with_a_line(
     name: str, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
@@ -37,6 +40,19 @@ def test_unsorted_is_a_class_beside_one_other(tmp_path: Path) -> None:
         "cat",
         "unsorted",
     ]
+
+
+def test_sorted_photos_are_a_class_in_french(tmp_path: Path) -> None:
+    names = ["cat", "dog", "trié"]
+    assert read_classes(write_photos(tmp_path, *(f"{name}/1.png" for name in names))) == names
+
+
+def test_a_split_is_kept_whose_class_folders_have_the_unicode_form_of_macos(tmp_path: Path) -> None:
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        names = (unicodedata.normalize(form, name) for name in ("café", "thé"))
+        write_photos(tmp_path, *(f"{split}/{name}/1.png" for name in names))
+    splits = read_image_folder(scan_folder(tmp_path), use_labels=True)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 2, "test": 2}
 
 
 # Asked about --------------------------------------------------------------------------------------

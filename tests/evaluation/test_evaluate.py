@@ -295,19 +295,29 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
         evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), dataset="digits"))
 
 
-def test_the_average_precision_of_an_evaluation_has_the_interval_of_a_run() -> None:
-    generator = np.random.default_rng(0)
-    labels = (generator.random((60, 3)) < 0.5).astype(np.float32)
+def measure_tags(labels: np.ndarray) -> dict[str, Any]:
+    """Measure noisy logits of 60 images with three tags; labels are [60, 3]."""
+    noise = np.random.default_rng(0).normal(0, 1, labels.shape)
     places = np.arange(60)
     features = Features(
-        labels=labels,
+        labels=labels.astype(np.float32),
         indices=places,
         names=places.astype(str),
         groups=places,
-        logits=labels + generator.normal(0, 1, labels.shape).astype(np.float32),
+        logits=(labels + noise).astype(np.float32),
         layout=FeatureLayout(1, {}),
     )
     space = SeveralLabels({"tags": ["a", "b", "c"]})
-    found = build_predictions_by_scene(space, features, 0.5, None).metrics
+    return build_predictions_by_scene(space, features, 0.5, None).metrics
+
+
+def test_the_average_precision_of_an_evaluation_has_the_interval_of_a_run() -> None:
+    found = measure_tags(np.random.default_rng(1).random((60, 3)) < 0.5)
     low, high = found["mean_average_precision_interval"]
     assert 0 <= low < found["mean_average_precision"] < high <= 1
+
+
+def test_images_without_any_label_have_no_average_precision_and_are_evaluated() -> None:
+    found = measure_tags(np.zeros((60, 3), bool))
+    assert found["mean_average_precision"] is None
+    assert "mean_average_precision_interval" not in found
